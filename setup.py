@@ -1,0 +1,12 @@
+"""Package layout; everything else stands in pyproject.toml.
+
+`kernels/` lies at the top of the checkout and installs as `detr_fast.kernels`: a top-level package called `kernels` would
+collide with the well-known one that transformers imports when it finds it.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["detr_fast", "detr_fast.*"]), "detr_fast.kernels"],
+    package_dir={"detr_fast": "detr_fast", "detr_fast.kernels": "kernels"},
+)
