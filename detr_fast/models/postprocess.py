@@ -1,0 +1,41 @@
+"""From the model's outputs to detections in pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast import nn
+from detr_fast.models.boxes import to_corners
+
+
+class PostProcess(nn.Module):
+    """Scores, labels and pixel boxes, one detection per query; filter by score as you like."""
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Read the last decoder layer's predictions.
+
+        Args:
+            outputs: the model's.
+            target_sizes: (B, 2), height and width of each image as wanted for the boxes, in pixels: the original
+                image's for evaluation.
+
+        Returns:
+            for each image {"scores": (Q,) in [0, 1], "labels": (Q,), "boxes": (Q, 4) as x0, y0, x1, y1 in pixels}
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if target_sizes.shape != (logits.shape[0], 2):
+            raise ValueError(
+                f"got target_sizes of shape {tuple(target_sizes.shape)}; expected {(logits.shape[0], 2)}, "
+                "the height and the width of each image"
+            )
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        height, width = target_sizes.to(boxes).unbind(1)
+        pixels = to_corners(boxes) * torch.stack((width, height, width, height), dim=1)[:, None]
+        return [
+            {"scores": s, "labels": l, "boxes": b}
+            for s, l, b in zip(scores.unbind(0), labels.unbind(0), pixels.unbind(0))
+        ]

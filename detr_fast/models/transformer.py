@@ -1,0 +1,215 @@
+"""DETR's encoder-decoder: positions are added to queries and keys in every attention, never to values.
+
+Tensors are batch-first inside, (B, L, C). Parameter names are the original repository's.
+Source: Carion et al., 2020, arXiv:2005.12872, section A.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from detr_fast import nn
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention over the image's features, then a feed-forward block.
+
+    Args:
+        d_model, heads, feedforward, dropout: as torch.nn.TransformerEncoderLayer's.
+        pre_norm: normalise before each block rather than after its residual.
+    """
+
+    def __init__(self, d_model: int, heads: int, feedforward: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, heads, dropout=dropout, batch_first=True)
+        self.linear1 = nn.Linear(d_model, feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(feedforward, d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, source: Tensor, position: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """source (B, L, C), position (B or 1, L, C), key_padding_mask (B, L) with True = padding -> (B, L, C)."""
+
+        def attend(x: Tensor) -> Tensor:
+            query = x + position
+            return self.self_attn(query, query, x, key_padding_mask=key_padding_mask, need_weights=False)[0]
+
+        source = _residual(source, attend, self.dropout1, self.norm1, self.pre_norm)
+        return _residual(source, self._feed_forward, self.dropout2, self.norm2, self.pre_norm)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
+
+
+class TransformerDecoderLayer(nn.Module):
+    """Self-attention among the object queries, attention to the image's features, then a feed-forward block."""
+
+    def __init__(self, d_model: int, heads: int, feedforward: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, heads, dropout=dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(d_model, heads, dropout=dropout, batch_first=True)
+        self.linear1 = nn.Linear(d_model, feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(feedforward, d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(
+        self,
+        target: Tensor,
+        memory: Tensor,
+        memory_key: Tensor,
+        query_position: Tensor,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One round of refining the queries.
+
+        Args:
+            target: (B, Q, C), the queries' content.
+            memory: (B, L, C), the encoder's output; the values.
+            memory_key: (B, L, C), memory + position; the keys, equal for all layers and so added up only once.
+            query_position: (1 or B, Q, C), learned.
+            key_padding_mask: (B, L), True = padding.
+
+        Returns:
+            (B, Q, C)
+        """
+
+        def attend_to_queries(x: Tensor) -> Tensor:
+            query = x + query_position
+            return self.self_attn(query, query, x, need_weights=False)[0]
+
+        def attend_to_memory(x: Tensor) -> Tensor:
+            return self.multihead_attn(
+                x + query_position, memory_key, memory, key_padding_mask=key_padding_mask, need_weights=False
+            )[0]
+
+        target = _residual(target, attend_to_queries, self.dropout1, self.norm1, self.pre_norm)
+        target = _residual(target, attend_to_memory, self.dropout2, self.norm2, self.pre_norm)
+        return _residual(target, self._feed_forward, self.dropout3, self.norm3, self.pre_norm)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
+
+
+def _residual(
+    x: Tensor, block: Callable[[Tensor], Tensor], dropout: nn.Dropout, norm: nn.LayerNorm, pre_norm: bool
+) -> Tensor:
+    """The one place where a block's output meets its residual and the norm."""
+    if pre_norm:
+        return x + dropout(block(norm(x)))
+    return norm(x + dropout(block(x)))
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of encoder layers; with pre_norm, a norm after the last."""
+
+    def __init__(self, layers: list[TransformerEncoderLayer], norm: nn.LayerNorm | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, source: Tensor, position: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """source (B, L, C), position (B or 1, L, C), key_padding_mask (B, L) with True = padding -> (B, L, C)."""
+        for layer in self.layers:
+            source = layer(source, position, key_padding_mask)
+        return source if self.norm is None else self.norm(source)
+
+
+class TransformerDecoder(nn.Module):
+    """A stack of decoder layers and one norm, which every layer's output passes on its way to the heads."""
+
+    def __init__(self, layers: list[TransformerDecoderLayer], norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(
+        self,
+        memory: Tensor,
+        position: Tensor,
+        query_position: Tensor,
+        key_padding_mask: Tensor | None = None,
+        all_layers: bool = True,
+    ) -> Tensor:
+        """memory and position (B, L, C), query_position (Q, C) -> (layers or 1, B, Q, C)."""
+        memory_key = memory + position
+        query_position = query_position[None]
+        target = torch.zeros_like(query_position).expand(memory.shape[0], -1, -1)
+        outputs = []
+        for layer in self.layers:
+            target = layer(target, memory, memory_key, query_position, key_padding_mask)
+            outputs.append(target)
+        return self.norm(torch.stack(outputs if all_layers else outputs[-1:]))
+
+
+class Transformer(nn.Module):
+    """DETR's transformer.
+
+    Args:
+        d_model: C, the width of all features.
+        heads: number of attention heads.
+        encoder_layers, decoder_layers: how many of each.
+        feedforward: hidden width of the feed-forward blocks.
+        dropout: probability, in every block.
+        pre_norm: normalise before each block rather than after its residual.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        heads: int = 8,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        feedforward: int = 2048,
+        dropout: float = 0.1,
+        pre_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        settings = (d_model, heads, feedforward, dropout, pre_norm)
+        self.d_model = d_model
+        self.encoder = TransformerEncoder(
+            [TransformerEncoderLayer(*settings) for _ in range(encoder_layers)],
+            nn.LayerNorm(d_model) if pre_norm else None,
+        )
+        self.decoder = TransformerDecoder(
+            [TransformerDecoderLayer(*settings) for _ in range(decoder_layers)], nn.LayerNorm(d_model)
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(
+        self,
+        source: Tensor,
+        position: Tensor,
+        query_position: Tensor,
+        key_padding_mask: Tensor | None = None,
+        all_layers: bool = True,
+    ) -> Tensor:
+        """From image features to object queries.
+
+        Args:
+            source: (B, L, C) features.
+            position: (B or 1, L, C), where they lie.
+            query_position: (Q, C), learned.
+            key_padding_mask: (B, L) bool, True = padding; None if nothing is padded, which is faster.
+            all_layers: return every decoder layer's output rather than only the last one's.
+
+        Returns:
+            (layers or 1, B, Q, C)
+        """
+        memory = self.encoder(source, position, key_padding_mask)
+        return self.decoder(memory, position, query_position, key_padding_mask, all_layers)
