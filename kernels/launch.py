@@ -1,0 +1,170 @@
+"""The one place that compiles and launches kernels.
+
+A `Variant` is one machine program: a Triton function, the type of each run-time argument, the value of each constant
+and the warps. Launchers and the catalog build variants by the same functions, integer arguments have declared widths and
+no argument is specialised on its value, so what the catalog compiles offline is exactly what runs.
+
+Importing this module needs no triton; launching and compiling do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # kernel files import all the same: annotations stay strings, and bodies run in launches only
+    triton = tl = None
+
+TRITON_MISSING = (
+    "triton is not installed, and detr-fast's kernels need it: install triton >= 3.6 (it comes with torch on Linux), "
+    "or use the eager implementations"
+)
+
+TRITON_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+TORCH_TYPES = {name: dtype for dtype, name in TRITON_TYPES.items()}
+
+
+def pointer(dtype: torch.dtype | None) -> str | None:
+    """Triton's type of a pointer to `dtype`, such as `*bf16`; None (an absent tensor) stays None."""
+    return None if dtype is None else "*" + TRITON_TYPES[dtype]
+
+
+def jit(function: Callable[..., None]) -> Any:
+    """`triton.jit` that specialises no run-time argument on its value or alignment; needs no triton to decorate."""
+    if triton is None:
+        return function
+    parameters = inspect.signature(function).parameters.values()
+    run_time = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+    return triton.jit(function, do_not_specialize=run_time)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One machine program of a kernel.
+
+    types: one entry per run-time argument, in order: `*bf16`, `i64`, `fp32`, ..., or None for a tensor left out.
+    constants: the kernel's `tl.constexpr` arguments by name.
+    """
+
+    kernel: Any
+    types: tuple[str | None, ...]
+    constants: Mapping[str, Any] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def signature(self) -> dict[str, str]:
+        """Triton's signature of all arguments: run-time types, and `constexpr` for constants and absent tensors."""
+        names = self.kernel.arg_names
+        types = [kind or "constexpr" for kind in self.types]
+        return dict(zip(names, types + ["constexpr"] * (len(names) - len(types))))
+
+    def all_constants(self) -> dict[str, Any]:
+        """The constants, with None for each absent tensor."""
+        absent = {name: None for name, kind in zip(self.kernel.arg_names, self.types) if kind is None}
+        return {**absent, **self.constants}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an observer sees of one launch, before it happens."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+observers: list[Callable[[Launch], None]] = []
+_allocate: Callable[..., torch.Tensor] = torch.empty
+
+
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Allocate a kernel's output or scratch tensor, uninitialised; tests poison it (see `allocating_with`)."""
+    return _allocate(shape, dtype=dtype, device=device)
+
+
+@contextmanager
+def allocating_with(allocate: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Use `allocate(shape, dtype=, device=)` for kernels' outputs inside the block."""
+    global _allocate
+    before, _allocate = _allocate, allocate
+    try:
+        yield
+    finally:
+        _allocate = before
+
+
+def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
+    """Launch `variant` over `grid` on the device of its first tensor; an empty grid launches nothing."""
+    _require_triton()
+    if 0 in grid:
+        return
+    for observer in observers:
+        observer(Launch(variant, grid, arguments))
+    with _on_device(arguments[0].device):
+        variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+
+
+def compile_variant(variant: Variant, device: torch.device) -> None:
+    """Compile and load `variant` for `device` without running it, so that a failure is seen before any work.
+
+    Under Triton's interpreter there is nothing to compile.
+    """
+    _require_triton()
+    if device.type == "cpu":
+        return
+    arguments = [_stand_in(kind) for kind in variant.types]
+    with _on_device(device):
+        compiled = variant.kernel.warmup(*arguments, grid=(1,), **variant.constants, **variant.options())
+        # Loading is lazy, and not allowed while a CUDA graph is being captured.
+        compiled._init_handles()
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors (compute units on AMD); 2 on the CPU, where the interpreter wants small grids."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _stand_in(kind: str | None) -> Any:
+    """An argument of type `kind` for a compilation without running."""
+    if kind is None:
+        return None
+    if kind.startswith("*"):
+        return TORCH_TYPES[kind[1:]]
+    return 1.0 if kind == "fp32" else 1
+
+
+def _on_device(device: torch.device) -> Any:
+    """Triton launches on the current device: make `device` it, at no cost where it already is."""
+    if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _require_triton() -> None:
+    if triton is None:
+        raise ImportError(TRITON_MISSING)
