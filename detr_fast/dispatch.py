@@ -1,0 +1,441 @@
+"""Chooses an implementation for each call of an op, and explains the choice.
+
+An `Op` holds an ordered tuple of `Implementation`s. Each declares what it can do as data (devices, dtypes, …) and answers
+`why_not(call)`: None means yes, a string is the reason against it. `auto` takes the first one with no reason against it.
+Decisions are cached per signature, which lists everything that a decision reads.
+
+`use_backend` and the environment variable DETR_FAST_BACKEND ask for implementations by name. Like
+`torch.nn.attention.sdpa_kernel` they hold for the whole process, hence also in autograd's threads, where activation
+checkpointing recomputes. What was asked for by name is never replaced silently: `BackendError` says why it can't run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from detr_fast.kernels import launch
+
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
+# Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when Python started.
+INTERPRETING: bool = launch.triton is not None and bool(launch.triton.knobs.runtime.interpret)
+ASSUMED_ARCHITECTURE = "sm_90"  # of fake CUDA tensors on a machine without a GPU
+ISSUES = "https://github.com/detr-fast/detr-fast/issues"
+
+
+class BackendError(RuntimeError):
+    """An implementation was asked for by name and can't take the call; the message says why."""
+
+
+class Situation(NamedTuple):
+    """What a decision reads besides the arguments."""
+
+    regime: str  # "eager", "captured" (in a CUDA graph: launches are free) or "compiled" (Inductor could fuse instead)
+    grad: bool
+    autocast: torch.dtype | None
+    deterministic: bool
+    matmul_precision: str
+    transform: str | None  # what only eager code can follow: vmap, forward-mode, export, …
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call as its implementations see it; every op adds its own fields."""
+
+    device: torch.device
+    architecture: str | None  # "sm_90", "gfx942"; None on a CPU
+    dtype: torch.dtype
+    tensor_type: type
+    needs_grad: bool
+    situation: Situation
+
+    @property
+    def device_type(self) -> str:
+        return self.device.type
+
+    def shapes(self) -> str:
+        """The call's sizes, as `explain` prints them."""
+        return ""
+
+
+class Implementation(ABC):
+    """One way to compute an op. Capability is data, reasons are strings, and nothing else decides."""
+
+    name: ClassVar[str]
+    devices: ClassVar[frozenset[str] | None] = None  # None: any
+    dtypes: ClassVar[frozenset[torch.dtype] | None] = None
+    plain: ClassVar[bool] = False  # True: neither tensor subclasses nor transforms (vmap, export, …)
+
+    def why_not(self, call: Any) -> str | None:
+        """The reason why this implementation can't take the call, in words a user can act on."""
+        return None
+
+    def advice(self, call: Any) -> str | None:
+        """Why this implementation, though able, should not be picked by `auto`: it was measured slower, or never."""
+        return None
+
+    def note(self, call: Any) -> str | None:
+        """A remark for `explain` when this implementation is chosen."""
+        return None
+
+    def prepare(self, call: Any) -> None:
+        """Compile all that forward and backward of such a call will launch; raise if that fails."""
+        return None
+
+    @abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the op."""
+
+
+class TritonImplementation(Implementation):
+    """What all Triton kernels have in common."""
+
+    name = "triton"
+    dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
+    plain = True
+    oldest_capability: ClassVar[int] = 80
+    amd: ClassVar[frozenset[str]] = frozenset({"gfx90a", "gfx942", "gfx950"})
+
+    def refusal(self, call: Call, by_name: bool) -> str | None:
+        """The reasons that hold for every Triton kernel. In Triton's interpreter, CPU tensors are taken when asked by name."""
+        if launch.triton is None:
+            return launch.TRITON_MISSING
+        if call.device_type != "cuda" and not (call.device_type == "cpu" and by_name and INTERPRETING):
+            return f"tensors on {call.device_type}: Triton kernels run on GPUs"
+        arch = call.architecture
+        if arch is None or arch in self.amd:
+            return None
+        if arch.startswith("gfx"):
+            return f"{arch} is not among the AMD GPUs that the kernels are built for ({', '.join(sorted(self.amd))})"
+        if int(arch.removeprefix("sm_")) < self.oldest_capability:
+            return f"{arch} is older than sm_{self.oldest_capability}"
+        return None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One dispatched call, explained."""
+
+    module: str
+    op: str
+    shapes: str
+    chosen: str
+    reasons: Mapping[str, str]
+    note: str | None = None
+    calls: int = 1
+
+    def __str__(self) -> str:
+        against = "; ".join(f"not {name}: {reason}" for name, reason in self.reasons.items())
+        text = f"{self.module or '(call)'}: {self.op} {self.shapes} -> {self.chosen}"
+        text += f" ×{self.calls}" if self.calls > 1 else ""
+        return text + (f" ({self.note})" if self.note else "") + (f"  [{against}]" if against else "")
+
+
+class _Decision(NamedTuple):
+    implementation: Implementation
+    reasons: dict[str, str]
+    note: str | None
+    shapes: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was asked for by name. `intervening` is read on every call of a CPU tensor: False means "leave at once".
+
+_ops: dict[str, Op] = {}
+_requests: list[dict[str, str]] = []  # entered and not yet left, oldest first; "*" stands for all ops
+_requested: dict[str, str] = {}  # the same, merged: later ones win
+_recorders: list[Callable[[str, _Decision], None]] = []
+_lock = threading.RLock()
+_architectures: dict[int | None, str] = {}
+intervening = False
+
+
+def _refresh() -> None:
+    global _requested, intervening
+    merged: dict[str, str] = {}
+    for request in _requests:
+        if "*" in request:
+            merged.clear()  # an inner use_backend("…") for all ops outweighs outer ones for single ops
+        merged.update(request)
+    _requested = merged
+    intervening = bool(_recorders) or any(name != "auto" for name in merged.values())
+
+
+def _check_request(request: Mapping[str, str]) -> None:
+    for op, name in request.items():
+        known = {i.name for o in _ops.values() if op in ("*", o.name) for i in o.implementations}
+        if op != "*" and op not in _ops:
+            raise ValueError(f"there is no op {op!r}; the ops are {', '.join(sorted(_ops))}")
+        if name != "auto" and name not in known:
+            where = "any op" if op == "*" else op
+            raise ValueError(f"{where} has no implementation {name!r}; choose from {', '.join(sorted(known))} or auto")
+
+
+@contextmanager
+def use_backend(backend: str | None = None, /, **by_op: str) -> Iterator[None]:
+    """Ask for implementations by name, for the whole process, until the block is left (also works as a decorator).
+
+    `use_backend("triton")` binds every op that has such an implementation; `use_backend(attention="triton")` one op;
+    "auto" gives the choice back to the dispatcher. A call that the named implementation can't take raises
+    `BackendError` with the reason. Raises ValueError for an unknown op or implementation.
+    """
+    request = dict(by_op) if backend is None else {"*": backend, **by_op}
+    _check_request(request)
+    with _lock:
+        _requests.append(request)
+        _refresh()
+    try:
+        yield
+    finally:
+        with _lock:
+            # by identity: blocks of two threads need not be left in the reverse order of entry
+            _requests[:] = [r for r in _requests if r is not request]
+            _refresh()
+
+
+def read_environment(text: str | None = None) -> None:
+    """Apply DETR_FAST_BACKEND: `triton`, or `attention=triton,layer_norm=eager`. Called once all ops are known."""
+    text = os.environ.get("DETR_FAST_BACKEND", "") if text is None else text
+    request: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, name = part.rpartition("=")
+        request[op.strip() or "*"] = name.strip()
+    if not request:
+        return
+    try:
+        _check_request(request)
+    except ValueError as error:
+        raise ValueError(f"DETR_FAST_BACKEND={text!r}: {error}") from None
+    with _lock:
+        _requests.insert(0, request)
+        _refresh()
+
+
+@contextmanager
+def recording(recorder: Callable[[str, _Decision], None]) -> Iterator[None]:
+    """Tell `recorder` of every decision (op name, decision) while the block runs."""
+    with _lock:
+        _recorders.append(recorder)
+        _refresh()
+    try:
+        yield
+    finally:
+        with _lock:
+            _recorders.remove(recorder)
+            _refresh()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The situation of a call.
+
+
+@torch.compiler.assume_constant_result
+def _architecture(device_type: str, index: int | None) -> str | None:
+    if device_type != "cuda":
+        return None
+    if (known := _architectures.get(index)) is not None:
+        return known
+    if not torch.cuda.is_available():
+        return ASSUMED_ARCHITECTURE
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if torch.version.hip:
+        name = str(properties.gcnArchName).split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    if index is not None:
+        _architectures[index] = name
+    return name
+
+
+def architecture(device: torch.device) -> str | None:
+    """The GPU's architecture ("sm_90", "gfx942"), or None for a device that is not a GPU."""
+    return _architecture(device.type, device.index)
+
+
+def _transform() -> str | None:
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "torch.export and ONNX take PyTorch's own ops"
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "TorchScript takes PyTorch's own ops"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is only eager"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms (vmap, grad, jvp, …) are only eager"
+    return None
+
+
+def _regime(device_type: str) -> str:
+    if torch.compiler.is_compiling():
+        return "compiled"
+    if device_type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "captured"
+    return "eager"
+
+
+def situation(device_type: str) -> Situation:
+    """The state of PyTorch that decisions read."""
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    regime = _regime(device_type)
+    return Situation(
+        regime,
+        torch.is_grad_enabled(),
+        autocast,
+        torch.are_deterministic_algorithms_enabled(),
+        "unknown" if regime == "compiled" else torch.get_float32_matmul_precision(),  # Dynamo can't trace it
+        _transform(),
+    )
+
+
+def tensor_type(tensors: Iterable[torch.Tensor | None]) -> type:
+    """The one type that matters among the tensors: the first that is no plain tensor, else that of the first."""
+    first: type | None = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN_TENSORS:
+            return type(tensor)
+        if type(tensor) is FakeTensor:
+            first = FakeTensor
+        first = first or torch.Tensor
+    return first or torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Op:
+    """A named operation with an ordered tuple of implementations; the last one takes every call.
+
+    `signature(*args)` gives a hashable tuple of all that the call's decision reads from its arguments, and
+    `describe(*args, situation=…)` the `Call` that implementations are asked about.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        signature: Callable[..., tuple[Any, ...]],
+        describe: Callable[..., Call],
+        implementations: Sequence[Implementation],
+    ) -> None:
+        self.name = name
+        self.implementations = tuple(implementations)
+        self._signature = signature
+        self._describe = describe
+        self._decisions: dict[tuple[Any, ...], _Decision] = {}
+        self._broken: dict[tuple[str, tuple[Any, ...]], str] = {}
+        _ops[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.choose(*args).run(*args)
+
+    def choose(self, *args: Any) -> Implementation:
+        """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
+        device_type = args[0].device.type
+        now = situation(device_type)
+        if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
+            return self._decide(self._describe(*args, situation=now), (), prepare=False).implementation
+        key = (self._signature(*args), now, self._request())
+        decision = self._decisions.get(key)
+        if decision is None:
+            with _lock:
+                call = self._describe(*args, situation=now)
+                decision = self._decide(call, key, prepare=call.tensor_type is not FakeTensor)
+                self._decisions[key] = decision
+        for recorder in _recorders:
+            recorder(self.name, decision)
+        return decision.implementation
+
+    def forget(self) -> None:
+        """Drop all cached decisions, also the memory of kernels that failed to compile."""
+        self._decisions.clear()
+        self._broken.clear()
+
+    def _request(self) -> str | None:
+        """The implementation asked for by name. Asking for all ops binds only those that have it."""
+        if not _requested:
+            return None
+        if self.name in _requested:
+            name = _requested[self.name]
+            return None if name == "auto" else name
+        name = _requested.get("*", "auto")
+        return name if any(i.name == name for i in self.implementations) else None
+
+    def _decide(self, call: Call, key: tuple[Any, ...], *, prepare: bool) -> _Decision:
+        requested = self._request()
+        reasons: dict[str, str] = {}
+        for implementation in self.implementations:
+            name = implementation.name
+            if requested is not None and name != requested:
+                reasons[name] = f"{requested} was asked for by name"
+                continue
+            reason = _why_not(implementation, call, requested is not None) or self._broken.get((name, key))
+            if reason is None and requested is None:
+                reason = implementation.advice(call)
+            if reason is None and prepare:
+                reason = self._prepare(implementation, call, key, warn=requested is None)
+            if reason is None:
+                note = None if call.situation.regime == "compiled" else implementation.note(call)
+                return _Decision(implementation, reasons, note, call.shapes())
+            reasons[name] = reason
+        if requested is not None:
+            raise BackendError(
+                f"{self.name} was asked to run on {requested!r} but can't: {reasons[requested]}. "
+                f"Leave the choice to the dispatcher with use_backend({self.name}='auto')."
+            )
+        raise BackendError(f"no implementation of {self.name} takes this call: {_listed(reasons)}")
+
+    def _prepare(self, implementation: Implementation, call: Call, key: tuple[Any, ...], *, warn: bool) -> str | None:
+        try:
+            implementation.prepare(call)
+        except Exception as error:  # whatever the compiler throws: the user's step must go on
+            reason = f"its kernel failed to compile ({type(error).__name__}: {_first_line(error)})"
+            self._broken[(implementation.name, key)] = reason
+            if warn:
+                warnings.warn(
+                    f"detr-fast: {self.name} {call.shapes()} on {call.architecture or call.device_type} falls back from "
+                    f"{implementation.name!r}: {reason}. Results stay right, only slower. Please report it with "
+                    f"this message at {ISSUES}.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            return reason
+        return None
+
+
+def _why_not(implementation: Implementation, call: Call, by_name: bool) -> str | None:
+    if implementation.plain:
+        if call.situation.transform is not None:
+            return call.situation.transform
+        if call.tensor_type not in PLAIN_TENSORS:
+            return f"tensor subclass {call.tensor_type.__name__} runs on PyTorch's own ops"
+    if implementation.devices is not None and call.device_type not in implementation.devices:
+        return f"tensors on {call.device_type}: it runs on {_listed(implementation.devices)}"
+    if (
+        isinstance(implementation, TritonImplementation)
+        and (reason := implementation.refusal(call, by_name)) is not None
+    ):
+        return reason
+    if implementation.dtypes is not None and call.dtype not in implementation.dtypes:
+        return f"{str(call.dtype).removeprefix('torch.')} inputs: it takes {_listed(implementation.dtypes)}"
+    return implementation.why_not(call)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    if isinstance(values, Mapping):
+        return "; ".join(f"{name}: {reason}" for name, reason in values.items())
+    return ", ".join(sorted(str(value).removeprefix("torch.") for value in values))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]

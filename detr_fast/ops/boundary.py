@@ -1,0 +1,91 @@
+"""The one op boundary: low-level `torch.library` registrations.
+
+Every kernel call is an op of the namespace `detr_fast`, so that FakeTensor, dispatch modes, `torch.compile` and selective
+checkpointing see it. The low-level `define`/`impl` costs 2 µs a call where the `custom_op` decorator costs 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.dispatch import INTERPRETING
+
+_library = torch.library.Library("detr_fast", "DEF")
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def define(
+    schema: str,
+    *,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register `detr_fast::<schema>` and return its callable.
+
+    `run` launches kernels (on a GPU; on a CPU in Triton's interpreter only), `fake` gives the outputs' shapes, strides
+    and dtypes, `autograd` is called where a gradient may be needed.
+    """
+    name = schema.split("(")[0]
+
+    def run_interpreted(*args: Any, **kwargs: Any) -> Any:
+        if not INTERPRETING:
+            raise RuntimeError(
+                f"detr_fast::{name} got CPU tensors; its Triton kernels run on GPUs. Call detr_fast.ops, which chooses "
+                "eager PyTorch here, or set TRITON_INTERPRET=1 before Python starts to run kernels in the interpreter."
+            )
+        return run(*args, **kwargs)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CUDA")
+    _library.impl(name, run_interpreted, "CPU")
+    torch.library.register_fake(f"detr_fast::{name}", fake, lib=_library)
+    _library.impl(name, autograd, "Autograd")
+    return getattr(torch.ops.detr_fast, name).default
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors must be recorded for backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def double_backward(
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    dy: Tensor,
+    wanted: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The backward of a backward, by recomputing eagerly.
+
+    The first backward gave the gradients of `reference(*inputs)` for those inputs that are `wanted`; `upstream` holds
+    the gradients that arrive for them. Returns the gradients for dy and for each of the inputs.
+    """
+
+    def isolated(tensor: Tensor | None) -> Tensor | None:
+        # A node of its own: dy may depend on the inputs in the surrounding graph, which must not be walked here.
+        if tensor is None:
+            return None
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        fresh_dy, *fresh = map(isolated, (dy, *inputs))
+        sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
+        first = torch.autograd.grad(reference(*fresh), sources, fresh_dy, create_graph=True)
+        arriving = [u for u, want, t in zip(upstream, wanted, fresh) if want and t is not None]
+        pairs = [(g, u) for g, u in zip(first, arriving) if u is not None and g.requires_grad]
+        targets = [t for t in (fresh_dy, *fresh) if t is not None]
+        if not pairs:
+            return None, [None] * len(fresh)
+        found = iter(
+            torch.autograd.grad(
+                [g for g, _ in pairs], targets, [u for _, u in pairs], create_graph=again, allow_unused=True
+            )
+        )
+    d_dy = next(found)
+    return d_dy, [None if t is None else next(found) for t in fresh]

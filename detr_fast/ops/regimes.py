@@ -1,0 +1,109 @@
+"""Where a kernel was measured to be faster than what it replaces: data that `auto` reads.
+
+A `Regime` says from which amount of work on an implementation wins, on one architecture, with the measurement behind it.
+`detr-fast tune` measures the user's own GPU and writes more of them to a cache file, which outranks those shipped here.
+Without an entry for the architecture the nearest one counts, and `explain` says so. Without any entry, the conservative
+default holds: only where the GPU's time surely outweighs the host's, or where launches are free (a captured CUDA graph).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from detr_fast.dispatch import Call
+
+UNMEASURED_MINIMUM_BYTES = 32 << 20  # 10 µs at 3 TB/s: above the host's cost of an eager Triton launch (6–13 µs)
+
+
+@dataclass(frozen=True)
+class Regime:
+    op: str
+    architecture: str
+    eager_minimum_bytes: int  # of the op's main input, run eagerly; below it PyTorch's own op is faster
+    captured_minimum_bytes: int  # the same inside a CUDA graph
+    source: str  # GPU, versions and date of the measurement
+
+
+SHIPPED: tuple[Regime, ...] = ()  # no GPU has been measured yet; `make gpu` proposes entries
+
+
+def cache_file() -> Path:
+    """The user's own measurements: $DETR_FAST_CACHE/regimes.json, by default under ~/.cache/detr-fast."""
+    root = os.environ.get("DETR_FAST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "detr-fast")
+    return Path(root) / "regimes.json"
+
+
+def save(regimes: Iterable[Regime]) -> Path:
+    """Write measurements to the cache file (atomically) and make them count from now on."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps([asdict(r) for r in regimes], indent=1))
+    os.replace(temporary, path)
+    known.cache_clear()
+    return path
+
+
+@lru_cache(maxsize=1)
+def known() -> tuple[Regime, ...]:
+    """The user's measurements first, then those shipped. An unreadable cache file counts as empty."""
+    try:
+        entries = json.loads(cache_file().read_text())
+        own = tuple(Regime(**entry) for entry in entries)
+    except (OSError, ValueError, TypeError):
+        own = ()
+    return own + SHIPPED
+
+
+@torch.compiler.assume_constant_result
+def find(op: str, architecture: str | None) -> Regime | None:
+    """The entry for the architecture, else that of the nearest one by the same maker."""
+    entries = [r for r in known() if r.op == op]
+    for entry in entries:
+        if entry.architecture == architecture:
+            return entry
+    maker = (architecture or "")[:3]
+    related = [r for r in entries if r.architecture[:3] == maker]
+    return min(related, key=lambda r: abs(_number(r.architecture) - _number(architecture or "")), default=None)
+
+
+def advice(op: str, call: Call, size: int) -> str | None:
+    """The measured (or, unmeasured, conservative) reason against a kernel for `size` bytes of main input."""
+    entry = find(op, call.architecture)
+    captured = call.situation.regime == "captured"
+    if entry is None:
+        minimum, basis = (0 if captured else UNMEASURED_MINIMUM_BYTES), "unmeasured on any GPU"
+    else:
+        minimum = entry.captured_minimum_bytes if captured else entry.eager_minimum_bytes
+        basis = f"measured on {entry.architecture}"
+    if size >= minimum:
+        return None
+    return (
+        f"below {_readable(minimum)} of input PyTorch is faster ({basis})"
+        if entry
+        else f"below {_readable(minimum)} of input it stays eager until measured: run detr-fast tune"
+    )
+
+
+def note(op: str, call: Call) -> str | None:
+    """`unmeasured on this GPU …` where no entry of this very architecture stands behind the choice."""
+    entry = find(op, call.architecture)
+    if entry is None or entry.architecture != call.architecture:
+        return "unmeasured on this GPU: run detr-fast tune"
+    return None
+
+
+def _number(architecture: str) -> int:
+    digits = "".join(c for c in architecture if c in "0123456789abcdef")
+    return int(digits, 16) if digits else 0
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size / 2**10:g} KiB"

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detr_fast import ops
+from detr_fast.dispatch import use_backend
+
+B, H, L, S, E = 2, 3, 5, 7, 8
+
+
+def qkv(queries=L, keys=S):
+    return (torch.randn(B, n, H, E, requires_grad=True) for n in (queries, keys, keys))
+
+
+def masks(padding, mask, queries=L, keys=S):
+    key_padding = torch.zeros(B, keys, dtype=torch.bool)
+    key_padding[0, keys // 2 + 1 :] = True
+    attn = {
+        None: None,
+        "bool": torch.rand(queries, keys) > 0.3,
+        "float": torch.randn(B, 1, queries, keys),
+    }[mask]
+    if mask == "bool":
+        attn[:, 0] = True
+    return (key_padding if padding else None), attn
+
+
+def by_definition(q, k, v, padding, mask, causal):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * E**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("padding", "mask", "causal"), list(itertools.product([False, True], [None, "bool", "float"], [False, True]))
+)
+def test_every_combination_of_masks_equals_the_definition(implementation, padding, mask, causal):
+    q, k, v = qkv()
+    key_padding, attn = masks(padding, mask)
+    expected = by_definition(q, k, v, key_padding, attn, causal)
+    with use_backend(attention=implementation):
+        out = ops.attention(q, k, v, key_padding_mask=key_padding, attn_mask=attn, is_causal=causal)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad((out * weights).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_rows_without_a_visible_key_give_zeros_and_zero_gradients(implementation):
+    q, k, v = qkv()
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[1] = True
+    with use_backend(attention=implementation):
+        out = ops.attention(q, k, v, key_padding_mask=padding)
+    out.sum().backward()
+    assert not out[1].any()
+    assert not any(t.grad[1].any() for t in (q, k, v))
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_nan_in_padded_keys_never_leaks_from_the_weights():
+    q, k, v = qkv()
+    padding, _ = masks(True, None)
+    _, weights = ops.attention_with_weights(q, k, v, key_padding_mask=padding)
+    assert not weights[0, :, :, S // 2 + 1 :].any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, L))
+
+
+def test_scaled_dot_product_attention_is_torchs():
+    q, k, v = (t.transpose(1, 2) for t in qkv())
+    mask = torch.rand(L, S) > 0.2
+    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+    torch.testing.assert_close(ops.scaled_dot_product_attention(q, k, v, mask, scale=0.3), expected)
+    with use_backend(attention="eager"):
+        torch.testing.assert_close(ops.scaled_dot_product_attention(q, k, v, mask, scale=0.3), expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (1, 1), (3, 0)])
+def test_empty_and_single_sequences_work(implementation, queries, keys):
+    q, k, v = qkv(queries, keys)
+    with use_backend(attention=implementation):
+        out = ops.attention(q, k, v)
+    assert out.shape == (B, queries, H, E)
+    assert keys or not out.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(2, 5, 8)}, r"takes q \(B, L, H, E\).*got \(2, 5, 8\)"),
+        ({"k": torch.randn(2, 7, 4, 8)}, r"k must be \(B, S, H, E\)"),
+        ({"key_padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, r"\(B, S\) = \(2, 7\).*got torch.bool \(2, 6\)"),
+        ({"key_padding_mask": torch.zeros(2, 7)}, "must be bool"),
+        ({"attn_mask": torch.zeros(4, 7)}, r"broadcast to \(B, H, L, S\) = \(2, 3, 5, 7\)"),
+        ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, "bool .* or float"),
+        ({"dropout_p": 1.5}, r"lie in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_shapes(change, message):
+    arguments = dict(zip("qkv", qkv())) | change
+    with pytest.raises(ValueError, match=message):
+        ops.attention(**arguments)
+
+
+def test_a_compiled_call_has_no_graph_break():
+    q, k, v = qkv()
+    compiled = torch.compile(
+        lambda q, k, v: ops.attention(q, k, v, is_causal=True), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v), ops.attention(q, k, v, is_causal=True))

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import detr_fast
+from detr_fast import dispatch
+from detr_fast import ops as ops  # registers them
+from detr_fast.dispatch import BackendError, Call, Implementation, Op, use_backend
+from detr_fast.explanation import explaining
+
+
+class Doubling(Implementation):
+    name = "fused"
+    dtypes = frozenset({torch.float32})
+    plain = True
+
+    def __init__(self) -> None:
+        self.prepared = 0
+        self.failure: Exception | None = None
+        self.slow: str | None = None
+
+    def why_not(self, call: Call) -> str | None:
+        return "needs no gradient" if call.needs_grad else None
+
+    def advice(self, call: Call) -> str | None:
+        return self.slow
+
+    def prepare(self, call: Call) -> None:
+        self.prepared += 1
+        if self.failure is not None:
+            raise self.failure
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+class Plain(Implementation):
+    name = "eager"
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+
+@pytest.fixture
+def op(monkeypatch):
+    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+
+    def describe(x, *, situation):
+        return Call(x.device, None, x.dtype, dispatch.tensor_type((x,)), x.requires_grad, situation)
+
+    return Op(
+        "doubling",
+        signature=lambda x: (type(x), x.shape, x.dtype, x.requires_grad),
+        describe=describe,
+        implementations=(Doubling(), Plain()),
+    )
+
+
+def test_auto_takes_the_first_implementation_without_a_reason_against_it(op):
+    assert op.choose(torch.ones(2)).name == "fused"
+    assert op.choose(torch.ones(2, dtype=torch.float64)).name == "eager"
+    assert op.choose(torch.ones(2, requires_grad=True)).name == "eager"
+
+
+def test_a_decision_is_made_once_per_signature_and_again_when_the_situation_changes(op):
+    fused = op.implementations[0]
+    op(torch.ones(2)), op(torch.ones(2))
+    assert fused.prepared == 1
+    op(torch.ones(3))
+    assert fused.prepared == 2
+    with torch.no_grad():
+        op(torch.ones(2))
+    assert fused.prepared == 3
+
+
+def test_asking_by_name_never_falls_back_silently(op):
+    with use_backend(doubling="fused"), pytest.raises(BackendError, match=r"float64 inputs: it takes float32"):
+        op(torch.ones(2, dtype=torch.float64))
+    with use_backend(doubling="eager"):
+        assert op.choose(torch.ones(2)).name == "eager"
+
+
+def test_asking_for_all_ops_binds_only_those_that_have_it(op):
+    with use_backend("sdpa"):
+        assert op.choose(torch.ones(2)).name == "fused"
+        with use_backend("eager"):
+            assert op.choose(torch.ones(2)).name == "eager"
+            with use_backend(doubling="auto"):
+                assert op.choose(torch.ones(2)).name == "fused"
+
+
+def test_what_is_slow_is_refused_by_auto_but_taken_by_name(op):
+    op.implementations[0].slow = "measured slower than eager below 4,096 rows"
+    assert op.choose(torch.ones(2)).name == "eager"
+    with use_backend(doubling="fused"):
+        assert op.choose(torch.ones(2)).name == "fused"
+
+
+def test_an_unknown_op_or_implementation_is_an_error_that_lists_the_known(op):
+    with (
+        pytest.raises(ValueError, match=r"no op 'atention'; the ops are attention, doubling, layer_norm"),
+        use_backend(atention="eager"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"doubling has no implementation 'cuda'; choose from eager, fused or auto"),
+        use_backend(doubling="cuda"),
+    ):
+        pass
+
+
+def test_a_kernel_that_fails_to_compile_falls_back_once_and_loudly(op):
+    op.implementations[0].failure = RuntimeError("ptxas died\nof something")
+    with pytest.warns(RuntimeWarning, match=r"doubling .* falls back from 'fused'.*ptxas died\)"):
+        assert torch.equal(op(torch.ones(2)), torch.full((2,), 2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op(torch.ones(2))
+    assert op.implementations[0].prepared == 1
+
+
+def test_a_kernel_that_fails_to_compile_raises_when_asked_for_by_name(op):
+    op.implementations[0].failure = RuntimeError("ptxas died")
+    with use_backend(doubling="fused"), pytest.raises(BackendError, match=r"failed to compile .*ptxas died"):
+        op(torch.ones(2))
+
+
+def test_transforms_and_tensor_subclasses_take_the_eager_implementation(op):
+    seen = []
+
+    def f(x):
+        seen.append(op.choose(x).name)
+        return op(x)
+
+    assert torch.equal(torch.vmap(f)(torch.ones(3)), torch.full((3,), 2.0))
+    torch.func.jvp(f, (torch.ones(2),), (torch.ones(2),))
+
+    class Mine(torch.Tensor):
+        pass
+
+    seen.append(op.choose(torch.ones(2).as_subclass(Mine)).name)
+    assert seen == ["eager"] * 3
+
+
+def test_overrides_hold_in_other_threads_and_blocks_may_be_left_in_any_order(op):
+    names: list[str] = []
+    with use_backend(doubling="eager"):
+        thread = threading.Thread(target=lambda: names.append(op.choose(torch.ones(2)).name))
+        thread.start()
+        thread.join()
+    first, second = use_backend(doubling="eager"), use_backend(doubling="fused")
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+    names.append(op.choose(torch.ones(2)).name)
+    second.__exit__(None, None, None)
+    assert names == ["eager", "fused"]
+    assert not dispatch.intervening
+
+
+def test_use_backend_holds_in_a_checkpoint_recomputed_during_backward(op):
+    names = []
+
+    def f(x):
+        names.append(op.choose(x).name)
+        return op(x) * x
+
+    with use_backend(doubling="eager"):
+        x = torch.ones(2, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False).sum().backward()
+    assert names == ["eager", "eager"]
+
+
+def test_two_threads_calling_one_op_get_the_same_results(op):
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda n=n: results.extend(op(torch.full((n,), 3.0)).sum().item() / n for n in range(1, 50))
+        )
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [6.0] * (49 * 4)
+
+
+def test_explain_names_modules_shapes_choices_and_reasons(capsys):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = detr_fast.nn.LayerNorm(8)
+
+        def forward(self, x):
+            return self.norm(self.norm(x))
+
+    records = detr_fast.explain(torch.nn.Sequential(Block()), torch.ones(3, 8))
+    assert [(r.module, r.op, r.chosen, r.calls) for r in records] == [("0.norm", "layer_norm", "eager", 2)]
+    assert "GPU" in records[0].reasons["triton"]
+    assert capsys.readouterr().out.startswith("0.norm: layer_norm (3, 8) float32 -> eager ×2")
+    assert records.as_dicts()[0]["module"] == "0.norm"
+    assert not dispatch.intervening
+
+
+def test_explaining_a_model_that_raises_leaves_no_trace(op):
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(RuntimeError), explaining(model):
+        model(torch.ones(5))
+    assert not dispatch.intervening
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("eager", "eager"),
+        ("layer_norm=eager", "eager"),
+        ("layer_norm=triton", "BackendError"),
+        ("nonsense", "DETR_FAST_BACKEND='nonsense': any op has no implementation 'nonsense'"),
+    ],
+)
+def test_the_environment_variable_asks_by_name(setting, expected):
+    code = (
+        "import torch, detr_fast\n"
+        "try: print(detr_fast.explain(detr_fast.nn.LayerNorm(4), torch.ones(2, 4), quiet=True)[0].chosen)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    environment = {"DETR_FAST_BACKEND": setting, "PATH": "", "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert expected in run.stdout, run.stderr
