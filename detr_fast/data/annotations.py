@@ -201,7 +201,7 @@ def _parse_images(
         if key in seen:
             raise fail(f"image id {record['id']!r} appears twice: {seen[key]!r} and {name!r}")
         seen[key] = name
-        height, width = as_integer_id(record.get("height", 0)), as_integer_id(record.get("width", 0))
+        height, width = as_integer_id(record.get("height") or 0), as_integer_id(record.get("width") or 0)
         if height is None or width is None or height < 0 or width < 0:
             raise fail(f"image {name!r} has size {record.get('width')!r}×{record.get('height')!r}, expected pixels")
         file_names.append(name)

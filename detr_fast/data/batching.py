@@ -176,5 +176,6 @@ def build_loader(
         num_workers=workers,
         collate_fn=partial(collate, capacity=room, size_divisor=size_divisor, size=size),
         pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),  # DataLoader would draw from the global random state
         persistent_workers=workers > 0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,17 +223,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         index, seed = item if isinstance(item, tuple) else (item, None)
         image: Tensor = tv_tensors.Image(self.images[index])
         target = self._target(index)
-        if self.transforms is None:
-            pass
-        elif seed is None:
-            image, target = self.transforms(image, target)
-        else:
-            state = torch.get_rng_state()
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-            try:
+        if self.transforms is not None:
+            with _seeded(seed):
                 image, target = self.transforms(image, target)
-            finally:
-                torch.set_rng_state(state)
         return image.as_subclass(Tensor), _relative(target, image.shape[-2], image.shape[-1])
 
     def _target(self, index: int) -> Target:
@@ -258,6 +251,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f"{files.annotations}: {len(missing)} of {len(paths)} images are missing, first {missing[0]}; "
                 f"put them into {files.images}, or run 'detr-fast doctor --fix'"
             )
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from `seed` inside, and go on as if nothing had been drawn; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _relative(target: Target, height: int, width: int) -> Target:

@@ -2,8 +2,8 @@
 
 Each picture has a size of its own (80 to 112 pixels a side by default) and one to five shapes that may overlap. The
 class is the shape; colour, size, position and angle are random. Boxes are tight around the part of a shape that can be
-seen, as COCO's annotators draw them, and at least 60 % of every shape can be seen. Category ids have gaps and don't start
-at 0, as in many a real data set.
+seen, as COCO's annotators draw them, and at least 60 % of every shape can be seen. Category ids have gaps and don't
+start at 0, as in many a real data set.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _ground(random: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 def _shape_mask(random: np.random.Generator, name: str, width: int, height: int) -> np.ndarray:
     """Where a shape of random size, place and angle lies: bool, supersampled; all of it is inside the picture."""
-    radius = random.uniform(0.13, 0.26) * min(width, height)
+    radius = random.uniform(0.16, 0.27) * min(width, height)
     x, y = (random.uniform(radius, side - radius) for side in (width, height))
     angle = random.uniform(-math.pi / 12, math.pi / 12)
     mask = Image.new("1", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))

@@ -45,8 +45,8 @@ class TransformConfig:
     def __post_init__(self) -> None:
         if not self.sizes or min(*self.sizes, self.eval_size, self.max_size) < 1:
             raise ValueError(
-                f"sizes {self.sizes}, eval_size {self.eval_size}, max_size {self.max_size}: expected at least one size, "
-                "and all of them 1 or more"
+                f"sizes {self.sizes}, eval_size {self.eval_size}, max_size {self.max_size}: "
+                "expected at least one size, and all of them 1 or more"
             )
 
 
