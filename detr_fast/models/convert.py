@@ -1,0 +1,380 @@
+"""Weights in and out: the original repository's checkpoints, Hugging Face folders, safetensors, and our own checkpoints.
+
+Loading never executes code from a file. Inside, weights always have the original repository's names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from detr_fast.models.build import ModelConfig
+from detr_fast.models.detr import Detr
+from detr_fast.models.weight_names import StateDict, from_huggingface, infer_config, is_huggingface, to_huggingface
+
+Format = Literal["original", "huggingface", "safetensors"]
+FORMATS: tuple[Format, ...] = ("original", "huggingface", "safetensors")
+_CONFIG_KEY = "detr_fast"  # where our files keep {"config": ModelConfig, "names": [...]}, as JSON in safetensors
+
+
+class WeightsError(ValueError):
+    """Weights that can't be read, written or loaded; one line that names the file, what is wrong and the remedy."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A detector's weights and what else their file says.
+
+    Attributes:
+        state: names of the original repository -> tensors, on the CPU.
+        settings: the ModelConfig entries that the file states; the others follow from the weights' shapes.
+        names: of the classes by label, if the file has them.
+        source: where they come from, for messages.
+    """
+
+    state: StateDict
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] | None = None
+    source: str = "these weights"
+
+    @property
+    def config(self) -> ModelConfig:
+        """Builds the model that fits; the number of heads (8) and dilation (no) are guesses where the file is silent.
+
+        Raises:
+            WeightsError: the weights are not a DETR's.
+        """
+        try:
+            return infer_config(self.state, **self.settings)
+        except KeyError as error:
+            raise WeightsError(f"{self.source} has no {error.args[0]}; is it a DETR's?") from None
+        except ValueError as error:
+            raise WeightsError(f"{self.source}: {error}") from None
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What load_weights did.
+
+    Attributes:
+        source: the file.
+        loaded: number of tensors copied into the model.
+        skipped: names of those that were left as they were: the class head's, if the number of classes differs.
+        classes: the file's number of classes and the model's.
+    """
+
+    source: str
+    loaded: int
+    skipped: tuple[str, ...]
+    classes: tuple[int, int]
+
+    def __str__(self) -> str:
+        text = f"loaded {self.loaded} tensors from {self.source}"
+        if self.skipped:
+            theirs, own = self.classes
+            text += (
+                f"; left out the class head ({', '.join(self.skipped)}): the file has {theirs} classes, the model {own}"
+            )
+        return text
+
+
+def load_weights(model: Detr, source: str | Path | Weights) -> LoadReport:
+    """Copy weights into a model: all of them, or none if they don't fit.
+
+    The class head alone may differ in its number of classes; it is then left as it was, and the report says so.
+
+    Args:
+        model: its parameters and buffers are written in place, on whatever device they are.
+        source: what read_weights reads, or returned.
+
+    Raises:
+        WeightsError: not readable, or names or shapes differ; these are listed in groups.
+    """
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    own = model.state_dict()
+    # Frozen norms don't count batches and real ones need not know how many there were.
+    state = {name: t for name, t in weights.state.items() if name in own or not name.endswith("num_batches_tracked")}
+    missing = {name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked")}
+    wrong = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    head = {name for name in wrong if name.startswith("class_embed.") and own[name].shape[1:] == state[name].shape[1:]}
+    problems = [
+        _list_problems("lacks", missing, own),
+        _list_problems("also has", state.keys() - own.keys(), state),
+        _list_problems(
+            "has other shapes for", wrong - head, own, lambda n: f"{tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+        ),
+        *_contradictions(model, weights.settings),
+    ]
+    if any(problems):
+        raise WeightsError(
+            f"{weights.source} does not fit this model: it {'; it '.join(filter(None, problems))}. Build the model that "
+            "fits (read_weights(...).config says which) or take other weights"
+        )
+    fitting = {name: tensor for name, tensor in state.items() if name not in head}
+    model.load_state_dict(fitting, strict=False)
+    theirs = state["class_embed.weight"].shape[0] - 1
+    return LoadReport(weights.source, len(fitting), tuple(sorted(head)), (theirs, model.num_classes))
+
+
+def _contradictions(model: Detr, settings: Mapping[str, Any]) -> Iterable[str]:
+    """Settings that no shape shows, so that a wrong one would only give wrong detections."""
+    heads = model.transformer.decoder.layers[0].self_attn.num_heads
+    if settings.get("heads", heads) != heads:
+        yield f"was trained with {settings['heads']} attention heads, not {heads}"
+    last_stage = getattr(model.backbone[0].body, "layer4", None)
+    dilation = last_stage is not None and last_stage[0].conv2.stride == (1, 1)
+    if last_stage is not None and settings.get("dilation", dilation) != dilation:
+        yield f"was trained {'with' if settings['dilation'] else 'without'} dilation (DC5)"
+
+
+def convert_weights(
+    source: str | Path, destination: str | Path, format: Format, config: ModelConfig | None = None
+) -> Weights:
+    """Read weights of any known kind and write them as `format`; see read_weights and write_weights.
+
+    Args:
+        source: a file or folder.
+        destination: must not exist yet.
+        format: "original", "huggingface" or "safetensors".
+        config: where the file doesn't state the number of heads or dilation (the published DC5 checkpoints don't), the
+            full configuration; by default what the weights imply.
+
+    Returns:
+        what was written
+    """
+    weights = read_weights(source)
+    if config is not None:
+        weights = Weights(weights.state, config.to_dict(), weights.names, weights.source)
+    write_weights(weights, destination, format)
+    return weights
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a checkpoint of the original repository, a Hugging Face folder, a safetensors file or our own checkpoint.
+
+    Raises:
+        WeightsError: missing, damaged, of an unknown kind, or it wants code executed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}; give a checkpoint file, a safetensors file or a Hugging Face folder")
+    if path.suffix == ".safetensors":
+        state, about = _read_safetensors(path)
+        return _weights(state, about, path)
+    return _read_checkpoint(path)
+
+
+def _weights(state: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> Weights:
+    if is_huggingface(state):
+        state = from_huggingface(state)
+    names = about.get("names")
+    return Weights(dict(state), about.get("config") or {}, tuple(names) if names else None, str(path))
+
+
+def _read_folder(folder: Path) -> Weights:
+    config_file = folder / "config.json"
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not config_file.is_file() or not files:
+        raise WeightsError(f"{folder} is no Hugging Face folder; expected config.json and model.safetensors in it")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{config_file} is not JSON ({error}); take a complete copy") from None
+    if not isinstance(config, dict) or config.get("model_type") != "detr":
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise WeightsError(f"{config_file} describes a {kind!r} model; only 'detr' can be read")
+    state = _read_safetensors(files[0])[0] if files[0].suffix == ".safetensors" else _unpickle(files[0])
+    backbone = config.get("backbone_config") or {}
+    stride = backbone.get("output_stride") or (config.get("backbone_kwargs") or {}).get("output_stride")
+    settings = {
+        "heads": config.get("encoder_attention_heads", 8),
+        "dilation": bool(config.get("dilation")) or stride == 16,
+    }
+    settings["dropout"] = config.get("dropout", 0.1)
+    labels = {int(label): name for label, name in (config.get("id2label") or {}).items()}
+    names = [labels[label] for label in sorted(labels)]
+    return _weights(state, {"config": settings, "names": names}, folder)
+
+
+def _read_safetensors(path: Path) -> tuple[StateDict, Mapping[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(_CONFIG_KEY, "{}"))
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, about
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} is not a safetensors file ({error}); take a complete copy") from None
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        # The original pickles its command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it contains {wanted[1]}, which is no plain data" if wanted else str(error).splitlines()[0][:120]
+        raise WeightsError(
+            f"cannot read {path}: {what}, and loading never executes code; save only the state_dict and try again"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise WeightsError(f"cannot read {path} as a checkpoint ({reason}); take a complete copy") from None
+
+
+def _read_checkpoint(path: Path) -> Weights:
+    content = _unpickle(path)
+    about: dict[str, Any] = {}
+    state = content
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        state = content["model"]
+        if content.get("format") == "detr-fast":
+            state = content.get("ema") or state
+            about = {"config": content["config"]["model"], "names": content.get("names")}
+        elif _CONFIG_KEY in content:
+            about = content[_CONFIG_KEY]
+        else:
+            about = {"config": _original_settings(content.get("args"))}
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no weights; expected a state_dict, alone or under the key 'model'")
+    if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return _weights(state, about, path)
+
+
+def _original_settings(arguments: argparse.Namespace | None) -> dict[str, Any]:
+    """What the original's command line says beyond the weights' shapes."""
+    names = {"nheads": "heads", "dilation": "dilation", "dropout": "dropout", "aux_loss": "aux_loss"}
+    return {own: getattr(arguments, name) for name, own in names.items() if hasattr(arguments, name)}
+
+
+def write_weights(weights: Weights, destination: str | Path, format: Format) -> None:
+    """Write weights where nothing is yet.
+
+    Args:
+        weights: what read_weights returned, or Weights(model.state_dict(), config.to_dict()).
+        destination: a file; for "huggingface" a folder, which `DetrForObjectDetection.from_pretrained` loads.
+        format: "original" is a checkpoint {"model": state_dict} as the original repository loads it.
+
+    Raises:
+        WeightsError: the destination exists, or the format cannot hold such a model.
+    """
+    if format not in FORMATS:
+        raise WeightsError(f"got format {format!r}; expected one of {', '.join(FORMATS)}")
+    destination = Path(destination)
+    if destination.exists():
+        raise WeightsError(f"{destination} exists already; choose another place or remove it")
+    config = weights.config
+    about = {"config": config.to_dict(), "names": weights.names and list(weights.names)}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state.items()}
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name until it is complete.
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        if format == "original":
+            torch.save({"model": state, _CONFIG_KEY: about}, partial)
+        elif format == "safetensors":
+            _write_safetensors(state, partial, {_CONFIG_KEY: json.dumps(about)})
+        else:
+            partial.mkdir()
+            _write_safetensors(to_huggingface(state), partial / "model.safetensors", {})
+            text = json.dumps(_huggingface_config(config, weights.names), indent=2)
+            (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+        partial.replace(destination)
+    except BaseException:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_safetensors(state: StateDict, path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    # Pieces of one joint projection share storage, which the format refuses.
+    save_file({name: tensor.clone() for name, tensor in state.items()}, path, {"format": "pt", **metadata})
+
+
+def _huggingface_config(config: ModelConfig, names: tuple[str, ...] | None) -> dict[str, Any]:
+    if config.backbone == "conv" or config.pre_norm:
+        what = "the conv backbone" if config.backbone == "conv" else "pre_norm"
+        raise WeightsError(f"transformers' DETR has no counterpart of {what}; write format 'safetensors' or 'original'")
+    labels = names or tuple(f"LABEL_{label}" for label in range(config.num_classes))
+    if len(labels) != config.num_classes:
+        raise WeightsError(f"got {len(labels)} class names for {config.num_classes} classes; expected one each")
+    return {
+        "architectures": ["DetrForObjectDetection"],
+        "model_type": "detr",
+        "backbone": config.backbone,
+        "use_timm_backbone": True,
+        "use_pretrained_backbone": False,
+        "dilation": config.dilation,
+        "position_embedding_type": config.position,
+        "num_queries": config.num_queries,
+        "d_model": config.d_model,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "encoder_attention_heads": config.heads,
+        "decoder_attention_heads": config.heads,
+        "encoder_ffn_dim": config.feedforward,
+        "decoder_ffn_dim": config.feedforward,
+        "dropout": config.dropout,
+        "attention_dropout": config.dropout,
+        "activation_dropout": config.dropout,
+        "auxiliary_loss": False,
+        "id2label": {str(label): name for label, name in enumerate(labels)},
+        "label2id": {name: label for label, name in enumerate(labels)},
+    }
+
+
+def _list_problems(verb: str, names: Iterable[str], universe: Iterable[str], detail: Any = None) -> str:
+    """ "lacks transformer.encoder.layers.{4,5} (24 tensors), input_proj (2)": whole branches by their common name."""
+    names = set(names)
+    if not names:
+        return ""
+    branches: dict[str, tuple[set[tuple[str, ...]], list[str]]] = {}
+    for prefix, members in _whole_branches("", names, set(universe)):
+        numbers = tuple(re.findall(r"(?<=\.)\d+(?=\.|$)", prefix))
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", prefix)
+        entry = branches.setdefault(pattern, (set(), []))
+        entry[0].add(numbers)
+        entry[1].extend(members)
+    texts = []
+    for pattern, (numbers_seen, members) in branches.items():
+        if pattern.count("*") == 1:
+            listed = sorted({int(numbers[0]) for numbers in numbers_seen})
+            pattern = pattern.replace(
+                "*", str(listed[0]) if len(listed) == 1 else "{" + ",".join(map(str, listed)) + "}"
+            )
+        count = f"{len(members)} tensor{'s' * (len(members) > 1)}"
+        texts.append(f"{pattern} ({count}{': ' + detail(min(members)) if detail else ''})")
+    more = f" and {len(texts) - 6} more groups" if len(texts) > 6 else ""
+    return f"{verb} {', '.join(texts[:6])}{more}"
+
+
+def _whole_branches(prefix: str, names: set[str], universe: set[str]) -> Iterable[tuple[str, list[str]]]:
+    """Split `names` into the largest branches of the module tree that consist of nothing else."""
+    if names == universe and prefix:
+        yield prefix, sorted(names)
+        return
+    depth = prefix.count(".") + 1 if prefix else 0
+    children: dict[str, set[str]] = {}
+    for name in universe:
+        children.setdefault(".".join(name.split(".")[: depth + 1]), set()).add(name)
+    for child in sorted(children):
+        inside = names & children[child]
+        if inside:
+            yield from _whole_branches(child, inside, children[child])
