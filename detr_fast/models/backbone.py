@@ -194,6 +194,7 @@ class ResNetBackbone(Backbone):
         if weights is not None:
             resnet.load_state_dict(_resnet_weights(name, weights), strict=norm == "batch")
         super().__init__(ResNetBody(resnet), resnet.fc.in_features)
+        self.dilation = dilation
         if norm == "frozen":
             for key, parameter in self.body.named_parameters():
                 parameter.requires_grad_(key.startswith(("layer2", "layer3", "layer4")))

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from detr_fast.models.backbone import ResNetBackbone
 from detr_fast.models.build import ModelConfig
 from detr_fast.models.detr import Detr
 from detr_fast.models.weight_names import StateDict, from_huggingface, infer_config, is_huggingface, to_huggingface
@@ -43,10 +44,10 @@ class Weights:
         source: where they come from, for messages.
     """
 
-    state: StateDict
+    state: StateDict = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
-    source: str = "these weights"
+    source: str = "the state_dict"
 
     @property
     def config(self) -> ModelConfig:
@@ -132,9 +133,8 @@ def _contradictions(model: Detr, settings: Mapping[str, Any]) -> Iterable[str]:
     heads = model.transformer.decoder.layers[0].self_attn.num_heads
     if settings.get("heads", heads) != heads:
         yield f"was trained with {settings['heads']} attention heads, not {heads}"
-    last_stage = getattr(model.backbone[0].body, "layer4", None)
-    dilation = last_stage is not None and last_stage[0].conv2.stride == (1, 1)
-    if last_stage is not None and settings.get("dilation", dilation) != dilation:
+    backbone = model.backbone[0]
+    if isinstance(backbone, ResNetBackbone) and settings.get("dilation", backbone.dilation) != backbone.dilation:
         yield f"was trained {'with' if settings['dilation'] else 'without'} dilation (DC5)"
 
 
