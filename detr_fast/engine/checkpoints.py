@@ -1,0 +1,149 @@
+"""Checkpoints: written whole or not at all, read without executing code.
+
+A checkpoint is a dict of plain data and tensors: `format`, `version`, `detr_fast` (the library's version), `config` (TrainConfig.to_dict()),
+`names` and `category_ids` by label, `model`, `ema`, `optimizer`, `scheduler`, `scaler`, `rng`, `epoch`, `step`, `metrics` (of the last
+evaluation). A checkpoint to predict with holds only the weights: `optimizer`, `scheduler`, `scaler` and `rng` are absent.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from detr_fast import __version__
+from detr_fast.engine.config import TrainConfig
+from detr_fast.engine.errors import CheckpointError
+from detr_fast.engine.run_folder import BEST, CHECKPOINT, RunFolder, atomic_write
+from detr_fast.models.build import build_model
+from detr_fast.models.detr import Detr
+
+FORMAT = "detr-fast"
+VERSION = 1
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], remedy: str = "") -> None:
+    """Write `state` atomically: after a crash or on a full disk the previous file stands unchanged (RunFolderError tells)."""
+
+    def write(file: Any) -> None:
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, "detr_fast": __version__, **state}, file)
+        except RuntimeError as error:  # torch's zip writer hides the operating system's reason behind its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    atomic_write(path, write, remedy)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of this library onto the CPU; raises CheckpointError where there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint {path}; give a run folder or a checkpoint file that exists")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot read {path} as a checkpoint ({reason}); is it complete? Weights of other libraries: 'detr-fast convert-weights'"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of detr-fast; convert it with 'detr-fast convert-weights'")
+    if state["version"] > VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {state['version']}, this is detr-fast {__version__} which reads up to {VERSION}; upgrade detr-fast"
+        )
+    return state
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The file to predict or evaluate with: `path` itself, or the best checkpoint of the run folder `path`, else its last."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in (BEST, CHECKPOINT):
+        if (path / name).exists():
+            return path / name
+    raise CheckpointError(f"{path} holds neither {BEST} nor {CHECKPOINT}; give the folder of a run that has saved one")
+
+
+@dataclass
+class TrainedModel:
+    """A model in eval mode with what its labels mean and how its images are prepared."""
+
+    model: Detr
+    config: TrainConfig
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    path: Path
+
+
+def load_trained_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> TrainedModel:
+    """The model of a checkpoint file or run folder, with its averaged weights where it has them."""
+    file = find_checkpoint(path)
+    state = load_checkpoint(file)
+    config = TrainConfig.from_dict(state["config"])
+    model = build_model(config.model)
+    load_weights(model, state["ema"] or state["model"], file)
+    model = model.to(device).eval().requires_grad_(False)
+    return TrainedModel(model, config, tuple(state["names"]), tuple(state["category_ids"]), file)
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy `weights` into `model`; raises CheckpointError if a name or a shape differs."""
+    own = model.state_dict()
+    shapes = [
+        f"{k} is {tuple(weights[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    problems = [
+        f"{len(found)} {kind} (first: {found[0]})"
+        for kind, found in (("of another shape", shapes), ("missing", missing), ("unexpected", unexpected))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(f"{path} is of another model: weights {'; '.join(problems)}; use the settings it was trained with")
+    model.load_state_dict(weights)
+
+
+def latest_run(path: str | os.PathLike[str]) -> tuple[RunFolder, dict[str, Any]]:
+    """The run folder and the state to resume from; `path` is the folder or its checkpoint."""
+    path = Path(path)
+    run = RunFolder(path if path.is_dir() or path.suffix != ".pt" else path.parent)
+    state = load_checkpoint(run.checkpoint)
+    if "optimizer" not in state:
+        raise CheckpointError(f"{run.checkpoint} holds weights only; resume from the {CHECKPOINT} of a training run")
+    return run, state
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of all random generators, as plain data and tensors."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`. States of CUDA devices that are not here are left out."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

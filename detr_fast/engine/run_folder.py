@@ -1,0 +1,113 @@
+"""A run folder: where a training run keeps its checkpoint, its metrics and its pictures, written so that a crash loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from detr_fast.engine.errors import RunFolderError
+
+CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+CURVES = "curves.png"
+PREDICTIONS = "predictions.png"
+
+
+@contextmanager
+def explained(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turn a failure to write `path` into one line that says why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = remedy or "free some space, or write to another disk"
+        else:
+            advice = "choose a folder that you may write to"
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any], remedy: str = "") -> None:
+    """Write a file whole or not at all: into a temporary neighbour, flushed to disk, then renamed over `path`.
+
+    Raises RunFolderError where that fails; a file that was there before is then unchanged.
+    """
+    path = Path(path)
+    with explained(path, remedy):
+        temporary = path.with_name(f".{path.name}.tmp")  # one writer a folder, so a crash leaves at most this one
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+class RunFolder:
+    """The files of one run. `create` refuses a folder that already holds a run, `open` one that holds none."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoint = self.path / CHECKPOINT
+        self.best = self.path / BEST
+        self.metrics = self.path / METRICS
+        self.config = self.path / CONFIG
+        self.curves = self.path / CURVES
+        self.predictions = self.path / PREDICTIONS
+
+    @property
+    def how_to_go_on(self) -> str:
+        return f"detr-fast train --resume {self.path}"
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> RunFolder:
+        run = cls(path)
+        with explained(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            occupied = [p for p in (run.checkpoint, run.best, run.metrics) if p.exists()]
+            if occupied and not overwrite:
+                raise RunFolderError(
+                    f"{run.path} already holds a run ({occupied[0].name}); go on with '{run.how_to_go_on}', or choose another --run"
+                )
+            for file in (*occupied, run.curves, run.predictions):
+                file.unlink(missing_ok=True)
+            with tempfile.TemporaryFile(dir=run.path):  # found now rather than after the first epoch
+                pass
+        return run
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl. A line that a crash left unfinished stays alone on its line."""
+        with explained(self.metrics, f"free some space, then go on with '{self.how_to_go_on}'"):
+            with open(self.metrics, "a+b") as file:
+                torn = file.tell() > 0 and not _ends_with_newline(file)
+                file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.metrics)
+
+
+def _ends_with_newline(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl by step; where a resumed run repeated steps, the later record counts."""
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
+                record = json.loads(line)
+                records[record["kind"], record["step"]] = record
+    return sorted(records.values(), key=lambda record: record["step"])

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM as a request that training reads between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from detr_fast.engine.errors import Interrupted
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are remembered, and `check` raises Interrupted for them at a moment of the caller's choice.
+
+    A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. Forked data workers inherit the handler, so a Ctrl-C in the
+    terminal, which reaches the whole process group, doesn't kill them under the main process. Off the main thread it does nothing.
+    """
+
+    HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._handle) for s in self.HANDLED}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.received is not None:
+            raise Interrupted(self.received)
