@@ -345,7 +345,7 @@ class Op:
         now = situation(device_type)
         if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
             return self._decide(self._describe(*args, situation=now), (), prepare=False).implementation
-        key = (self._signature(*args), now, self._request())
+        key = (self._signature(*args), now, self.requested())
         decision = self._decisions.get(key)
         if decision is None:
             with _lock:
@@ -361,7 +361,7 @@ class Op:
         self._decisions.clear()
         self._broken.clear()
 
-    def _request(self) -> str | None:
+    def requested(self) -> str | None:
         """The implementation asked for by name. Asking for all ops binds only those that have it."""
         if not _requested:
             return None
@@ -372,7 +372,7 @@ class Op:
         return name if any(i.name == name for i in self.implementations) else None
 
     def _decide(self, call: Call, key: tuple[Any, ...], *, prepare: bool) -> _Decision:
-        requested = self._request()
+        requested = self.requested()
         reasons: dict[str, str] = {}
         for implementation in self.implementations:
             name = implementation.name

@@ -266,8 +266,8 @@ class _Backward(torch.autograd.Function):
         dy, *inputs = ctx.saved_tensors
 
         def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            parameters = (None if p is None else p.to(dy.dtype) for p in (weight, bias))
-            return F.layer_norm(x.to(dy.dtype), x.shape[-1:], *parameters, ctx.eps)
+            w, b = (None if p is None else p.to(dy.dtype) for p in (weight, bias))
+            return F.layer_norm(x.to(dy.dtype), x.shape[-1:], w, b, ctx.eps)
 
         d_dy, d_inputs = double_backward(reference, inputs, dy, ctx.wanted, upstream)
         return (d_dy, *d_inputs, None, None, None, None)

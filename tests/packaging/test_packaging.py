@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **options) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    # From a copy of the files that make the package: building in the checkout would leave build/ behind.
+    import shutil
+
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("detr_fast", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_is_pure_python_and_holds_the_kernels_as_detr_fast_kernels(wheel):
+    names = wheel.namelist()
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert "detr_fast/kernels/layer_norm.py" in names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+
+
+def test_the_wheel_imports_and_runs_where_triton_is_missing(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['triton.language'] = None\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import detr_fast, torch\n"
+        f"assert detr_fast.__file__.startswith({str(tmp_path)!r})\n"
+        "print(detr_fast.explain(detr_fast.nn.LayerNorm(4), torch.ones(2, 4), quiet=True))"
+    )
+    out = python(code, cwd=tmp_path)
+    assert "layer_norm (2, 4) float32 -> eager" in out
+    assert "triton is not installed" in out
+
+
+def test_transformers_detr_imports_from_the_checkouts_root():
+    # transformers imports a top-level package called `kernels` when it finds one; ours must not be taken for it.
+    python("from transformers import DetrConfig, DetrForObjectDetection", cwd=ROOT)
+
+
+def test_importing_the_package_or_its_kernels_registers_and_compiles_nothing():
+    code = (
+        "import sys, detr_fast, detr_fast.kernels\n"
+        "print([m for m in sys.modules if m == 'torch' or m.startswith('detr_fast.ops')])"
+    )
+    assert python(code) == "[]"
+
+
+def test_asking_for_help_needs_no_torch():
+    code = (
+        "import sys\nfrom detr_fast.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert "demo" in python(code)
