@@ -1,8 +1,8 @@
 """The one place that compiles and launches kernels.
 
 A `Variant` is one machine program: a Triton function, the type of each run-time argument, the value of each constant
-and the warps. Launchers and the catalog build variants by the same functions, integer arguments have declared widths and
-no argument is specialised on its value, so what the catalog compiles offline is exactly what runs.
+and the warps. Launchers and the catalog build variants by the same functions, integer arguments have declared widths,
+and no argument is specialised on its value: what the catalog compiles offline is exactly what runs.
 
 Importing this module needs no triton; launching and compiling do.
 """
@@ -119,7 +119,7 @@ def allocating_with(allocate: Callable[..., torch.Tensor]) -> Iterator[None]:
 
 def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
     """Launch `variant` over `grid` on the device of its first tensor; an empty grid launches nothing."""
-    _require_triton()
+    require_triton()
     if 0 in grid:
         return
     for observer in observers:
@@ -133,7 +133,7 @@ def compile_variant(variant: Variant, device: torch.device) -> None:
 
     Under Triton's interpreter there is nothing to compile.
     """
-    _require_triton()
+    require_triton()
     if device.type == "cpu":
         return
     arguments = [_stand_in(kind) for kind in variant.types]
@@ -165,6 +165,7 @@ def _on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
-def _require_triton() -> None:
+def require_triton() -> None:
+    """Raise ImportError with the remedy where triton is not installed."""
     if triton is None:
         raise ImportError(TRITON_MISSING)

@@ -19,29 +19,32 @@ from .configs import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, RowConfig
 from .launch import Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
 
 MAX_COLUMNS = 8192
+MAX_ROW_STRIDE = 1 << 24
 
 
 @jit
-def _aligned(pointers, VEC: tl.constexpr):
-    """State that each run of VEC elements in a (rows, columns) block of pointers starts at a multiple of its size."""
+def _columns(C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
+    """Column numbers (1, BLOCK_C), which of them exist (whole runs of VEC do, so accesses stay vectors), and 1 / C."""
+    column = tl.arange(0, BLOCK_C)[None, :]
+    if FULL:
+        return column, tl.full((1, BLOCK_C), True, tl.int1), 1.0 / BLOCK_C
+    return column, column // VEC < C // VEC, 1.0 / C
+
+
+@jit
+def _pointers(base, start, column, VEC: tl.constexpr):
+    """base + start + column, a block whose runs of VEC elements each start at a multiple of their size or of 16 bytes."""
+    pointers = base + (start + column)
     if VEC > 1:
-        run: tl.constexpr = VEC * (pointers.dtype.element_ty.primitive_bitwidth // 8)
+        run: tl.constexpr = VEC * (base.dtype.element_ty.primitive_bitwidth // 8)
         pointers = tl.multiple_of(pointers, (1, 16 if run > 16 else run))
     return pointers
 
 
 @jit
-def _columns(C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
-    """Column numbers (1, BLOCK_C) and which of them exist; whole runs of VEC do, so that accesses stay vectors."""
-    column = tl.arange(0, BLOCK_C)[None, :]
-    if FULL:
-        return column, tl.full((1, BLOCK_C), True, tl.int1)
-    return column, column // VEC < C // VEC
-
-
-@jit
-def _row_of_parameters(pointer, column, inside, VEC: tl.constexpr):
-    return tl.load(_aligned(pointer + column, VEC), mask=inside, other=0.0).to(tl.float32)
+def _parameters(base, column, inside, VEC: tl.constexpr):
+    """A weight or bias as fp32 (1, BLOCK_C)."""
+    return tl.load(_pointers(base, 0, column, VEC), mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -52,7 +55,7 @@ def layer_norm_forward_kernel(
     y_ptr,
     mean_ptr,
     rstd_ptr,
-    x_row_stride: tl.int64,
+    x_row_stride: tl.int32,
     rows: tl.int64,
     C: tl.int32,
     eps: tl.float32,
@@ -61,25 +64,36 @@ def layer_norm_forward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # rows * C can pass 2**31
-    column, inside = _columns(C, BLOCK_C, FULL, VEC)
-    exists = row < rows
+    first = tl.program_id(0).to(tl.int64) * ROWS  # rows * C can pass 2**31; offsets from the first row cannot
+    row = tl.arange(0, ROWS)
+    exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+    column, inside, inverse_c = _columns(C, BLOCK_C, FULL, VEC)
     mask = exists[:, None] & inside
+    # Parameters come before x: the compiler then gives everything the layout of x, with whole rows in a warp.
+    if weight_ptr is not None:
+        weight = _parameters(weight_ptr, column, inside, VEC)
+    if bias_ptr is not None:
+        bias = _parameters(bias_ptr, column, inside, VEC)
 
-    x = tl.load(_aligned(x_ptr + row[:, None] * x_row_stride + column, VEC), mask=mask, other=0.0).to(tl.float32)
+    x_start = row[:, None] * x_row_stride
+    x = tl.load(_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
     # Two passes over registers: the variance of large values with a small spread would drown in sum(x * x).
-    mean = tl.sum(x, axis=1) / C
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    mean = tl.sum(x, axis=1) * inverse_c
+    centred = x - mean[:, None]
+    if not FULL:
+        centred = tl.where(inside, centred, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) * inverse_c + eps)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
-        y *= _row_of_parameters(weight_ptr, column, inside, VEC)
+        y *= weight
     if bias_ptr is not None:
-        y += _row_of_parameters(bias_ptr, column, inside, VEC)
+        y += bias
 
-    tl.store(mean_ptr + row, mean, mask=exists)
-    tl.store(rstd_ptr + row, rstd, mask=exists)
-    tl.store(_aligned(y_ptr + row[:, None] * C + column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
+    y_stride = BLOCK_C if FULL else C
+    y_start = row[:, None] * y_stride
+    tl.store(_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + first + row, mean, mask=exists)
+    tl.store(rstd_ptr + first + row, rstd, mask=exists)
 
 
 @jit
@@ -92,8 +106,8 @@ def layer_norm_backward_kernel(
     dx_ptr,
     dweight_ptr,
     dbias_ptr,
-    dy_row_stride: tl.int64,
-    x_row_stride: tl.int64,
+    dy_row_stride: tl.int32,
+    x_row_stride: tl.int32,
     rows: tl.int64,
     C: tl.int32,
     ROWS: tl.constexpr,
@@ -102,23 +116,27 @@ def layer_norm_backward_kernel(
     VEC: tl.constexpr,
 ):
     """dweight and dbias are fp32 (programs, C): each program's sum over the rows that it visited."""
-    column, inside = _columns(C, BLOCK_C, FULL, VEC)
+    row = tl.arange(0, ROWS)
+    column, inside, inverse_c = _columns(C, BLOCK_C, FULL, VEC)
+    dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
+    dx_stride = BLOCK_C if FULL else C
     if weight_ptr is not None:
-        weight = _row_of_parameters(weight_ptr, column, inside, VEC)
+        weight = _parameters(weight_ptr, column, inside, VEC)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
 
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        exists = row < rows
+        first = tl.cast(tile, tl.int64) * ROWS
+        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
         mask = exists[:, None] & inside
-        dy = tl.load(_aligned(dy_ptr + row[:, None] * dy_row_stride + column, VEC), mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(_aligned(x_ptr + row[:, None] * x_row_stride + column, VEC), mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=exists, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)
+        dy = tl.load(_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
+        x = tl.load(_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
+        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
 
         # Where there is no element, dy = 0 takes xhat out of every sum.
-        xhat = (x - mean[:, None]) * rstd[:, None]
+        xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        dy = dy.to(tl.float32)
         if dweight_ptr is not None:
             dweight += dy * xhat
         if dbias_ptr is not None:
@@ -127,16 +145,18 @@ def layer_norm_backward_kernel(
             g = dy
             if weight_ptr is not None:
                 g *= weight
-            mean_g = tl.sum(g, axis=1) / C
-            mean_gx = tl.sum(g * xhat, axis=1) / C
-            dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
-            tl.store(_aligned(dx_ptr + row[:, None] * C + column, VEC), dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            # rstd goes into the two means: two multiply-adds an element remain.
+            mean_g = tl.sum(g, axis=1) * (inverse_c * rstd)
+            mean_gx = tl.sum(g * xhat, axis=1) * (inverse_c * rstd)
+            dx = g * rstd[:, None] - (xhat * mean_gx[:, None] + mean_g[:, None])
+            dx_pointers = _pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
+            tl.store(dx_pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    partial = tl.program_id(0).to(tl.int64) * C + column
+    partial = tl.program_id(0).to(tl.int64) * dx_stride
     if dweight_ptr is not None:
-        tl.store(_aligned(dweight_ptr + partial, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
+        tl.store(_pointers(dweight_ptr + partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
     if dbias_ptr is not None:
-        tl.store(_aligned(dbias_ptr + partial, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
+        tl.store(_pointers(dbias_ptr + partial, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
 
 
 @jit
@@ -265,7 +285,7 @@ def forward_variant(
     """The program that normalises rows of `columns` columns, read in runs of `vector` elements."""
     config = LAYER_NORM_FORWARD[_block(columns)]
     tensors = (x_dtype, weight_dtype, bias_dtype, out_dtype, torch.float32, torch.float32)
-    types = (*map(pointer, tensors), "i64", "i64", "i32", "fp32")
+    types = (*map(pointer, tensors), "i32", "i64", "i32", "fp32")
     return Variant(layer_norm_forward_kernel, types, _constants(columns, config, vector), config.num_warps)
 
 
@@ -284,7 +304,7 @@ def backward_variant(
     fp32 = torch.float32
     tensors = (dy_dtype, x_dtype, weight_dtype, fp32, fp32, x_dtype if with_dx else None)
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
-    types = (*map(pointer, (*tensors, *sums)), "i64", "i64", "i64", "i32")
+    types = (*map(pointer, (*tensors, *sums)), "i32", "i32", "i64", "i32")
     return Variant(layer_norm_backward_kernel, types, _constants(columns, config, vector), config.num_warps)
 
 
@@ -297,11 +317,14 @@ def sum_partials_variant(columns: int, dtype: torch.dtype) -> Variant:
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x and the distance of its rows in elements; a contiguous copy where rows lie at no constant distance."""
+    """x and the distance of its rows in elements; a contiguous copy where rows lie at no constant distance.
+
+    Also where the distance is over 2**24, so that offsets inside a tile of up to 128 rows fit 32 bits.
+    """
     columns = x.shape[-1]
     if x.is_contiguous():
         return x, columns
-    distance = None
+    distance = columns if x.shape[:-1].numel() == 1 else None
     end = 0  # the stride that a further leading dimension must have
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
         if size == 1:
@@ -311,9 +334,10 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
         elif stride != end:
             return x.contiguous(), columns
         end = size * stride
-    if columns > 1 and x.stride(-1) != 1:
+    assert distance is not None  # a tensor without rows is contiguous
+    if distance > MAX_ROW_STRIDE or (columns > 1 and x.stride(-1) != 1):
         return x.contiguous(), columns
-    return x, columns if distance is None else distance
+    return x, distance
 
 
 def _vector(tensors: list[Tensor], strides: list[int], *parameters: Tensor | None) -> int:
