@@ -1,0 +1,294 @@
+"""MultiheadAttention through the dispatcher."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr_fast import dispatch
+from detr_fast.dispatch import BackendError, Implementation, TritonImplementation
+from detr_fast.nn.replacements import replaces
+from detr_fast.nn.tracing import as_leaf, is_traced
+from detr_fast.ops.attention import ATTENTION, attention_with_weights
+
+Output = tuple[Tensor, Tensor | None]
+
+
+class _Plan(NamedTuple):
+    """What runs a call, and its masks as ops take them."""
+
+    implementation: Implementation
+    padding: Tensor | None
+    mask: Tensor | None
+    is_causal: bool
+    dropout_p: float
+
+
+@replaces(nn.MultiheadAttention)
+class MultiheadAttention(nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention`, on the implementation that the dispatcher chooses for `ops.attention`.
+
+    Where PyTorch's own is chosen, the original's forward runs, with its inference fast path and nested tensors. Where a
+    Triton kernel is chosen, or an implementation was asked for by name, projections and attention run here, in the layout
+    that the projections leave, and masks stay as small as they were given.
+
+    There a query without any visible key attends to nothing: its weights and its heads' output are zero, and so are its
+    gradients, where torch.nn gives NaN or zeros depending on the path it takes. And with `add_bias_kv` or
+    `add_zero_attn` every query sees the added keys, also under the hint `is_causal`, which in torch.nn hides them.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Output:
+        """As torch.nn.MultiheadAttention's: shapes, masks (bool: True = hidden), result (output, weights or None)."""
+        # False for tensors that are not on a GPU; torch.fx's Proxy answers with another Proxy.
+        if dispatch.intervening or query.is_cuda is not False:
+            if is_traced(query):
+                masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+                return as_leaf(self, query, key, value, *masks)
+            hint = is_causal and not need_weights  # materialised weights are masked by the mask itself
+            plan = self._plan(query, key, value, key_padding_mask, attn_mask, hint)
+            if plan is not None:
+                return self._attend(plan, query, key, value, need_weights, average_attn_weights)
+        return super().forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def runs_here(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> bool:
+        """Whether such a call runs here; otherwise the original's forward does. Raises BackendError (see `use_backend`)."""
+        return self._plan(query, key, value, key_padding_mask, attn_mask, is_causal) is not None
+
+    def _plan(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> _Plan | None:
+        requested = ATTENTION.requested()
+        if query.is_nested or key.is_nested or value.is_nested:
+            if requested is not None:
+                raise BackendError(
+                    f"attention was asked to run on {requested!r} but got nested tensors, which only torch.nn's own "
+                    "inference fast path takes. Use padded tensors with key_padding_mask, or attention='auto'."
+                )
+            return None
+        if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
+            return None  # the original says what is wrong
+        dtype = self._computed_dtype(query)
+        masks = self._masks(query, key_padding_mask, attn_mask, is_causal, dtype)
+        dropout_p = self.dropout if self.training else 0.0
+        choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *masks, dropout_p, None)
+        if requested is None and not isinstance(choice, TritonImplementation):
+            return None
+        return _Plan(choice, *masks, dropout_p)
+
+    def _attend(
+        self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
+    ) -> Output:
+        q, k, v = (self._heads(t, query.ndim) for t in self._project(query, key, value))
+        k, v = self._with_extra_keys(k, v)
+        weights = None
+        if need_weights:
+            y, weights = attention_with_weights(
+                q,
+                k,
+                v,
+                key_padding_mask=plan.padding,
+                attn_mask=plan.mask,
+                is_causal=plan.is_causal,
+                dropout_p=plan.dropout_p,
+            )
+            if average_attn_weights:
+                weights = weights.mean(dim=1)
+        else:
+            y = plan.implementation.run(q, k, v, plan.padding, plan.mask, plan.is_causal, plan.dropout_p, None)
+        if query.ndim == 2:
+            y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
+        elif not self.batch_first:
+            y = y.transpose(0, 1)
+        return F.linear(y.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
+
+    def _computed_dtype(self, query: Tensor) -> torch.dtype:
+        """The projections' dtype."""
+        own = self.out_proj.weight.dtype
+        if own == torch.float64 or not torch.is_autocast_enabled(query.device.type):
+            return own
+        return torch.get_autocast_dtype(query.device.type)
+
+    @property
+    def _extra_keys(self) -> int:
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _sizes(self, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+        """Batch, queries and keys, without the extra ones."""
+        if query.ndim == 2:
+            return 1, query.shape[0], key.shape[0]
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        return query.shape[batch], query.shape[length], key.shape[length]
+
+    def _fits(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> bool:
+        """Whether the arguments are what the documentation asks for."""
+        if (self.bias_k is None) != (self.bias_v is None):
+            return False
+        if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
+            return False
+        batch, queries, keys = self._sizes(query, key)
+        widths = (query.shape[-1], key.shape[-1], value.shape[-1])
+        if widths != (self.embed_dim, self.kdim, self.vdim) or key.shape[:-1] != value.shape[:-1]:
+            return False
+        if query.ndim == 3 and key.shape[0 if self.batch_first else 1] != batch:
+            return False
+        if key_padding_mask is not None:
+            expected: tuple[int, ...] = (keys,) if query.ndim == 2 else (batch, keys)
+            if key_padding_mask.shape != expected or not _is_mask(key_padding_mask):
+                return False
+        if attn_mask is None:
+            return not is_causal
+        return attn_mask.shape in ((queries, keys), (batch * self.num_heads, queries, keys)) and _is_mask(attn_mask)
+
+    def _masks(
+        self,
+        query: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None, bool]:
+        """The masks as ops take them: padding (B, S) bool, mask (B or 1, H or 1, L or 1, S), and whether it is causal."""
+        extra = self._extra_keys
+        causal = is_causal and not extra  # aligned top-left, it would hide the extra keys
+        mask = None if causal else attn_mask
+        if mask is not None and mask.ndim == 3:
+            mask = mask.unflatten(0, (-1, self.num_heads))
+        padding = key_padding_mask
+        if padding is not None and query.ndim == 2:
+            padding = padding.unsqueeze(0)
+        if padding is not None and padding.dtype != torch.bool:
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=padding.dtype).masked_fill_(mask, float("-inf"))
+            added = padding[:, None, None, :]
+            padding, mask = None, added if mask is None else mask + added
+        if extra:  # the last keys, which nothing hides: False in torch.nn's polarity, nothing added to the scores
+            padding, mask = (None if m is None else F.pad(m, (0, extra)) for m in (padding, mask))
+        if mask is not None:
+            mask = ~mask if mask.dtype == torch.bool else mask.to(dtype)
+        return padding, mask, causal
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v in the inputs' layout (…, C): one matrix product for inputs that are the same tensor."""
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return tuple(map(F.linear, (query, key, value), weights, biases))  # type: ignore[return-value]
+        weight, width = self.in_proj_weight, self.embed_dim
+        if query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)  # type: ignore[return-value]
+        first = 2 * width if query is key else width  # rows of the weight that the first product takes
+        biases = (None, None) if bias is None else (bias[:first], bias[first:])
+        if query is key:
+            q, k = F.linear(query, weight[:first], biases[0]).chunk(2, -1)
+            return q, k, F.linear(value, weight[first:], biases[1])
+        q = F.linear(query, weight[:first], biases[0])
+        if key is value:
+            k, v = F.linear(key, weight[first:], biases[1]).chunk(2, -1)
+            return q, k, v
+        second = 2 * width
+        k = F.linear(key, weight[first:second], None if bias is None else bias[first:second])
+        return q, k, F.linear(value, weight[second:], None if bias is None else bias[second:])
+
+    def _heads(self, projected: Tensor, dims: int) -> Tensor:
+        """(B, L, C), (L, B, C) or (L, C) -> (B, L, H, E), without a copy."""
+        heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        if dims == 2:
+            return heads.unsqueeze(0)
+        return heads if self.batch_first else heads.transpose(0, 1)
+
+    def _with_extra_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, S, H, E) with the bias and the zeros that the constructor asked for behind them."""
+        if not self._extra_keys:
+            return k, v
+        shape = (k.shape[0], 1, self.num_heads, self.head_dim)
+        keys, values = [k], [v]
+        if self.bias_k is not None and self.bias_v is not None:
+            keys.append(self.bias_k.to(k.dtype).view(1, 1, *shape[2:]).expand(shape))
+            values.append(self.bias_v.to(v.dtype).view(1, 1, *shape[2:]).expand(shape))
+        if self.add_zero_attn:
+            keys.append(k.new_zeros(shape))
+            values.append(v.new_zeros(shape))
+        return torch.cat(keys, 1), torch.cat(values, 1)
+
+    def _stand_ins(self, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Tensors without memory that look like the q, k, v to come: the choice is made before anything is computed."""
+        batch, queries, keys = self._sizes(query, key)
+        width = self.embed_dim
+        packed = [1, 1, 1]
+        if self._qkv_same_embed_dim:
+            same = (query is key, key is value)
+            packed = [3, 3, 3] if all(same) else [2, 2, 1] if same[0] else [1, 2, 2] if same[1] else packed
+        if self._extra_keys:
+            keys, packed[1:] = keys + self._extra_keys, [1, 1]
+        parameters = (
+            self.in_proj_weight,
+            self.q_proj_weight,
+            self.k_proj_weight,
+            self.v_proj_weight,
+            self.in_proj_bias,
+        )
+        tensors = (query, key, value, self.bias_k, self.bias_v, *parameters)
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        first = self.batch_first or query.ndim == 2
+        stand_ins = []
+        for length, share in zip((queries, keys, keys), packed):
+            row = share * width
+            shape = (batch, length, self.num_heads, self.head_dim)
+            stride = (length * row, row, self.head_dim, 1) if first else (row, batch * row, self.head_dim, 1)
+            if type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+                stand_ins.append(_stand_in(shape, stride, dtype, query.device, grad))
+            else:
+                stand_ins.append(query.new_empty_strided(shape, stride, dtype=dtype, requires_grad=grad))
+        return stand_ins
+
+
+def _is_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.is_floating_point()
+
+
+@lru_cache(maxsize=256)
+def _stand_in(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, grad: bool
+) -> Tensor:
+    tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    return tensor.requires_grad_(grad)

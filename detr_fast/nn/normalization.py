@@ -1,0 +1,24 @@
+"""LayerNorm through the dispatcher."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr_fast import dispatch
+from detr_fast.nn.replacements import replaces
+from detr_fast.nn.tracing import as_leaf, is_traced
+from detr_fast.ops.layer_norm import LAYER_NORM
+
+
+@replaces(nn.LayerNorm)
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm`, on the implementation that the dispatcher chooses for `ops.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Anything but a tensor has no is_cuda, and torch.fx's Proxy one that is no bool; both are rare, so they come last.
+        if dispatch.intervening or getattr(input, "is_cuda", False) is not False:
+            if is_traced(input):
+                return as_leaf(self, input)
+            return LAYER_NORM(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

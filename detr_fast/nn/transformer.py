@@ -1,0 +1,126 @@
+"""The Transformer classes: torch.nn's own containers around our attention and norms.
+
+In training, and wherever attention runs on one of our kernels, the parts run one by one and boolean masks reach attention
+as they were given; otherwise the originals run, with their inference fast path and nested tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
+
+from detr_fast import dispatch
+from detr_fast.nn.attention import MultiheadAttention
+from detr_fast.nn.replacements import converts_children, replaces
+
+
+@replaces(nn.TransformerEncoderLayer)
+@converts_children
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` with our attention and norms inside."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As torch.nn.TransformerEncoderLayer's."""
+        if not self.runs_parts(src, src_mask, src_key_padding_mask, is_causal):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first:
+            x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+    def runs_parts(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> bool:
+        """Whether the parts run one by one here, rather than the original's forward."""
+        if not (dispatch.intervening or src.is_cuda) or src.is_nested:
+            return False
+        if dispatch.intervening or self.training:  # a fused layer would neither obey nor be explained part by part
+            return True
+        attention = self.self_attn
+        return isinstance(attention, MultiheadAttention) and attention.runs_here(
+            src, src, src, padding, mask, is_causal
+        )
+
+
+@replaces(nn.TransformerEncoder)
+@converts_children
+class TransformerEncoder(nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder` over our layers."""
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """As torch.nn.TransformerEncoder's."""
+        is_causal = _affordable_hint(mask, is_causal)
+        first = self.layers[0]
+        if not all(type(layer) is TransformerEncoderLayer for layer in self.layers) or not first.runs_parts(
+            src, mask, src_key_padding_mask, is_causal is True
+        ):
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        is_causal = _detect_is_causal_mask(mask, is_causal, _get_seq_len(src, first.self_attn.batch_first))
+        x = src
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
+        return x if self.norm is None else self.norm(x)
+
+
+@replaces(nn.TransformerDecoderLayer)
+@converts_children
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` with our attention and norms inside."""
+
+
+@replaces(nn.TransformerDecoder)
+@converts_children
+class TransformerDecoder(nn.TransformerDecoder):
+    """`torch.nn.TransformerDecoder` over our layers."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch.nn.TransformerDecoder's."""
+        return super().forward(
+            tgt,
+            memory,
+            tgt_mask,
+            memory_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            _affordable_hint(tgt_mask, tgt_is_causal),
+            memory_is_causal,
+        )
+
+
+@replaces(nn.Transformer)
+@converts_children
+class Transformer(nn.Transformer):
+    """`torch.nn.Transformer` over our encoder and decoder."""
+
+
+def _affordable_hint(mask: Tensor | None, is_causal: bool | None) -> bool | None:
+    """The hint, False instead of None where finding out would break a graph: it makes the host wait for the mask.
+
+    The mask itself is applied either way.
+    """
+    if is_causal is not None or mask is None:
+        return is_causal
+    graph = torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return False if graph else None
