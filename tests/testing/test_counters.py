@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import ops, use_backend
+from detr_fast.testing import assert_close_to_truth, count
+
+
+def test_launches_leave_views_and_allocations_out():
+    counts = count(lambda x: (x.t().reshape(6, 2)[None] + 1).view(-1) * 2, torch.randn(4, 3))
+    assert counts.launches == {"aten.clone.default": 1, "aten.add.Tensor": 1, "aten.mul.Tensor": 1}
+
+
+def test_bytes_moved_count_every_operand_and_result_once():
+    assert count(torch.add, torch.randn(10), torch.randn(10)).bytes_moved == 3 * 40
+
+
+def test_saved_bytes_leave_parameters_and_inputs_out():
+    x = torch.randn(3, 8)
+    assert count(nn.Linear(8, 16), x).saved_bytes == 0
+    assert count(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), x).saved_bytes == 3 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: torch.empty(4).copy_(x),
+    ],
+    ids=["item", "nonzero", "mask", "cpu", "copy"],
+)
+def test_what_makes_the_host_wait_is_seen_on_fake_cuda_tensors(wait):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        mode.shape_env = None
+        x = torch.empty(4, device="cuda")
+
+        def attempt():
+            with contextlib.suppress(Exception):  # fake tensors have no values: some calls can't go on once seen
+                wait(x)
+
+        assert count(attempt).total_synchronisations == 1
+
+
+def test_work_that_stays_on_the_device_does_not_wait():
+    with FakeTensorMode():
+        x = torch.empty(4, 4, device="cuda")
+        assert count(lambda: (x @ x).masked_fill(x > 0, 0.0).softmax(-1)).total_synchronisations == 0
+
+
+@pytest.mark.interpreter
+def test_triton_launches_are_counted_by_kernel():
+    x = torch.randn(3, 8, requires_grad=True)
+    w = torch.randn(8, requires_grad=True)
+    with use_backend(layer_norm="triton"):
+        counts = count(lambda: ops.layer_norm(x, (8,), w).backward(torch.ones(3, 8)))
+    names = {name: n for name, n in counts.launches.items() if not name.startswith("aten")}
+    assert sum(names.values()) == 3  # forward, backward, the sum of partial weight gradients
+    assert all("layer_norm" in name or "sum" in name for name in names)
+
+
+def test_the_accuracy_rule_sees_a_wrong_scale_and_a_missing_element():
+    truth = torch.randn(50, dtype=torch.float64)
+    eager = truth.float()
+    assert_close_to_truth("same", eager, eager, truth)
+    with pytest.raises(AssertionError, match="over 2 × eager's"):
+        assert_close_to_truth("scaled", eager * 1.00001, eager, truth)
+    hole = eager.clone()
+    hole[7] = torch.nan
+    with pytest.raises(AssertionError, match="NaN or inf"):
+        assert_close_to_truth("hole", hole, eager, truth)
