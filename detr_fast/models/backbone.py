@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,86 +11,7 @@ from torch import Tensor
 from detr_fast import nn
 from detr_fast.models.position import PositionEmbeddingLearned, PositionEmbeddingSine
 
-if TYPE_CHECKING:
-    from torchvision.models import ResNet
-
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with fixed statistics and a fixed affine map: y = x * scale + shift for each channel."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Weights of a real batch norm also count its batches, which nothing here needs.
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Both (C,)."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, shift = (t.view(1, -1, 1, 1) for t in self.scale_and_shift())
-        return torch.addcmul(shift, x, scale)
-
-
-def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)); a frozen norm is folded into the weights, which saves two passes over the feature map.
-
-    Folding is legal only for a plain convolution that nobody listens to; otherwise both run one by one.
-    """
-    if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d or _has_hooks(conv) or _has_hooks(norm):
-        return norm(conv(x))
-    scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    return nn.functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-class ResNetBody(nn.Module):
-    """A torchvision ResNet up to its last feature map, with torchvision's parameter names."""
-
-    def __init__(self, resnet: ResNet) -> None:
-        super().__init__()
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            setattr(self, name, getattr(resnet, name))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H/32, W/32), or /16 with dilation."""
-        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = _residual_block(block, x)
-        return x
-
-
-def _residual_block(block: Any, x: Tensor) -> Tensor:
-    """torchvision's BasicBlock (two convolutions) or Bottleneck (three)."""
-    identity = x if block.downsample is None else conv_norm(block.downsample[0], block.downsample[1], x)
-    x = block.relu(conv_norm(block.conv1, block.bn1, x))
-    x = conv_norm(block.conv2, block.bn2, x)
-    if hasattr(block, "conv3"):
-        x = conv_norm(block.conv3, block.bn3, block.relu(x))
-    return block.relu(x + identity)
 
 
 class ConvBody(nn.Module):
@@ -183,35 +103,14 @@ class ResNetBackbone(Backbone):
             raise ValueError(f"got norm {norm!r} for the backbone; expected 'frozen' or 'batch'")
         if dilation and name in ("resnet18", "resnet34"):
             raise ValueError(f"{name} has no dilated (DC5) variant; use resnet50 or resnet101, or dilation=False")
-        import torchvision
+        from detr_fast.models.resnet import ResNetBody  # needs torchvision, which the conv backbone does not
 
-        resnet = torchvision.models.get_model(
-            name,
-            weights=None,
-            replace_stride_with_dilation=[False, False, dilation],
-            norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
-        )
-        if weights is not None:
-            resnet.load_state_dict(_resnet_weights(name, weights), strict=norm == "batch")
-        super().__init__(ResNetBody(resnet), resnet.fc.in_features)
+        body = ResNetBody(name, dilation, weights, frozen=norm == "frozen")
+        super().__init__(body, body.channels)
         self.dilation = dilation
         if norm == "frozen":
             for key, parameter in self.body.named_parameters():
                 parameter.requires_grad_(key.startswith(("layer2", "layer3", "layer4")))
-
-
-def _resnet_weights(name: str, weights: str | Path) -> dict[str, Tensor]:
-    import torchvision
-
-    if Path(weights).is_file():
-        return torch.load(weights, map_location="cpu", weights_only=True)
-    known = torchvision.models.get_model_weights(name)
-    if str(weights) not in known.__members__ and weights != "DEFAULT":
-        raise ValueError(
-            f"got weights_backbone={str(weights)!r}: no such file, and torchvision's {name} knows only "
-            f"{', '.join(known.__members__)}"
-        )
-    return known[str(weights)].get_state_dict(progress=False, check_hash=True)
 
 
 class ConvBackbone(Backbone):

@@ -130,7 +130,7 @@ def load_weights(model: Detr, source: str | Path | Weights) -> LoadReport:
 
 def _contradictions(model: Detr, settings: Mapping[str, Any]) -> Iterable[str]:
     """Settings that no shape shows, so that a wrong one would only give wrong detections."""
-    heads = model.transformer.decoder.layers[0].self_attn.num_heads
+    heads = model.transformer.heads
     if settings.get("heads", heads) != heads:
         yield f"was trained with {settings['heads']} attention heads, not {heads}"
     backbone = model.backbone[0]

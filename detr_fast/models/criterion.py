@@ -180,10 +180,8 @@ def _class_error(logits: Tensor, classes: Tensor, no_object: int, focal: bool) -
 @torch.no_grad()
 def _cardinality_error(logits: Tensor, counts: Tensor, focal: bool) -> Tensor:
     """(L,): by how many objects an image's prediction is off, on average. For logging; it has no gradient."""
-    if focal:
-        found = logits[..., :-1].amax(-1) > 0
-    else:
-        found = logits.argmax(-1) != logits.shape[-1] - 1
+    # The largest logit is not the last one's: amax takes a fifth of argmax's time on a CPU.
+    found = logits[..., :-1].amax(-1) >= (0 if focal else logits[..., -1])
     return (found.sum(-1) - counts).abs().to(logits.dtype).mean(-1)
 
 

@@ -50,10 +50,10 @@ def matching_cost(
     chosen = logits.gather(-1, index)
     class_cost = _focal_class_cost(chosen) if focal else -(chosen - logits.logsumexp(-1, keepdim=True)).exp()
     cost = cost_class * class_cost.transpose(-1, -2)
-    predicted, true = boxes.unsqueeze(-3), true_boxes.unsqueeze(-2)
-    distance = torch.zeros_like(cost)
-    for axis in range(4):  # one (…, N, Q) plane after another: a (…, N, Q, 4) tensor would be read and written in full
-        distance += (predicted[..., axis] - true[..., axis]).abs()
+    # Each coordinate a plane of its own, as the arithmetic below goes from plane to plane.
+    predicted, true = boxes.movedim(-1, 0).contiguous().movedim(0, -1).unsqueeze(-3), true_boxes.unsqueeze(-2)
+    x, y, width, height = ((p - t).abs_() for p, t in zip(predicted.unbind(-1), true.unbind(-1)))
+    distance = x.add_(y).add_(width).add_(height)
     cost = cost + cost_bbox * distance - cost_giou * generalized_iou(predicted, true)
     cost = cost.nan_to_num(INVALID_COST, INVALID_COST, INVALID_COST).clamp(-INVALID_COST, INVALID_COST)
     return cost.masked_fill(~targets.valid[:, :, None], float("inf"))

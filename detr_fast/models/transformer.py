@@ -180,6 +180,7 @@ class Transformer(nn.Module):
         super().__init__()
         settings = (d_model, heads, feedforward, dropout, pre_norm)
         self.d_model = d_model
+        self.heads = heads
         self.encoder = TransformerEncoder(
             [TransformerEncoderLayer(*settings) for _ in range(encoder_layers)],
             nn.LayerNorm(d_model) if pre_norm else None,

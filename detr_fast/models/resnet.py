@@ -1,0 +1,148 @@
+"""torchvision's ResNets as backbones, with batch norms that are frozen and folded into the convolutions before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from detr_fast import nn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with fixed statistics and a fixed affine map: y = x * scale + shift for each channel."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Weights of a real batch norm also count its batches, which nothing here needs.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Both (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = (t.view(1, -1, 1, 1) for t in self.scale_and_shift())
+        return torch.addcmul(shift, x, scale)
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)); a frozen norm is folded into the weights, which saves two passes over the feature map.
+
+    Folding is legal only for a plain convolution without bias that nobody listens to; otherwise both run one by one.
+    """
+    if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d or conv.bias is not None:
+        return norm(conv(x))
+    if _has_hooks(conv) or _has_hooks(norm):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    downsample = block.downsample
+    if downsample is None:
+        return x
+    return downsample(x) if _has_hooks(downsample) else conv_norm(downsample[0], downsample[1], x)
+
+
+class FoldingBasicBlock(BasicBlock):
+    """torchvision's, through conv_norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(conv_norm(self.conv1, self.bn1, x))
+        y = conv_norm(self.conv2, self.bn2, y)
+        return self.relu(y + _shortcut(self, x))
+
+
+class FoldingBottleneck(Bottleneck):
+    """torchvision's, through conv_norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(conv_norm(self.conv1, self.bn1, x))
+        y = self.relu(conv_norm(self.conv2, self.bn2, y))
+        y = conv_norm(self.conv3, self.bn3, y)
+        return self.relu(y + _shortcut(self, x))
+
+
+_SHAPES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (FoldingBasicBlock, [2, 2, 2, 2]),
+    "resnet34": (FoldingBasicBlock, [3, 4, 6, 3]),
+    "resnet50": (FoldingBottleneck, [3, 4, 6, 3]),
+    "resnet101": (FoldingBottleneck, [3, 4, 23, 3]),
+}
+
+
+class ResNetBody(nn.Module):
+    """A ResNet up to its last feature map, with torchvision's parameter names.
+
+    Args:
+        name: "resnet18", "resnet34", "resnet50" or "resnet101".
+        dilation: dilate the last stage rather than stride.
+        weights: what load_resnet_weights reads; None for random ones.
+        frozen: FrozenBatchNorm2d rather than real batch norms.
+    """
+
+    def __init__(self, name: str, dilation: bool, weights: str | Path | None, frozen: bool) -> None:
+        super().__init__()
+        block, blocks = _SHAPES[name]
+        norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+        resnet = ResNet(block, blocks, replace_stride_with_dilation=[False, False, dilation], norm_layer=norm)
+        self.channels = resnet.fc.in_features
+        self.conv1 = resnet.conv1
+        self.bn1 = resnet.bn1
+        self.relu = resnet.relu
+        self.maxpool = resnet.maxpool
+        self.layer1 = resnet.layer1
+        self.layer2 = resnet.layer2
+        self.layer3 = resnet.layer3
+        self.layer4 = resnet.layer4
+        if weights is not None:
+            state = {k: t for k, t in load_resnet_weights(name, weights).items() if not k.startswith("fc.")}
+            self.load_state_dict(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, channels, H/32, W/32), or /16 with dilation; rounded up."""
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def load_resnet_weights(name: str, weights: str | Path) -> dict[str, Tensor]:
+    """torchvision's weights by their name, such as "IMAGENET1K_V1", or a file with a torchvision ResNet's state_dict.
+
+    Raises:
+        ValueError: neither such a name nor a file.
+    """
+    if Path(weights).is_file():
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    known = torchvision.models.get_model_weights(name)
+    if str(weights) not in known.__members__:  # DEFAULT is among them
+        raise ValueError(
+            f"got weights_backbone={str(weights)!r}: no such file, and torchvision's {name} knows only "
+            f"{', '.join(known.__members__)}"
+        )
+    return known[str(weights)].get_state_dict(progress=False, check_hash=True)

@@ -1,0 +1,146 @@
+"""Backbones: shapes, frozen norms folded into convolutions, what trains and what does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from detr_fast.models.backbone import ConvBackbone, ResNetBackbone
+
+torchvision = pytest.importorskip("torchvision")
+
+from detr_fast.models.resnet import FrozenBatchNorm2d, conv_norm  # noqa: E402
+
+
+def random_norm(channels: int) -> FrozenBatchNorm2d:
+    norm = FrozenBatchNorm2d(channels).double()
+    for name, buffer in norm.named_buffers():
+        buffer.uniform_(0.5, 1.5) if name in ("weight", "running_var") else buffer.uniform_(-1, 1)
+    return norm
+
+
+def test_the_frozen_norm_equals_batch_norm_in_eval_mode():
+    norm = random_norm(5)
+    peer = nn.BatchNorm2d(5).double().eval()
+    peer.load_state_dict(norm.state_dict(), strict=False)
+    x = torch.randn(2, 5, 4, 3).double()
+    torch.testing.assert_close(norm(x), peer(x))
+    norm.load_state_dict(peer.state_dict())  # which counts batches; a frozen norm ignores that
+    assert list(norm.parameters()) == []
+
+
+def test_folding_the_norm_into_the_convolution_changes_neither_value_nor_gradient():
+    conv, norm = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False).double(), random_norm(5)
+    x = torch.randn(2, 3, 8, 6).double().requires_grad_()
+    probe = torch.randn(2, 5, 4, 3).double()
+    results = []
+    for result in (conv_norm(conv, norm, x), norm(conv(x))):
+        gradients = torch.autograd.grad((result * probe).sum(), (x, conv.weight))
+        results.append((result, *gradients))
+    for folded, plain in zip(*results):
+        torch.testing.assert_close(folded, plain)
+
+
+def test_a_convolution_with_a_hook_or_of_another_class_is_not_folded_away():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    norm, x = random_norm(4).float(), torch.randn(1, 3, 5, 5)
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    seen = []
+    conv.register_forward_hook(lambda *_: seen.append(True))
+    conv_norm(conv, norm, x)
+    assert seen == [True]
+    other = Doubled(3, 4, 3, bias=False)
+    torch.testing.assert_close(conv_norm(other, norm, x), norm(other(x)))
+
+
+def test_hooks_on_any_part_of_a_resnet_are_called():
+    body = ResNetBackbone("resnet18").body
+    seen = []
+    for name, module in body.named_modules():
+        if name:
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        body(torch.randn(1, 3, 32, 32))
+    assert set(seen) == {name for name, _ in body.named_modules() if name}
+
+
+@pytest.mark.parametrize(("name", "dilation", "norm"), [("resnet18", False, "batch"), ("resnet50", True, "frozen")])
+def test_the_feature_map_equals_torchvisions(name, dilation, norm):
+    torch.manual_seed(0)
+    backbone = ResNetBackbone(name, dilation, norm=norm).eval()
+    peer = torchvision.models.get_model(
+        name, weights=None, replace_stride_with_dilation=[False, False, dilation]
+    ).eval()
+    peer.load_state_dict(backbone.body.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        features, mask = backbone(x)
+        expected = torchvision.models._utils.IntermediateLayerGetter(peer, {"layer4": "map"})(x)["map"]
+    assert mask is None
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "stride"),
+    [
+        (lambda: ResNetBackbone("resnet34"), 512, 32),
+        (lambda: ResNetBackbone("resnet101", dilation=True), 2048, 16),
+        (lambda: ConvBackbone(8, 8), 64, 8),
+        (lambda: ConvBackbone(8, 16), 64, 16),
+        (lambda: ConvBackbone(16, 32), 128, 32),
+    ],
+    ids=["resnet34", "resnet101-dc5", "conv-8", "conv-16", "conv-32"],
+)
+def test_features_and_mask_have_the_resolution_of_the_stride(backbone, channels, stride):
+    backbone = backbone()
+    mask = torch.zeros(1, 64, 90, dtype=torch.bool)
+    mask[:, :, 64:] = True
+    with torch.no_grad():
+        features, small = backbone(torch.randn(1, 3, 64, 90), mask)
+    assert backbone.num_channels == channels
+    assert features.shape == (1, channels, 64 // stride, -(-90 // stride))
+    assert small.shape == (1, *features.shape[2:])
+    assert small.dtype == torch.bool
+    # The mask of the nearest pixel, as torch's nearest neighbour counts it.
+    expected = nn.functional.interpolate(mask[None].float(), size=features.shape[2:])[0].bool()
+    assert torch.equal(small, expected)
+
+
+def test_with_frozen_norms_the_stem_and_the_first_stage_do_not_train():
+    frozen = {
+        name.split(".")[0] for name, p in ResNetBackbone("resnet18").body.named_parameters() if not p.requires_grad
+    }
+    trained = {name.split(".")[0] for name, p in ResNetBackbone("resnet18").body.named_parameters() if p.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+    assert trained == {"layer2", "layer3", "layer4"}
+    assert all(p.requires_grad for p in ResNetBackbone("resnet18", norm="batch").parameters())
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_a_torchvision_file_gives_the_backbones_weights(norm, tmp_path):
+    peer = torchvision.models.resnet18(weights=None)
+    torch.save(peer.state_dict(), tmp_path / "resnet18.pth")
+    backbone = ResNetBackbone("resnet18", weights=tmp_path / "resnet18.pth", norm=norm)
+    state = backbone.body.state_dict()
+    assert len(state) >= 100
+    assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "vgg16"}, "got backbone 'vgg16'; expected one of resnet18"),
+        ({"name": "resnet34", "dilation": True}, r"resnet34 has no dilated \(DC5\) variant"),
+        ({"name": "resnet18", "norm": "group"}, "got norm 'group'"),
+        ({"name": "resnet18", "weights": "absent.pth"}, "'absent.pth': no such file, and .* IMAGENET1K_V1"),
+    ],
+)
+def test_unknown_backbones_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ResNetBackbone(**arguments)
+    with pytest.raises(ValueError, match="got stride 4"):
+        ConvBackbone(stride=4)

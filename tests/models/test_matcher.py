@@ -1,0 +1,108 @@
+"""Matching: least total cost within each image, whatever the predictions look like."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from detr_fast.models import HungarianMatcher, Targets
+from detr_fast.models.matcher import INVALID_COST, assign, matching_cost
+
+pytest.importorskip("scipy")
+
+
+def make_targets(counts: tuple[int, ...], classes: int, capacity: int | None = None) -> Targets:
+    return Targets.from_list(
+        [{"boxes": torch.rand(n, 4) * 0.5 + 0.2, "labels": torch.randint(classes, (n,))} for n in counts], capacity
+    )
+
+
+def least_total(cost: torch.Tensor) -> float:
+    """By trying every assignment of rows to columns."""
+    rows, columns = cost.shape
+    if rows > columns:
+        return least_total(cost.T)
+    return min(sum(cost[r, c].item() for r, c in enumerate(p)) for p in itertools.permutations(range(columns), rows))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 5), (5, 5), (6, 3)])
+def test_the_assignment_has_the_least_total_cost_of_all(shape):
+    torch.manual_seed(0)
+    costs = torch.randn(2, 3, *shape)
+    queries = assign(costs)
+    assert queries.shape == (2, 3, shape[0])
+    for cost, query in zip(costs.flatten(0, 1), queries.flatten(0, 1)):
+        rows = torch.nonzero(query >= 0)[:, 0]
+        assert len(rows) == min(shape)
+        assert len(query[rows].unique()) == len(rows)
+        assert cost[rows, query[rows]].sum().item() == pytest.approx(least_total(cost), rel=1e-5)
+
+
+def test_rows_behind_the_last_box_take_no_part():
+    cost = torch.rand(2, 4, 6)
+    cost[0, 2:] = float("inf")
+    cost[1] = float("inf")
+    queries = assign(cost)
+    assert (queries[0, :2] >= 0).all()
+    assert (queries[0, 2:] == -1).all()
+    assert (queries[1] == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5), (2, 3, 0)])
+def test_empty_problems_have_empty_solutions(shape):
+    assert torch.equal(assign(torch.zeros(shape)), torch.full(shape[:2], -1))
+
+
+def test_costs_never_mix_images_and_layers_are_matched_as_if_alone():
+    torch.manual_seed(1)
+    targets = make_targets((4, 0, 2), 5)
+    logits, boxes = torch.randn(3, 3, 8, 6), torch.rand(3, 3, 8, 4) * 0.5 + 0.2
+    matcher = HungarianMatcher()
+    together = matcher.match(logits, boxes, targets)
+    for layer in range(3):
+        for image in range(3):
+            only = Targets(*(t[image : image + 1] for t in (targets.boxes, targets.labels, targets.counts)))
+            alone = matcher.match(logits[layer, image : image + 1], boxes[layer, image : image + 1], only)
+            assert torch.equal(together[layer, image], alone[0])
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_costs_are_infinite_behind_the_last_box_and_finite_elsewhere(focal):
+    targets = make_targets((3, 0), 5, capacity=4)
+    logits, boxes = torch.randn(2, 8, 6), torch.rand(2, 8, 4)
+    logits[0, 1] = float("nan")
+    boxes[0, 2] = float("inf")
+    boxes[0, 3, 2:] = 0
+    weights = {"cost_class": 1.0, "cost_bbox": 5.0, "cost_giou": 2.0}
+    cost = matching_cost(logits, boxes, targets, **weights, focal=focal)
+    assert cost.shape == (2, 4, 8)
+    assert torch.equal(cost.isinf(), ~targets.valid[:, :, None].expand_as(cost))
+    assert (cost[0, :3, 1:3] == INVALID_COST).all()
+
+
+def test_broken_predictions_are_matched_last():
+    torch.manual_seed(2)
+    targets = make_targets((3,), 5)
+    logits, boxes = torch.randn(1, 6, 6), torch.rand(1, 6, 4) * 0.5 + 0.2
+    logits[0, :2] = float("nan")
+    boxes[0, 2] = float("nan")
+    ((queries, true),) = HungarianMatcher()({"pred_logits": logits, "pred_boxes": boxes}, targets)
+    assert queries.tolist() == [3, 4, 5]
+    assert sorted(true.tolist()) == [0, 1, 2]
+
+
+def test_pairs_come_in_the_order_of_queries():
+    targets = Targets.from_list(
+        [{"boxes": torch.tensor([[0.8, 0.8, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1]]), "labels": torch.tensor([0, 1])}]
+    )
+    boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]]])
+    ((queries, true),) = HungarianMatcher()({"pred_logits": torch.zeros(1, 3, 3), "pred_boxes": boxes}, targets)
+    assert queries.tolist() == [0, 2]
+    assert true.tolist() == [1, 0]
+
+
+def test_a_matcher_without_any_cost_is_refused():
+    with pytest.raises(ValueError, match="all three matching costs are 0"):
+        HungarianMatcher(0, 0, 0)
