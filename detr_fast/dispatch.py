@@ -263,7 +263,8 @@ def architecture(device: torch.device) -> str | None:
 
 
 def _transform() -> str | None:
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    # not is_exporting(): in torch 2.11 Dynamo takes that for true under torch.compile, too
+    if torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export():
         return "torch.export and ONNX take PyTorch's own ops"
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return "TorchScript takes PyTorch's own ops"
