@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def analyse(cubin: bytes, arch: int, elements_per_warp: float) -> Analysis:
     if arch not in RATES:
         raise ValueError(f"no pipe rates for sm_{arch}: choose one of {', '.join(f'sm_{a}' for a in RATES)}")
     loop = inner_loop(disassemble(cubin))
-    cycles: Counter[str] = Counter({"issue": 32 * len(loop)})
+    cycles: defaultdict[str, float] = defaultdict(float, issue=32.0 * len(loop))
     for instruction in loop:
         pipe, amount = _cost(instruction.opcode)
         cycles[pipe] += amount

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_fast.kernels import layer_norm as kernels
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from detr_fast.testing import assert_as_accurate_as_eager
+from detr_fast.testing.interpreter import checked_interpreter
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+class KernelLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, out_dtype):
+        y, mean, rstd = kernels.layer_norm_forward(x, weight, bias, 1e-5, out_dtype)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dx, dw, db = kernels.layer_norm_backward(
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            with_dw=weight is not None,
+            with_db=bias is not None,
+            parameter_dtype=None if bias is None else bias.dtype,
+        )
+        return dx, dw, db, None
+
+
+def layer_norm(x, weight=None, bias=None):
+    return KernelLayerNorm.apply(x, weight, bias, None)
+
+
+def eager(x, weight=None, bias=None):
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def parameters(columns):
+    return torch.randn(columns) + 1, torch.randn(columns)
+
+
+# One row, no multiple of a tile, several tiles and several persistent rounds; every block size.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (1, 256),
+        (100, 256),
+        (41, 1),
+        (300, 16),
+        (150, 20),
+        (70, 64),
+        (9, 96),
+        (65, 128),
+        (33, 512),
+        (17, 768),
+        (9, 1000),
+    ],
+)
+def test_layer_norm_is_as_accurate_as_eager(interpreter, rows, columns, dtype):
+    inputs = [torch.randn(rows, columns) * 3 + 1, *parameters(columns)]
+    assert_as_accurate_as_eager(layer_norm, reference=eager, inputs=inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("columns", [2048, 3000, 4096, 8191, 8192])
+def test_rows_that_spread_over_warps_are_as_accurate_as_eager(interpreter, columns):
+    inputs = [torch.randn(5, columns) * 3 + 1, *parameters(columns)]
+    assert_as_accurate_as_eager(layer_norm, reference=eager, inputs=inputs, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scale", "offset"), [(1e4, 0.0), (1.0, 1e4), (6e4, 0.0), (1e-3, 0.0)])
+def test_large_values_and_small_spreads_are_as_accurate_as_eager(interpreter, scale, offset, dtype):
+    x = (torch.rand(10, 256) * 2 - 1) * scale + offset
+    assert_as_accurate_as_eager(layer_norm, reference=eager, inputs=[x, *parameters(256)], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_may_stay_in_fp32(interpreter, dtype):
+    weight, bias = parameters(96)
+    x = torch.randn(12, 96).to(dtype)
+    dy = torch.randn(12, 96).to(dtype)
+    y, mean, rstd = kernels.layer_norm_forward(x, weight, bias, 1e-5)
+    dx, dw, db = kernels.layer_norm_backward(dy, x, weight, mean, rstd)
+    truth = x.double().requires_grad_(), weight.double().requires_grad_(), bias.double().requires_grad_()
+    expected = F.layer_norm(truth[0], (96,), *truth[1:])
+    expected.backward(dy.double())
+    assert (y.dtype, dx.dtype, dw.dtype, db.dtype) == (dtype, dtype, torch.float32, torch.float32)
+    torch.testing.assert_close(y, expected.to(dtype))
+    torch.testing.assert_close(dx, truth[0].grad.to(dtype))
+    torch.testing.assert_close(dw, truth[1].grad.float())
+    torch.testing.assert_close(db, truth[2].grad.float())
+
+
+def test_the_output_dtype_can_be_fp32_as_under_autocast(interpreter):
+    x = torch.randn(9, 256).half()
+    y, mean, rstd = kernels.layer_norm_forward(x, None, None, 1e-5, out_dtype=torch.float32)
+    torch.testing.assert_close(y, F.layer_norm(x.float(), (256,)))
+    dx, dw, db = kernels.layer_norm_backward(torch.randn(9, 256), x, None, mean, rstd, with_dw=False, with_db=False)
+    assert (y.dtype, dx.dtype, dw, db) == (torch.float32, torch.float16, None, None)
+    assert bool(dx.isfinite().all())
+
+
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_weight_and_bias_may_be_absent(interpreter, weight, bias):
+    w, b = parameters(40)
+    inputs = [torch.randn(21, 40), w if weight else None, b if bias else None]
+    assert_as_accurate_as_eager(layer_norm, reference=eager, inputs=inputs, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (0, 0, 0)])
+def test_only_the_wanted_gradients_are_computed(interpreter, wanted):
+    x, dy, (weight, bias) = torch.randn(37, 64), torch.randn(37, 64), parameters(64)
+    _, mean, rstd = kernels.layer_norm_forward(x, weight, bias, 1e-5)
+    every = kernels.layer_norm_backward(dy, x, weight, mean, rstd)
+    interpreter.launches.clear()
+    flags = dict(zip(("with_dx", "with_dw", "with_db"), map(bool, wanted)))
+    some = kernels.layer_norm_backward(dy, x, weight, mean, rstd, **flags)
+    for want, one, same in zip(wanted, some, every):
+        assert torch.equal(one, same) if want else one is None
+    assert len(interpreter.launches) == min(1, sum(wanted)) + min(1, wanted[1] + wanted[2])
+
+
+def test_no_rows_give_no_output_and_zero_parameter_gradients(interpreter):
+    x, (weight, bias) = torch.randn(0, 3, 48), parameters(48)
+    y, mean, rstd = kernels.layer_norm_forward(x, weight, bias, 1e-5)
+    assert interpreter.counts() == {}
+    dx, dw, db = kernels.layer_norm_backward(y, x, weight, mean, rstd)
+    assert (y.shape, dx.shape, mean.shape) == ((0, 3, 48), (0, 3, 48), (0,))
+    assert torch.equal(dw, torch.zeros(48))
+    assert torch.equal(db, torch.zeros(48))
+
+
+LAYOUTS = {
+    "a view with gaps between rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "every other row": lambda x: torch.stack([x, x], -2)[..., 0, :],
+    "one row for all": lambda x: x[:1, :1].expand(x.shape),
+    "transposed leading dimensions": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "transposed columns": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one value for all": lambda x: x[:1, :1, :1].expand(x.shape),
+    "an address off 16 bytes": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", [40, 256])
+def test_any_layout_of_input_and_gradient_works(interpreter, layout, columns):
+    arrange = LAYOUTS[layout]
+    x = torch.randn(5, 4, columns)
+    dy = torch.randn(5, 4, columns)
+    weight, bias = parameters(columns)
+    y, mean, rstd = kernels.layer_norm_forward(arrange(x), weight, bias, 1e-5)
+    got = kernels.layer_norm_backward(arrange(dy), arrange(x), weight, mean, rstd)
+    plain = kernels.layer_norm_forward(arrange(x).contiguous(), weight, bias, 1e-5)
+    want = kernels.layer_norm_backward(arrange(dy).contiguous(), arrange(x).contiguous(), weight, mean, rstd)
+    for ours, expected in zip((y, *got), (plain[0], *want)):
+        assert torch.equal(ours, expected)
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("layout", "copied"),
+    [(name, name.startswith(("transposed", "one value"))) for name in LAYOUTS],
+)
+def test_rows_at_a_constant_distance_are_read_without_a_copy(layout, copied):
+    x = LAYOUTS[layout](torch.randn(5, 4, 40))
+    rows, distance = kernels.as_rows(x)
+    assert (rows is not x) == copied
+    flat = torch.as_strided(rows, (20, 40), (distance, 1))
+    assert torch.equal(flat, x.reshape(20, 40))
+
+
+def test_rows_very_far_apart_are_copied_so_that_tile_offsets_fit_32_bits():
+    far = torch.empty(2, (1 << 24) + 8, dtype=torch.uint8)
+    assert kernels.as_rows(far[:, :8])[1] == 8
+    assert kernels.as_rows(far[:1, :8])[1] == 8  # a single row has no distance
+    assert kernels.as_rows(far[:, 8:].as_strided((2, 8), (1 << 24, 1)))[1] == 1 << 24
+
+
+def test_offsets_use_64_bits_where_rows_times_columns_is_large():
+    x, (weight, _) = torch.randn(64, 256), parameters(256)
+    with checked_interpreter(int32_limit=4096):  # a tile is 2,048 elements (4,096 in the backward), the tensor 16,384
+        y, mean, rstd = kernels.layer_norm_forward(x, weight, None, 1e-5)
+        kernels.layer_norm_backward(x, x, weight, mean, rstd)
+    torch.testing.assert_close(y, F.layer_norm(x, (256,), weight))
+
+
+def test_the_backward_is_deterministic_whatever_order_programs_run_in():
+    x, dy, (weight, _) = torch.randn(200, 64), torch.randn(200, 64), parameters(64)
+    results = []
+    for seed in range(3):
+        with checked_interpreter(seed=seed):
+            _, mean, rstd = kernels.layer_norm_forward(x, weight, None, 1e-5)
+            results.append(kernels.layer_norm_backward(dy, x, weight, mean, rstd))
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other))
+
+
+def test_nan_and_inf_stay_in_their_row(interpreter):
+    x = torch.randn(20, 96)
+    x[3, 5], x[7, 0] = float("nan"), float("inf")
+    y, _, _ = kernels.layer_norm_forward(x, None, None, 1e-5)
+    bad = ~y.isfinite().all(dim=1)
+    assert bad.nonzero().flatten().tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("columns", [0, 8193])
+def test_too_few_or_too_many_columns_are_refused(columns):
+    with pytest.raises(ValueError, match=rf"over {columns} columns: the kernels take 1 to 8192"):
+        kernels.layer_norm_forward(torch.zeros(2, columns), None, None, 1e-5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rows=st.integers(0, 70),
+    columns=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    affine=st.sampled_from([(False, False), (True, True), (True, False)]),
+    shift=st.sampled_from([0, 1, 8]),
+    scale=st.sampled_from([1e-2, 1.0, 1e3]),
+    expanded=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_any_case_is_as_accurate_as_eager(rows, columns, dtype, affine, shift, scale, expanded, seed):
+    torch.manual_seed(seed)
+    wide = torch.randn(rows, columns + shift) * scale + scale
+    weight, bias = parameters(columns)
+    with checked_interpreter(seed=seed):
+        assert_as_accurate_as_eager(
+            layer_norm,
+            reference=eager,
+            inputs=[wide[:, shift:], weight if affine[0] else None, bias if affine[1] else None],
+            dtype=dtype,
+            upstream=(lambda y: torch.randn(1, columns).to(y.dtype).expand(y.shape)) if expanded else torch.randn_like,
+        )
