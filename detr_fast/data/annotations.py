@@ -8,10 +8,11 @@ Format: https://cocodataset.org/#format-data
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -92,17 +93,24 @@ def id_key(value: Any) -> Any:
     return str(value) if integer is None else integer
 
 
-def box_problem(box: Any, height: int, width: int) -> str | None:
-    """Why a [x, y, width, height] box in pixels can't be trained on; None where it can. Size 0 × 0 means unknown."""
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        return f"is {box!r:.60}, expected [x, y, width, height]"
-    if not all(isinstance(value, (int, float)) and np.isfinite(value) for value in box):
-        return f"is {box!r:.60}, expected four finite numbers"
+class BoxProblem(NamedTuple):
+    """Why a box can't be trained on."""
+
+    kind: Literal["malformed", "no area", "outside"]
+    message: str
+
+
+def box_problem(box: Any, height: int, width: int) -> BoxProblem | None:
+    """What is wrong with a [x, y, width, height] box in pixels, if anything. An image size of 0 × 0 means unknown."""
+    if not isinstance(box, list) or len(box) != 4:
+        return BoxProblem("malformed", f"is {box!r:.60}, expected [x, y, width, height]")
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+        return BoxProblem("malformed", f"is {box!r:.60}, expected four finite numbers")
     x, y, w, h = box
     if w <= 0 or h <= 0:
-        return f"has no area: {box}"
+        return BoxProblem("no area", f"has no area: {box}")
     if height and width and (x >= width or y >= height or x + w <= 0 or y + h <= 0):
-        return f"lies outside its {width}×{height} image: {box}"
+        return BoxProblem("outside", f"lies outside its {width}×{height} image: {box}")
     return None
 
 
@@ -139,10 +147,9 @@ def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
             raise fail(f"{_name(record, position)} names {key} {record.get(key)!r}, which the file does not list")
         problem = box_problem(box, *sizes[image])
         if problem is not None:
-            usable = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-            if bad_boxes == "drop" and usable:
+            if bad_boxes == "drop" and problem.kind != "malformed":
                 continue
-            raise fail(f"{_name(record, position)} of image {file_names[image]!r}: its bbox {problem}")
+            raise fail(f"{_name(record, position)} of image {file_names[image]!r}: its bbox {problem.message}")
         area = record.get("area")
         rows.append(
             (image, category, area if isinstance(area, (int, float)) else box[2] * box[3], bool(record.get("iscrowd")))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from detr_fast.data.errors import DataError
@@ -44,11 +44,12 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     return pixels
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
-    """Height and width from the file's header."""
+def read_image_size(path: Path, turned: bool = False) -> tuple[int, int]:
+    """Height and width from the file's header; with `turned`, of the picture as its EXIF orientation turns it."""
     try:
         with Image.open(path) as file:
-            return file.height, file.width
+            sideways = turned and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (file.width, file.height) if sideways else (file.height, file.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor --fix'") from None
 

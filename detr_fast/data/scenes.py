@@ -12,7 +12,6 @@ import colorsys
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_fast.data.errors import DataError
+from detr_fast.data.folders import new_folder
 
 CATEGORIES = {3: "circle", 7: "square", 11: "triangle", 18: "star", 25: "ring", 40: "cross"}
 
@@ -69,27 +68,18 @@ def generate_scenes(
     """
     folder = Path(folder)
     settings = _Settings(train, val, seed, size)
-    if folder.exists():
-        stamp = folder / _STAMP
-        if stamp.is_file() and json.loads(stamp.read_text()) == asdict(settings):
-            return folder
-        if not stamp.is_file() and any(folder.iterdir()):
-            raise DataError(f"{folder}: holds other files; give a new folder for the generated scenes")
-    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
+    stamp = folder / _STAMP
+    ours = stamp.is_file()
+    if ours and json.loads(stamp.read_text()) == asdict(settings):
+        return folder
+    with new_folder(folder, replace=ours) as partial_folder:
         _write(partial_folder, settings, progress or (lambda done, total: None))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial_folder, folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror}); free space or give another folder") from None
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
     return folder
 
 
 def _write(folder: Path, settings: _Settings, progress: Callable[[int, int], None]) -> None:
     images = folder / "images"
-    images.mkdir(parents=True)
+    images.mkdir()
     total = settings.train + settings.val
     with ThreadPoolExecutor(
         os.cpu_count()

@@ -110,7 +110,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
 
 def test_a_folder_with_other_files_is_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds other files; give a new folder"):
+    with pytest.raises(DataError, match="is there already, and not empty"):
         generate_scenes(tmp_path, train=1, val=1)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
