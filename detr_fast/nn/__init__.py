@@ -24,7 +24,10 @@ else:
     __all__ = [name for name in dir(_torch_nn) if not name.startswith("_")]
 
     def __getattr__(name: str) -> Any:
-        return getattr(_torch_nn, name)
+        try:
+            return getattr(_torch_nn, name)
+        except AttributeError:
+            raise AttributeError(f"neither detr_fast.nn nor torch.nn has {name!r}") from None
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -37,8 +37,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     that the projections leave, and masks stay as small as they were given.
 
     There a query without any visible key attends to nothing: its weights and its heads' output are zero, and so are its
-    gradients, where torch.nn gives NaN or zeros depending on the path it takes. And with `add_bias_kv` or
-    `add_zero_attn` every query sees the added keys, also under the hint `is_causal`, which in torch.nn hides them.
+    gradients, where torch.nn gives NaN or zeros depending on the path it takes.
     """
 
     def forward(
@@ -58,8 +57,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if is_traced(query):
                 masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
                 return as_leaf(self, query, key, value, *masks)
-            hint = is_causal and not need_weights  # materialised weights are masked by the mask itself
-            plan = self._plan(query, key, value, key_padding_mask, attn_mask, hint)
+            plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights)
             if plan is not None:
                 return self._attend(plan, query, key, value, need_weights, average_attn_weights)
         return super().forward(
@@ -75,8 +73,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> bool:
-        """Whether such a call runs here; otherwise the original's forward does. Raises BackendError (see `use_backend`)."""
-        return self._plan(query, key, value, key_padding_mask, attn_mask, is_causal) is not None
+        """Whether such a call, without weights, runs here; otherwise the original's forward does.
+
+        Raises BackendError (see `use_backend`).
+        """
+        return self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights=False) is not None
 
     def _plan(
         self,
@@ -86,6 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
+        need_weights: bool,
     ) -> _Plan | None:
         requested = ATTENTION.requested()
         if query.is_nested or key.is_nested or value.is_nested:
@@ -98,7 +100,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
             return None  # the original says what is wrong
         dtype = self._computed_dtype(query)
-        masks = self._masks(query, key_padding_mask, attn_mask, is_causal, dtype)
+        # Weights that are asked for are masked by the mask itself, whatever the hint says.
+        masks = self._masks(query, key_padding_mask, attn_mask, is_causal and not need_weights, dtype)
         dropout_p = self.dropout if self.training else 0.0
         choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *masks, dropout_p, None)
         if requested is None and not isinstance(choice, TritonImplementation):
@@ -187,7 +190,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor | None, Tensor | None, bool]:
         """The masks as ops take them: padding (B, S) bool, mask (B or 1, H or 1, L or 1, S), and whether it is causal."""
         extra = self._extra_keys
-        causal = is_causal and not extra  # aligned top-left, it would hide the extra keys
+        # As in torch.nn the hint hides added keys, which lie behind the diagonal, unless there is padding to merge.
+        causal = is_causal and not (extra and key_padding_mask is not None)
         mask = None if causal else attn_mask
         if mask is not None and mask.ndim == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))
@@ -269,11 +273,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         tensors = (query, key, value, self.bias_k, self.bias_v, *parameters)
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         first = self.batch_first or query.ndim == 2
+        copied = first or self._extra_keys > 0
         stand_ins = []
-        for length, share in zip((queries, keys, keys), packed):
+        for length, share, batch_first in zip((queries, keys, keys), packed, (first, copied, copied)):
             row = share * width
             shape = (batch, length, self.num_heads, self.head_dim)
-            stride = (length * row, row, self.head_dim, 1) if first else (row, batch * row, self.head_dim, 1)
+            stride = (length * row, row, self.head_dim, 1) if batch_first else (row, batch * row, self.head_dim, 1)
             if type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
                 stand_ins.append(_stand_in(shape, stride, dtype, query.device, grad))
             else:

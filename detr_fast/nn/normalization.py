@@ -20,5 +20,6 @@ class LayerNorm(nn.LayerNorm):
         if dispatch.intervening or getattr(input, "is_cuda", False) is not False:
             if is_traced(input):
                 return as_leaf(self, input)
-            return LAYER_NORM(input, self.normalized_shape, self.weight, self.bias, self.eps)
+            if isinstance(input, Tensor):
+                return LAYER_NORM(input, self.normalized_shape, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
