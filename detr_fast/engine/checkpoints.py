@@ -112,7 +112,9 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
         if found
     ]
     if problems:
-        raise CheckpointError(f"{path} is of another model: weights {'; '.join(problems)}; use the settings it was trained with")
+        raise CheckpointError(
+            f"{path} is of another model: weights {'; '.join(problems)}; use the settings it was trained with"
+        )
     model.load_state_dict(weights)
 
 

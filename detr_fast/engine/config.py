@@ -68,7 +68,9 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a number over 0")
         if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}, expected a number from 0 (off) to below 1, for example 0.999")
+            raise ConfigError(
+                f"ema_decay is {self.ema_decay}, expected a number from 0 (off) to below 1, for example 0.999"
+            )
         if not 0 < self.lr_drop <= 1:
             raise ConfigError(f"lr_drop is {self.lr_drop}, expected a share of the epochs over 0 and up to 1")
         for name, allowed in (

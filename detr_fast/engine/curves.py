@@ -40,7 +40,12 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, title: str = "") 
     if evaluated:
         best = max(evaluated, key=lambda r: r["AP50"])
         precision.annotate(
-            f"{best['AP50']:.3f}", (best["step"], best["AP50"]), xytext=(0, 7), textcoords="offset points", ha="center", color=BLUE
+            f"{best['AP50']:.3f}",
+            (best["step"], best["AP50"]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            color=BLUE,
         )
         precision.set_ylim(0, max(0.1, 1.18 * best["AP50"]))
     _style(precision, "Average precision on the validation split")
@@ -68,7 +73,10 @@ def _smoothed(axes: Axes, records: Sequence[dict[str, Any]], key: str, colour: s
         return
     steps, values = zip(*points)
     window = max(1, len(values) // 30)
-    means = [sum(values[max(0, i - window) : i + window + 1]) / len(values[max(0, i - window) : i + window + 1]) for i in range(len(values))]
+    means = [
+        sum(values[max(0, i - window) : i + window + 1]) / len(values[max(0, i - window) : i + window + 1])
+        for i in range(len(values))
+    ]
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=1)
     axes.plot(steps, means, color=colour, label=label, linewidth=2)
 

@@ -146,10 +146,17 @@ def _tab(
     taken: Sequence[Rectangle],
 ) -> Rectangle:
     """Draw `text` on a filled tab at a corner of the box, inside the image and beside the tabs before where possible."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, letters)
+    _, _, right, bottom = draw.textbbox((0, 0), text, letters)
     width, height = right + 6, bottom + 4
     x0, y0, x1, y1 = xyxy
-    corners = [(x0, y0 - height), (x1 - width, y0 - height), (x0, y1), (x1 - width, y1), (x0, y0), (x1 - width, y1 - height)]
+    corners = [
+        (x0, y0 - height),
+        (x1 - width, y0 - height),
+        (x0, y1),
+        (x1 - width, y1),
+        (x0, y0),
+        (x1 - width, y1 - height),
+    ]
     places = []
     for x, y in corners:
         x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)

@@ -30,9 +30,9 @@ class TrainingDiverged(EngineError):
 
 
 class Interrupted(EngineError):
-    """A signal asked training to stop; the state is saved when this reaches the caller."""
+    """A signal asked training to stop; the state is saved when this reaches the caller, and `advice` says so."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, advice: str = "") -> None:
         self.signum = signum
         self.name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        super().__init__(f"stopped by {self.name}")
+        super().__init__(f"stopped by {self.name}" + (f": {advice}" if advice else ""))

@@ -88,10 +88,10 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. A line that a crash left unfinished stays alone on its line."""
-        with explained(self.metrics, f"free some space, then go on with '{self.how_to_go_on}'"):
-            with open(self.metrics, "a+b") as file:
-                torn = file.tell() > 0 and not _ends_with_newline(file)
-                file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+        advice = f"free some space, then go on with '{self.how_to_go_on}'"
+        with explained(self.metrics, advice), open(self.metrics, "a+b") as file:
+            torn = file.tell() > 0 and not _ends_with_newline(file)
+            file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.metrics)

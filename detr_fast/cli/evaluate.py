@@ -1,0 +1,68 @@
+"""`detr-fast evaluate`: COCO average precision of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A COCO-format folder; the one trained on by default.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="val, test or train.")] = "val",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = 8,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, and nothing else.")] = False,
+) -> None:
+    """Evaluate a trained model: COCO's average precision, overall and for each class."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from detr_fast.cli.devices import pick_device
+    from detr_fast.cli.progress import progress_bar
+    from detr_fast.data.batching import build_loader
+    from detr_fast.data.coco import CocoDetection, CocoFolder
+    from detr_fast.data.coco_eval import CocoEvaluator
+    from detr_fast.data.transforms import eval_transforms
+    from detr_fast.engine.checkpoints import load_trained_model
+    from detr_fast.engine.errors import ConfigError
+    from detr_fast.engine.evaluation import evaluate_model
+
+    where = pick_device(device)
+    trained = load_trained_model(model, where)
+    folder = data or Path(trained.config.data)
+    dataset = CocoDetection(CocoFolder.open(folder), split, eval_transforms(trained.config.transforms))
+    if dataset.names != trained.names:
+        raise ConfigError(
+            f"{folder} has the classes {', '.join(dataset.names)}, but the model knows {', '.join(trained.names)}; "
+            "evaluate on data with the same classes in the same order"
+        )
+    loader = build_loader(dataset, batch_size, shuffle=False, pin_memory=where.type == "cuda")
+    evaluator = CocoEvaluator(dataset)
+    with progress_bar(Console(stderr=True), "evaluating") as progress:
+        figures = evaluate_model(trained.model, loader, evaluator, where, progress=progress)
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    console = Console()
+    console.print(f"{trained.path} on {folder}, {split}: {len(dataset)} images", highlight=False, soft_wrap=True)
+    overall = Table("", "all", "small", "medium", "large", box=None, padding=(0, 2, 0, 0))
+    overall.add_row("AP", *(_figure(figures[k]) for k in ("AP", "APs", "APm", "APl")))
+    overall.add_row("AP50", _figure(figures["AP50"]))
+    overall.add_row("AP75", _figure(figures["AP75"]))
+    overall.add_row("AR, 100 boxes", *(_figure(figures[k]) for k in ("AR100", "ARs", "ARm", "ARl")))
+    console.print(overall)
+    by_class = Table("class", "AP", "AP50", box=None, padding=(0, 2, 0, 0))
+    for name in evaluator.names:
+        by_class.add_row(name, _figure(figures[f"AP/{name}"]), _figure(figures[f"AP50/{name}"]))
+    console.print(by_class)
+
+
+def _figure(value: float) -> str:
+    return "–" if value < 0 else f"{value:.3f}"

@@ -1,0 +1,46 @@
+"""`detr-fast predict`: objects in images, as pictures and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", help="Gets predictions.json and one picture an image.")] = Path(
+        "predictions"
+    ),
+    threshold: Annotated[float, typer.Option("--threshold", help="Leave out what scores less, 0 to 1.")] = 0.5,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = 4,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")] = True,
+) -> None:
+    """Detect objects in images: writes a picture of each with its boxes, and predictions.json with all of them."""
+    from collections import Counter
+
+    from rich.console import Console
+
+    from detr_fast.cli.devices import pick_device
+    from detr_fast.cli.progress import progress_bar
+    from detr_fast.engine.checkpoints import load_trained_model
+    from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, write_predictions
+
+    paths = find_images(images)
+    trained = load_trained_model(model, pick_device(device))
+    with progress_bar(Console(stderr=True), "predicting") as progress:
+
+        def counted():  # type: ignore[no-untyped-def]
+            predictions = predict_images(trained, paths, threshold=threshold, batch_size=batch_size)
+            for number, prediction in enumerate(predictions, start=1):
+                yield prediction
+                progress(number, len(paths))
+
+        records = write_predictions(counted(), trained, out, pictures)
+    counts = Counter(d["name"] for record in records for d in record["detections"])
+    found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no objects"
+    what = "pictures and " if pictures else ""
+    print(f"{len(records)} images: {found} above {threshold:g}; {what}{JSON_NAME} in {out}")

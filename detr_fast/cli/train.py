@@ -1,0 +1,141 @@
+"""`detr-fast train`: any COCO-format folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_START, _RECIPE, _MACHINE = "Start", "Recipe", "Machine"
+
+
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="A COCO-format folder: instances_train.json, …_val.json and images.", rich_help_panel=_START
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="The run folder; runs/<data> by default.", rich_help_panel=_START)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Go on with this run folder, where it stopped.", rich_help_panel=_START),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run folder's run.", rich_help_panel=_START)
+    ] = False,
+    model: Annotated[
+        str, typer.Option("--model", help="small, resnet18, resnet34, resnet50 or resnet101.", rich_help_panel=_START)
+    ] = "resnet50",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            help="Start from these: a run's checkpoint, the original's, or Hugging Face's.",
+            rich_help_panel=_START,
+        ),
+    ] = None,
+    weights_backbone: Annotated[
+        str | None,
+        typer.Option(
+            "--weights-backbone", help="ImageNet weights: a file, or torchvision's name.", rich_help_panel=_START
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=_RECIPE)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images a step.", rich_help_panel=_RECIPE)
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option("--image-size", help="Shorter side in pixels; 0 is the model's own.", rich_help_panel=_RECIPE)
+    ] = 0,
+    queries: Annotated[
+        int | None, typer.Option("--queries", help="The most objects an image can get.", rich_help_panel=_RECIPE)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate of the transformer.", rich_help_panel=_RECIPE)
+    ] = None,
+    lr_backbone: Annotated[
+        float | None, typer.Option("--lr-backbone", help="… of the backbone.", rich_help_panel=_RECIPE)
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option("--ema", help="Average the weights, for example 0.999.", rich_help_panel=_RECIPE)
+    ] = None,
+    vertical_flip: Annotated[
+        bool,
+        typer.Option("--vertical-flip", help="Augment so too: pictures without an upside.", rich_help_panel=_RECIPE),
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of weights, order and augmentation.", rich_help_panel=_RECIPE)
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=_MACHINE)] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="no, bf16 or fp16.", rich_help_panel=_MACHINE)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Processes that load images.", rich_help_panel=_MACHINE)
+    ] = None,
+) -> None:
+    """Train a DETR on a COCO-format folder; classes and their names come from its annotations.
+
+    Ctrl-C keeps a checkpoint, and --resume goes on from it. Several GPUs: accelerate launch -m detr_fast train …
+    """
+    import os
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from detr_fast.cli.presets import preset
+    from detr_fast.cli.progress import ProgressReporter
+    from detr_fast.engine import trainer
+    from detr_fast.engine.errors import ConfigError
+
+    if (data is None) == (resume is None):
+        raise ConfigError("give either --data DIR, to start a run, or --resume RUN, to go on with one")
+    changes: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "lr_backbone": lr_backbone,
+        "ema_decay": ema,
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "workers": workers,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    console = Console(width=None if os.isatty(1) else 120)
+    if resume is not None:
+        surplus = [f"--{name.replace('_', '-')}" for name in changes if name != "epochs"]
+        if surplus:
+            raise ConfigError(f"{', '.join(surplus)} cannot change in mid-run; only --epochs goes with --resume")
+        with ProgressReporter(console) as reporter:
+            result = trainer.resume(resume, epochs=epochs, reporter=reporter)
+    else:
+        assert data is not None
+        config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)
+        settings: dict[str, Any] = {} if queries is None else {"num_queries": queries}
+        if model != "small" and weights is None and weights_backbone is None:
+            settings["backbone_norm"] = "batch"
+            console.print("[yellow]note[/] no weights given: the backbone trains from scratch, which needs much data")
+        config = replace(
+            config,
+            model=replace(config.model, **settings),
+            transforms=replace(config.transforms, vertical_flip=0.5 if vertical_flip else 0.0),
+            weights=None if weights is None else str(weights),
+            weights_backbone=weights_backbone,
+        )
+        with ProgressReporter(console) as reporter:
+            result = trainer.train(config, overwrite=overwrite, reporter=reporter)
+    figures = f"AP {result.metrics['AP']:.3f}, AP50 {result.metrics['AP50']:.3f}; " if result.metrics else ""
+    speed = f"{result.images_per_second:.1f} img/s; " if result.seconds else ""
+    folder = result.run.path
+    console.print(
+        f"{figures}{speed}{result.steps} steps; in {folder}: checkpoint.pt, metrics.jsonl, curves.png, predictions.png",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,418 @@
+"""The training loop: seeded, resumable at any step, and on one or many devices by Hugging Face's accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from detr_fast.data.batching import GroupedBatchSampler, build_loader
+from detr_fast.data.coco import CocoDetection, CocoFolder
+from detr_fast.data.coco_eval import CocoEvaluator
+from detr_fast.data.transforms import eval_transforms, train_transforms
+from detr_fast.engine.checkpoints import latest_run, load_weights, rng_state, save_checkpoint, set_rng_state
+from detr_fast.engine.config import TrainConfig
+from detr_fast.engine.curves import draw_curves
+from detr_fast.engine.drawing import draw_grid
+from detr_fast.engine.ema import ExponentialMovingAverage
+from detr_fast.engine.errors import ConfigError, Interrupted, TrainingDiverged
+from detr_fast.engine.evaluation import evaluate_model, sample_pictures
+from detr_fast.engine.run_folder import RunFolder, atomic_write
+from detr_fast.engine.signals import StopSignals
+from detr_fast.models.build import build_criterion, build_model
+from detr_fast.models.convert import load_weights as load_foreign_weights
+from detr_fast.models.detr import Detr
+
+LOGGED = ("loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+
+
+class Reporter:
+    """Hears how training goes; this one is silent. The command line's draws progress bars."""
+
+    def start(self, step: int, total: int) -> None:
+        """Training goes on from `step` to `total`."""
+
+    def message(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        """A step is done; `record` is the line of metrics.jsonl where one was written."""
+
+    def evaluating(self, done: int, total: int) -> None:
+        """So many images of the validation split are done."""
+
+    def evaluated(self, record: dict[str, Any]) -> None:
+        """The figures of an evaluation, as in metrics.jsonl."""
+
+
+@dataclass
+class TrainResult:
+    """What came out of a run.
+
+    Attributes:
+        run: its folder.
+        model: the trained model (its average where it has one), in eval mode.
+        metrics: of the last evaluation; empty where there is no validation split.
+        steps: taken in all.
+        seconds: wall time of the training steps of this call, evaluation left out.
+        images_per_second: over these.
+    """
+
+    run: RunFolder
+    model: Detr
+    config: TrainConfig
+    names: tuple[str, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+
+
+def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | None = None) -> TrainResult:
+    """Train from the start, and leave checkpoint, metrics, curves and pictures in `config.run`.
+
+    Raises:
+        RunFolderError: the folder holds a run already, unless `overwrite`; or it can't be written.
+        DataError, ConfigError, WeightsError: the data, the settings or the weights to start from can't be used.
+        Interrupted: Ctrl-C or SIGTERM came; the checkpoint is saved.
+        TrainingDiverged: the loss is not finite.
+    """
+    return Trainer(config, reporter or Reporter(), overwrite=overwrite).run_all()
+
+
+def resume(run: str | Path, *, epochs: int | None = None, reporter: Reporter | None = None) -> TrainResult:
+    """Go on with the run in folder `run` as if it had not been interrupted; `epochs` changes how far. Raises as `train`."""
+    folder, state = latest_run(run)
+    config = TrainConfig.from_dict(state["config"] | {"run": str(folder.path)})
+    if epochs is not None:
+        config = dataclasses.replace(config, epochs=epochs)
+    return Trainer(config, reporter or Reporter(), state=state).run_all()
+
+
+class Trainer:
+    """One run; see `train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        reporter: Reporter,
+        *,
+        overwrite: bool = False,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("the device is 'cuda', but PyTorch sees no GPU here; use --device cpu or auto")
+        self.reporter = reporter
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        set_seed(config.seed)
+        folder = CocoFolder.open(config.data)
+        self.config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, num_classes=len(folder.categories))
+        )
+        self._load_data(folder)
+        self._build(state)
+        self.folder = RunFolder(config.run)
+        if state is None and self.main:
+            RunFolder.create(config.run, overwrite)
+            text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+            atomic_write(self.folder.config, lambda file: file.write(text.encode()))
+        self.accelerator.wait_for_everyone()
+
+    # Setting up ------------------------------------------------------------------------------------------------------
+
+    def _load_data(self, folder: CocoFolder) -> None:
+        config = self.config
+        common: dict[str, Any] = {
+            "workers": config.workers,
+            "seed": config.seed,
+            "pin_memory": self.device.type == "cuda",
+        }
+        dataset = CocoDetection(folder, "train", train_transforms(config.transforms))
+        if len(dataset) < config.batch_size * self.accelerator.num_processes:
+            raise ConfigError(
+                f"batch_size is {config.batch_size}, but {config.data} has only {len(dataset)} training images; lower it"
+            )
+        self.names, self.category_ids = dataset.names, dataset.category_ids
+        loader = build_loader(dataset, config.batch_size, shuffle=True, drop_last=True, **common)
+        self.sampler: GroupedBatchSampler = loader.batch_sampler  # type: ignore[assignment]
+        self.loader = self._shared_out(loader)
+        self.steps_per_epoch = len(self.sampler) // self.accelerator.num_processes
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.validation = self.validation_loader = None
+        if "val" in folder.splits:
+            self.validation = CocoDetection(folder, "val", eval_transforms(config.transforms))
+            self.validation_loader = self._shared_out(
+                build_loader(self.validation, config.batch_size, shuffle=False, **common)
+            )
+        else:
+            self.reporter.message(f"{config.data} has no validation split: nothing is evaluated (instances_val.json)")
+        most = max(dataset.max_boxes, self.validation.max_boxes if self.validation else 0)
+        if most > config.model.num_queries:
+            self.reporter.message(
+                f"an image has {most} boxes, but the model finds at most {config.model.num_queries}; raise --queries"
+            )
+        self.drawn = self.validation or CocoDetection(folder, "train", eval_transforms(config.transforms))
+
+    def _shared_out(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """With several processes, a loader of this one's share of the batches."""
+        if self.accelerator.num_processes == 1:
+            return loader
+        sampler = _EveryNth(loader.batch_sampler, self.accelerator.process_index, self.accelerator.num_processes)
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=sampler,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            generator=loader.generator,
+            persistent_workers=loader.persistent_workers,
+        )
+
+    def _build(self, state: dict[str, Any] | None) -> None:
+        config = self.config
+        try:
+            model = build_model(config.model, config.weights_backbone if state is None else None)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if config.weights is not None and state is None:
+            self.reporter.message(str(load_foreign_weights(model, config.weights)))
+        self.criterion = build_criterion(config.model, config.no_object_weight).to(self.device)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.best = -math.inf
+        if state is not None:
+            load_weights(model, state["model"], RunFolder(config.run).checkpoint)
+        groups = [
+            {"params": [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone")]},
+            {
+                "params": [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone")],
+                "lr": config.lr_backbone,
+            },
+        ]
+        model = model.to(self.device)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Not prepared: accelerate would take one scheduler step for each process.
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        self.bare: Detr = self.accelerator.unwrap_model(self.model)
+        self.ema = ExponentialMovingAverage(self.bare, config.ema_decay) if config.ema_decay else None
+        if state is not None:
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.metrics, self.best = state["step"], state["metrics"], state["best"]
+        set_rng_state(state["rng"])
+
+    def _rate(self, step: int) -> float:
+        """The learning rate's factor at a step: warm-up, then the schedule."""
+        config = self.config
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.schedule == "linear":
+            return max(0.0, (self.total_steps - step) / max(1, self.total_steps - config.warmup_steps))
+        return 0.1 if step >= config.lr_drop * self.total_steps else 1.0
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def run_all(self) -> TrainResult:
+        """Train up to the last epoch, evaluating and saving on the way."""
+        self.seconds, self.images = 0.0, 0
+        self.reporter.start(self.step, self.total_steps)
+        if self.step >= self.total_steps:
+            self.reporter.message(f"all {self.config.epochs} epochs are done already; give --epochs to go further")
+        try:
+            with StopSignals() as signals:
+                while self.step < self.total_steps:
+                    try:
+                        self._train_epoch(signals)
+                    except RuntimeError:  # SIGTERM to the process group also ends the workers, which torch reports so
+                        signals.check()
+                        raise
+                    epoch = self.step // self.steps_per_epoch
+                    if epoch % self.config.evaluate_every == 0 or self.step == self.total_steps:
+                        self._evaluate()
+                    self._save()
+        except Interrupted as stop:
+            self._save()
+            advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
+            raise Interrupted(stop.signum, advice) from None
+        self._draw()
+        return TrainResult(
+            run=self.folder,
+            model=self._evaluated_model().eval(),
+            config=self.config,
+            names=self.names,
+            metrics=self.metrics,
+            steps=self.step,
+            seconds=self.seconds,
+            images_per_second=self.images / self.seconds if self.seconds else 0.0,
+        )
+
+    def _train_epoch(self, signals: StopSignals) -> None:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        self.sampler.set_epoch(epoch, start=done * self.accelerator.num_processes)
+        self.model.train()
+        window = _Window()
+        begun = time.perf_counter()
+        for batch, _ in zip(self.loader, range(self.steps_per_epoch - done)):
+            window.add(self._take_step(batch), len(batch) * self.accelerator.num_processes)
+            self.step += 1
+            last = self.step % self.steps_per_epoch == 0
+            record = None
+            if self.step % self.config.log_every == 0 or last or signals.received is not None:
+                record = self._log(window, epoch)
+                window = _Window()
+            self.images += len(batch) * self.accelerator.num_processes
+            self.reporter.step(self.step, record)
+            signals.check()
+        self.seconds += time.perf_counter() - begun
+
+    def _take_step(self, batch: Any) -> dict[str, Tensor]:
+        batch = batch.to(self.device, non_blocking=True)
+        with self.accelerator.autocast():
+            outputs = self.model(batch.images)
+        try:
+            losses = self.criterion(outputs, batch.targets)
+        except ValueError as error:  # the assignment refuses costs that are not numbers
+            raise self._diverged() from error
+        total = self.criterion.weighted_sum(losses)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(total)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update(self.bare, self.step + 1)
+        return {"loss": total.detach()} | {name: losses[name].detach() for name in LOGGED}
+
+    def _diverged(self) -> TrainingDiverged:
+        kept = "the last checkpoint is kept; " if self.folder.checkpoint.exists() else ""
+        return TrainingDiverged(
+            f"the loss at step {self.step + 1} is not finite; {kept}start again with a lower --lr (it was {self.config.lr:g})"
+        )
+
+    def _log(self, window: _Window, epoch: int) -> dict[str, Any]:
+        means = window.means()
+        if not math.isfinite(means["loss"]):
+            raise self._diverged()
+        lr, lr_backbone = self.scheduler.get_last_lr()
+        record = {"kind": "train", "step": self.step, "epoch": epoch, **means, "lr": lr, "lr_backbone": lr_backbone}
+        record["images_per_second"] = window.images / (time.perf_counter() - window.begun)
+        if self.main:
+            self.folder.log(record)
+        return record
+
+    def _evaluated_model(self) -> Detr:
+        return self.ema.module if self.ema is not None else self.bare
+
+    def _evaluate(self) -> None:
+        if self.validation is None or self.validation_loader is None:
+            return
+        figures = evaluate_model(
+            self._evaluated_model(),
+            self.validation_loader,
+            CocoEvaluator(self.validation),
+            self.device,
+            self.criterion if self.accelerator.num_processes == 1 else None,  # its sums wait for the other processes
+            self.reporter.evaluating,
+            _exchange if self.accelerator.num_processes > 1 else None,
+        )
+        self.metrics = figures
+        record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.steps_per_epoch, **figures}
+        if self.main:
+            self.folder.log(record)
+            if figures["AP"] > self.best:
+                self.best = figures["AP"]
+                weights = self._evaluated_model().state_dict()
+                save_checkpoint(self.folder.best, self._about() | {"model": weights, "ema": None})
+        self.reporter.evaluated(record)
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "names": list(self.names),
+            "category_ids": list(self.category_ids),
+            "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "metrics": self.metrics,
+            "best": self.best,
+        }
+
+    def _save(self) -> None:
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = self._about() | {
+            "model": self.bare.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "rng": rng_state(),
+        }
+        advice = f"free some space, then go on with '{self.folder.how_to_go_on}'"
+        save_checkpoint(self.folder.checkpoint, state, advice if self.folder.checkpoint.exists() else "")
+
+    def _draw(self) -> None:
+        if not self.main:
+            return
+        name = Path(self.config.data).resolve().name
+        draw_curves(self.folder.read_metrics(), self.folder.curves, f"{name}: {self.step} steps")
+        pictures = sample_pictures(self._evaluated_model(), self.drawn, self.device)
+        what = "validation" if self.validation is not None else "training"
+        page = draw_grid(pictures, self.names, f"{name}: {what} images after {self.step} steps, scores from 0.5")
+        atomic_write(self.folder.predictions, lambda file: page.save(file, format="PNG"))
+
+
+class _Window:
+    """Sums of losses on the device, read once for several steps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.images = 0
+        self.begun = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], images: int) -> None:
+        self.sums = {name: value + self.sums[name] if self.sums else value for name, value in losses.items()}
+        self.steps += 1
+        self.images += images
+
+    def means(self) -> dict[str, float]:
+        values = torch.stack(list(self.sums.values())) / self.steps  # one copy from the device
+        return dict(zip(self.sums, values.tolist()))
+
+
+class _EveryNth(Sampler[Any]):
+    """Every `count`-th batch of another sampler, from number `index` on."""
+
+    def __init__(self, batches: Any, index: int, count: int) -> None:
+        self.batches, self.index, self.count = batches, index, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for number, batch in enumerate(self.batches) if number % self.count == self.index)
+
+    def __len__(self) -> int:
+        return (len(self.batches) - self.index + self.count - 1) // self.count
+
+
+def _exchange(predictions: dict[int, Any]) -> dict[int, Any]:
+    return dict(gather_object(list(predictions.items())))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from detr_fast.cli import COMMANDS, main
+from detr_fast.data.scenes import generate_scenes
+
+SMALL = ["--model", "small", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_scenes(tmp_path_factory.mktemp("tiny") / "scenes", train=8, val=2, size=40)
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert status("train", "--data", scenes, "--run", folder, *SMALL, "--epochs", "1") == 0
+    return folder
+
+
+def status(*args: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in args])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(command, "--help") == 0
+    assert "Usage: detr-fast" in capsys.readouterr().out
+
+
+def test_help_answers_without_importing_torch() -> None:
+    code = "import sys; from detr_fast.cli import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from detr_fast import __version__
+
+    assert status("--version") == 0
+    assert capsys.readouterr().out == f"detr-fast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["train", "--data", "nowhere"], "nowhere: does not exist"),
+        (["train"], "give either --data DIR"),
+        (["train", "--resume", "nowhere"], "no checkpoint nowhere"),
+        (["train", "--data", "x", "--model", "vgg"], "the model is 'vgg', expected one of small"),
+        (["train", "--data", "x", "--lr", "-1"], "lr is -1.0, expected a number over 0"),
+        (["train", "--resume", "x", "--lr", "1"], "--lr cannot change in mid-run"),
+        (["evaluate", "nowhere"], "no checkpoint nowhere"),
+        (["predict", "nowhere", "none.png"], "none.png does not exist"),
+        (["explain", "nowhere"], "no checkpoint nowhere"),
+        (["explain", "--device", "tpu"], "expected auto, cpu or cuda"),
+        (["doctor", "nowhere"], "nowhere: does not exist"),
+        (["convert-weights", "nowhere", "x"], "nowhere"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(
+    args: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert status(*args) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("Error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_trained_model_is_evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("evaluate", trained, "--json", "--device", "cpu") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 0 <= figures["AP"] <= figures["AP50"] <= 1
+    assert "AP/ring" in figures
+    assert status("evaluate", trained, "--split", "train", "--device", "cpu") == 0
+    assert "ring" in capsys.readouterr().out
+
+
+def test_predict_writes_json_and_pictures(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert status("predict", trained, scenes / "images", "--out", out, "--threshold", "0", "--device", "cpu") == 0
+    content = json.loads((out / "predictions.json").read_text())
+    assert len(content["images"]) == 10
+    assert all((out / image["picture"]).is_file() for image in content["images"])
+
+
+def test_explain_lists_ops_and_reasons(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("explain", trained, "--json", "--device", "cpu") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {record["op"] for record in records} >= {"layer_norm"}
+    assert status("explain", "small", "--training", "--device", "cpu") == 0
+    assert "layer_norm" in capsys.readouterr().out
+
+
+def test_weights_convert_to_safetensors(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("convert-weights", trained / "checkpoint.pt", tmp_path / "w.safetensors") == 0
+    assert "6 classes" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_a_checkpoint_from_which_resume_goes_on(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "detr_fast",
+        "train",
+        "--data",
+        str(scenes),
+        "--run",
+        str(run),
+        *SMALL,
+        "--epochs",
+        "1000",
+    ]
+    command[command.index("--workers") + 1] = "1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (run / "checkpoint.pt").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group, workers too
+        _, error = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert error.startswith("stopped by Ctrl-C: step ")
+    assert error.count("\n") == 1
+    steps = int(error.split("step ")[1].split(" of ")[0])
+    assert status("train", "--resume", run, "--epochs", steps // 2 + 1) == 0

@@ -1,0 +1,53 @@
+"""A tiny data set and a run that takes a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from detr_fast.data.scenes import generate_scenes
+from detr_fast.data.transforms import TransformConfig
+from detr_fast.engine.config import TrainConfig
+from detr_fast.models.build import ModelConfig
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_scenes(tmp_path_factory.mktemp("tiny") / "scenes", train=12, val=4, size=40)
+
+
+@pytest.fixture
+def tiny(scenes: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """tiny(name="run", **changes): the settings of a run in tmp_path / name: 3 steps an epoch."""
+
+    def config(name: str = "run", **changes: Any) -> TrainConfig:
+        values: dict[str, Any] = {
+            "data": str(scenes),
+            "run": str(tmp_path / name),
+            "model": ModelConfig(
+                backbone="conv",
+                num_queries=6,
+                d_model=16,
+                heads=2,
+                encoder_layers=1,
+                decoder_layers=2,
+                feedforward=16,
+                backbone_width=4,
+            ),
+            "transforms": TransformConfig(sizes=(32, 40), max_size=64, crop=True, eval_size=40),
+            "epochs": 2,
+            "batch_size": 4,
+            "lr": 1e-3,
+            "device": "cpu",
+            "workers": 0,
+            "log_every": 1,
+            "ema_decay": 0.9,
+        }
+        return TrainConfig(**values | changes)
+
+    return config

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from detr_fast.engine.checkpoints import load_checkpoint, load_trained_model
+from detr_fast.engine.config import TrainConfig
+from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
+from detr_fast.engine.run_folder import RunFolder
+from detr_fast.engine.trainer import Reporter, resume, train
+
+Tiny = Callable[..., TrainConfig]
+
+
+class StopAt(Reporter):
+    """Sends this process a signal after a step, as a user or a scheduler would."""
+
+    def __init__(self, at: int, signum: int = signal.SIGINT) -> None:
+        self.at, self.signum = at, signum
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        if step == self.at:
+            os.kill(os.getpid(), self.signum)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def test_a_run_leaves_checkpoint_metrics_and_pictures(tiny: Tiny) -> None:
+    result = train(tiny())
+    run = result.run
+    assert result.steps == 6
+    assert 0 <= result.metrics["AP"] <= result.metrics["AP50"] <= 1
+    assert result.images_per_second > 0
+    kinds = [record["kind"] for record in run.read_metrics()]
+    assert kinds.count("train") == 6
+    assert kinds.count("evaluation") == 2
+    for picture in (run.curves, run.predictions):
+        with Image.open(picture) as image:
+            assert min(image.size) > 200
+    assert json.loads(run.config.read_text())["model"]["num_classes"] == 6
+    assert load_checkpoint(run.best)["step"] in (3, 6)
+
+
+def test_training_lowers_the_loss(tiny: Tiny) -> None:
+    result = train(tiny(epochs=12, evaluate_every=12, lr=5e-3, lr_backbone=5e-3))
+    losses = [record["loss"] for record in result.run.read_metrics() if record["kind"] == "train"]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny: Tiny, stop_at: int, signum: int) -> None:
+    whole = train(tiny("whole", workers=0))
+    with pytest.raises(Interrupted, match=f"step {stop_at} of 6 is saved; go on with 'detr-fast train --resume"):
+        train(tiny("parts"), reporter=StopAt(stop_at, signum))
+    parts = resume(Path(tiny("parts").run))
+    a, b = load_checkpoint(whole.run.checkpoint), load_checkpoint(parts.run.checkpoint)
+    for key in ("model", "ema", "optimizer", "scheduler", "rng", "step", "metrics", "best"):
+        assert_same(a[key], b[key], key)
+    steps = [r["step"] for r in parts.run.read_metrics() if r["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_can_be_made_longer(tiny: Tiny) -> None:
+    first = train(tiny(epochs=1))
+    assert resume(first.run.path, epochs=2).steps == 6
+
+
+def test_signals_are_the_callers_again_after_training(tiny: Tiny) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    train(tiny(epochs=1))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(tiny: Tiny) -> None:
+    train(tiny(epochs=1))
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        train(tiny(epochs=1))
+    assert train(tiny(epochs=1), overwrite=True).steps == 3
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(tiny: Tiny) -> None:
+    class Poison(Reporter):
+        def evaluated(self, record: dict[str, Any]) -> None:
+            trained.append(record["step"])
+
+    trained: list[int] = []
+    with pytest.raises(TrainingDiverged, match=r"not finite.*lower --lr"):
+        train(tiny(lr=1e30, clip_norm=1e30, ema_decay=0.0, warmup_steps=0))
+    assert not RunFolder(tiny().run).checkpoint.exists()
+
+
+def test_settings_that_contradict_the_data_are_one_line(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="has only 12 training images"):
+        train(tiny(batch_size=13))
+    model = replace(tiny().model, backbone="resnet18")
+    with pytest.raises(ConfigError, match="no such file"):
+        train(tiny(model=model, weights_backbone="no-such-weights"))
+
+
+def test_the_user_is_told_when_there_are_fewer_queries_than_boxes(tiny: Tiny) -> None:
+    class Listener(Reporter):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    train(tiny(epochs=1, model=replace(tiny().model, num_queries=1)), reporter=Listener())
+    assert any("raise --queries" in text for text in heard)
+
+
+def test_weights_of_another_run_start_a_new_one(tiny: Tiny) -> None:
+    first = train(tiny("first", epochs=1))
+    second = train(
+        tiny("second", epochs=1, weights=str(first.run.checkpoint), lr=1e-12, lr_backbone=0.0, ema_decay=0.0)
+    )
+    a, b = load_trained_model(first.run.checkpoint).model, load_trained_model(second.run.checkpoint).model
+    torch.testing.assert_close(a.class_embed.weight, b.class_embed.weight, rtol=0, atol=1e-6)
+
+
+def test_the_number_of_workers_does_not_change_the_run(tiny: Tiny) -> None:
+    none, two = train(tiny("none", epochs=1)), train(tiny("two", epochs=1, workers=2))
+    assert_same(load_checkpoint(none.run.checkpoint)["model"], load_checkpoint(two.run.checkpoint)["model"])
+
+
+def test_resuming_from_weights_alone_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    run = train(tiny(epochs=1)).run
+    run.best.replace(run.checkpoint)
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        resume(run.path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        resume(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("step", [0.5, 1, 1, 1, 0.1, 0.1]), ("linear", [0.5, 1, 0.8, 0.6, 0.4, 0.2])]
+)
+def test_the_learning_rate_warms_up_and_follows_its_schedule(tiny: Tiny, schedule: str, expected: list[float]) -> None:
+    run = train(tiny(schedule=schedule, warmup_steps=2, evaluate_every=2)).run
+    rates = [record["lr"] / 1e-3 for record in run.read_metrics() if record["kind"] == "train"]
+    assert rates == pytest.approx([*expected[1:], 0.0 if schedule == "linear" else 0.1])  # the rate of the next step
