@@ -127,9 +127,8 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
             own = order[groups == group]
             whole = len(own) - len(own) % self.batch_size
             full += np.split(own[:whole], range(self.batch_size, whole, self.batch_size)) if whole else []
-            left.append(own[whole:])
+            left.append(own[whole:])  # in order of aspect ratio, as the groups are
         rest = np.concatenate(left)
-        rest = rest[np.argsort(self.aspects[rest], kind="stable")]
         mixed = [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
         if self.drop_last and mixed and len(mixed[-1]) < self.batch_size:
             mixed.pop()

@@ -91,9 +91,8 @@ class CocoEvaluator:
             for score, label, (x0, y0, x1, y1) in zip(
                 arrays["scores"].tolist(), arrays["labels"].tolist(), arrays["boxes"].tolist()
             ):
-                if 0 <= label < len(self.names):
-                    box = [x0, y0, x1 - x0, y1 - y0]
-                    records.append(_record(image_id, label, box, area=box[2] * box[3]) | {"score": score})
+                box = [x0, y0, x1 - x0, y1 - y0]
+                records.append(_record(image_id, label, box, area=box[2] * box[3]) | {"score": score})
         return records
 
     def _to_coco(self, records: list[dict[str, Any]]) -> COCO:

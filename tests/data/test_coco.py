@@ -36,6 +36,17 @@ def test_the_usual_layouts_are_found(write_coco, json_file, images):
     assert dataset[0][0].shape == (3, 30, 60)
 
 
+def test_of_several_files_for_a_split_instances_and_the_later_year_count(write_coco):
+    folder = write_coco()
+    names = ["train.json", "instances_train2014.json", "instances_train2017.json"]
+    for name in names:
+        (folder / name).write_bytes((folder / "instances_train.json").read_bytes())
+    (folder / "instances_train.json").unlink()
+    for expected in reversed(names):
+        assert CocoFolder.open(folder).splits["train"].annotations.name == expected
+        (folder / expected).unlink()
+
+
 def test_file_names_may_hold_folders(write_coco):
     def edit(raw):
         for record in raw["images"]:

@@ -204,8 +204,13 @@ def test_lists_of_a_single_class_are_read_too(tmp_path):
 
 
 def test_images_that_differ_in_suffix_only_keep_their_own_labels(write_coco, tmp_path):
-    folder = write_coco(edit=lambda raw: raw["images"][1].update(file_name="wide.bmp"))
+    def edit(raw):
+        raw["images"][1]["file_name"] = "wide.bmp"
+        raw["images"][2]["file_name"] = "WIDE.tif"  # the same file as wide.tif, for some file systems
+
+    folder = write_coco(edit=edit)
     Image.open(folder / "images" / "empty.png").save(folder / "images" / "wide.bmp")
+    Image.open(folder / "images" / "tall.png").save(folder / "images" / "WIDE.tif")
     for name in ("yolo", "voc"):
         convert(folder, tmp_path / name, "coco", name)
         convert(tmp_path / name, tmp_path / f"{name}-coco", name, "coco")
