@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -195,7 +195,7 @@ class Trainer:
         self.best = -math.inf
         if state is not None:
             load_weights(model, state["model"], RunFolder(config.run).checkpoint)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone")]},
             {
                 "params": [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone")],
@@ -322,7 +322,7 @@ class Trainer:
         return record
 
     def _evaluated_model(self) -> Detr:
-        return self.ema.module if self.ema is not None else self.bare
+        return cast(Detr, self.ema.module) if self.ema is not None else self.bare
 
     def _evaluate(self) -> None:
         if self.validation is None or self.validation_loader is None:
@@ -365,7 +365,7 @@ class Trainer:
             "model": self.bare.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scheduler": self.scheduler.state_dict() | {"lr_lambdas": [None, None]},
             "scaler": scaler.state_dict() if scaler is not None else None,
             "rng": rng_state(),
         }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from detr_fast.models.build import build_model
 def trained(tiny: Callable[..., TrainConfig], scenes: Path) -> TrainedModel:
     config = tiny()
     categories = CocoFolder.open(scenes).categories
-    model = build_model(config.model).eval()
+    model = build_model(replace(config.model, num_classes=len(categories))).eval()
     names, ids = zip(*((c.name, c.id) for c in categories))
     return TrainedModel(model, config, names, ids, Path("untrained"))
 
