@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn as _torch_nn
 
-from detr_fast.nn.attention import MultiheadAttention as MultiheadAttention
+from detr_fast.nn.multihead_attention import MultiheadAttention as MultiheadAttention
 from detr_fast.nn.normalization import LayerNorm as LayerNorm
 from detr_fast.nn.transformer import Transformer as Transformer
 from detr_fast.nn.transformer import TransformerDecoder as TransformerDecoder

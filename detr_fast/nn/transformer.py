@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from detr_fast import dispatch
-from detr_fast.nn.attention import MultiheadAttention
+from detr_fast.nn.multihead_attention import MultiheadAttention
 from detr_fast.nn.replacements import converts_children, replaces
+from detr_fast.nn.tracing import keeps_whole
 
 
 @replaces(nn.TransformerEncoderLayer)
+@keeps_whole
 @converts_children
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` with our attention and norms inside."""
@@ -49,6 +51,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 @replaces(nn.TransformerEncoder)
+@keeps_whole
 @converts_children
 class TransformerEncoder(nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder` over our layers."""
@@ -75,12 +78,14 @@ class TransformerEncoder(nn.TransformerEncoder):
 
 
 @replaces(nn.TransformerDecoderLayer)
+@keeps_whole
 @converts_children
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` with our attention and norms inside."""
 
 
 @replaces(nn.TransformerDecoder)
+@keeps_whole
 @converts_children
 class TransformerDecoder(nn.TransformerDecoder):
     """`torch.nn.TransformerDecoder` over our layers."""
@@ -110,6 +115,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 
 
 @replaces(nn.Transformer)
+@keeps_whole
 @converts_children
 class Transformer(nn.Transformer):
     """`torch.nn.Transformer` over our encoder and decoder."""

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn as torch_nn
 
-from detr_fast import dispatch, nn, use_backend
+from detr_fast import dispatch, use_backend
 from detr_fast.dispatch import BackendError, TritonImplementation
 from detr_fast.explanation import explaining
 from detr_fast.ops.attention import ATTENTION, EagerAttention
@@ -97,7 +97,9 @@ def call_of(options, twins):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(options=OPTIONS)
 def test_outputs_weights_and_gradients_are_torch_nns(backend, twins, assert_same_step, options):
     ours, original, tensors, kwargs = call_of(options, twins)
@@ -106,7 +108,9 @@ def test_outputs_weights_and_gradients_are_torch_nns(backend, twins, assert_same
         assert_same_step(ours, original, tensors, rtol=ROUNDING, exact=backend is None, backend=backend, **kwargs)
 
 
-@pytest.mark.parametrize("constructor", [{}, {"batch_first": True}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+@pytest.mark.parametrize(
+    "constructor", [{}, {"batch_first": True}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str
+)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_the_causal_hint_acts_as_in_torch_nn(backend, padded, constructor, twins, assert_same_step):
@@ -236,9 +240,12 @@ def test_masks_reach_the_kernel_as_small_as_they_were_given(fused, twins):
         ours(x, x, x, key_padding_mask=padding, attn_mask=mask, need_weights=False)
         ours(x, x, x, key_padding_mask=padding.double(), need_weights=False)
     hinted, masked, floating = (call[3:6] for call in fused.given)
-    assert hinted[0] is padding and hinted[1:] == (None, True)
-    assert masked[0] is padding and torch.equal(masked[1], ~mask) and masked[2] is False
-    assert floating[0] is None and floating[1].shape == (3, 1, 1, 5)
+    assert hinted[0] is masked[0] is padding
+    assert hinted[1:] == (None, True)
+    assert torch.equal(masked[1], ~mask)
+    assert masked[2] is False
+    assert floating[0] is None
+    assert floating[1].shape == (3, 1, 1, 5)
 
 
 def test_a_call_that_does_not_fit_gets_torch_nns_own_error_before_anything_is_chosen(fused, twins):
@@ -300,7 +307,3 @@ def test_a_lone_bias_k_is_refused_as_by_torch_nn(twins):
         module.bias_v = None
         with use_backend(attention="eager"), pytest.raises(AssertionError, match="bias_k"):
             module(x, x, x)
-
-
-def test_our_class_is_exactly_a_multihead_attention_of_torch_nn():
-    assert issubclass(nn.MultiheadAttention, torch_nn.MultiheadAttention)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detr_fast import dispatch
 from detr_fast.dispatch import BackendError, Implementation, TritonImplementation
 from detr_fast.nn.replacements import replaces
-from detr_fast.nn.tracing import as_leaf, is_traced
+from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
 from detr_fast.ops.attention import ATTENTION, attention_with_weights
 
 Output = tuple[Tensor, Tensor | None]
@@ -54,9 +54,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As torch.nn.MultiheadAttention's: shapes, masks (bool: True = hidden), result (output, weights or None)."""
         # False for tensors that are not on a GPU; torch.fx's Proxy answers with another Proxy.
         if dispatch.intervening or query.is_cuda is not False:
-            if is_traced(query):
-                masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-                return as_leaf(self, query, key, value, *masks)
+            if is_traced(query) and is_whole(self):
+                options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+                return as_leaf(self, query, key, value, *options)
             plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights)
             if plan is not None:
                 return self._attend(plan, query, key, value, need_weights, average_attn_weights)
