@@ -136,10 +136,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _computed_dtype(self, query: Tensor) -> torch.dtype:
         """The projections' dtype."""
-        own = self.out_proj.weight.dtype
-        if own == torch.float64 or not torch.is_autocast_enabled(query.device.type):
+        own, device = self.out_proj.weight.dtype, query.device.type
+        if own == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return own
-        return torch.get_autocast_dtype(query.device.type)
+        return torch.get_autocast_dtype(device)
 
     @property
     def _extra_keys(self) -> int:
