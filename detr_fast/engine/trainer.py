@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -167,7 +168,8 @@ class Trainer:
         self.drawn = self.validation or CocoDetection(folder, "train", eval_transforms(config.transforms))
 
     def _shared_out(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """With several processes, a loader of this one's share of the batches."""
+        """With several processes, a loader of this one's share of the batches; its workers outlast a signal to all."""
+        loader.worker_init_fn = _leave_signals_to_the_main_process
         if self.accelerator.num_processes == 1:
             return loader
         sampler = _EveryNth(loader.batch_sampler, self.accelerator.process_index, self.accelerator.num_processes)
@@ -177,6 +179,7 @@ class Trainer:
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
             generator=loader.generator,
             persistent_workers=loader.persistent_workers,
         )
@@ -242,11 +245,7 @@ class Trainer:
         try:
             with StopSignals() as signals:
                 while self.step < self.total_steps:
-                    try:
-                        self._train_epoch(signals)
-                    except RuntimeError:  # SIGTERM to the process group also ends the workers, which torch reports so
-                        signals.check()
-                        raise
+                    self._train_epoch(signals)
                     epoch = self.step // self.steps_per_epoch
                     if epoch % self.config.evaluate_every == 0 or self.step == self.total_steps:
                         self._evaluate()
@@ -255,6 +254,9 @@ class Trainer:
             self._save()
             advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
             raise Interrupted(stop.signum, advice) from None
+        finally:
+            for loader in (self.loader, self.validation_loader):
+                _stop_workers(loader)
         self._draw()
         return TrainResult(
             run=self.folder,
@@ -412,6 +414,19 @@ class _EveryNth(Sampler[Any]):
 
     def __len__(self) -> int:
         return (len(self.batches) - self.index + self.count - 1) // self.count
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Schedulers and terminals signal the whole process group; without its workers, the step could not be finished."""
+    for signum in StopSignals.HANDLED:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _stop_workers(loader: DataLoader[Any] | None) -> None:
+    """End them here: at exit, Python would do so by the signal that they ignore, and wait for ever."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _exchange(predictions: dict[int, Any]) -> dict[int, Any]:

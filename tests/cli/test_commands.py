@@ -116,7 +116,10 @@ def test_weights_convert_to_safetensors(trained: Path, tmp_path: Path, capsys: p
     assert "6 classes" in capsys.readouterr().out
 
 
-def test_ctrl_c_keeps_a_checkpoint_from_which_resume_goes_on(scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_to_all_processes_keeps_a_checkpoint_from_which_resume_goes_on(
+    scenes: Path, tmp_path: Path, signum: int, name: str
+) -> None:
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -142,13 +145,13 @@ def test_ctrl_c_keeps_a_checkpoint_from_which_resume_goes_on(scenes: Path, tmp_p
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group, workers too
+        os.killpg(process.pid, signum)  # as terminals and schedulers do: the whole group, workers too
         _, error = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
-    assert error.startswith("stopped by Ctrl-C: step ")
+    assert process.returncode == 128 + signum
+    assert error.startswith(f"stopped by {name}: step ")
     assert error.count("\n") == 1
     steps = int(error.split("step ")[1].split(" of ")[0])
     assert status("train", "--resume", run, "--epochs", steps // 2 + 1) == 0
