@@ -20,10 +20,10 @@ from .launch import require_triton
 
 # Lanes a clock and multiprocessor; `shared` in bytes, `tensor` in dense fp16 FLOPs.
 RATES: dict[int, dict[str, float]] = {
-    80: {"issue": 128, "fp32": 64, "integer": 64, "special": 16, "shared": 128, "tensor": 2048},
-    86: {"issue": 128, "fp32": 128, "integer": 64, "special": 16, "shared": 128, "tensor": 1024},
-    89: {"issue": 128, "fp32": 128, "integer": 64, "special": 16, "shared": 128, "tensor": 1024},
-    90: {"issue": 128, "fp32": 128, "integer": 64, "special": 16, "shared": 128, "tensor": 4096},
+    80: {"issue": 128, "fp32": 64, "integer": 64, "special": 16, "half": 128, "shared": 128, "tensor": 2048},
+    86: {"issue": 128, "fp32": 128, "integer": 64, "special": 16, "half": 128, "shared": 128, "tensor": 1024},
+    89: {"issue": 128, "fp32": 128, "integer": 64, "special": 16, "half": 128, "shared": 128, "tensor": 1024},
+    90: {"issue": 128, "fp32": 128, "integer": 64, "special": 16, "half": 128, "shared": 128, "tensor": 4096},
 }
 # DRAM bytes a clock and multiprocessor: A100 80 GB, RTX 3090, RTX 4090, H100 SXM, at boost clock.
 DRAM: dict[int, float] = {80: 13.4, 86: 6.7, 89: 3.1, 90: 14.5}
@@ -32,7 +32,8 @@ _PIPES = (
     ("special", r"MUFU|F2[FI]\b|I2F|FRND|POPC|FLO|BREV"),
     ("shared", r"SHFL|LD[SGL]|ST[SGL]|LDSM|STSM|ATOM|RED|LDGSTS|LDC"),
     ("tensor", r"[HBI]MMA|HGMMA"),
-    ("fp32", r"FADD|FMUL|FFMA|IMAD|HADD2|HMUL2|HFMA2"),
+    ("half", r"HADD2|HMUL2|HFMA2"),
+    ("fp32", r"FADD|FMUL|FFMA|IMAD"),
     (
         "control",
         r"BRA|EXIT|BAR|BSYNC|BSSY|WARPSYNC|NOP|DEPBAR|RET|CALL|YIELD|MEMBAR|ERRBAR|U[A-Z0-9]+|R2UR|S2R|S2UR|CS2R",

@@ -356,7 +356,9 @@ def _block(columns: int) -> int:
 
 def _constants(columns: int, config: RowConfig, vector: int) -> dict[str, int | bool]:
     block = _block(columns)
-    return {"ROWS": config.rows, "BLOCK_C": block, "FULL": columns == block, "VEC": vector}
+    # Without vectors each element has an address and a mask of its own, and full tiles spill.
+    rows = config.rows if vector > 1 else max(1, config.rows // 2)
+    return {"ROWS": rows, "BLOCK_C": block, "FULL": columns == block, "VEC": vector}
 
 
 def _dtype(tensor: Tensor | None) -> torch.dtype | None:

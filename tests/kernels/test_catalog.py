@@ -1,0 +1,205 @@
+"""Kernels for GPUs that are not there: every variant compiles, within its budget, and is exactly what a call launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from detr_fast.kernels import launch, layer_norm, offline
+from detr_fast.kernels.analysis import analyse
+from detr_fast.kernels.catalog import CATALOG, TARGETS, Budget, entries, entry
+from detr_fast.kernels.offline import compile_catalog, compile_variant, occupancy, over_budget
+
+offline_only = pytest.mark.offline
+
+# Every variant where most users are; one of each kernel on the other targets.
+COVER = dict.fromkeys(("sm_80", "sm_90", "gfx942"), CATALOG)
+COVER |= {
+    target: [one for one in CATALOG if one.name.endswith("c256_bf16")] for target in TARGETS if target not in COVER
+}
+
+
+@offline_only
+@pytest.mark.parametrize("target", COVER)
+def test_variants_compile_within_their_budgets(target):
+    problems = []
+    for one, compiled in zip(COVER[target], compile_catalog(COVER[target], [target], workers=1)):
+        assert compiled.name == one.name
+        problems += [compiled.error] if compiled.error else over_budget(one, compiled)
+    assert problems == []
+
+
+@offline_only
+def test_variants_compile_in_several_processes_in_order():
+    chosen = [entry("layer_norm_sum_partials_c256_bf16"), entry("layer_norm_forward_c256_bf16")]
+    results = list(compile_catalog(chosen, ["sm_90", "gfx942"], workers=2))
+    assert [(one.target, one.name) for one in results] == [(t, one.name) for t in ("sm_90", "gfx942") for one in chosen]
+    assert all(one.binary and one.assembly and one.error is None for one in results)
+
+
+@offline_only
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("kernel", "most", "streams"), [("forward", 14, 2), ("backward", 19, 3)])
+def test_layer_norm_at_256_columns_is_bound_by_memory(target, dtype, kernel, most, streams):
+    one = entry(f"layer_norm_{kernel}_c256_{dtype}")
+    architecture = int(target.removeprefix("sm_"))
+    binary, _, resources = compile_variant(one.variant, target)
+    loop = analyse(binary, architecture, one.elements / one.variant.num_warps)
+    assert loop.instructions_per_element <= most
+    assert loop.dram_headroom(architecture, bytes_per_element=2 * streams) >= 2.3
+    # All of x, dy, y and dx moves 16 bytes at a time (a lane's 8 elements), and what is in flight hides DRAM's latency.
+    wide = {"LDG": 0, "STG": 0}
+    for opcode, count in loop.opcodes.items():
+        if opcode.startswith(("LDG", "STG")) and ".128" in opcode:
+            wide[opcode[:3]] += count
+    lanes = one.elements // one.variant.num_warps // 32 // 8
+    parameters = 2 if kernel == "forward" else 0  # the backward loads them before its loop
+    assert wide == {"LDG": lanes * (streams - 1) + parameters, "STG": lanes}
+    warps = resources.occupancy * 64  # that many fit on a multiprocessor of both
+    assert warps * one.elements / one.variant.num_warps * 2 * (streams - 1) >= 18 * 1024
+
+
+@offline_only
+def test_a_failing_compilation_names_kernel_target_and_remedy(monkeypatch):
+    one = entry("layer_norm_forward_c256_bf16")
+    broken = dataclasses.replace(one.variant, constants={**one.variant.constants, "BLOCK_C": 100})
+    monkeypatch.setattr(offline, "entry", lambda name: dataclasses.replace(one, variant=broken))
+    (result,) = compile_catalog([one], ["sm_90"], workers=1)
+    assert result.resources is None
+    assert "layer_norm_forward_c256_bf16 does not compile for sm_90" in result.error
+    assert "power of 2" in result.error
+    assert "mend the kernel" in result.error
+
+
+@offline_only
+def test_a_variant_over_its_budget_is_told_with_the_remedy():
+    one = dataclasses.replace(entry("layer_norm_forward_c256_bf16"), budget=Budget(8, 0, 8, 0))
+    (result,) = compile_catalog([one], ["sm_90"], workers=1)
+    registers, shared = over_budget(one, result)
+    assert registers.startswith("layer_norm_forward_c256_bf16 for sm_90 uses ")
+    assert "registers a thread, over its budget of 8: give it fewer rows a tile" in registers
+    assert "bytes of shared memory" in shared
+
+
+def _calls():
+    """Calls with awkward arguments: rows, strides and addresses of 1, of multiples of 16 and of neither."""
+    for columns, rows, dtype in [(256, 16, torch.bfloat16), (1, 1, torch.float32), (96, 7, torch.float16)]:
+        for offset in (0, 1):
+            x = torch.zeros(rows * columns + offset, dtype=dtype)[offset:].view(rows, columns)
+            yield x, torch.zeros(columns), torch.zeros(columns)
+            yield x, None, None
+    yield torch.zeros(1, 64).expand(5, 64), torch.zeros(64), None
+
+
+@offline_only
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_what_a_call_launches_is_specialised_on_nothing_but_the_variant(target, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    launched = []
+    monkeypatch.setattr(layer_norm, "launch", lambda variant, grid, *arguments: launched.append((variant, arguments)))
+    for x, weight, bias in _calls():
+        _, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-5)
+        affine = weight is not None, bias is not None
+        layer_norm.layer_norm_backward(x, x, weight, mean, rstd, with_dw=affine[0], with_db=affine[1])
+    assert len(launched) > 20
+    for variant, arguments in launched:
+        backend = make_backend(GPUTarget(*TARGETS[target]))
+        bind = create_function_from_signature(variant.kernel.signature, variant.kernel.params, backend)
+        bound, specialization, options = bind(*arguments, **variant.constants, **variant.options())
+        signature = variant.signature()
+        assert {name: kind for name, (kind, _) in zip(bound, specialization)} == signature
+        constants = {name: value for name, value in bound.items() if signature[name] == "constexpr"}
+        assert constants == variant.all_constants()
+        assert all(special is None for kind, special in specialization if kind != "constexpr")
+        assert options == variant.options()
+
+
+@offline_only
+def test_compile_layer_norm_compiles_exactly_what_the_call_launches(monkeypatch):
+    compiled, launched = [], []
+    monkeypatch.setattr(layer_norm, "compile_variant", lambda variant, device: compiled.append(variant))
+    monkeypatch.setattr(layer_norm, "launch", lambda variant, grid, *arguments: launched.append(variant))
+    for x, weight, bias in _calls():
+        if x.data_ptr() % 16:
+            continue
+        compiled.clear(), launched.clear()
+        weight_dtype = None if weight is None else weight.dtype
+        layer_norm.compile_layer_norm(x.shape[1], x.dtype, weight_dtype, bias is not None, True, x.device)
+        y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-5)
+        layer_norm.layer_norm_backward(y, x, weight, mean, rstd, with_dw=weight is not None, with_db=bias is not None)
+        assert compiled == launched
+
+
+def test_names_are_unique_and_targets_known():
+    names = [one.name for one in CATALOG]
+    assert len(set(names)) == len(names)
+    assert {one.op for one in entries("layer_norm")} == {"layer_norm"}
+    assert entries() == CATALOG
+    with pytest.raises(ValueError, match=r"no op 'conv' in the kernel catalog: choose one of .*layer_norm"):
+        entries("conv")
+    with pytest.raises(ValueError, match="unknown target 'sm_12': choose from sm_80, "):
+        compile_catalog(CATALOG, ["sm_90", "sm_12"])
+
+
+@pytest.mark.interpreter
+def test_compiling_under_the_interpreter_is_refused_with_the_remedy():
+    with pytest.raises(RuntimeError, match="unset it"):
+        compile_catalog(CATALOG, ["sm_90"])
+
+
+# By NVIDIA's occupancy calculator, and 512 registers a lane and scheduler on AMD's.
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "warps", "expected"),
+    [
+        ("sm_80", 32, 0, 4, 1.0),
+        ("sm_80", 168, 2048, 4, 12 / 64),
+        ("sm_80", 72, 0, 1, 28 / 64),
+        ("sm_86", 40, 0, 1, 16 / 48),  # at most 16 programs
+        ("sm_90", 255, 8192, 8, 8 / 64),
+        ("sm_90", 32, 100 << 10, 4, 8 / 64),  # shared memory holds two
+        ("gfx942", 128, 0, 4, 16 / 32),
+        ("gfx942", 32, 33 << 10, 4, 4 / 32),
+    ],
+)
+def test_occupancy_is_the_calculators(target, registers, shared, warps, expected):
+    assert occupancy(target, registers, shared, warps) == pytest.approx(expected, abs=1e-3)
+
+
+def test_kernels_import_without_triton_and_say_so_when_used():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from detr_fast.kernels import catalog, layer_norm, offline
+assert len(catalog.CATALOG) > 10
+for use in (
+    lambda: layer_norm.layer_norm_forward(torch.zeros(2, 8), None, None, 1e-5),
+    lambda: layer_norm.compile_layer_norm(8, torch.float32, None, False, True, torch.device("cpu")),
+    lambda: offline.compile_catalog(catalog.CATALOG, ["sm_90"]),
+):
+    try:
+        use()
+    except ImportError as error:
+        assert "install triton >= 3.6" in str(error), error
+    else:
+        raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_observers_see_each_launch_and_an_empty_grid_is_none(monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "observers", [seen.append])
+    one = entry("layer_norm_forward_c256_bf16")
+    launch.launch(one.variant, (0,), torch.zeros(0))
+    assert seen == []
+    stub = dataclasses.replace(one.variant, kernel={(3,): lambda *arguments, **constants: None})
+    launch.launch(stub, (3,), torch.zeros(1))
+    assert [record.grid for record in seen] == [(3,)]
