@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,12 +98,15 @@ class MultiheadAttention(nn.MultiheadAttention):
                     "inference fast path takes. Use padded tensors with key_padding_mask, or attention='auto'."
                 )
             return None
-        if not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
-            return None  # the original says what is wrong
         dtype = self._computed_dtype(query)
+        # Added to scores: of their dtype, or what SDPA takes besides; materialised weights are stricter.
+        mask_dtypes = {query.dtype, dtype} if need_weights else {query.dtype, dtype, torch.float32}
+        masks_fit = all(m is None or is_mask(m, mask_dtypes) for m in (key_padding_mask, attn_mask))
+        if not masks_fit or not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
+            return None  # the original says what is wrong
         # Weights that are asked for are masked by the mask itself, whatever the hint says.
         masks = self._masks(query, key_padding_mask, attn_mask, is_causal and not need_weights, dtype)
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = float(self.dropout) if self.training else 0.0
         choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *masks, dropout_p, None)
         if requested is None and not isinstance(choice, TritonImplementation):
             return None
@@ -161,8 +165,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> bool:
-        """Whether the arguments are what the documentation asks for."""
-        if (self.bias_k is None) != (self.bias_v is None):
+        """Whether shapes and settings are what the documentation asks for."""
+        if (self.bias_k is None) != (self.bias_v is None) or not 0 <= self.dropout <= 1:
             return False
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
             return False
@@ -174,11 +178,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         if key_padding_mask is not None:
             expected: tuple[int, ...] = (keys,) if query.ndim == 2 else (batch, keys)
-            if key_padding_mask.shape != expected or not _is_mask(key_padding_mask):
+            if key_padding_mask.shape != expected:
                 return False
         if attn_mask is None:
             return not is_causal
-        return attn_mask.shape in ((queries, keys), (batch * self.num_heads, queries, keys)) and _is_mask(attn_mask)
+        return attn_mask.shape in ((queries, keys), (batch * self.num_heads, queries, keys))
 
     def _masks(
         self,
@@ -286,8 +290,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         return stand_ins
 
 
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
+def is_mask(value: Any, dtypes: Iterable[torch.dtype] | None = None) -> bool:
+    """Whether this is a tensor of bool or of a floating-point dtype (one of `dtypes`)."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.dtype == torch.bool or (value.is_floating_point() and (dtypes is None or value.dtype in dtypes))
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from detr_fast import dispatch
-from detr_fast.nn.multihead_attention import MultiheadAttention
+from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
 from detr_fast.nn.replacements import converts_children, replaces
 from detr_fast.nn.tracing import keeps_whole
 
@@ -42,6 +42,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """Whether the parts run one by one here, rather than the original's forward."""
         if not (dispatch.intervening or src.is_cuda) or src.is_nested:
             return False
+        if not all(m is None or is_mask(m) for m in (mask, padding)):
+            return False  # the original says what is wrong
         if dispatch.intervening or self.training:  # a fused layer would neither obey nor be explained part by part
             return True
         attention = self.self_attn
