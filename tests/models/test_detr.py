@@ -240,6 +240,38 @@ def test_post_processing_gives_pixels_of_the_size_asked_for():
         PostProcess()({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([100, 200]))
 
 
+def test_heads_keep_full_precision_under_autocast(model):
+    images = torch.rand(2, 3, 64, 80)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(images)
+    assert outputs["pred_boxes"].dtype == torch.float32
+    assert outputs["pred_logits"].dtype == torch.float32
+    coarse = outputs["pred_boxes"].to(torch.bfloat16).float()
+    assert (coarse != outputs["pred_boxes"]).float().mean() > 0.9  # computed so, not converted behind
+
+
+def test_models_work_in_bfloat16_and_on_the_meta_device(model):
+    assert model.bfloat16()(torch.rand(1, 3, 64, 64).bfloat16())["pred_boxes"].isfinite().all()
+    with torch.device("meta"):
+        assert build_model(CONV)([torch.rand(3, 64, 64), torch.rand(3, 48, 64)])["pred_boxes"].shape == (2, 7, 4)
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_model_and_losses_compile_without_a_graph_break(focal, monkeypatch):
+    from detr_fast.models import matcher
+
+    monkeypatch.setattr(matcher, "assign", lambda cost: cost.argmin(-1))
+    model, criterion = build_model(CONV).eval(), build_criterion(CONV, focal=focal)
+    targets = Targets.from_list([{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]]), "labels": torch.tensor([2])}] * 2, 4)
+
+    def step(images: Tensor, mask: Tensor) -> Tensor:
+        return criterion.weighted_sum(criterion(model((images, mask)), targets))
+
+    arguments = torch.rand(2, 3, 64, 80), torch.zeros(2, 64, 80, dtype=torch.bool)
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
 @pytest.mark.parametrize("focal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_forward_and_losses_never_look_at_a_value_on_the_host(padded, focal, monkeypatch):

@@ -75,11 +75,13 @@ def test_costs_are_infinite_behind_the_last_box_and_finite_elsewhere(focal):
     logits[0, 1] = float("nan")
     boxes[0, 2] = float("inf")
     boxes[0, 3, 2:] = 0
+    boxes[0, 4] = 1e12  # finite, but beyond what fp64 adds to other costs without rounding them away
     weights = {"cost_class": 1.0, "cost_bbox": 5.0, "cost_giou": 2.0}
     cost = matching_cost(logits, boxes, targets, **weights, focal=focal)
     assert cost.shape == (2, 4, 8)
     assert torch.equal(cost.isinf(), ~targets.valid[:, :, None].expand_as(cost))
     assert (cost[0, :3, 1:3] == INVALID_COST).all()
+    assert (cost[0, :3, 4] == INVALID_COST).all()
 
 
 def test_broken_predictions_are_matched_last():
