@@ -12,6 +12,8 @@ Source: Ba et al., 2016, arXiv:1607.06450.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -197,7 +199,7 @@ def layer_norm_forward(
     y = empty(x.shape, out_dtype or x.dtype, x.device)
     mean = empty((rows,), torch.float32, x.device)
     rstd = empty((rows,), torch.float32, x.device)
-    vector = _vector([x], [x_stride, columns], weight, bias)
+    vector = _vector(x.element_size(), x_stride | columns, x.data_ptr() | _address(weight) | _address(bias))
     variant = forward_variant(columns, x.dtype, _dtype(weight), _dtype(bias), y.dtype, vector)
     grid = (-(-rows // variant.constants["ROWS"]),)
     launch(variant, grid, x, weight, bias, y, mean, rstd, x_stride, rows, columns, eps)
@@ -228,7 +230,8 @@ def layer_norm_backward(
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
 
-    vector = _vector([x, dy], [x_stride, dy_stride, columns], weight)
+    addresses = x.data_ptr() | dy.data_ptr() | _address(weight)
+    vector = _vector(min(x.element_size(), dy.element_size()), x_stride | dy_stride | columns, addresses)
     variant = backward_variant(columns, dy.dtype, x.dtype, _dtype(weight), with_dx, with_dw, with_db, vector)
     tiles = -(-rows // variant.constants["ROWS"])
     programs = min(tiles, multiprocessors(x.device) * LAYER_NORM_BACKWARD[_block(columns)].programs)
@@ -274,6 +277,7 @@ def compile_layer_norm(
             compile_variant(sum_partials_variant(columns, weight_dtype or x_dtype), device)
 
 
+@cache
 def forward_variant(
     columns: int,
     x_dtype: torch.dtype,
@@ -289,6 +293,7 @@ def forward_variant(
     return Variant(layer_norm_forward_kernel, types, _constants(columns, config, vector), config.num_warps)
 
 
+@cache
 def backward_variant(
     columns: int,
     dy_dtype: torch.dtype,
@@ -308,6 +313,7 @@ def backward_variant(
     return Variant(layer_norm_backward_kernel, types, _constants(columns, config, vector), config.num_warps)
 
 
+@cache
 def sum_partials_variant(columns: int, dtype: torch.dtype) -> Variant:
     """The program that adds up the partial weight and bias gradients."""
     types = (pointer(torch.float32), pointer(dtype), pointer(dtype), "i32", "i32")
@@ -340,12 +346,17 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     return x, distance
 
 
-def _vector(tensors: list[Tensor], strides: list[int], *parameters: Tensor | None) -> int:
-    """Elements a run: 16 bytes of the narrowest tensor where all runs are aligned, else 1."""
-    vector = 16 // min(tensor.element_size() for tensor in tensors)
-    addresses = [tensor.data_ptr() for tensor in (*tensors, *parameters) if tensor is not None]
-    aligned = all(address % 16 == 0 for address in addresses) and all(stride % vector == 0 for stride in strides)
-    return vector if aligned else 1
+def _vector(element_size: int, strides: int, addresses: int) -> int:
+    """Elements a run: 16 bytes of the narrowest tensor where all runs are aligned, else 1.
+
+    strides, addresses: all of them or-ed together, which is a multiple of a power of two where each of them is.
+    """
+    vector = 16 // element_size
+    return vector if addresses % 16 == 0 and strides % vector == 0 else 1
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _block(columns: int) -> int:

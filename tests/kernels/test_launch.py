@@ -1,0 +1,55 @@
+"""The path of a CUDA launch, with a stub behind Triton's driver."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from detr_fast.kernels import layer_norm, offline
+
+pytestmark = pytest.mark.offline
+
+
+@pytest.fixture
+def call():
+    x = torch.randn(100, 256).bfloat16()
+    weight, bias = torch.randn(2, 256).bfloat16()
+    return x, weight, bias
+
+
+def test_a_launch_runs_the_catalogs_machine_code_with_the_calls_arguments(stub_gpu, call):
+    y, mean, rstd = layer_norm.layer_norm_forward(*call, 1e-5)
+    variant = layer_norm.forward_variant(256, *[torch.bfloat16] * 4, vector=8)
+    assert stub_gpu.loaded == [offline.compile_variant(variant, "sm_90")[0]]
+    ((grid, arguments),) = stub_gpu.launched
+    assert grid == (13, 1, 1)
+    assert all(passed is given for passed, given in zip(arguments, (*call, y, mean, rstd)))
+    assert arguments[6:10] == (256, 100, 256, 1e-5)
+
+
+def test_compiling_ahead_loads_all_that_the_step_launches_and_launches_nothing(stub_gpu, call):
+    layer_norm.compile_layer_norm(256, torch.bfloat16, torch.bfloat16, True, True, torch.device("cuda"))
+    assert len(stub_gpu.loaded) == 3
+    assert stub_gpu.launched == []
+    y, mean, rstd = layer_norm.layer_norm_forward(*call, 1e-5)
+    layer_norm.layer_norm_backward(y, call[0], call[1], mean, rstd)
+    assert len(stub_gpu.loaded) == 3
+    assert len(stub_gpu.launched) == 3
+
+
+def test_other_sizes_and_strides_reuse_the_program(stub_gpu, call):
+    x, weight, bias = call
+    for view in (x, x[:1], x[::2], x[:0], x[3:19], x[:1].expand(50, 256)):
+        layer_norm.layer_norm_forward(view, weight, bias, 1e-5)
+    assert len(stub_gpu.loaded) == 1
+    assert len(stub_gpu.launched) == 5  # no rows, no launch
+
+
+def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch):
+    variant = layer_norm.sum_partials_variant(256, torch.float32)
+    broken = dataclasses.replace(variant, constants={**variant.constants, "BLOCK_C": 33})
+    monkeypatch.setattr(layer_norm, "sum_partials_variant", lambda *_: broken)
+    with pytest.raises(Exception, match="power of 2"):
+        layer_norm.compile_layer_norm(256, torch.bfloat16, torch.bfloat16, True, True, torch.device("cuda"))
+    assert stub_gpu.launched == []
