@@ -60,4 +60,4 @@ def demo(
     console.print()
     console.print(table, highlight=False)
     if quick:
-        console.print("This was the one-minute look: without --quick the model trains long enough to detect well.")
+        console.print("This was the short look; without --quick it trains ten times as long.")
