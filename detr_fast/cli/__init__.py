@@ -18,6 +18,7 @@ COMMANDS = (
     "predict",
     "explain",
     "tune",
+    "kernels",
     "convert-weights",
     "doctor",
     "convert",
