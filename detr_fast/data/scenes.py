@@ -26,7 +26,7 @@ from detr_fast.data.folders import new_folder
 
 CATEGORIES = {3: "circle", 7: "square", 11: "triangle", 18: "star", 25: "ring", 40: "cross"}
 
-_VERSION = 1  # of the pictures: raise it when they change, and folders of older versions are made anew
+_VERSION = 2  # of the pictures: raise it when they change, and folders of older versions are made anew
 _STAMP = "scenes.json"
 _SUPERSAMPLING = 4  # shapes are drawn this much larger, then averaged down: smooth edges, boxes to a quarter pixel
 _LEAST_VISIBLE = 0.6
@@ -149,15 +149,15 @@ def _object(category: int, mask: np.ndarray) -> tuple[int, list[float], float]:
 
 def _colour(random: np.random.Generator) -> np.ndarray:
     """A bright, saturated colour: the ground is dull, so that a shape's edge can be seen."""
-    hue, saturation, value = random.uniform((0, 0.7, 0.75), (1, 1, 1))
+    hue, saturation, value = random.uniform((0, 0.85, 0.9), (1, 1, 1))
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255
 
 
 def _ground(random: np.random.Generator, width: int, height: int) -> np.ndarray:
     """A dull colour with a cloudy texture, (height, width, 3) float32."""
-    colour = random.uniform(40, 130) + random.uniform(-15, 15, size=3)
+    colour = random.uniform(50, 90) + random.uniform(-15, 15, size=3)
     ground = np.zeros((height, width), dtype=np.float32)
-    for cells, strength in ((4, 22), (12, 12)):
+    for cells, strength in ((4, 14), (12, 8)):
         grid = random.normal(0, strength, size=(cells, cells)).astype(np.float32)
         ground += np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
     return (ground[..., None] + colour).astype(np.float32)
@@ -165,7 +165,7 @@ def _ground(random: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 def _shape_mask(random: np.random.Generator, name: str, width: int, height: int) -> np.ndarray:
     """Where a shape of random size, place and angle lies: bool, supersampled; all of it is inside the picture."""
-    radius = random.uniform(0.16, 0.27) * min(width, height)
+    radius = random.uniform(0.18, 0.29) * min(width, height)
     x, y = (random.uniform(radius, side - radius) for side in (width, height))
     angle = random.uniform(-math.pi / 12, math.pi / 12)
     mask = Image.new("1", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
