@@ -111,15 +111,16 @@ def test_outputs_weights_and_gradients_are_torch_nns(backend, twins, assert_same
 @pytest.mark.parametrize(
     "constructor", [{}, {"batch_first": True}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str
 )
+@pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
-def test_the_causal_hint_acts_as_in_torch_nn(backend, padded, constructor, twins, assert_same_step):
+def test_the_causal_hint_acts_as_in_torch_nn(backend, padded, need_weights, constructor, twins, assert_same_step):
     ours, original = twins("MultiheadAttention", 8, 2, **constructor)
     x = torch.randn(3, 3, 8, dtype=torch.float64)
     mask = torch_nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
     padding = torch.zeros(3, 3, dtype=torch.float64)
     padding[1, 1:] = -math.inf
-    kwargs = {"attn_mask": mask, "is_causal": True, "need_weights": False}
+    kwargs = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
     if padded:
         kwargs["key_padding_mask"] = padding
     assert_same_step(ours, original, (x, x, x), rtol=ROUNDING, backend=backend, **kwargs)
@@ -307,3 +308,32 @@ def test_a_lone_bias_k_is_refused_as_by_torch_nn(twins):
         module.bias_v = None
         with use_backend(attention="eager"), pytest.raises(AssertionError, match="bias_k"):
             module(x, x, x)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_acts_in_training_only(need_weights, backend, twins):
+    ours, _ = twins("MultiheadAttention", 8, 2, dropout=0.5)
+    x = torch.randn(6, 2, 8, dtype=torch.float64)
+
+    def call():
+        with use_backend(attention=backend):
+            return ours(x, x, x, need_weights=need_weights)[0]
+
+    assert not torch.equal(call(), call())
+    ours.eval()
+    assert torch.equal(call(), call())
+
+
+def test_torch_nns_own_forward_runs_where_auto_chooses_pytorch(monkeypatch, twins):
+    ours, _ = twins("MultiheadAttention", 8, 2)
+    x = torch.randn(6, 2, 8, dtype=torch.float64)
+    calls = []
+    original = torch.nn.functional.multi_head_attention_forward
+    monkeypatch.setattr(
+        torch.nn.functional, "multi_head_attention_forward", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    with explaining(ours) as records:
+        ours(x, x, x)
+    assert [r.chosen for r in records] == ["sdpa"]
+    assert calls == [1]
