@@ -141,7 +141,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _computed_dtype(self, query: Tensor) -> torch.dtype:
         """The projections' dtype."""
         own, device = self.out_proj.weight.dtype, query.device.type
-        if own == torch.float64 or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if own == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
             return own
         return torch.get_autocast_dtype(device)
 
