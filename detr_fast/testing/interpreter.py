@@ -5,6 +5,7 @@ Inside `checked_interpreter()`, for every kernel that `detr_fast.kernels.launch`
 * each load, store and atomic must hit an element of a tensor passed to that launch, exactly (strides count, reads too);
 * outputs start as NaN (integers as their largest value), so an element never written is seen;
 * 32-bit arithmetic may not pass a small limit, so an offset that would overflow on a large tensor is seen on a small one;
+* an alignment stated by `tl.multiple_of` must hold: on a GPU, a vector access at another address ends the process;
 * programs run in a shuffled order, so a kernel that depends on the order is seen;
 * rounding to bf16 is to nearest even, as on GPUs (the interpreter by itself truncates);
 * launches are counted.
@@ -33,6 +34,10 @@ INT32_LIMIT = 1 << 14
 
 class OutsideTensors(AssertionError):
     """A kernel touched memory that belongs to none of the tensors passed to it."""
+
+
+class Misaligned(AssertionError):
+    """A kernel stated an alignment that its pointers or integers do not have."""
 
 
 class Overflow32(AssertionError):
@@ -71,6 +76,8 @@ def checked_interpreter(*, seed: int = 0, int32_limit: int = INT32_LIMIT) -> Ite
         for name, patch in patches.items():
             original = getattr(module.InterpreterBuilder, name)
             stack.enter_context(mock.patch.object(module.InterpreterBuilder, name, patch(original)))
+        state = _checked_hint(checks, module.TensorHandle.set_attr)
+        stack.enter_context(mock.patch.object(module.TensorHandle, "set_attr", state))
         stack.enter_context(launch.allocating_with(poisoned))
         stack.enter_context(np.errstate(all="ignore"))  # kernels compute with NaN and inf, as GPUs do
         launch.observers.append(checks.launches.append)
@@ -167,6 +174,27 @@ def _order_patches(order: random.Random) -> dict[str, Patch]:
         return set_grid_idx
 
     return {"set_grid_dim": shuffle, "set_grid_idx": redirect}
+
+
+def _checked_hint(checks: InterpreterChecks, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check `tl.multiple_of` along the last dimension: each run of neighbours must start at a multiple."""
+
+    def set_attr(handle: Any, name: str, values: Any) -> None:
+        original(handle, name, values)
+        if name != "tt.divisibility":
+            return
+        step = max(1, handle.get_element_ty().primitive_bitwidth // 8) if handle.dtype.scalar.is_ptr() else 1
+        numbers = np.atleast_1d(handle.data).astype(np.int64)
+        starts = np.ones(numbers.shape, bool)
+        starts[..., 1:] = np.diff(numbers) != step
+        wrong = numbers[starts] % values[-1] != 0
+        if wrong.any():
+            raise Misaligned(
+                f"{_name(checks)} states multiples of {values[-1]}, and has {numbers[starts][wrong][0]} "
+                f"({int(wrong.sum())} of {wrong.size} runs): its launcher must check addresses, strides and sizes"
+            )
+
+    return set_attr
 
 
 def _check_addresses(checks: InterpreterChecks, verb: str, addresses: np.ndarray) -> None:

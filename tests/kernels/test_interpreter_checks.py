@@ -71,6 +71,26 @@ def test_an_output_never_written_is_nan(interpreter):
     assert copy(torch.zeros(5), 5, 6).isnan().tolist() == [False] * 5 + [True]
 
 
+@launch.jit
+def hint_kernel(source_ptr, start: tl.int32, stride: tl.int32):
+    pointers = source_ptr + start + tl.arange(0, 2)[:, None] * stride + tl.arange(0, 8)[None, :]
+    tl.load(tl.multiple_of(pointers, (1, 16)))
+
+
+@pytest.mark.parametrize(
+    ("start", "stride", "holds"),
+    [(0, 16, True), (8, 24, True), (0, 0, True), (1, 16, False), (8, 20, False), (4, 16, False)],
+)
+def test_an_alignment_that_does_not_hold_is_seen(interpreter, start, stride, holds):
+    variant = Variant(hint_kernel, (pointer(torch.float16), "i32", "i32"), {})
+    arguments = torch.zeros(64, dtype=torch.float16), start, stride
+    if holds:
+        launch.launch(variant, (1,), *arguments)
+    else:
+        with pytest.raises(Exception, match="hint_kernel states multiples of 16, and has "):
+            launch.launch(variant, (1,), *arguments)
+
+
 def test_offsets_that_would_overflow_on_a_large_tensor_are_seen_on_a_small_one():
     with (
         checked_interpreter(int32_limit=30),
