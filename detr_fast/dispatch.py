@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from detr_fast.kernels import launch
 
+MAX_DECISIONS = 4096
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
 # Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when Python started.
 INTERPRETING: bool = launch.triton is not None and bool(launch.triton.knobs.runtime.interpret)
@@ -44,7 +45,6 @@ class Situation(NamedTuple):
     grad: bool
     autocast: torch.dtype | None
     deterministic: bool
-    matmul_precision: str
     transform: str | None  # what only eager code can follow: vmap, forward-mode, export, …
 
 
@@ -91,6 +91,10 @@ class Implementation(ABC):
     def prepare(self, call: Any) -> None:
         """Compile all that forward and backward of such a call will launch; raise if that fails."""
         return None
+
+    def compiled_key(self, call: Any) -> Any:
+        """What of the call the compiled programs depend on; one that failed to compile is not tried again for it."""
+        return call
 
     @abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -285,14 +289,14 @@ def _regime(device_type: str) -> str:
 
 def situation(device_type: str) -> Situation:
     """The state of PyTorch that decisions read."""
-    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    autocasting = device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta tensors have no autocast
+    autocast = torch.get_autocast_dtype(device_type) if autocasting else None
     regime = _regime(device_type)
     return Situation(
         regime,
         torch.is_grad_enabled(),
         autocast,
         torch.are_deterministic_algorithms_enabled(),
-        "unknown" if regime == "compiled" else torch.get_float32_matmul_precision(),  # Dynamo can't trace it
         _transform(),
     )
 
@@ -334,7 +338,7 @@ class Op:
         self._signature = signature
         self._describe = describe
         self._decisions: dict[tuple[Any, ...], _Decision] = {}
-        self._broken: dict[tuple[str, tuple[Any, ...]], str] = {}
+        self._broken: dict[tuple[str, Any], str] = {}
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -345,13 +349,17 @@ class Op:
         device_type = args[0].device.type
         now = situation(device_type)
         if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
-            return self._decide(self._describe(*args, situation=now), (), prepare=False).implementation
-        key = (self._signature(*args), now, self.requested())
+            call = self._describe(*args, situation=now)
+            return self._decide(call, self.requested(), prepare=False).implementation
+        requested = self.requested()  # once: another thread may enter use_backend at any time
+        key = (self._signature(*args), now, requested)
         decision = self._decisions.get(key)
         if decision is None:
             with _lock:
                 call = self._describe(*args, situation=now)
-                decision = self._decide(call, key, prepare=call.tensor_type is not FakeTensor)
+                decision = self._decide(call, requested, prepare=call.tensor_type is not FakeTensor)
+                if len(self._decisions) >= MAX_DECISIONS:  # shapes that vary for ever must not fill the memory
+                    self._decisions.clear()
                 self._decisions[key] = decision
         for recorder in _recorders:
             recorder(self.name, decision)
@@ -372,19 +380,20 @@ class Op:
         name = _requested.get("*", "auto")
         return name if any(i.name == name for i in self.implementations) else None
 
-    def _decide(self, call: Call, key: tuple[Any, ...], *, prepare: bool) -> _Decision:
-        requested = self.requested()
+    def _decide(self, call: Call, requested: str | None, *, prepare: bool) -> _Decision:
         reasons: dict[str, str] = {}
         for implementation in self.implementations:
             name = implementation.name
             if requested is not None and name != requested:
                 reasons[name] = f"{requested} was asked for by name"
                 continue
-            reason = _why_not(implementation, call, requested is not None) or self._broken.get((name, key))
+            reason = _why_not(implementation, call, requested is not None) or self._broken.get(
+                (name, implementation.compiled_key(call))
+            )
             if reason is None and requested is None:
                 reason = implementation.advice(call)
             if reason is None and prepare:
-                reason = self._prepare(implementation, call, key, warn=requested is None)
+                reason = self._prepare(implementation, call, warn=requested is None)
             if reason is None:
                 note = None if call.situation.regime == "compiled" else implementation.note(call)
                 return _Decision(implementation, reasons, note, call.shapes())
@@ -396,12 +405,12 @@ class Op:
             )
         raise BackendError(f"no implementation of {self.name} takes this call: {_listed(reasons)}")
 
-    def _prepare(self, implementation: Implementation, call: Call, key: tuple[Any, ...], *, warn: bool) -> str | None:
+    def _prepare(self, implementation: Implementation, call: Call, *, warn: bool) -> str | None:
         try:
             implementation.prepare(call)
         except Exception as error:  # whatever the compiler throws: the user's step must go on
             reason = f"its kernel failed to compile ({type(error).__name__}: {_first_line(error)})"
-            self._broken[(implementation.name, key)] = reason
+            self._broken[(implementation.name, implementation.compiled_key(call))] = reason
             if warn:
                 warnings.warn(
                     f"detr-fast: {self.name} {call.shapes()} on {call.architecture or call.device_type} falls back from "

@@ -17,36 +17,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .configs import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, RowConfig
+from .configs import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD
 from .launch import Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
-
-MAX_COLUMNS = 8192
-MAX_ROW_STRIDE = 1 << 24
-
-
-@jit
-def _columns(C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
-    """Column numbers (1, BLOCK_C), which of them exist (whole runs of VEC do, so accesses stay vectors), and 1 / C."""
-    column = tl.arange(0, BLOCK_C)[None, :]
-    if FULL:
-        return column, tl.full((1, BLOCK_C), True, tl.int1), 1.0 / BLOCK_C
-    return column, column // VEC < C // VEC, 1.0 / C
-
-
-@jit
-def _pointers(base, start, column, VEC: tl.constexpr):
-    """base + start + column, a block whose runs of VEC elements each start at a multiple of their size or of 16 bytes."""
-    pointers = base + (start + column)
-    if VEC > 1:
-        run: tl.constexpr = VEC * (base.dtype.element_ty.primitive_bitwidth // 8)
-        pointers = tl.multiple_of(pointers, (1, 16 if run > 16 else run))
-    return pointers
-
-
-@jit
-def _parameters(base, column, inside, VEC: tl.constexpr):
-    """A weight or bias as fp32 (1, BLOCK_C)."""
-    return tl.load(_pointers(base, 0, column, VEC), mask=inside, other=0.0).to(tl.float32)
+from .rows import MAX_COLUMNS as MAX_COLUMNS
+from .rows import (
+    address_of,
+    as_rows,
+    block_of,
+    column_block,
+    dtype_of,
+    load_parameters,
+    row_constants,
+    run_length,
+    run_pointers,
+    sum_partials_variant,
+)
 
 
 @jit
@@ -69,16 +54,16 @@ def layer_norm_forward_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS  # rows * C can pass 2**31; offsets from the first row cannot
     row = tl.arange(0, ROWS)
     exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
-    column, inside, inverse_c = _columns(C, BLOCK_C, FULL, VEC)
+    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     mask = exists[:, None] & inside
     # Parameters come before x: the compiler then gives everything the layout of x, with whole rows in a warp.
     if weight_ptr is not None:
-        weight = _parameters(weight_ptr, column, inside, VEC)
+        weight = load_parameters(weight_ptr, column, inside, VEC)
     if bias_ptr is not None:
-        bias = _parameters(bias_ptr, column, inside, VEC)
+        bias = load_parameters(bias_ptr, column, inside, VEC)
 
     x_start = row[:, None] * x_row_stride
-    x = tl.load(_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
     # Two passes over registers: the variance of large values with a small spread would drown in sum(x * x).
     mean = tl.sum(x, axis=1) * inverse_c
     centred = x - mean[:, None]
@@ -93,7 +78,7 @@ def layer_norm_forward_kernel(
 
     y_stride = BLOCK_C if FULL else C
     y_start = row[:, None] * y_stride
-    tl.store(_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(run_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + first + row, mean, mask=exists)
     tl.store(rstd_ptr + first + row, rstd, mask=exists)
 
@@ -119,11 +104,11 @@ def layer_norm_backward_kernel(
 ):
     """dweight and dbias are fp32 (programs, C): each program's sum over the rows that it visited."""
     row = tl.arange(0, ROWS)
-    column, inside, inverse_c = _columns(C, BLOCK_C, FULL, VEC)
+    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
     dx_stride = BLOCK_C if FULL else C
     if weight_ptr is not None:
-        weight = _parameters(weight_ptr, column, inside, VEC)
+        weight = load_parameters(weight_ptr, column, inside, VEC)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
 
@@ -131,8 +116,8 @@ def layer_norm_backward_kernel(
         first = tl.cast(tile, tl.int64) * ROWS
         exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
         mask = exists[:, None] & inside
-        dy = tl.load(_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
-        x = tl.load(_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+        dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
+        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
         mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
         rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
 
@@ -151,39 +136,14 @@ def layer_norm_backward_kernel(
             mean_g = tl.sum(g, axis=1) * (inverse_c * rstd)
             mean_gx = tl.sum(g * xhat, axis=1) * (inverse_c * rstd)
             dx = g * rstd[:, None] - (xhat * mean_gx[:, None] + mean_g[:, None])
-            dx_pointers = _pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
+            dx_pointers = run_pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
             tl.store(dx_pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     partial = tl.program_id(0).to(tl.int64) * dx_stride
     if dweight_ptr is not None:
-        tl.store(_pointers(dweight_ptr + partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
+        tl.store(run_pointers(dweight_ptr + partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
     if dbias_ptr is not None:
-        tl.store(_pointers(dbias_ptr + partial, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
-
-
-@jit
-def sum_partials_kernel(
-    partial_ptr,
-    first_ptr,
-    second_ptr,
-    programs: tl.int32,
-    C: tl.int32,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Sum partial (1 or 2, programs, C), fp32, over programs, always in one order, into first and second (C,)."""
-    which = tl.program_id(1)
-    total_ptr = first_ptr
-    if which == 1:
-        total_ptr = second_ptr
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for start in range(0, programs, ROWS):
-        program = start + tl.arange(0, ROWS)[:, None]
-        partial = partial_ptr + (which.to(tl.int64) * programs + program) * C + column
-        total += tl.load(partial, mask=(program < programs) & (column < C), other=0.0)
-    total = tl.sum(total, axis=0)[None, :].to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + column, total, mask=column < C)
+        tl.store(run_pointers(dbias_ptr + partial, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
 
 
 def layer_norm_forward(
@@ -199,8 +159,8 @@ def layer_norm_forward(
     y = empty(x.shape, out_dtype or x.dtype, x.device)
     mean = empty((rows,), torch.float32, x.device)
     rstd = empty((rows,), torch.float32, x.device)
-    vector = _vector(x.element_size(), x_stride | columns, x.data_ptr() | _address(weight) | _address(bias))
-    variant = forward_variant(columns, x.dtype, _dtype(weight), _dtype(bias), y.dtype, vector)
+    vector = run_length(x.element_size(), x_stride | columns, x.data_ptr() | address_of(weight) | address_of(bias))
+    variant = forward_variant(columns, x.dtype, dtype_of(weight), dtype_of(bias), y.dtype, vector)
     grid = (-(-rows // variant.constants["ROWS"]),)
     launch(variant, grid, x, weight, bias, y, mean, rstd, x_stride, rows, columns, eps)
     return y, mean, rstd
@@ -230,11 +190,11 @@ def layer_norm_backward(
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
 
-    addresses = x.data_ptr() | dy.data_ptr() | _address(weight)
-    vector = _vector(min(x.element_size(), dy.element_size()), x_stride | dy_stride | columns, addresses)
-    variant = backward_variant(columns, dy.dtype, x.dtype, _dtype(weight), with_dx, with_dw, with_db, vector)
+    addresses = x.data_ptr() | dy.data_ptr() | address_of(weight)
+    vector = run_length(min(x.element_size(), dy.element_size()), x_stride | dy_stride | columns, addresses)
+    variant = backward_variant(columns, dy.dtype, x.dtype, dtype_of(weight), with_dx, with_dw, with_db, vector)
     tiles = -(-rows // variant.constants["ROWS"])
-    programs = min(tiles, multiprocessors(x.device) * LAYER_NORM_BACKWARD[_block(columns)].programs)
+    programs = min(tiles, multiprocessors(x.device) * LAYER_NORM_BACKWARD[block_of(columns)].programs)
 
     dx = empty(x.shape, x.dtype, x.device) if with_dx else None
     sums = [empty((columns,), parameter_dtype, x.device) for wanted in (with_dw, with_db) if wanted]
@@ -287,10 +247,10 @@ def forward_variant(
     vector: int,
 ) -> Variant:
     """The program that normalises rows of `columns` columns, read in runs of `vector` elements."""
-    config = LAYER_NORM_FORWARD[_block(columns)]
+    config = LAYER_NORM_FORWARD[block_of(columns)]
     tensors = (x_dtype, weight_dtype, bias_dtype, out_dtype, torch.float32, torch.float32)
     types = (*map(pointer, tensors), "i32", "i64", "i32", "fp32")
-    return Variant(layer_norm_forward_kernel, types, _constants(columns, config, vector), config.num_warps)
+    return Variant(layer_norm_forward_kernel, types, row_constants(columns, config, vector), config.num_warps)
 
 
 @cache
@@ -305,72 +265,9 @@ def backward_variant(
     vector: int,
 ) -> Variant:
     """The program that takes all gradients in one pass over dy and x."""
-    config = LAYER_NORM_BACKWARD[_block(columns)]
+    config = LAYER_NORM_BACKWARD[block_of(columns)]
     fp32 = torch.float32
     tensors = (dy_dtype, x_dtype, weight_dtype, fp32, fp32, x_dtype if with_dx else None)
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
     types = (*map(pointer, (*tensors, *sums)), "i32", "i32", "i64", "i32")
-    return Variant(layer_norm_backward_kernel, types, _constants(columns, config, vector), config.num_warps)
-
-
-@cache
-def sum_partials_variant(columns: int, dtype: torch.dtype) -> Variant:
-    """The program that adds up the partial weight and bias gradients."""
-    types = (pointer(torch.float32), pointer(dtype), pointer(dtype), "i32", "i32")
-    # Narrow blocks spread few columns over many multiprocessors; many columns do so with wide ones.
-    block = 32 if columns <= 1024 else 128
-    return Variant(sum_partials_kernel, types, {"ROWS": 32, "BLOCK_C": block}, num_warps=4)
-
-
-def as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x and the distance of its rows in elements; a contiguous copy where rows lie at no constant distance.
-
-    Also where the distance is over 2**24, so that offsets inside a tile of up to 128 rows fit 32 bits.
-    """
-    columns = x.shape[-1]
-    if x.is_contiguous():
-        return x, columns
-    distance = columns if x.shape[:-1].numel() == 1 else None
-    end = 0  # the stride that a further leading dimension must have
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
-        if size == 1:
-            continue
-        if distance is None:
-            distance = stride
-        elif stride != end:
-            return x.contiguous(), columns
-        end = size * stride
-    assert distance is not None  # a tensor without rows is contiguous
-    if distance > MAX_ROW_STRIDE or (columns > 1 and x.stride(-1) != 1):
-        return x.contiguous(), columns
-    return x, distance
-
-
-def _vector(element_size: int, strides: int, addresses: int) -> int:
-    """Elements a run: 16 bytes of the narrowest tensor where all runs are aligned, else 1.
-
-    strides, addresses: all of them or-ed together, which is a multiple of a power of two where each of them is.
-    """
-    vector = 16 // element_size
-    return vector if addresses % 16 == 0 and strides % vector == 0 else 1
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _block(columns: int) -> int:
-    if not 1 <= columns <= MAX_COLUMNS:
-        raise ValueError(f"LayerNorm over {columns} columns: the kernels take 1 to {MAX_COLUMNS}; use eager")
-    return max(16, 1 << (columns - 1).bit_length())
-
-
-def _constants(columns: int, config: RowConfig, vector: int) -> dict[str, int | bool]:
-    block = _block(columns)
-    # Without vectors each element has an address and a mask of its own, and full tiles spill.
-    rows = config.rows if vector > 1 else max(1, config.rows // 2)
-    return {"ROWS": rows, "BLOCK_C": block, "FULL": columns == block, "VEC": vector}
-
-
-def _dtype(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
+    return Variant(layer_norm_backward_kernel, types, row_constants(columns, config, vector), config.num_warps)

@@ -232,3 +232,33 @@ def test_the_environment_variable_asks_by_name(setting, expected):
     environment = {"DETR_FAST_BACKEND": setting, "PATH": "", "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert expected in run.stdout, run.stderr
+
+
+def test_a_failed_compilation_is_not_tried_again_for_every_new_shape(op):
+    fused = op.implementations[0]
+    fused.failure = RuntimeError("ptxas died")
+    fused.compiled_key = lambda call: call.dtype
+    with pytest.warns(RuntimeWarning, match="ptxas died"):
+        op(torch.ones(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rows in range(2, 5):
+            op(torch.ones(rows))
+    assert fused.prepared == 1
+
+
+def test_shapes_that_vary_for_ever_do_not_fill_the_memory(op, monkeypatch):
+    monkeypatch.setattr(dispatch, "MAX_DECISIONS", 3)
+    for rows in range(20):
+        op(torch.ones(rows))
+    assert len(op._decisions) <= 3
+
+
+def test_meta_tensors_and_the_new_precision_settings_are_no_obstacle(op):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with use_backend("eager"):
+            assert op(torch.ones(2, device="meta")).device.type == "meta"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

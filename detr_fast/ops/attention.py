@@ -283,7 +283,8 @@ def _with_causal(mask: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def _weighted(weights: Tensor, v: Tensor) -> Tensor:
-    return torch.matmul(weights, v.transpose(1, 2)).transpose(1, 2)
+    # A float32 mask promotes the weights of 16-bit tensors.
+    return torch.matmul(weights.to(v.dtype), v.transpose(1, 2)).transpose(1, 2)
 
 
 ATTENTION = Op("attention", signature=_signature, describe=_describe, implementations=(Sdpa(), EagerAttention()))

@@ -119,6 +119,10 @@ class TritonLayerNorm(TritonImplementation):
     def note(self, call: LayerNormCall) -> str | None:
         return regimes.note("layer_norm", call)
 
+    def compiled_key(self, call: LayerNormCall) -> Any:
+        dtypes = (call.dtype, call.weight_dtype, call.bias_dtype, call.situation.autocast)
+        return call.device, call.columns, dtypes, call.needs_grad
+
     def prepare(self, call: LayerNormCall) -> None:
         kernels.compile_layer_norm(
             call.columns,

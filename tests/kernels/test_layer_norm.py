@@ -232,7 +232,7 @@ def test_nan_and_inf_stay_in_their_row(interpreter):
 
 @pytest.mark.parametrize("columns", [0, 8193])
 def test_too_few_or_too_many_columns_are_refused(columns):
-    with pytest.raises(ValueError, match=rf"over {columns} columns: the kernels take 1 to 8192"):
+    with pytest.raises(ValueError, match=rf"of {columns} columns: the kernels take 1 to 8192"):
         kernels.layer_norm_forward(torch.zeros(2, columns), None, None, 1e-5)
 
 

@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def call(architecture="sm_90", regime="eager"):
-    situation = Situation(regime, True, None, False, "highest", None)
+    situation = Situation(regime, True, None, False, None)
     return Call(torch.device("cuda"), architecture, torch.bfloat16, torch.Tensor, True, situation)
 
 

@@ -1,0 +1,133 @@
+# mypy: allow-incomplete-defs
+"""What row-wise kernels share: blocks of rows and columns, pointers that move 16 bytes at a time, sums of partial sums.
+
+Such a kernel works on a (ROWS, BLOCK_C) tile of a (rows, C) tensor whose rows lie at a constant distance. BLOCK_C is C
+rounded up to a power of two; FULL says that they are equal; VEC is the number of neighbouring elements that all tensors
+keep together at a multiple of 16 bytes (1 where some tensor does not).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .configs import RowConfig
+from .launch import Variant, jit, pointer, tl
+
+MAX_COLUMNS = 8192
+MAX_ROW_STRIDE = 1 << 24
+
+
+@jit
+def column_block(C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
+    """Column numbers (1, BLOCK_C), which of them exist (whole runs of VEC do, so accesses stay vectors), and 1 / C."""
+    column = tl.arange(0, BLOCK_C)[None, :]
+    if FULL:
+        return column, tl.full((1, BLOCK_C), True, tl.int1), 1.0 / BLOCK_C
+    return column, column // VEC < C // VEC, 1.0 / C
+
+
+@jit
+def run_pointers(base, start, column, VEC: tl.constexpr):
+    """base + start + column, a block whose runs of VEC elements each start at a multiple of their size or of 16 bytes."""
+    pointers = base + (start + column)
+    if VEC > 1:
+        run: tl.constexpr = VEC * (base.dtype.element_ty.primitive_bitwidth // 8)
+        pointers = tl.multiple_of(pointers, (1, 16 if run > 16 else run))
+    return pointers
+
+
+@jit
+def load_parameters(base, column, inside, VEC: tl.constexpr):
+    """A weight or bias as fp32 (1, BLOCK_C)."""
+    return tl.load(run_pointers(base, 0, column, VEC), mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def sum_partials_kernel(
+    partial_ptr,
+    first_ptr,
+    second_ptr,
+    programs: tl.int32,
+    C: tl.int32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum partial (1 or 2, programs, C), fp32, over programs, always in one order, into first and second (C,)."""
+    which = tl.program_id(1)
+    total_ptr = first_ptr
+    if which == 1:
+        total_ptr = second_ptr
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(0, programs, ROWS):
+        program = start + tl.arange(0, ROWS)[:, None]
+        partial = partial_ptr + (which.to(tl.int64) * programs + program) * C + column
+        total += tl.load(partial, mask=(program < programs) & (column < C), other=0.0)
+    total = tl.sum(total, axis=0)[None, :].to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + column, total, mask=column < C)
+
+
+@cache
+def sum_partials_variant(columns: int, dtype: torch.dtype) -> Variant:
+    """The program that adds up the partial weight and bias gradients."""
+    types = (pointer(torch.float32), pointer(dtype), pointer(dtype), "i32", "i32")
+    # Narrow blocks spread few columns over many multiprocessors; many columns do so with wide ones.
+    block = 32 if columns <= 1024 else 128
+    return Variant(sum_partials_kernel, types, {"ROWS": 32, "BLOCK_C": block}, num_warps=4)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x and the distance of its rows in elements; a contiguous copy where rows lie at no constant distance.
+
+    Also where the distance is over 2**24, so that offsets inside a tile of up to 128 rows fit 32 bits.
+    """
+    columns = x.shape[-1]
+    if x.is_contiguous():
+        return x, columns
+    distance = columns if x.shape[:-1].numel() == 1 else None
+    end = 0  # the stride that a further leading dimension must have
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
+        if size == 1:
+            continue
+        if distance is None:
+            distance = stride
+        elif stride != end:
+            return x.contiguous(), columns
+        end = size * stride
+    assert distance is not None  # a tensor without rows is contiguous
+    if distance > MAX_ROW_STRIDE or (columns > 1 and x.stride(-1) != 1):
+        return x.contiguous(), columns
+    return x, distance
+
+
+def run_length(element_size: int, strides: int, addresses: int) -> int:
+    """Elements a run: 16 bytes of the narrowest tensor where all runs are aligned, else 1.
+
+    strides, addresses: all of them or-ed together, which is a multiple of a power of two where each of them is.
+    """
+    vector = 16 // element_size
+    return vector if addresses % 16 == 0 and strides % vector == 0 else 1
+
+
+def address_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def block_of(columns: int) -> int:
+    if not 1 <= columns <= MAX_COLUMNS:
+        raise ValueError(f"rows of {columns} columns: the kernels take 1 to {MAX_COLUMNS}; use eager")
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def row_constants(columns: int, config: RowConfig, vector: int) -> dict[str, int | bool]:
+    block = block_of(columns)
+    # Without vectors each element has an address and a mask of its own, and full tiles spill.
+    rows = config.rows if vector > 1 else max(1, config.rows // 2)
+    return {"ROWS": rows, "BLOCK_C": block, "FULL": columns == block, "VEC": vector}
+
+
+def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
