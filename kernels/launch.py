@@ -118,23 +118,29 @@ def allocating_with(allocate: Callable[..., torch.Tensor]) -> Iterator[None]:
 
 
 def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
-    """Launch `variant` over `grid` on the device of its first tensor; an empty grid launches nothing."""
+    """Launch `variant` over `grid` on the device of its first tensor; an empty grid launches nothing.
+
+    Launches on meta tensors are shown to observers, and not run.
+    """
     require_triton()
     if 0 in grid:
         return
     for observer in observers:
         observer(Launch(variant, grid, arguments))
-    with _on_device(arguments[0].device):
+    device = arguments[0].device
+    if device.type == "meta":
+        return
+    with _on_device(device):
         variant.kernel[grid](*arguments, **variant.constants, **variant.options())
 
 
 def compile_variant(variant: Variant, device: torch.device) -> None:
     """Compile and load `variant` for `device` without running it, so that a failure is seen before any work.
 
-    Under Triton's interpreter there is nothing to compile.
+    Under Triton's interpreter, and for meta tensors, there is nothing to compile.
     """
     require_triton()
-    if device.type == "cpu":
+    if device.type != "cuda":
         return
     arguments = [_stand_in(kind) for kind in variant.types]
     with _on_device(device):
@@ -145,8 +151,13 @@ def compile_variant(variant: Variant, device: torch.device) -> None:
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors (compute units on AMD); 2 on the CPU, where the interpreter wants small grids."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Number of multiprocessors (compute units on AMD); 2 on the CPU, where the interpreter wants small grids.
+
+    On meta tensors, whose launches are only counted, those of an H100.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 2
 
 
 def _stand_in(kind: str | None) -> Any:

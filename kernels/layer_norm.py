@@ -12,13 +12,15 @@ Source: Ba et al., 2016, arXiv:1607.06450.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from .configs import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD
-from .launch import Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
+from .entry import Budget, Entry
+from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
 from .rows import MAX_COLUMNS as MAX_COLUMNS
 from .rows import (
     address_of,
@@ -271,3 +273,62 @@ def backward_variant(
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
     types = (*map(pointer, (*tensors, *sums)), "i32", "i32", "i64", "i32")
     return Variant(layer_norm_backward_kernel, types, row_constants(columns, config, vector), config.num_warps)
+
+
+def catalog_entries() -> Iterator[Entry]:
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    narrow, wide = Budget(208, 4096, 152, 4096), Budget(255, 8192, 168, 16384)
+    # columns, x's dtype, the parameters' dtype, y's dtype, whether all is aligned, the backward's budget
+    rows = (
+        (256, fp16, fp16, fp16, True, narrow),
+        (256, bf16, bf16, bf16, True, narrow),
+        (256, fp32, fp32, fp32, True, wide),
+        (256, bf16, fp32, fp32, True, wide),  # autocast
+        (768, bf16, bf16, bf16, True, wide),  # columns masked in whole runs
+        (100, fp32, None, fp32, False, narrow),  # nothing aligned, no parameters
+        (8192, bf16, bf16, bf16, True, wide),
+        (8192, fp32, fp32, fp32, True, wide),
+    )
+    for columns, x, parameters, y, aligned, backward_budget in rows:
+        vector = 16 // x.itemsize if aligned else 1
+        affine = parameters is not None
+        example = partial(_example, columns, x, parameters, y, aligned)
+        suffix = f"c{columns}_{TRITON_TYPES[x]}" + ("_autocast" if y != x else "") + ("" if aligned else "_unaligned")
+        for kind, variant, budget in (
+            ("forward", forward_variant(columns, x, parameters, parameters, y, vector), Budget(144, 64, 88, 64)),
+            ("backward", backward_variant(columns, y, x, parameters, True, affine, affine, vector), backward_budget),
+        ):
+            yield Entry("layer_norm", f"layer_norm_{kind}_{suffix}", variant, _tile(variant), budget, example)
+        if (columns, x, y) in ((256, bf16, bf16), (8192, fp32, fp32)):
+            total = sum_partials_variant(columns, x)
+            name = f"layer_norm_sum_partials_{suffix}"
+            yield Entry("layer_norm", name, total, _tile(total), Budget(96, 512, 56, 1024), example)
+
+
+def _tile(variant: Variant) -> int:
+    return int(variant.constants["ROWS"]) * int(variant.constants["BLOCK_C"])
+
+
+def _example(
+    columns: int,
+    x_dtype: torch.dtype,
+    parameter_dtype: torch.dtype | None,
+    y_dtype: torch.dtype,
+    aligned: bool,
+    device: torch.device,
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward over a few tiles; rows off 16 bytes where not aligned."""
+    rows, gap = (70 if columns <= 1024 else 3), (0 if aligned else 1)
+    x = torch.randn(rows, columns + gap, device=device).to(x_dtype)[:, :columns]
+    dy = torch.randn(rows, columns + gap, device=device).to(y_dtype)[:, :columns]
+    weight = bias = None
+    if parameter_dtype is not None:
+        weight, bias = (torch.randn(columns, device=device).to(parameter_dtype) for _ in range(2))
+
+    def call() -> tuple[Tensor, ...]:
+        affine = parameter_dtype is not None
+        y, mean, rstd = layer_norm_forward(x, weight, bias, 1e-5, y_dtype)
+        gradients = layer_norm_backward(dy, x, weight, mean, rstd, with_dw=affine, with_db=affine)
+        return (y, mean, rstd, *(g for g in gradients if g is not None))
+
+    return call

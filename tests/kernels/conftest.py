@@ -51,12 +51,12 @@ class StubGPU:
 @pytest.fixture
 def stub_gpu(monkeypatch):
     """Kernels called on CPU tensors take the whole path of a CUDA launch, up to the driver's door."""
-    from detr_fast.kernels import layer_norm
+    from detr_fast.kernels.catalog import CATALOG
     from triton.runtime import driver
 
     stub = StubGPU()
     monkeypatch.setattr(driver, "_active", stub)
-    kernels = [one for one in vars(layer_norm).values() if hasattr(one, "device_caches")]
+    kernels = {one.variant.kernel for one in CATALOG}
     for kernel in kernels:
         kernel.device_caches.clear()
     yield stub

@@ -10,16 +10,23 @@ import pytest
 import torch
 from detr_fast.kernels import launch, layer_norm, offline
 from detr_fast.kernels.analysis import analyse
-from detr_fast.kernels.catalog import CATALOG, TARGETS, Budget, entries, entry
+from detr_fast.kernels.catalog import CATALOG, TARGETS, Budget, Entry, entries, entry
 from detr_fast.kernels.offline import compile_catalog, compile_variant, occupancy, over_budget
 
 offline_only = pytest.mark.offline
 
-# Every variant where most users are; one of each kernel on the other targets.
-COVER = dict.fromkeys(("sm_80", "sm_90", "gfx942"), CATALOG)
-COVER |= {
-    target: [one for one in CATALOG if one.name.endswith("c256_bf16")] for target in TARGETS if target not in COVER
-}
+
+def sample(index: int) -> list[Entry]:
+    """One variant of each kernel, by turns."""
+    kernels: dict[str, list[Entry]] = {}
+    for one in CATALOG:
+        kernels.setdefault(one.variant.name, []).append(one)
+    return [variants[index % len(variants)] for variants in kernels.values()]
+
+
+# Every variant on sm_90; each kernel once on every other target, and there another variant on each, so that together they
+# cover what differs between targets (types, layouts, tile sizes) without compiling all of everything.
+COVER = {target: CATALOG if target == "sm_90" else sample(index) for index, target in enumerate(TARGETS)}
 
 
 @offline_only
@@ -135,6 +142,38 @@ def test_compile_layer_norm_compiles_exactly_what_the_call_launches(monkeypatch)
         y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-5)
         layer_norm.layer_norm_backward(y, x, weight, mean, rstd, with_dw=weight is not None, with_db=bias is not None)
         assert compiled == launched
+
+
+EXAMPLES = list({one.example: one for one in CATALOG}.values())
+
+
+def launched_by(example, device):
+    """Variants that an entry's example launches, and its outputs."""
+    seen = []
+    launch.observers.append(seen.append)
+    try:
+        outputs = example(torch.device(device))()
+    finally:
+        launch.observers.remove(seen.append)
+    return [one.variant for one in seen], outputs
+
+
+@pytest.mark.parametrize("one", CATALOG, ids=lambda one: one.name)
+def test_an_entrys_example_launches_exactly_its_variant(one):
+    launched, _ = launched_by(one.example, "meta")
+    assert one.variant in launched, f"{one.name} is in the catalog, but its example launches {launched}"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("example", [one.example for one in EXAMPLES], ids=[one.name for one in EXAMPLES])
+def test_examples_run_in_the_interpreter_and_write_finite_outputs(example, interpreter):
+    launched, outputs = launched_by(example, "cpu")
+    counted, shapes = launched_by(example, "meta")
+    assert len(launched) == len(counted)
+    assert outputs
+    for output, shape in zip(outputs, shapes):
+        assert (output.shape, output.dtype) == (shape.shape, shape.dtype)
+        assert not output.is_floating_point() or output.isfinite().all()
 
 
 def test_names_are_unique_and_targets_known():

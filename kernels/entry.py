@@ -1,0 +1,42 @@
+"""What a kernel file says of each variant that it ships: see `catalog`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .launch import Variant
+
+# Makes small inputs on a device, and returns a call that launches an entry's variant (among others) on them.
+Example = Callable[[torch.device], Callable[[], tuple[Tensor, ...]]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a variant may use, on any NVIDIA target and on any AMD one: registers a thread, bytes a program."""
+
+    registers: int
+    shared: int
+    amd_registers: int
+    amd_shared: int
+    spills: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant that ships: its op, a name unique in the catalog, and the elements that one program's tile covers.
+
+    example: a call of the family's launchers that launches it. On a GPU the sanitizers, CUDA graphs, the check for host
+    synchronisations and the profile run it; elsewhere it proves that the catalog lists what calls launch. It must also
+    take the devices "cpu" (Triton's interpreter: a few programs) and "meta" (nothing runs).
+    """
+
+    op: str
+    name: str
+    variant: Variant
+    elements: int
+    budget: Budget
+    example: Example = field(compare=False)
