@@ -1,0 +1,125 @@
+"""Dropout's seeds, and its masks as the kernels draw them, in plain PyTorch.
+
+A kernel that drops elements takes a seed, one int64 on the device, and an offset. `next_seed` gives both: the seed comes
+from torch's generator, so that `torch.manual_seed` repeats it, a CUDA graph's replays each draw a new one, and activation
+checkpointing, which restores the generator, draws the same again when it recomputes. Inside `shared_seed()` one draw
+serves many ops, told apart by their offsets.
+
+`keep_mask` is the twin of `kernels/dropout.py`, bit for bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from detr_fast.kernels.dropout import kept_steps
+
+_LOW = 0xFFFFFFFF
+
+
+class shared_seed:
+    """Ops inside the block share one seed, drawn by the first of them; a layer's or a model's forward is such a block.
+
+    A region that is checkpointed (`torch.utils.checkpoint`) inside the block draws its own seeds, as its recomputation
+    must, which runs outside; a block inside such a region shares again. Under `torch.compile` each op draws, and Inductor
+    draws all of them in one launch.
+    """
+
+    def __enter__(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._outer = getattr(_local, "scope", None)
+            # A block within a block has nothing to add.
+            _local.scope = self._outer if self._outer is not None and self._outer.holds() else _Scope()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not torch.compiler.is_compiling():
+            _local.scope = self._outer
+
+
+def next_seed(device: torch.device) -> tuple[Tensor, int]:
+    """The seed (1,) int64 on `device`, and the offset, of the next op that drops elements."""
+    if not torch.compiler.is_compiling():
+        scope = getattr(_local, "scope", None)
+        if scope is not None and scope.holds():
+            return scope.next(device)
+    return _draw(device), 0
+
+
+class _Scope:
+    def __init__(self) -> None:
+        self.seeds: dict[torch.device, Tensor] = {}
+        self.offset = -1
+        self.entered = _recording()
+
+    def holds(self) -> bool:
+        """Whether what runs now will be recomputed, if at all, together with the block."""
+        return _recording() == self.entered
+
+    def next(self, device: torch.device) -> tuple[Tensor, int]:
+        if (seed := self.seeds.get(device)) is None:
+            seed = self.seeds[device] = _draw(device)
+        self.offset += 1
+        return seed, self.offset
+
+
+def _recording() -> tuple[bool, object]:
+    # Checkpointing runs its region without gradients, or under hooks of its own on what is saved for backward.
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _draw(device: torch.device) -> Tensor:
+    return torch.randint(0, 2**63 - 1, (1,), device=device)
+
+
+_local = threading.local()
+
+
+def keep_mask(
+    seed: Tensor, offset: int, p: float, heads: int, rows: int, columns: int, *, tiles: bool = False
+) -> Tensor:
+    """Which elements the kernels keep: bool (heads, rows, columns) on the seed's device.
+
+    seed, offset: from `next_seed`. tiles: as `keep_tile` draws (attention, matmuls), else as `keep_rows` (row-wise ops,
+    one head). The draws are 16 bits wide: p is rounded to a multiple of 2**-16.
+    """
+
+    def count(size: int) -> Tensor:
+        return torch.arange(size, device=seed.device)
+
+    if tiles:
+        head, row, column = (
+            count(heads)[:, None, None],
+            count(-(-rows // 16) * 8)[:, None],
+            count(-(-columns // 16) * 4),
+        )
+    else:
+        head, row, column = count(1)[:, None, None], count(rows)[:, None], count(-(-columns // 8))
+    words = torch.stack(_philox(seed, column, row, head, offset), -1)
+    draws = torch.stack([words << 16 & _LOW, words], -1)  # (heads, rows, columns, word, half)
+    # A draw counts as the high half of an int32.
+    kept = (draws ^ 1 << 31) >> 16 < kept_steps(p)
+    if tiles:
+        #  head, row // 16, row % 8, column // 16, column // 2 % 4, row // 8 % 2, column // 8 % 2, column % 2
+        kept = kept.view(heads, row.shape[0] // 8, 8, column.shape[0] // 4, 4, 2, 2, 2).permute(0, 1, 5, 2, 3, 6, 4, 7)
+        kept = kept.reshape(heads, row.shape[0] * 2, column.shape[0] * 4)
+    else:
+        kept = kept.flatten(2)
+    return kept[:, :rows, :columns]
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, offset: int) -> tuple[Tensor, ...]:
+    """Philox4x32 with 7 rounds: four words of 32 bits, in int64."""
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    words = torch.broadcast_tensors(c0, c1, c2, torch.full_like(c0, offset))
+    for _ in range(7):
+        c0, c1, c2, c3 = words
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits of product, in int64's two's complement
+        words = (b >> 32 & _LOW ^ c1 ^ k0, b & _LOW, a >> 32 & _LOW ^ c3 ^ k1, a & _LOW)
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return tuple(words)

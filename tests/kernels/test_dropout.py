@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from detr_fast.kernels import dropout, offline
+from detr_fast.kernels.analysis import analyse
+from detr_fast.kernels.launch import Variant, jit, launch, tl
+from detr_fast.kernels.rows import run_pointers
+
+from detr_fast.ops.dropout import keep_mask
+
+interpreter_only = pytest.mark.interpreter
+
+
+@jit
+def rows_kernel(
+    x_ptr,
+    y_ptr,
+    seed_ptr,
+    offset: tl.int32,
+    threshold: tl.int32,
+    rows: tl.int64,
+    first_row: tl.int64,
+    C: tl.int32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DROP: tl.constexpr = True,
+):
+    """y = x where kept, else 0. A program takes ROWS rows and goes over the columns, a multiple of 8, in blocks."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    low, high = dropout.load_seed(seed_ptr)
+    for start in range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)[None, :]
+        mask = (row < rows) & (column // 8 < C // 8)
+        x = tl.load(run_pointers(x_ptr, row * C, column, 8), mask=mask, other=0.0).to(tl.float32)
+        if DROP:
+            x = tl.where(dropout.keep_rows(low, high, offset, threshold, first_row + row, start, BLOCK_C), x, 0.0)
+        tl.store(run_pointers(y_ptr, row * C, column, 8), x.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def tile_kernel(
+    y_ptr,
+    seed_ptr,
+    offset: tl.int32,
+    threshold: tl.int32,
+    queries: tl.int32,
+    keys: tl.int32,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """y (heads, queries, keys) says what is kept."""
+    row_start, head = tl.program_id(0) * M, tl.program_id(1)
+    low, high = dropout.load_seed(seed_ptr)
+    for column_start in range(0, keys, N):
+        keep = dropout.keep_tile(low, high, offset, threshold, head, row_start, column_start, M, N, TRANSPOSED)
+        if TRANSPOSED:
+            keep = tl.trans(keep)
+        row, column = row_start + tl.arange(0, M)[:, None], column_start + tl.arange(0, N)[None, :]
+        tl.store(y_ptr + (head * queries + row) * keys + column, keep, mask=(row < queries) & (column < keys))
+
+
+@jit
+def attention_kernel(
+    q_ptr,
+    k_ptr,
+    y_ptr,
+    seed_ptr,
+    keys: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DROP: tl.constexpr,
+):
+    """For its machine code only: a mask between two matmuls."""
+    e = tl.arange(0, 32)[None, :]
+    first = tl.program_id(0) * M
+    q = tl.load(q_ptr + (first + tl.arange(0, M)[:, None]) * 32 + e)
+    total = tl.zeros((M, 32), tl.float32)
+    low, high = dropout.load_seed(seed_ptr)
+    for start in range(0, keys, N):
+        k = tl.load(k_ptr + (start + tl.arange(0, N)[:, None]) * 32 + e)
+        scores = tl.dot(q, tl.trans(k))
+        if DROP:
+            if TRANSPOSED:  # as where a tile's rows are keys
+                keep = dropout.keep_tile(low, high, offset, threshold, tl.program_id(1), start, first, N, M, True)
+            else:
+                keep = dropout.keep_tile(low, high, offset, threshold, tl.program_id(1), first, start, M, N)
+            scores = tl.where(keep, scores, 0.0)
+        total += tl.dot(scores.to(tl.bfloat16), k)
+    tl.store(y_ptr + (first + tl.arange(0, M)[:, None]) * 32 + e, total)
+
+
+def seed_of(value):
+    return torch.tensor([value], dtype=torch.int64)
+
+
+def rows_variant(block, tile, kind="*fp32"):
+    types = (kind, kind, "*i64", "i32", "i32", "i64", "i64", "i32")
+    return Variant(rows_kernel, types, {"ROWS": tile, "BLOCK_C": block}, num_warps=1)
+
+
+def tile_variant(m, n, transposed):
+    types = ("*i1", "*i64", "i32", "i32", "i32", "i32")
+    return Variant(tile_kernel, types, {"M": m, "N": n, "TRANSPOSED": transposed})
+
+
+def attention_variant(m, n, transposed):
+    types = ("*bf16", "*bf16", "*fp32", "*i64", "i32", "i32", "i32")
+    return Variant(attention_kernel, types, {"M": m, "N": n, "TRANSPOSED": transposed})
+
+
+def kept_rows(seed, offset, p, rows, columns, tile, block, first_row=0):
+    x, y = torch.ones(rows, columns), torch.full((rows, columns), float("nan"))
+    grid = (-(-rows // tile),)
+    arguments = (x, y, seed, offset, dropout.threshold(p), rows, first_row, columns)
+    launch(rows_variant(block, tile), grid, *arguments)
+    return y == 1
+
+
+def kept_tiles(seed, offset, p, heads, queries, keys, m, n, transposed):
+    y = torch.zeros(heads, queries, keys, dtype=torch.bool)
+    grid = (-(-queries // m), heads)
+    launch(tile_variant(m, n, transposed), grid, y, seed, offset, dropout.threshold(p), queries, keys)
+    return y
+
+
+@interpreter_only
+@pytest.mark.parametrize(("tile", "block"), [(1, 8), (4, 16), (2, 64)])
+def test_row_masks_are_the_twins_whatever_the_tile(interpreter, tile, block):
+    seed = seed_of(-(2**62) - 12345)  # both halves, and the sign, matter
+    expected = keep_mask(seed, 3, 0.3, 1, 7, 40)[0]
+    assert torch.equal(kept_rows(seed, 3, 0.3, 7, 40, tile, block), expected)
+
+
+@interpreter_only
+def test_rows_beyond_32_bits_have_masks_of_their_own(interpreter):
+    seed = seed_of(5)
+    near, far = (kept_rows(seed, 0, 0.5, 4, 64, 4, 64, first_row=first) for first in (0, 1 << 32))
+    assert (near != far).float().mean() > 0.3
+
+
+@interpreter_only
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 64), (64, 32)])
+def test_tile_masks_are_the_twins_whatever_the_tile(interpreter, m, n, transposed):
+    seed = seed_of(987654321987654321)
+    expected = keep_mask(seed, 2, 0.4, 2, 50, 70, tiles=True)
+    assert torch.equal(kept_tiles(seed, 2, 0.4, 2, 50, 70, m, n, transposed), expected)
+
+
+@interpreter_only
+def test_everything_can_be_dropped_and_almost_nothing(interpreter):
+    assert not kept_rows(seed_of(1), 0, 1.0, 8, 64, 8, 64).any()
+    assert kept_rows(
+        seed_of(1), 0, 1e-9, 8, 64, 8, 64
+    ).all()  # rounds to 2**-16: one in 128 such tensors would lose one
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 1 - 1e-5, 1.0])
+def test_the_scale_keeps_the_expectation_at_the_resolution_of_p(p):
+    kept = dropout.kept_steps(p) / dropout.STEPS
+    assert abs(1 - kept - p) <= 1 / dropout.STEPS
+    assert dropout.scale(p) * kept == pytest.approx(1.0 if kept else 0.0)
+    assert -(2**31) <= dropout.threshold(p) < 2**31
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("variant", "elements", "most"),
+    [
+        (rows_variant(256, 8, "*bf16"), 8 * 256, 8.0),
+        (attention_variant(64, 64, False), 64 * 64, 8.5),
+        (attention_variant(64, 64, True), 64 * 64, 12.0),
+    ],
+    ids=["rows", "tile", "transposed"],
+)
+def test_the_elements_of_a_thread_share_philox_calls(target, variant, elements, most):
+    """One call an element would add 40 instructions to each."""
+    instructions = []
+    for drop in (False, True):
+        one = dataclasses.replace(variant, constants={**variant.constants, "DROP": drop})
+        binary, _, resources = offline.compile_variant(one, target)
+        loop = analyse(binary, int(target.removeprefix("sm_")), elements / one.num_warps)
+        instructions.append(loop.instructions_per_element)
+        assert resources.spills == 0
+    assert instructions[1] - instructions[0] <= most, instructions
