@@ -41,6 +41,7 @@ class TrainConfig:
     warmup_steps: int = 0
     ema_decay: float = 0.0  # 0: no moving average of the weights
     no_object_weight: float = 0.1
+    class_weight: float = 1.0  # of the classification loss, beside 5 for L1 and 2 for GIoU
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "no"
@@ -64,7 +65,7 @@ class TrainConfig:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        for name in ("lr", "clip_norm", "no_object_weight"):
+        for name in ("lr", "clip_norm", "no_object_weight", "class_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a number over 0")
         if not 0 <= self.ema_decay < 1:

@@ -21,13 +21,15 @@ from detr_fast.models.build import ModelConfig, build_criterion, build_model
 # A DETR that trains from scratch on a CPU within minutes.
 SMALL_MODEL = ModelConfig(
     backbone="conv",
-    num_queries=25,
+    num_queries=12,
     d_model=128,
     heads=8,
     encoder_layers=3,
     decoder_layers=3,
     feedforward=512,
     dropout=0.0,
+    pre_norm=True,
+    position_temperature=20.0,
 )
 
 
@@ -43,6 +45,8 @@ def demo_config(run: Path, *, quick: bool = False, seed: int = 0) -> TrainConfig
         lr=5e-4,
         lr_backbone=5e-4,
         weight_decay=1e-4,
+        clip_norm=1.0,
+        class_weight=2.0,
         schedule="linear",
         warmup_steps=30 if quick else 100,
         workers=1,
@@ -113,7 +117,7 @@ def use_torch_layers(model: nn.Module) -> None:
 
 
 def _training_step(model: nn.Module, batch: Batch, config: TrainConfig, device: torch.device) -> Callable[[], float]:
-    criterion = build_criterion(config.model, config.no_object_weight).to(device)
+    criterion = build_criterion(config.model, config.no_object_weight, class_weight=config.class_weight).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def step() -> float:

@@ -192,7 +192,9 @@ class Trainer:
             raise ConfigError(str(error)) from error
         if config.weights is not None and state is None:
             self.reporter.message(str(load_foreign_weights(model, config.weights)))
-        self.criterion = build_criterion(config.model, config.no_object_weight).to(self.device)
+        self.criterion = build_criterion(config.model, config.no_object_weight, class_weight=config.class_weight).to(
+            self.device
+        )
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.best = -math.inf

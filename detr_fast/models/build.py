@@ -26,6 +26,8 @@ class ModelConfig:
         d_model, heads, encoder_layers, decoder_layers, feedforward, dropout, pre_norm: the transformer's.
         dilation: DC5, only for resnet50 and resnet101.
         position: "sine" or "learned".
+        position_temperature: of "sine": the longest wavelength over the shortest. The original's 10,000 gives a map of
+            a few cells neighbours that hardly differ; 20 suits those (as in arXiv:2201.12329).
         aux_loss: every decoder layer is trained on its own predictions.
         backbone_norm: of the ResNets: "frozen", with trained weights, or "batch", to train them from scratch.
         backbone_width, backbone_stride: of "conv": the first stage's channels, and pixels per feature (8, 16 or 32).
@@ -43,6 +45,7 @@ class ModelConfig:
     pre_norm: bool = False
     dilation: bool = False
     position: str = "sine"
+    position_temperature: float = 10_000.0
     aux_loss: bool = True
     backbone_norm: str = "frozen"
     backbone_width: int = 32
@@ -55,6 +58,8 @@ class ModelConfig:
             raise ValueError(f"d_model {self.d_model} is no multiple of {self.heads} heads")
         if self.d_model % 4:
             raise ValueError(f"d_model {self.d_model} is no multiple of 4 (a sine and a cosine for rows and columns)")
+        if not self.position_temperature >= 1:
+            raise ValueError(f"got position_temperature {self.position_temperature}; expected at least 1")
         for name in ("num_classes", "num_queries", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}; expected at least 1")
@@ -93,16 +98,18 @@ def build_model(config: ModelConfig, weights_backbone: str | Path | None = None)
         config.dropout,
         config.pre_norm,
     )
-    joiner = Joiner(backbone, build_position_embedding(config.position, config.d_model))
+    joiner = Joiner(backbone, build_position_embedding(config.position, config.d_model, config.position_temperature))
     return Detr(joiner, transformer, config.num_classes, config.num_queries, config.aux_loss)
 
 
-def build_criterion(config: ModelConfig, eos_coef: float = 0.1, focal: bool = False) -> SetCriterion:
-    """The original's criterion and weights for this model."""
+def build_criterion(
+    config: ModelConfig, eos_coef: float = 0.1, focal: bool = False, class_weight: float = 1.0
+) -> SetCriterion:
+    """The original's criterion and weights for this model; `class_weight` weighs the classification loss."""
     return SetCriterion(
         config.num_classes,
         HungarianMatcher(focal=focal),
-        loss_weights(config.decoder_layers, aux_loss=config.aux_loss),
+        loss_weights(config.decoder_layers, aux_loss=config.aux_loss, ce=class_weight),
         eos_coef,
         focal=focal,
     )

@@ -83,10 +83,12 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat((columns, rows), dim=-1)[None].to(feature_map.dtype)
 
 
-def build_position_embedding(kind: str, d_model: int) -> PositionEmbeddingSine | PositionEmbeddingLearned:
-    """`kind` is "sine" or "learned"; the embedding has `d_model` channels."""
+def build_position_embedding(
+    kind: str, d_model: int, temperature: float = 10_000.0
+) -> PositionEmbeddingSine | PositionEmbeddingLearned:
+    """`kind` is "sine" (of that `temperature`) or "learned"; the embedding has `d_model` channels."""
     if kind == "sine":
-        return PositionEmbeddingSine(d_model // 2)
+        return PositionEmbeddingSine(d_model // 2, temperature)
     if kind == "learned":
         return PositionEmbeddingLearned(d_model // 2)
     raise ValueError(f"got position={kind!r}; expected 'sine' or 'learned'")
