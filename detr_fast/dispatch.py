@@ -111,10 +111,14 @@ class TritonImplementation(Implementation):
     amd: ClassVar[frozenset[str]] = frozenset({"gfx90a", "gfx942", "gfx950"})
 
     def refusal(self, call: Call, by_name: bool) -> str | None:
-        """The reasons that hold for every Triton kernel. In Triton's interpreter, CPU tensors are taken when asked by name."""
+        """The reasons that hold for every Triton kernel.
+
+        When asked by name, it takes CPU tensors in Triton's interpreter, and meta tensors (nothing runs; for counting).
+        """
         if launch.triton is None:
             return launch.TRITON_MISSING
-        if call.device_type != "cuda" and not (call.device_type == "cpu" and by_name and INTERPRETING):
+        elsewhere = call.device_type == "meta" or (call.device_type == "cpu" and INTERPRETING)
+        if call.device_type != "cuda" and not (by_name and elsewhere):
             return f"tensors on {call.device_type}: Triton kernels run on GPUs"
         arch = call.architecture
         if arch is None or arch in self.amd:

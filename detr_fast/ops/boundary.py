@@ -16,6 +16,7 @@ from detr_fast.dispatch import INTERPRETING
 
 _library = torch.library.Library("detr_fast", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
+launchers: dict[str, Callable[..., Any]] = {}  # each op's `run`, which counters call on tensors that hold nothing
 
 
 def define(
@@ -40,6 +41,7 @@ def define(
             )
         return run(*args, **kwargs)
 
+    launchers[name] = run
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CUDA")
     _library.impl(name, run_interpreted, "CPU")

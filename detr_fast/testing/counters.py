@@ -1,7 +1,9 @@
 """Numbers that hold on any machine, GPU or not: launches, bytes moved, bytes kept for backward, host synchronisations.
 
-Timings drift; these do not, so tests can pin them. Everything is counted while a callable runs, on real CPU tensors, in
-Triton's interpreter, or on fake "cuda" tensors (FakeTensorMode), where copies to the host and other synchronisations show.
+Timings drift; these do not, so tests can pin them. Everything is counted while a callable runs: on real tensors (those of
+a CPU in Triton's interpreter), on fake "cuda" tensors (FakeTensorMode; forward only), where copies to the host and other
+synchronisations show, or on meta tensors (forward and backward of any size, at no cost). On fake and meta tensors nothing
+runs, and kernels are counted all the same; `use_backend("triton")` takes meta tensors, and attention is counted as CUDA's.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from detr_fast.kernels import launch
+from detr_fast.ops import boundary
 
 # Operations that make the host wait for a GPU, whatever their arguments.
 _SYNCHRONISING = {
@@ -71,18 +77,79 @@ class _Operations(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts = counts
+        self.observing = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SYNCHRONISING or _copies_to_host(func, args, kwargs) or _indexes_by_mask(func, args):
             self.counts.synchronisations[str(func)] += 1
-        out = func(*args, **kwargs)
         if func.namespace == "detr_fast":
-            return out  # its kernels are counted where they are launched
-        if func not in _FREE and not _is_view(func):
+            return self._launch(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if func.namespace != "prim" and func not in _FREE and not _is_view(func):
             self.counts.launches[str(func)] += 1
             self.counts.bytes_moved += _bytes((args, kwargs)) + _bytes(out)
         return out
+
+    def _launch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Count an op of ours by what its launcher does on meta tensors: kernels, and operations of PyTorch's around them.
+
+        So the interpreter, fake and meta tensors give the same numbers.
+        """
+        launcher = boundary.launchers[func._schema.name.split("::")[1]]
+        with _disable_current_modes():
+            hollow_args, hollow_kwargs = tree_map_only(Tensor, _hollow, (args, kwargs))
+            with self:
+                launcher(*hollow_args, **hollow_kwargs)
+        before, self.observing = self.observing, False
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.observing = before
+
+    def observe(self, launched: launch.Launch) -> None:
+        if self.observing:
+            self.counts.launches[launched.variant.name] += 1
+            self.counts.bytes_moved += _bytes(launched.arguments)
+
+
+@contextmanager
+def _composites_as_on_cuda() -> Iterator[None]:
+    """Attention on fake and meta tensors, and dropout on meta ones, would decompose: let them be CUDA's fused operations."""
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hollow = query.is_meta or isinstance(query, FakeTensor)
+        return (_fused_attention if hollow else attention)(query, *args, **kwargs)
+
+    def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if input.is_meta and training and 0.0 < p < 1.0 and not inplace:
+            return torch.native_dropout(input, p, True)[0]
+        return dropout(input, p, training, inplace)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend), mock.patch.object(F, "dropout", drop):
+        yield
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, query.new_full((), -torch.inf))
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
 
 @contextmanager
@@ -100,16 +167,14 @@ def counting(known: tuple[Tensor, ...] = ()) -> Iterator[Counts]:
 
     kept: list[Tensor] = []
 
-    def observe(launched: launch.Launch) -> None:
-        counts.launches[launched.variant.name] += 1
-        counts.bytes_moved += _bytes(launched.arguments)
-
-    launch.observers.append(observe)
+    operations = _Operations(counts)
+    launch.observers.append(operations.observe)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Operations(counts):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, _composites_as_on_cuda(), operations:
             yield counts
     finally:
-        launch.observers.remove(observe)
+        launch.observers.remove(operations.observe)
 
 
 def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Counts:
@@ -140,6 +205,10 @@ def _indexes_by_mask(func: Any, args: Any) -> bool:
     if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
         return False
     return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _bytes(values: Any) -> int:

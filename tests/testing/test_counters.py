@@ -55,15 +55,55 @@ def test_work_that_stays_on_the_device_does_not_wait():
         assert count(lambda: (x @ x).masked_fill(x > 0, 0.0).softmax(-1)).total_synchronisations == 0
 
 
+def _norm_step(device):
+    """LayerNorm, forward and backward, of an input that must be copied to be read row by row."""
+    x = torch.zeros(4, 30, 64, device=device).transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    norm = nn.LayerNorm(64, device=device)
+    with use_backend(layer_norm="triton"):
+        return count(lambda: ops.layer_norm(x, (64,), norm.weight, norm.bias).backward(torch.ones_like(x)))
+
+
 @pytest.mark.interpreter
 def test_triton_launches_are_counted_by_kernel():
-    x = torch.randn(3, 8, requires_grad=True)
-    w = torch.randn(8, requires_grad=True)
+    launches = _norm_step("cpu").launches
+    kernels = {name: times for name, times in launches.items() if not name.startswith("aten")}
+    assert kernels == {"layer_norm_forward_kernel": 1, "layer_norm_backward_kernel": 1, "sum_partials_kernel": 1}
+
+
+@pytest.mark.interpreter
+def test_meta_tensors_give_the_interpreters_numbers():
+    assert _norm_step("meta") == _norm_step("cpu")
+
+
+def test_kernels_and_what_their_launchers_do_around_them_are_counted_on_meta_tensors():
+    counts = _norm_step("meta")
+    assert counts.launches["layer_norm_backward_kernel"] == 1
+    without_copy = 2 * 4 * 30 * 64 * 4 + 2 * 120 * 4 + 2 * 64 * 4  # x, y, statistics, parameters
     with use_backend(layer_norm="triton"):
-        counts = count(lambda: ops.layer_norm(x, (8,), w).backward(torch.ones(3, 8)))
-    names = {name: n for name, n in counts.launches.items() if not name.startswith("aten")}
-    assert sum(names.values()) == 3  # forward, backward, the sum of partial weight gradients
-    assert all("layer_norm" in name or "sum" in name for name in names)
+        forward = count(nn_layer_norm, torch.zeros(4, 30, 64, device="meta"), torch.zeros(64, device="meta"))
+    assert forward.bytes_moved == without_copy
+
+
+def nn_layer_norm(x, parameter):
+    return ops.layer_norm(x, (64,), parameter, parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_meta_tensors_give_the_numbers_of_fake_cuda_tensors(dtype, masked):
+    def forward(device):
+        layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True, device=device, dtype=dtype)
+        mask = torch.zeros(2, 17, dtype=torch.bool, device=device) if masked else None
+        with use_backend(layer_norm="triton"):
+            x = torch.zeros(2, 17, 64, dtype=dtype, device=device)
+            return count(lambda: layer(x, src_key_padding_mask=mask))
+
+    on_meta = forward("meta")
+    with FakeTensorMode():
+        on_cuda = forward("cuda")
+    assert on_meta.launches == on_cuda.launches
+    assert on_meta.saved_bytes == on_cuda.saved_bytes
+    assert on_meta.bytes_moved == on_cuda.bytes_moved
 
 
 def test_the_accuracy_rule_sees_a_wrong_scale_and_a_missing_element():
