@@ -53,3 +53,7 @@ LAYER_NORM_BACKWARD = {
     4096: RowConfig(rows=1, num_warps=4, programs=2),
     8192: RowConfig(rows=1, num_warps=8, programs=1),
 }
+
+# Warps a program, keyed by the columns of a problem rounded up to a power of two. One warp needs no barrier in its
+# reductions; a lane holds at most 8 columns, beyond which fp64 distances and duals take over 128 registers.
+ASSIGNMENT_WARPS = {32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}

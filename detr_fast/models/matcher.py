@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from detr_fast import nn
+from detr_fast import nn, ops
 from detr_fast.models.boxes import generalized_iou
 from detr_fast.models.structures import Targets
 
@@ -67,29 +66,6 @@ def _focal_class_cost(logits: Tensor, alpha: float = 0.25) -> Tensor:
     return positive - negative
 
 
-def assign(cost: Tensor) -> Tensor:
-    """Solve every linear assignment problem of a batch, with one transfer to the host for all of them.
-
-    Args:
-        cost: (..., N, Q); rows that hold +inf take no part, all other entries are finite.
-
-    Returns:
-        (..., N) int64, the column of each row, so that the total cost is the least possible; -1 where a row has none,
-        because it takes no part or because there are more rows than columns.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    problems = cost.detach().to("cpu", torch.float64).flatten(0, -3).numpy()
-    result = np.full(problems.shape[:2], -1, dtype=np.int64)
-    if problems.size:
-        counts = np.isfinite(problems[:, :, 0]).sum(axis=1)
-        for problem, count, row_result in zip(problems, counts, result):
-            if count:
-                rows, columns = linear_sum_assignment(problem[:count])
-                row_result[rows] = columns
-    return torch.from_numpy(result).view(cost.shape[:-1]).to(cost.device, non_blocking=True)
-
-
 class HungarianMatcher(nn.Module):
     """One-to-one matching of queries and true boxes with the least total cost.
 
@@ -122,7 +98,7 @@ class HungarianMatcher(nn.Module):
             cost_giou=self.cost_giou,
             focal=self.focal,
         )
-        return assign(cost)
+        return ops.linear_assignment(cost, targets.counts)
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]

@@ -25,11 +25,12 @@ def define(
     run: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
+    on_cpu: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register `detr_fast::<schema>` and return its callable.
 
-    `run` launches kernels (on a GPU; on a CPU in Triton's interpreter only), `fake` gives the outputs' shapes, strides
-    and dtypes, `autograd` is called where a gradient may be needed.
+    `run` launches kernels (on a GPU; on a CPU in Triton's interpreter only, unless `on_cpu` is there to be called),
+    `fake` gives the outputs' shapes, strides and dtypes, `autograd` is called where a gradient may be needed.
     """
     name = schema.split("(")[0]
 
@@ -44,7 +45,7 @@ def define(
     launchers[name] = run
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CUDA")
-    _library.impl(name, run_interpreted, "CPU")
+    _library.impl(name, on_cpu or run_interpreted, "CPU")
     torch.library.register_fake(f"detr_fast::{name}", fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
     return getattr(torch.ops.detr_fast, name).default

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from detr_fast.models import HungarianMatcher, Targets
-from detr_fast.models.matcher import INVALID_COST, assign, matching_cost
+from detr_fast.models.matcher import INVALID_COST, matching_cost
 
 pytest.importorskip("scipy")
 
@@ -17,42 +15,6 @@ def make_targets(counts: tuple[int, ...], classes: int, capacity: int | None = N
     return Targets.from_list(
         [{"boxes": torch.rand(n, 4) * 0.5 + 0.2, "labels": torch.randint(classes, (n,))} for n in counts], capacity
     )
-
-
-def least_total(cost: torch.Tensor) -> float:
-    """By trying every assignment of rows to columns."""
-    rows, columns = cost.shape
-    if rows > columns:
-        return least_total(cost.T)
-    return min(sum(cost[r, c].item() for r, c in enumerate(p)) for p in itertools.permutations(range(columns), rows))
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (3, 5), (5, 5), (6, 3)])
-def test_the_assignment_has_the_least_total_cost_of_all(shape):
-    torch.manual_seed(0)
-    costs = torch.randn(2, 3, *shape)
-    queries = assign(costs)
-    assert queries.shape == (2, 3, shape[0])
-    for cost, query in zip(costs.flatten(0, 1), queries.flatten(0, 1)):
-        rows = torch.nonzero(query >= 0)[:, 0]
-        assert len(rows) == min(shape)
-        assert len(query[rows].unique()) == len(rows)
-        assert cost[rows, query[rows]].sum().item() == pytest.approx(least_total(cost), rel=1e-5)
-
-
-def test_rows_behind_the_last_box_take_no_part():
-    cost = torch.rand(2, 4, 6)
-    cost[0, 2:] = float("inf")
-    cost[1] = float("inf")
-    queries = assign(cost)
-    assert (queries[0, :2] >= 0).all()
-    assert (queries[0, 2:] == -1).all()
-    assert (queries[1] == -1).all()
-
-
-@pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5), (2, 3, 0)])
-def test_empty_problems_have_empty_solutions(shape):
-    assert torch.equal(assign(torch.zeros(shape)), torch.full(shape[:2], -1))
 
 
 def test_costs_never_mix_images_and_layers_are_matched_as_if_alone():

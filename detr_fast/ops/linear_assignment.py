@@ -1,0 +1,208 @@
+"""Linear assignment of a batch of problems: the contract, its reference by SciPy, its Triton kernel."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast import dispatch
+from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
+from detr_fast.kernels import assignment as kernels
+from detr_fast.ops import regimes
+from detr_fast.ops.boundary import below_autograd, define
+
+# Row scans of the search, N² Q a problem, from which threads pay: 16 problems of 300 × 300 take 0.17 s in one thread,
+# and starting threads takes 0.1 ms.
+THREADS_MINIMUM_WORK = 20_000_000
+
+
+def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Give each row of each problem a column of its own, so that the sum of their costs is the least possible.
+
+    Shapes: cost (..., B, N, Q), N targets and Q queries; counts (B,) int64, how many of an image's N rows take part (all
+    where None). Returns (..., B, N) int64, the column of each row; -1 where it has none, because it takes no part or
+    because there are more rows than columns. Of several assignments of one total, any may come out.
+    NaN and infinite costs count as the largest fp32 number (-inf as its negative): such pairs come last. There is no
+    gradient. Totals equal `scipy.optimize.linear_sum_assignment`'s. Raises ValueError where the shapes do not fit.
+    Sources: Jonker and Volgenant, 1987, Computing 38; Crouse, 2016, IEEE TAES 52(4).
+    """
+    if cost.ndim < 2 or (counts is not None and (cost.ndim < 3 or tuple(counts.shape) != (cost.shape[-3],))):
+        raise ValueError(
+            f"got costs of shape {tuple(cost.shape)} and counts of shape {None if counts is None else tuple(counts.shape)}; "
+            "expected (..., B, N, Q) and (B,)"
+        )
+    if cost.is_meta:
+        return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
+    if counts is None:
+        counts = torch.full((1,), cost.shape[-2], dtype=torch.int64, device=cost.device)
+    return LINEAR_ASSIGNMENT(cost.detach(), counts)
+
+
+@dataclass(frozen=True)
+class AssignmentCall(Call):
+    problems: int
+    targets: int
+    queries: int
+
+    def shapes(self) -> str:
+        return f"{self.problems} × ({self.targets}, {self.queries}) {str(self.dtype).removeprefix('torch.')}"
+
+
+def _signature(cost: Tensor, counts: Tensor) -> tuple[Any, ...]:
+    return type(cost), cost.shape, cost.dtype, cost.device
+
+
+def _describe(cost: Tensor, counts: Tensor, *, situation: Situation) -> AssignmentCall:
+    return AssignmentCall(
+        device=cost.device,
+        architecture=dispatch.architecture(cost.device),
+        dtype=cost.dtype,
+        tensor_type=dispatch.tensor_type((cost, counts)),
+        needs_grad=False,
+        situation=situation,
+        problems=cost.shape[:-2].numel(),
+        targets=cost.shape[-2],
+        queries=cost.shape[-1],
+    )
+
+
+class TritonAssignment(TritonImplementation):
+    dtypes = frozenset({torch.float32})
+
+    def why_not(self, call: AssignmentCall) -> str | None:
+        if call.targets > kernels.MAX_TARGETS or call.queries > kernels.MAX_QUERIES:
+            return (
+                f"{call.targets} targets and {call.queries} queries: "
+                f"it takes up to {kernels.MAX_TARGETS} and {kernels.MAX_QUERIES}"
+            )
+        return None
+
+    def advice(self, call: AssignmentCall) -> str | None:
+        if regimes.find("linear_assignment", call.architecture) is None:
+            return None  # unmeasured; but the host need not wait for it, and every other way does
+        return regimes.advice("linear_assignment", call, _bytes(call))
+
+    def note(self, call: AssignmentCall) -> str | None:
+        return regimes.note("linear_assignment", call)
+
+    def compiled_key(self, call: AssignmentCall) -> Any:
+        return call.device, max(call.targets, call.queries)
+
+    def prepare(self, call: AssignmentCall) -> None:
+        kernels.compile_linear_assignment(call.targets, call.queries, call.device)
+
+    def run(self, cost: Tensor, counts: Tensor) -> Tensor:
+        return _assign(cost, counts)
+
+
+class SciPyAssignment(Implementation):
+    """Problem by problem on the host, where the costs are."""
+
+    name = "scipy"
+    devices = frozenset({"cpu"})
+
+    def advice(self, call: AssignmentCall) -> str | None:
+        work = call.problems * call.targets**2 * call.queries
+        if work >= THREADS_MINIMUM_WORK and _threads() > 1:
+            return f"N² Q of all problems is {work:,}: from {THREADS_MINIMUM_WORK:,} on, threads are faster"
+        return None
+
+    def run(self, cost: Tensor, counts: Tensor) -> Tensor:
+        return _assign_on_host(cost, counts, 1)
+
+
+class ThreadedAssignment(Implementation):
+    """One transfer of all problems to the host, which shares them out among threads, and one back: SciPy holds no lock."""
+
+    name = "threads"
+
+    def why_not(self, call: AssignmentCall) -> str | None:
+        if call.situation.regime == "captured":
+            return "a CUDA graph is being captured, and the host can't take part in it"
+        return None
+
+    def run(self, cost: Tensor, counts: Tensor) -> Tensor:
+        return _assign_on_host(cost, counts, _threads())
+
+
+LINEAR_ASSIGNMENT = Op(
+    "linear_assignment",
+    signature=_signature,
+    describe=_describe,
+    implementations=(TritonAssignment(), SciPyAssignment(), ThreadedAssignment()),
+)
+
+
+def _bytes(call: AssignmentCall) -> int:
+    return call.problems * call.targets * call.queries * call.dtype.itemsize
+
+
+@cache
+def _threads() -> int:
+    return max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="detr-fast-assignment")
+
+
+def _on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    limit = float(np.finfo(np.float32).max)
+    host = torch.cat((cost.flatten().double(), counts.double())).cpu()  # one transfer
+    problems = host[: cost.numel()].reshape(cost.shape[:-2].numel(), *cost.shape[-2:])
+    problems = problems.nan_to_num(limit, limit, -limit)
+    rows = host[cost.numel() :].long().clamp(0, cost.shape[-2])
+    rows = rows.repeat(problems.shape[0] // rows.numel())
+    result = np.full(problems.shape[:2], -1, dtype=np.int64)
+    work = list(zip(problems.numpy(), rows.tolist(), result))
+
+    def solve(part: list[Any]) -> None:
+        for problem, count, own in part:
+            if count:
+                row, column = linear_sum_assignment(problem[:count])
+                own[row] = column
+
+    if threads == 1:
+        solve(work)
+    else:
+        list(_pool(threads).map(solve, (work[first::threads] for first in range(threads))))
+    return torch.from_numpy(result).reshape(cost.shape[:-1]).to(cost.device, non_blocking=True)
+
+
+def _run(cost: Tensor, counts: Tensor) -> Tensor:
+    problems = cost.reshape(cost.shape[:-2].numel(), *cost.shape[-2:])
+    return kernels.linear_assignment(problems, counts).view(cost.shape[:-1])
+
+
+def _fake(cost: Tensor, counts: Tensor, threads: int = 1) -> Tensor:
+    return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
+
+
+def _autograd(cost: Tensor, counts: Tensor) -> Tensor:
+    with below_autograd():
+        return _assign(cost, counts)
+
+
+def _autograd_on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
+    with below_autograd():
+        return _assign_on_host(cost, counts, threads)
+
+
+_assign = define("linear_assignment(Tensor cost, Tensor counts) -> Tensor", run=_run, fake=_fake, autograd=_autograd)
+_assign_on_host = define(
+    "linear_assignment_on_host(Tensor cost, Tensor counts, int threads) -> Tensor",
+    run=_on_host,
+    fake=_fake,
+    autograd=_autograd_on_host,
+    on_cpu=_on_host,
+)

@@ -1,0 +1,155 @@
+# mypy: allow-incomplete-defs
+"""Linear assignment by shortest augmenting paths, one problem a program, all of its state in registers.
+
+Each row (a target) gets a column of its own (a query), so that the sum of their costs is the least possible. Rows are
+added one by one. From a new row, Dijkstra's search walks over reduced costs `cost[i, j] - u[i] - v[j]` to the nearest
+free column; then the dual variables are updated, and rows change columns along the path found.
+
+Only the columns have state: v, the path's length and last step, and the row that owns them. u needs none: an owned
+column's reduced cost is 0, so u[i] = cost[i, j] - v[j]. What threads tell each other goes through reductions, whose
+barriers the compiler places. Distances and duals are fp64; costs are read as fp32.
+
+Where there are more targets than queries, rows and columns change roles, problem by problem.
+Source: Jonker and Volgenant, 1987, "A shortest augmenting path algorithm for dense and sparse linear assignment problems",
+Computing 38; rectangular as Crouse, 2016, "On implementing 2D rectangular assignment algorithms", IEEE TAES 52(4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from .configs import ASSIGNMENT_WARPS
+from .entry import Budget, Entry
+from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+
+MAX_QUERIES = 1000
+MAX_TARGETS = 512
+
+
+@jit
+def linear_assignment_kernel(
+    cost_ptr,
+    count_ptr,
+    query_ptr,
+    images: tl.int32,
+    targets: tl.int32,
+    queries: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    """cost (problems, targets, queries), count (images,) int64 -> query (problems, targets) int64."""
+    problem = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + problem % images)
+    count = tl.minimum(tl.maximum(count, 0), targets.to(tl.int64)).to(tl.int32)
+    cost_ptr += problem * targets * queries
+    flipped = count > queries
+    rows = tl.where(flipped, queries, count)
+    columns = tl.where(flipped, count, queries)
+    row_stride = tl.where(flipped, 1, queries)
+    column_stride = tl.where(flipped, queries, 1)
+
+    column = tl.arange(0, BLOCK)
+    exists = column < columns
+    v = tl.zeros((BLOCK,), tl.float64)
+    owner = tl.full((BLOCK,), -1, tl.int32)
+    for new_row in range(rows):
+        shortest = tl.full((BLOCK,), float("inf"), tl.float64)
+        trail = tl.zeros((BLOCK,), tl.uint32)  # (the column before) + 1, and in 10 bits the row that leads on from it
+        opened = exists  # not reached for good
+        row, reached = tl.full((), 0, tl.int32) + new_row, tl.full((), -1, tl.int32)
+        nearest = tl.full((), 0, tl.float64)
+        length = tl.full((), 0, tl.float64)  # of the path to `row`, less the row's dual
+        while row >= 0:
+            cost = _as_finite(tl.load(cost_ptr + row * row_stride + column * column_stride, mask=exists, other=0.0))
+            distance = length + (cost.to(tl.float64) - v)
+            nearer = opened & (distance < shortest)
+            shortest = tl.where(nearer, distance, shortest)
+            trail = tl.where(nearer, _packed(reached + 1, row), trail)
+            nearest = tl.min(tl.where(opened, shortest, float("inf")), axis=0)
+            # Of several nearest columns a free one, else the first; its owner comes along in the lowest bits.
+            place = _packed((owner >= 0).to(tl.int32) * 1024 + column, owner + 1)
+            found = tl.min(tl.where(opened & (shortest == nearest), place, 0xFFFFFFFF), axis=0)
+            reached = ((found >> 10) & 1023).to(tl.int32)
+            row = (found & 1023).to(tl.int32) - 1
+            here = column == reached
+            opened = opened & (column != reached)
+            own = _as_finite(tl.load(cost_ptr + tl.maximum(row, 0) * row_stride + reached * column_stride))
+            length = nearest - (own.to(tl.float64) - tl.sum(tl.where(here, v, 0.0), axis=0))
+        v = tl.where(exists & (opened == 0), v + (shortest - nearest), v)
+        while reached >= 0:
+            step = tl.sum(tl.where(column == reached, trail, 0), axis=0)
+            owner = tl.where(column == reached, (step & 1023).to(tl.int32), owner)
+            reached = (step >> 10).to(tl.int32) - 1
+
+    query_ptr += problem * targets
+    if flipped:
+        tl.store(query_ptr + column, owner.to(tl.int64), mask=exists)
+    else:
+        tl.store(query_ptr + owner, column.to(tl.int64), mask=owner >= 0)
+    nothing = tl.full((BLOCK,), -1, tl.int64)
+    tl.store(query_ptr + column, nothing, mask=(column >= count) & (column < targets))
+
+
+@jit
+def _packed(high, low):
+    """Two numbers in one, of which `low` has 10 bits: one reduction then finds both."""
+    return (high.to(tl.uint32) << 10) | low.to(tl.uint32)
+
+
+@jit
+def _as_finite(cost):
+    """NaN counts as the largest fp32 number; infinities as the largest and the smallest."""
+    cost = tl.where(cost == cost, cost, 3.4028234663852886e38)
+    return tl.minimum(tl.maximum(cost, -3.4028234663852886e38), 3.4028234663852886e38)
+
+
+def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
+    """The column of each row with the least total cost.
+
+    cost: (problems, N, Q) fp32, N up to 512 and Q up to 1,000. counts: (images,) int64, the rows that take part, of
+    problem p at p % images. Returns (problems, N) int64, -1 where a row has no column.
+    Raises ValueError for another size.
+    """
+    problems, targets, queries = cost.shape
+    query = empty((problems, targets), torch.int64, cost.device)
+    if query.numel() == 0 or queries == 0:
+        return query.fill_(-1)
+    variant = assignment_variant(max(targets, queries))
+    launch(variant, (problems,), cost.contiguous(), counts.contiguous(), query, counts.shape[0], targets, queries)
+    return query
+
+
+def compile_linear_assignment(targets: int, queries: int, device: torch.device) -> None:
+    """Compile what `linear_assignment` launches for such problems."""
+    if targets and queries:
+        compile_variant(assignment_variant(max(targets, queries)), device)
+
+
+@cache
+def assignment_variant(longest: int) -> Variant:
+    """The program for problems whose longer side has up to `longest` entries."""
+    if longest > MAX_QUERIES:
+        raise ValueError(f"{longest} queries: the kernel takes 1 to {MAX_QUERIES}; use 'threads'")
+    block = max(32, 1 << (longest - 1).bit_length())
+    types = (*map(pointer, (torch.float32, torch.int64, torch.int64)), "i32", "i32", "i32")
+    return Variant(linear_assignment_kernel, types, {"BLOCK": block}, ASSIGNMENT_WARPS[block])
+
+
+def catalog_entries() -> Iterator[Entry]:
+    # DETR's 100 queries and 300, as many of its successors have: one warp and two. The most queries: four.
+    for queries, registers in ((100, 96), (300, 136), (1000, 136)):
+        variant = assignment_variant(queries)
+        name = f"linear_assignment_q{queries}"
+        budget = Budget(registers, 64, 96, 64)
+        yield Entry(
+            "linear_assignment", name, variant, int(variant.constants["BLOCK"]), budget, partial(_example, queries)
+        )
+
+
+def _example(queries: int, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """Two layers of two images, one without targets."""
+    cost, counts = torch.randn(4, 3, queries, device=device), torch.tensor([3, 0], device=device)
+    return lambda: (linear_assignment(cost, counts),)
