@@ -1,4 +1,4 @@
-"""Box arithmetic on (center x, center y, width, height) boxes, with broadcasting."""
+"""Box arithmetic on (center x, center y, width, height) boxes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,3 @@ def to_corners(boxes: Tensor) -> Tensor:
     center, size = boxes[..., :2], boxes[..., 2:]
     half = size * 0.5
     return torch.cat((center - half, center + half), dim=-1)
-
-
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised intersection over union of center boxes: (..., 4) with (..., 4), broadcast, -> (...).
-
-    Source: Rezatofighi et al., 2019, arXiv:1902.09630.
-    """
-    a_x, a_y, a_width, a_height = a.unbind(-1)
-    b_x, b_y, b_width, b_height = b.unbind(-1)
-    overlap_x, enclosing_x = _overlap(a_x, a_width, b_x, b_width)
-    overlap_y, enclosing_y = _overlap(a_y, a_height, b_y, b_height)
-    intersection = overlap_x * overlap_y
-    union = a_width * a_height + b_width * b_height - intersection
-    enclosing = enclosing_x * enclosing_y
-    return intersection / union + union / enclosing - 1
-
-
-def _overlap(a: Tensor, a_length: Tensor, b: Tensor, b_length: Tensor) -> tuple[Tensor, Tensor]:
-    """Of two intervals: the length that both cover, and the length from the first start to the last end."""
-    a_half, b_half = a_length * 0.5, b_length * 0.5
-    signed = torch.minimum(a + a_half, b + b_half) - torch.maximum(a - a_half, b - b_half)
-    # max(x) + min(x) = sum(x), so the enclosing length needs no minimum and maximum of its own.
-    return signed.clamp(min=0), a_length + b_length - signed

@@ -1,6 +1,6 @@
 """DETR's losses: masked sums over padded targets, all decoder layers and images in one pass.
 
-Nothing here looks at a tensor's value on the host or loops over layers or images, except for the assignment.
+Nothing here looks at a tensor's value on the host or loops over layers or images; on a GPU, nor does the assignment.
 Source: Carion et al., 2020, arXiv:2005.12872, sections 3.1 and A.2.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from detr_fast import nn
-from detr_fast.models.boxes import generalized_iou
 from detr_fast.models.matcher import HungarianMatcher
-from detr_fast.models.structures import Targets
+from detr_fast.models.structures import BORDER_SLACK, Targets
+from detr_fast.ops.boxes import generalized_iou
 
 LOSSES = ("labels", "boxes", "cardinality")
 
@@ -67,7 +67,9 @@ class SetCriterion(nn.Module):
         Returns:
             scalars "loss_ce", "class_error" (percent of matched queries with the wrong class; 100 without objects),
             "loss_bbox", "loss_giou", "cardinality_error" of the last layer; the earlier layers' with "_0", "_1", ...
-            (class_error only of the last).
+            (class_error only of the last). And two counts that should be 0, for whoever reads the losses to raise an
+            error: "broken_predictions", queries of all layers that are NaN or infinite, and "broken_targets", boxes
+            with a label or a coordinate out of range. Neither ends a CUDA context: such labels are clamped.
         """
         logits, boxes = _stack_layers(outputs)
         if not isinstance(targets, Targets):
@@ -78,7 +80,8 @@ class SetCriterion(nn.Module):
                 f"targets of {targets.counts.shape[0]} images and num_classes = {self.num_classes}"
             )
         num_boxes, pending = _start_mean_over_ranks(targets.counts.sum().to(logits.dtype))
-        query = self.matcher.match(logits, boxes, targets)
+        query, broken = self.matcher.match_and_check(logits, boxes, targets)
+        labels = targets.labels.clamp(0, self.num_classes - 1)
         matched = query >= 0
         query = query.clamp(min=0)
         if pending is not None:
@@ -88,7 +91,7 @@ class SetCriterion(nn.Module):
         per_layer: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         if "labels" in self.losses:
-            classes = _target_classes(query, matched, targets.labels, logits.shape[2], self.num_classes)
+            classes = _target_classes(query, matched, labels, logits.shape[2], self.num_classes)
             if self.focal:
                 per_layer["loss_ce"] = _focal_loss(logits[..., :-1], classes, num_boxes)
             else:
@@ -102,6 +105,8 @@ class SetCriterion(nn.Module):
             *earlier, last = values.unbind(0)
             losses[name] = last
             losses |= {f"{name}_{layer}": value for layer, value in enumerate(earlier)}
+        losses["broken_predictions"] = broken.sum().to(logits.dtype)
+        losses["broken_targets"] = _count_broken(targets, self.num_classes).to(logits.dtype)
         return losses
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -141,6 +146,15 @@ def _start_mean_over_ranks(count: Tensor) -> tuple[Tensor, Any]:
         return count, None
     count = count / distributed.get_world_size()
     return count, distributed.all_reduce(count, async_op=True)
+
+
+def _count_broken(targets: Targets, num_classes: int) -> Tensor:
+    """How many true boxes are none, or have a label out of range: `Targets.from_list` refuses them, others may not."""
+    boxes, labels = targets.boxes, targets.labels
+    # Written so that NaN fails.
+    good = ((boxes >= 0) & (boxes <= 1 + BORDER_SLACK)).all(-1) & (boxes[..., 2:] > 0).all(-1)
+    good &= (labels >= 0) & (labels < num_classes)
+    return (targets.valid & ~good).sum()
 
 
 def _target_classes(query: Tensor, matched: Tensor, labels: Tensor, num_queries: int, no_object: int) -> Tensor:

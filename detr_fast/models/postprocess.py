@@ -12,7 +12,15 @@ from detr_fast.models.boxes import to_corners
 
 
 class PostProcess(nn.Module):
-    """Scores, labels and pixel boxes, one detection per query; filter by score as you like."""
+    """Scores, labels and pixel boxes, one detection per query; filter by score as you like.
+
+    Args:
+        focal: scores are sigmoids, of a model trained with focal loss, rather than a softmax with "no object".
+    """
+
+    def __init__(self, focal: bool = False) -> None:
+        super().__init__()
+        self.focal = focal
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
@@ -32,7 +40,8 @@ class PostProcess(nn.Module):
                 f"got target_sizes of shape {tuple(target_sizes.shape)}; expected {(logits.shape[0], 2)}, "
                 "the height and the width of each image"
             )
-        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        probabilities = logits[..., :-1].sigmoid() if self.focal else logits.softmax(-1)[..., :-1]
+        scores, labels = probabilities.max(-1)
         height, width = target_sizes.to(boxes).unbind(1)
         pixels = to_corners(boxes) * torch.stack((width, height, width, height), dim=1)[:, None]
         return [

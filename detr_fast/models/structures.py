@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BORDER_SLACK = 1e-5  # float32 rounding of a box that touches the border
+
 
 class TargetError(ValueError):
     """A target that no detector can learn from; the message names the image, the value and the remedy."""
@@ -175,8 +177,8 @@ def _check_values(targets: Sequence[Mapping[str, Tensor]], counts: Sequence[int]
     boxes = torch.cat([targets[index]["boxes"] for index in used]).cpu()
     labels = torch.cat([targets[index]["labels"] for index in used]).cpu()
     owners = torch.repeat_interleave(torch.tensor(used), torch.tensor([counts[index] for index in used]))
-    # Written so that NaN fails; the slack is float32 rounding of a box that touches the border.
-    good = ((boxes >= 0) & (boxes <= 1 + 1e-5)).all(-1) & (boxes[:, 2:] > 0).all(-1)
+    # Written so that NaN fails.
+    good = ((boxes >= 0) & (boxes <= 1 + BORDER_SLACK)).all(-1) & (boxes[:, 2:] > 0).all(-1)
     if not bool(good.all()):
         worst = int(torch.nonzero(~good)[0])
         box = [round(value, 4) for value in boxes[worst].tolist()]

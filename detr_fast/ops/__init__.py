@@ -8,5 +8,6 @@ from detr_fast.ops.attention import attention_with_weights as attention_with_wei
 from detr_fast.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from detr_fast.ops.layer_norm import layer_norm as layer_norm
 from detr_fast.ops.linear_assignment import linear_assignment as linear_assignment
+from detr_fast.ops.matching_cost import matching_cost as matching_cost
 
 dispatch.read_environment()

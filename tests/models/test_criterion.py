@@ -17,6 +17,7 @@ from detr_fast.models.criterion import loss_weights
 linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment
 
 CLASSES, QUERIES, LAYERS = 6, 9, 3
+FLAGS = {"broken_predictions", "broken_targets"}
 
 
 def giou(a: list[float] | Tensor, b: list[float] | Tensor) -> Tensor:
@@ -125,7 +126,8 @@ def test_values_and_gradients_equal_the_per_image_reference(counts, focal, capac
             value = torch.as_tensor(value, dtype=torch.float64)
             torch.testing.assert_close(losses[name + suffix].double(), value, rtol=1e-6, atol=1e-12)
             total = total + criterion.weight_dict.get(name + suffix, 0.0) * value
-    assert losses.keys() == expected_names
+    assert losses.keys() == expected_names | FLAGS
+    assert losses["broken_predictions"] == losses["broken_targets"] == 0
     torch.testing.assert_close(criterion.weighted_sum(losses), total, rtol=1e-6, atol=1e-12)
     total.backward()
     torch.testing.assert_close(grads[0], logits.grad, rtol=1e-6, atol=1e-12)
@@ -152,7 +154,7 @@ def test_losses_asked_for_alone_are_computed_alone():
         ("boxes", {"loss_bbox", "loss_giou"}),
         ("cardinality", {"cardinality_error"}),
     ):
-        assert SetCriterion(CLASSES, matcher, loss_weights(1), losses=(part,))(outputs, targets).keys() == names
+        assert SetCriterion(CLASSES, matcher, loss_weights(1), losses=(part,))(outputs, targets).keys() == names | FLAGS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,6 +176,19 @@ def test_nan_predictions_give_nan_losses_but_no_crash():
     losses = make_criterion()(as_outputs(logits, boxes), targets)
     assert losses["loss_ce"].isnan()
     assert losses["loss_bbox"].isfinite()  # the broken queries are the last to be matched
+    assert losses["broken_predictions"] == 2 * LAYERS
+    assert losses["broken_targets"] == 0
+
+
+def test_broken_targets_are_counted_and_crash_nothing():
+    logits, boxes, targets = make_case((4, 2))
+    padded = Targets.from_list(targets, capacity=6)
+    padded.labels[0, 0], padded.labels[0, 1], padded.labels[1, 5] = CLASSES, -3, 99  # the last is padding
+    padded.boxes[0, 2, 2], padded.boxes[1, 0, 0], padded.boxes[1, 1, 3] = 0.0, float("nan"), 1.5
+    losses = make_criterion()(as_outputs(logits, boxes), padded)
+    assert losses["broken_targets"] == 5
+    assert losses["broken_predictions"] == 0
+    assert losses["loss_ce"].isfinite()
 
 
 def test_the_padding_has_no_gradient_and_cannot_make_one_nan():
