@@ -1,6 +1,7 @@
 """detr-fast: fused Triton kernels for DETR and every transformer built from torch.nn parts.
 
 from detr_fast import nn              # torch.nn, faster
+detr_fast.accelerate(model)           # the same for a model that exists, in place
 detr_fast.explain(model, *inputs)     # what runs where, and why
 with detr_fast.use_backend("eager"):  # ask for an implementation by name
     ...
@@ -17,12 +18,31 @@ __version__ = "0.1.0"
 _WHERE = {
     "use_backend": "detr_fast.dispatch",
     "BackendError": "detr_fast.dispatch",
+    "accelerate": "detr_fast.acceleration",
+    "accelerated": "detr_fast.acceleration",
+    "restore": "detr_fast.acceleration",
     "explain": "detr_fast.explanation",
     "explaining": "detr_fast.explanation",
 }
-_ROOMS = ("cli", "data", "dispatch", "engine", "explanation", "kernels", "models", "nn", "ops", "testing")
+_ROOMS = (
+    "acceleration",
+    "adapters",
+    "cli",
+    "data",
+    "dispatch",
+    "engine",
+    "explanation",
+    "kernels",
+    "models",
+    "nn",
+    "ops",
+    "testing",
+)
 
 if TYPE_CHECKING:
+    from detr_fast.acceleration import accelerate as accelerate
+    from detr_fast.acceleration import accelerated as accelerated
+    from detr_fast.acceleration import restore as restore
     from detr_fast.dispatch import BackendError as BackendError
     from detr_fast.dispatch import use_backend as use_backend
     from detr_fast.explanation import explain as explain

@@ -1,10 +1,12 @@
-"""`explain(model, *inputs)`: which implementation each module's ops run on, and why."""
+"""`explain(model, *inputs)`: which implementation each module's ops run on, why, and what that costs."""
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +15,50 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Record
+from detr_fast.testing.counters import Counts, counting
+
+TIMED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class MeasuredRecord(Record):
+    """A record with what the op's module did from this choice on until its next one, over all its calls.
+
+    launches: kernels and PyTorch operations. bytes_moved: of the tensors that they read and wrote. milliseconds: of the
+    module's call, children included, on the GPU; None where it was not measured.
+    """
+
+    launches: int = 0
+    bytes_moved: int = 0
+    milliseconds: float | None = None
+
+    def __str__(self) -> str:
+        text, reasons, rest = super().__str__().partition("  [")
+        text += f", {self.launches} launch{'' if self.launches == 1 else 'es'}, {_readable(self.bytes_moved)}"
+        text += "" if self.milliseconds is None else f", {self.milliseconds:.3f} ms"
+        return text + reasons + rest
 
 
 class Explanation(list[Record]):
-    """The records of a run, one per module and op; prints as one line each."""
+    """The records of a run, one per module and op; prints as one line each.
+
+    counts: launches and bytes of the whole run, where they were counted.
+    """
+
+    counts: Counts | None = None
 
     def __str__(self) -> str:
         if not self:
             return "no op of detr-fast was called (accelerate the model, or build it from detr_fast.nn)"
-        return "\n".join(map(str, self))
+        lines = [str(record) for record in self]
+        if self.counts is not None:
+            total, moved = self.counts.total_launches, self.counts.bytes_moved
+            here = [record for record in self if isinstance(record, MeasuredRecord)]
+            rest = total - sum(record.launches for record in here)
+            rest_moved = moved - sum(record.bytes_moved for record in here)
+            lines.append(f"everything else: {rest} launches, {_readable(rest_moved)}")
+            lines.append(f"in all: {total} launches, {_readable(moved)}")
+        return "\n".join(lines)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Plain data, ready for JSON."""
@@ -29,52 +66,146 @@ class Explanation(list[Record]):
 
 
 @contextmanager
-def explaining(model: nn.Module | None = None) -> Iterator[Explanation]:
-    """Collect one record per module and op while the block runs; module names are those inside `model`."""
+def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iterator[Explanation]:
+    """Collect one record per module and op while the block runs; module names are those inside `model`.
+
+    counted: also count launches and bytes, which makes the run slower.
+    """
     names = {module: name for name, module in model.named_modules()} if model is not None else {}
     path: list[str] = []
+    open_rows: list[int | None] = [None]  # of each module entered: the record that what runs now belongs to
     explanation = Explanation()
     index: dict[tuple[str, ...], int] = {}
+    known = () if model is None else (*model.parameters(), *model.buffers())
+    seen = [0, 0]
+
+    def settle() -> None:
+        """Give what was counted since the last time to the record that it belongs to."""
+        counts = explanation.counts
+        if counts is None:
+            return
+        new = [counts.total_launches, counts.bytes_moved]
+        launches, moved = new[0] - seen[0], new[1] - seen[1]
+        seen[:] = new
+        row = open_rows[-1]
+        if row is not None and (launches or moved):
+            old = explanation[row]
+            assert isinstance(old, MeasuredRecord)
+            explanation[row] = replace(old, launches=old.launches + launches, bytes_moved=old.bytes_moved + moved)
 
     def record(op: str, decision: Any) -> None:
+        settle()
         module = path[-1] if path else ""
-        new = Record(module, op, decision.shapes, decision.implementation.name, decision.reasons, decision.note)
+        kind = MeasuredRecord if counted else Record
+        new = kind(module, op, decision.shapes, decision.implementation.name, decision.reasons, decision.note)
         key = (module, op, new.shapes, new.chosen)
         if key in index:
-            known = explanation[index[key]]
-            explanation[index[key]] = replace(known, calls=known.calls + 1)
+            old = explanation[index[key]]
+            explanation[index[key]] = replace(old, calls=old.calls + 1)
         else:
             index[key] = len(explanation)
             explanation.append(new)
+        open_rows[-1] = index[key]
 
     def enter(module: nn.Module, args: Any) -> None:
+        settle()
         path.append(names.get(module, path[-1] if path else type(module).__name__))
+        open_rows.append(None)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        settle()
         path.pop()
+        open_rows.pop()
 
     # Global hooks: a hook on a module itself would change what some layers do (torch's fast path, our fused layers).
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
-        with dispatch.recording(record):
+        with dispatch.recording(record), counting(known) if counted else nullcontext() as explanation.counts:
             yield explanation
+            settle()
     finally:
         for handle in handles:
             handle.remove()
 
 
 def explain(model: nn.Module | Callable[..., Any], *inputs: Any, quiet: bool = False, **kwargs: Any) -> Explanation:
-    """Run `model(*inputs)` once without gradients and print one line per module: op, shapes, choice, reasons.
+    """Run `model(*inputs)` without gradients and print one line per module: op, shapes, choice, cost, reasons.
 
-    The run uses the model's present mode (train or eval) and does not touch random state. Where training matters,
-    wrap a whole step in `explaining(model)` instead.
+    The cost is launches and bytes, and on a GPU the module's time (the median of some more runs). The runs use the
+    model's present mode (train or eval); random state and buffers are as before afterwards. Where training matters, wrap a
+    whole step in `explaining(model)` instead.
 
     Returns the records (a list). Raises what the model raises.
     """
     module = model if isinstance(model, nn.Module) else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), explaining(module) as explanation:
-        model(*inputs, **kwargs)
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _same_buffers(module):
+        with explaining(module, counted=True) as explanation:
+            model(*inputs, **kwargs)
+        if module is not None and devices and any(p.is_cuda for p in module.parameters()):
+            _add_times(explanation, measured_times(module, lambda: model(*inputs, **kwargs), TIMED_RUNS))
     if not quiet:
         print(explanation)
     return explanation
+
+
+@contextmanager
+def _same_buffers(module: nn.Module | None) -> Iterator[None]:
+    """Undo what a run in training mode does to running statistics."""
+    buffers = [] if module is None or not module.training else [(b, b.clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def measured_times(
+    model: nn.Module, call: Callable[[], Any], runs: int, new_event: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Milliseconds that each module takes in one run of `call`, children included, by name: the median over some runs.
+
+    new_event: makes what torch.cuda.Event(enable_timing=True) makes, which is the default.
+    """
+    event = new_event or (lambda: torch.cuda.Event(enable_timing=True))
+    names = {module: name for name, module in model.named_modules()}
+    starts: list[Any] = []
+    spans: list[tuple[str, Any, Any]] = []
+
+    def now() -> Any:
+        recorded = event()
+        recorded.record()
+        return recorded
+
+    def enter(module: nn.Module, args: Any) -> None:
+        starts.append(now())
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        spans.append((names.get(module, ""), starts.pop(), now()))
+
+    totals: dict[str, list[float]] = {}
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        for _ in range(runs):
+            spans.clear()
+            call()
+            spent: Counter[str] = Counter()
+            for name, start, end in spans:
+                end.synchronize()
+                spent[name] += start.elapsed_time(end)
+            for name, milliseconds in spent.items():
+                totals.setdefault(name, []).append(milliseconds)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: statistics.median(values) for name, values in totals.items()}
+
+
+def _add_times(explanation: Explanation, times: dict[str, float]) -> None:
+    for row, record in enumerate(explanation):
+        if isinstance(record, MeasuredRecord) and record.module in times:
+            explanation[row] = replace(record, milliseconds=times[record.module])
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

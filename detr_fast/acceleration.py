@@ -1,0 +1,222 @@
+"""`accelerate(model)`: switch the modules of an existing model to ours, in place; `restore(model)`: and back.
+
+Only classes are switched: parameters, buffers, hooks, optimizers, wrappers and references stay what they are. What was
+switched carries a mark with its original class, which copies and pickles keep.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch.nn import Module
+
+from detr_fast.adapters import adapters_for
+from detr_fast.adapters.base import MARK, Adapter, Mark, public_name, why_class_is_taken
+from detr_fast.explanation import Explanation, explain
+
+Selection = str | type[Module] | Iterable[str | type[Module]] | None
+
+
+@dataclass(frozen=True)
+class Switched:
+    """One module whose class was switched: its name in the model, its original class, what it is now."""
+
+    name: str
+    original: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """One module that was left alone, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model)'} ({self.kind}): {self.reason}"
+
+
+@dataclass
+class Report:
+    """What `accelerate` or `restore` did; prints as a summary.
+
+    switched: the modules whose class was switched. left: those left alone, with the reason. already: how many were
+    switched before. explanation: what runs on which implementation, where example inputs were given.
+    """
+
+    model: str
+    action: str = "switched"
+    switched: list[Switched] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    already: int = 0
+    explanation: Explanation | None = None
+
+    def __str__(self) -> str:
+        before = f", {self.already} were before" if self.already else ""
+        lines = [f"{self.model}: {len(self.switched)} modules {self.action}{before}, {len(self.left)} left alone"]
+        kinds = Counter((one.original, one.now) for one in self.switched)
+        lines += [f"  {count} × {original} -> {now}" for (original, now), count in kinds.items()]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for one in self.left:
+            reasons.setdefault((one.kind, one.reason), []).append(one.name or "(the model)")
+        for (kind, reason), names in reasons.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"  left alone: {names[0]}{others} ({kind}): {reason}")
+        if self.explanation is not None:
+            lines.append(str(self.explanation))
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        explained = None if self.explanation is None else self.explanation.as_dicts()
+        modules = {name: [vars(one) for one in getattr(self, name)] for name in ("switched", "left")}
+        return {
+            "model": self.model,
+            "action": self.action,
+            **modules,
+            "already": self.already,
+            "explanation": explained,
+        }
+
+
+def accelerate(
+    model: Module,
+    *,
+    only: Selection = None,
+    skip: Selection = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> Report:
+    """Switch the class of each module that we can run faster, in place, and say what was switched and what not.
+
+    Known are torch.nn's LayerNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, the
+    original DETR repository's layers, and timm's and torchvision's vision transformers. The model computes what it did,
+    within rounding; parameters, buffers, hooks, optimizers, wrappers such as DDP and references to modules stay valid.
+    Modules whose forward is someone else's, that are parametrised, quantised, or sharded by FSDP2, and layers with
+    wrapped (LoRA) or hooked parts are left alone. Calling it again switches what is new.
+
+    only, skip: which modules, as names or glob patterns ("encoder", "*.norm1", each with all below it) or classes.
+    example_inputs: positional (a sequence) or keyword (a mapping) arguments of one call, for the report's explanation.
+
+    Raises TypeError for a model that is no torch.nn.Module, ValueError where a pattern or class matches nothing.
+    """
+    _check(model)
+    wanted = _selected(model, only, "only", everything=True)
+    skipped = _selected(model, skip, "skip", everything=False)
+    report = Report(type(model).__name__)
+    adapters = adapters_for(model)
+    for name, module in model.named_modules():
+        if MARK in module.__dict__:
+            report.already += 1
+        elif name in wanted and name not in skipped:
+            _consider(name, module, adapters, report)
+    if example_inputs is not None:
+        report.explanation = _explained(model, example_inputs)
+    return report
+
+
+def restore(model: Module) -> Report:
+    """Undo `accelerate`: every module that it switched has its original class again. Modules built from `detr_fast.nn` stay.
+
+    Raises TypeError for a model that is no torch.nn.Module.
+    """
+    _check(model)
+    report = Report(type(model).__name__, "restored")
+    for name, module in model.named_modules():
+        if MARK in module.__dict__:
+            _restore(name, module, report)
+    return report
+
+
+@contextmanager
+def accelerated(model: Module, **options: Any) -> Iterator[Report]:
+    """`accelerate(model, **options)` while the block runs; what the block began with is there again afterwards."""
+    _check(model)
+    before = {module for module in model.modules() if MARK in module.__dict__}
+    report = accelerate(model, **options)
+    switched = [module for module in model.modules() if MARK in module.__dict__ and module not in before]
+    try:
+        yield report
+    finally:
+        for module in switched:
+            if MARK in module.__dict__:
+                _restore("", module, Report(report.model))
+
+
+def _consider(name: str, module: Module, adapters: Sequence[type[Adapter]], report: Report) -> None:
+    for adapter in adapters:
+        answer = adapter.consider(module)
+        if answer is None:
+            continue
+        kind = type(module)
+        if isinstance(answer, str):
+            report.left.append(Left(name, public_name(kind), answer))
+        else:
+            module.__class__ = answer
+            module.__dict__[MARK] = Mark(kind, adapter)
+            adapter.switched(module)
+            report.switched.append(Switched(name, public_name(kind), adapter.describe(answer)))
+        return
+
+
+def _restore(name: str, module: Module, report: Report) -> None:
+    mark: Mark = module.__dict__[MARK]
+    now = public_name(type(module))
+    reason = why_class_is_taken(module)
+    if reason is not None:  # someone else has replaced the class since
+        report.left.append(Left(name, now, reason))
+        return
+    module.__class__ = mark.original
+    del module.__dict__[MARK]
+    mark.adapter.restored(module)
+    report.switched.append(Switched(name, now, public_name(mark.original)))
+
+
+def _explained(model: Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Explanation:
+    if isinstance(example_inputs, Mapping):
+        return explain(model, quiet=True, **example_inputs)
+    if not isinstance(example_inputs, (list, tuple)):
+        raise TypeError(
+            "example_inputs must be a tuple of positional or a dict of keyword arguments; got "
+            f"{type(example_inputs).__name__}. Write example_inputs=(x,) for one argument."
+        )
+    return explain(model, *example_inputs, quiet=True)
+
+
+def _selected(model: Module, selection: Selection, argument: str, *, everything: bool) -> set[str]:
+    """The names of the modules that a selection means: of a module, also all below it."""
+    if selection is None:
+        return {name for name, _ in model.named_modules()} if everything else set()
+    parts = [selection] if isinstance(selection, (str, type)) else list(selection)
+    found: set[str] = set()
+    for part in parts:
+        roots = [name for name, module in model.named_modules() if _matches(part, name, module, argument)]
+        if not roots:
+            what = repr(part) if isinstance(part, str) else part.__name__
+            raise ValueError(
+                f"{argument}: {what} matches none of the model's modules; names are as in model.named_modules(), "
+                "with * and ? as wildcards"
+            )
+        for root in roots:
+            below = f"{root}." if root else ""
+            found.update(n for n, _ in model.named_modules() if n == root or n.startswith(below))
+    return found
+
+
+def _matches(part: Any, name: str, module: Module, argument: str) -> bool:
+    if isinstance(part, str):
+        return fnmatchcase(name, part)
+    if isinstance(part, type):
+        return isinstance(module, part)
+    raise TypeError(f"{argument} takes names, glob patterns and classes; got {part!r}")
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,29 @@
+"""Which modules of which library `accelerate` can switch to ours: one file a library."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch.nn import Module
+
+from detr_fast.adapters.base import Adapter
+
+# In the order in which they are asked. An adapter for a package is imported where a model has a class of that package.
+_ADAPTERS = {
+    "detr_fast.adapters.hugging_face.HuggingFaceAttention": "transformers",
+    "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
+    "detr_fast.adapters.timm.Timm": "timm",
+    "detr_fast.adapters.original_detr.OriginalDetr": None,
+    "detr_fast.adapters.torch_nn.TorchNN": None,
+}
+
+
+def adapters_for(model: Module) -> list[type[Adapter]]:
+    """The adapters that the classes in a model call for."""
+    packages = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
+    adapters = []
+    for path, package in _ADAPTERS.items():
+        if package is None or package in packages:
+            where, _, name = path.rpartition(".")
+            adapters.append(getattr(importlib.import_module(where), name))
+    return adapters

@@ -1,0 +1,128 @@
+"""What all adapters share: the interface, the reasons that hold for any module, and classes made on the fly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Module
+from torch.nn.utils import parametrize
+
+MARK = "_detr_fast_switched"  # in a switched module's __dict__
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Adapter(ABC):
+    """How one library's modules are switched to ours and back. Adapters are classes without instances."""
+
+    @classmethod
+    @abstractmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        """The class that the module is switched to, the reason to leave it alone, or None: not this adapter's concern."""
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        """What a switched module runs, for the report."""
+        return public_name(replacement)
+
+    @classmethod
+    def switched(cls, module: Module) -> None:
+        """What there is to do besides switching the class."""
+        return None
+
+    @classmethod
+    def restored(cls, module: Module) -> None:
+        """The same, undone."""
+        return None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a switched module carries, in copies and pickles too: how to switch it back."""
+
+    original: type[Module]
+    adapter: type[Adapter]
+
+
+def public_name(kind: type) -> str:
+    """A class as its users call it: torch.nn.LayerNorm, transformers.DetrSelfAttention."""
+    parts = kind.__module__.split(".")
+    package = ".".join(parts[:2] if parts[0] in ("torch", "detr_fast") else parts[:1])
+    return f"{package}.{kind.__name__}"
+
+
+def why_class_is_taken(module: Module) -> str | None:
+    """Why the module's class is not ours to switch: someone else has replaced it."""
+    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        return "fully_shard (FSDP2) has replaced its class: accelerate the model before it is sharded"
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[union-attr,arg-type]
+        return f"{names} is parametrised (torch.nn.utils.parametrize)"
+    return None
+
+
+def why_not_switch(module: Module) -> str | None:
+    """A reason to leave a module alone whatever its class is."""
+    if (reason := why_class_is_taken(module)) is not None:
+        return reason
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
+def why_not_fuse(module: Module, expected: dict[str, tuple[type[Module], ...]]) -> str | None:
+    """A reason why a module's children can't be computed other than by calling them.
+
+    expected: the classes that a child may be of, exactly, by its name; a child that is absent or None does not count.
+    """
+    for name, classes in expected.items():
+        child = module._modules.get(name)
+        if child is None:
+            continue
+        if (reason := why_not_switch(child)) is not None:
+            return f"{name}: {reason}"
+        if type(child) not in classes:
+            return (
+                f"{name} is a {public_name(type(child))} where {public_name(classes[0])} is expected: "
+                "wrapped (LoRA), quantised and custom parts are run as they are"
+            )
+        if any(getattr(child, hooks) for hooks in HOOKS):
+            return f"{name} has hooks, which must see its calls"
+    return None
+
+
+def overriding(module: Module, base: type[Module]) -> type[Module] | None:
+    """The class between the module's and `base` that has a forward of its own."""
+    for one in type(module).__mro__:
+        if one is base:
+            return None
+        if "forward" in one.__dict__:
+            return one
+    return None
+
+
+def names_used(function: Any) -> frozenset[str]:
+    """The globals and attributes that a function's code reads: whether it is still the function that we know."""
+    return frozenset(function.__code__.co_names)
+
+
+_JOINED: dict[tuple[type[Module], ...], type[Module]] = {}
+
+
+def joined(first: type[Module], second: type[Module], original: type[Module]) -> type[Module]:
+    """A class that is both, called as `original` is; its instances are pickled by the two classes it is made of."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return (_instance, (first, second, original), *object.__reduce_ex__(self, 2)[2:])
+
+    made = _JOINED.get((first, second, original))
+    if made is None:
+        body = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__reduce_ex__": reduce}
+        made = _JOINED[first, second, original] = type(original.__name__, (first, second), body)
+    return made
+
+
+def _instance(first: type[Module], second: type[Module], original: type[Module]) -> Module:
+    made = joined(first, second, original)
+    return made.__new__(made)

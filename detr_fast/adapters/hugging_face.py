@@ -1,0 +1,141 @@
+"""Hugging Face transformers: attention by its own registry, and masks by its mask registry.
+
+Importing this module registers both under the name "detr_fast". A model's configuration then asks for it by that name, as
+for "sdpa", and modules that `accelerate` has marked run on `ops.attention`; all others that share the configuration run on
+transformers' SDPA as before. The mask registry matters as much: for a name without an entry there, transformers passes no
+mask at all and padding would be attended to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Module
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from detr_fast import dispatch
+from detr_fast.adapters.base import MARK, Adapter, names_used, why_not_switch
+from detr_fast.ops.attention import ATTENTION
+
+NAME = "detr_fast"
+_PADDING = "_detr_fast_padding"
+# Arguments besides those of `attention` that change nothing in what is computed here, and are passed by encoders.
+_HARMLESS = {"output_hidden_states", "use_cache", "return_dict", "position_ids", "cache_position", "num_items_in_batch"}
+
+
+class HuggingFaceAttention(Adapter):
+    """Attention modules that ask transformers' registry, in models that run on its SDPA."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        config: Any = getattr(module, "config", None)
+        forward = inspect.unwrap(type(module).forward)
+        if not hasattr(config, "_attn_implementation") or not hasattr(forward, "__code__"):
+            return None
+        if "ALL_ATTENTION_FUNCTIONS" not in names_used(forward):
+            return None
+        if (reason := why_not_switch(module)) is not None:
+            return reason
+        implementation = config._attn_implementation
+        if implementation not in ("sdpa", NAME):
+            return (
+                f"its model runs on {implementation!r} attention, which returns or needs what SDPA does not; "
+                "call model.set_attn_implementation('sdpa') first"
+            )
+        return type(module)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return "detr_fast.ops.attention (transformers' registry)"
+
+    @classmethod
+    def switched(cls, module: Module) -> None:
+        module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+
+    @classmethod
+    def restored(cls, module: Module) -> None:
+        module.config._attn_implementation_internal = "sdpa"  # type: ignore[union-attr]
+
+
+def attention(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query, key, value (B, H, L, E), the result (B, L, H, E) and no weights."""
+    here = MARK in module.__dict__ and (dispatch.intervening or query.is_cuda)
+    grouped = key.shape[1] != query.shape[1] or key.shape[0] != query.shape[0]
+    unusual = any(value is not None and value is not False for name, value in kwargs.items() if name not in _HARMLESS)
+    if not here or grouped or unusual:
+        arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+        return sdpa_attention_forward(*arguments, **kwargs)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    padding, mask = _split(attention_mask)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling).contiguous(), None
+
+
+def _split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A mask (B, 1, L, S), True = may attend, as padding (B, S), True = padding, where it is one for all queries."""
+    if mask is None:
+        return None, None
+    padding = None if torch.compiler.is_compiling() else getattr(mask, _PADDING, None)
+    if padding is None and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.stride(2) == 0:
+        padding = ~mask[:, 0, 0]
+    return (None, mask) if padding is None else (padding, None)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: bool (B, 1, L, S), True = may attend, or None where nothing is hidden.
+
+    Padding of a bidirectional model stays as small as it is, (B, S), seen through strides of 0, and is inverted once for
+    all layers. Everything else is transformers' own for SDPA.
+    """
+    padded = mask_function is bidirectional_mask_function and not use_vmap and attention_mask is not None
+    if padded and attention_mask.shape == (batch_size, kv_length) and kv_offset == 0:  # type: ignore[union-attr]
+        visible: Tensor = attention_mask.to(torch.bool)  # type: ignore[union-attr]
+        if allow_is_bidirectional_skip and not _must_not_look(visible) and visible.all():
+            return None
+        expanded = visible[:, None, None].expand(batch_size, 1, q_length, kv_length)
+        if not torch.compiler.is_compiling():
+            setattr(expanded, _PADDING, ~visible)
+        return expanded
+    options = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip, "use_vmap": use_vmap, **kwargs}
+    if mask_function is not None:
+        options["mask_function"] = mask_function
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **options)
+
+
+def _must_not_look(visible: Tensor) -> bool:
+    """Whether looking into a mask would break a graph. Elsewhere it is worth the wait, as for transformers' SDPA."""
+    traced = isinstance(visible, FakeTensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or (visible.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)

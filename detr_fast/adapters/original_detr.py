@@ -1,0 +1,102 @@
+"""The original DETR repository's transformer layers, known by name and code: the repository is not imported.
+
+Its layers throw the attention weights away, but don't tell nn.MultiheadAttention, which then writes them to memory, in
+fp32 and for each head, only to average and drop them. Here they are asked for only where a hook might look at them, as the
+repository's own visualisation does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from detr_fast.adapters.base import Adapter, joined, names_used, why_not_switch
+
+# The code that we know: the names that forward, forward_post and forward_pre read.
+_FORWARD = frozenset({"normalize_before", "forward_pre", "forward_post"})
+_BODY = frozenset("with_pos_embed self_attn dropout1 norm1 linear2 dropout activation linear1 dropout2 norm2".split())
+_KNOWN = {
+    "TransformerEncoderLayer": _BODY,
+    "TransformerDecoderLayer": _BODY | {"multihead_attn", "dropout3", "norm3"},
+}
+
+
+def attend(attention: Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any) -> Tensor:
+    """The attention's output; weights are computed only where a hook could see them."""
+    seen = bool(attention._forward_hooks)
+    return attention(query, key, value, attn_mask=mask, key_padding_mask=padding, need_weights=seen)[0]
+
+
+class EncoderLayer(Module):
+    """The forward of an encoder layer (L, N, E); everything else is the class's that this is mixed into."""
+
+    def forward(
+        self: Any, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, pos: Any = None
+    ) -> Tensor:
+        """As the original's: positions are added to queries and keys, not to values."""
+        before = self.normalize_before
+        x = self.norm1(src) if before else src
+        q = self.with_pos_embed(x, pos)
+        x = src + self.dropout1(attend(self.self_attn, q, q, x, src_mask, src_key_padding_mask))
+        x = x if before else self.norm1(x)
+        y = self.norm2(x) if before else x
+        x = x + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(y)))))
+        return x if before else self.norm2(x)
+
+
+class DecoderLayer(Module):
+    """The forward of a decoder layer (L, N, E); everything else is the class's that this is mixed into."""
+
+    def forward(
+        self: Any,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Any = None,
+        memory_mask: Any = None,
+        tgt_key_padding_mask: Any = None,
+        memory_key_padding_mask: Any = None,
+        pos: Any = None,
+        query_pos: Any = None,
+    ) -> Tensor:
+        """As the original's: query positions are added to queries and self-attention's keys, positions to memory's keys."""
+        before = self.normalize_before
+        x = self.norm1(tgt) if before else tgt
+        q = self.with_pos_embed(x, query_pos)
+        x = tgt + self.dropout1(attend(self.self_attn, q, q, x, tgt_mask, tgt_key_padding_mask))
+        x = x if before else self.norm1(x)
+        q = self.with_pos_embed(self.norm2(x) if before else x, query_pos)
+        k = self.with_pos_embed(memory, pos)
+        x = x + self.dropout2(attend(self.multihead_attn, q, k, memory, memory_mask, memory_key_padding_mask))
+        x = x if before else self.norm2(x)
+        y = self.norm3(x) if before else x
+        x = x + self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(y)))))
+        return x if before else self.norm3(x)
+
+
+_MIXINS = {"TransformerEncoderLayer": EncoderLayer, "TransformerDecoderLayer": DecoderLayer}
+
+
+class OriginalDetr(Adapter):
+    """Classes called TransformerEncoderLayer and TransformerDecoderLayer that have the original DETR's code."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        kind = type(module)
+        if kind.__name__ not in _MIXINS or not hasattr(kind, "forward_post") or not hasattr(kind, "forward_pre"):
+            return None
+        mixin = _MIXINS[kind.__name__]
+        if isinstance(module, mixin):
+            return None
+        known = _KNOWN[kind.__name__]
+        methods: Any = kind
+        if names_used(methods.forward) != _FORWARD or not (
+            names_used(methods.forward_post) == names_used(methods.forward_pre) == known
+        ):
+            return "its name is that of the original DETR's layer, its code is not"
+        return why_not_switch(module) or joined(mixin, kind, kind)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return f"detr_fast.adapters.original_detr.{replacement.__mro__[1].__name__}"

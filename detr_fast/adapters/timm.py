@@ -1,0 +1,68 @@
+"""timm's vision transformers: their attention and LayerNorm classes."""
+
+from __future__ import annotations
+
+import timm.models.vision_transformer as theirs
+import torch.nn.functional as F
+from timm.layers import LayerNorm as TimmLayerNorm
+from torch import Tensor
+from torch.nn import Module
+
+from detr_fast import dispatch
+from detr_fast.adapters.base import Adapter, names_used, why_not_switch
+from detr_fast.ops.attention import ATTENTION
+from detr_fast.ops.layer_norm import LAYER_NORM
+
+# What the forwards that we know read; another one computes something else.
+_KNOWN = {
+    theirs.Attention: frozenset(
+        "shape gate sigmoid qkv reshape num_heads head_dim permute unbind q_norm k_norm fused_attn F "
+        "scaled_dot_product_attention attn_drop p training scale transpose resolve_self_attn_mask maybe_add_mask softmax "
+        "attn_dim norm proj proj_drop".split()
+    ),
+    TimmLayerNorm: frozenset("_fast_norm fast_layer_norm normalized_shape weight bias eps F layer_norm".split()),
+}
+
+
+class Attention(theirs.Attention):
+    """The same attention on `ops.attention`, in the layout that the projection leaves."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As timm's. CPU tensors, and models that have timm's fused attention switched off, take the original."""
+        both = attn_mask is not None and is_causal
+        if both or not self.fused_attn or not (dispatch.intervening or x.is_cuda is not False):
+            return super().forward(x, attn_mask, is_causal)
+        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        dropout = self.attn_drop.p if self.training else 0.0
+        y = ATTENTION(self.q_norm(q), self.k_norm(k), v, None, attn_mask, is_causal, dropout, None)
+        y = self.norm(y.flatten(2))
+        return self.proj_drop(self.proj(y if gate is None else y * gate))
+
+
+class LayerNorm(TimmLayerNorm):
+    """The same LayerNorm on `ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's. With timm's fast norm switched on, which casts under autocast, the original runs."""
+        if self._fast_norm:
+            return super().forward(x)
+        if dispatch.intervening or x.is_cuda is not False:
+            return LAYER_NORM(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+_REPLACEMENTS: dict[type[Module], type[Module]] = {theirs.Attention: Attention, TimmLayerNorm: LayerNorm}
+
+
+class Timm(Adapter):
+    """Exactly timm's Attention and LayerNorm."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        replacement = _REPLACEMENTS.get(type(module))
+        if replacement is None:
+            return None
+        if unknown := names_used(type(module).forward) - _KNOWN[type(module)]:
+            return f"this version of timm computes it differently ({', '.join(sorted(unknown))})"
+        return why_not_switch(module) or replacement

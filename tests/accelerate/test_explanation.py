@@ -1,0 +1,78 @@
+"""What `explain` says an op costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import detr_fast
+from detr_fast import nn as ours
+from detr_fast.explanation import explaining, measured_times
+
+
+def test_each_op_has_its_launches_and_bytes_and_the_rest_is_summed_up(capsys):
+    model = nn.Sequential(ours.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), ours.LayerNorm(8))
+    records = detr_fast.explain(model, torch.ones(4, 8))
+    tensors = 4 * 8 * 4
+    assert [(r.module, r.launches) for r in records] == [("0", 1), ("3", 1)]
+    assert all(r.bytes_moved == 2 * tensors + 2 * 8 * 4 + 2 * 4 * 4 for r in records)  # with weight, bias, statistics
+    printed = capsys.readouterr().out
+    assert "everything else: 2 launches" in printed
+    assert f"in all: {records.counts.total_launches} launches" in printed
+    assert records.counts.total_launches == 4
+    assert records.as_dicts()[0]["launches"] == 1
+
+
+def test_the_costs_of_calls_of_one_module_are_added_up():
+    norm = ours.LayerNorm(8)
+    (record,) = detr_fast.explain(nn.Sequential(norm, norm), torch.ones(4, 8), quiet=True)
+    assert (record.calls, record.launches) == (2, 2)
+
+
+def test_explaining_a_step_counts_nothing_unless_asked():
+    model = nn.Sequential(ours.LayerNorm(8))
+    with explaining(model) as records:
+        model(torch.ones(4, 8))
+    assert records.counts is None
+    assert not hasattr(records[0], "launches")
+    assert "launch" not in str(records)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_explained_without_a_trace(training):
+    model = nn.Sequential(nn.BatchNorm1d(8), ours.LayerNorm(8), nn.Dropout()).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(4, 8)
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    detr_fast.explain(model, x, quiet=True)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training is training
+
+
+def test_times_are_those_of_each_modules_calls_the_median_over_runs():
+    class Event:  # stands for torch.cuda.Event: time passes only in Wait
+        now = 0.0
+
+        def record(self):
+            self.at = Event.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Wait(nn.Module):
+        def forward(self, x):
+            Event.now += next(durations)
+            return x
+
+    durations = iter([1.0, 2.0, 100.0, 3.0, 4.0, 5.0])  # two calls a run
+    wait = Wait()
+    model = nn.Sequential(wait, nn.Identity(), wait)
+    times = measured_times(model, lambda: model(torch.ones(1)), 3, Event)
+    assert times == {"": 9.0, "0": 9.0, "1": 0.0}

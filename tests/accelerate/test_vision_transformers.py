@@ -1,0 +1,118 @@
+"""timm's and torchvision's vision transformers, with random weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import detr_fast
+from detr_fast.explanation import explaining
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+
+def timm_vit(**options):
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(1)
+    settings = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
+    return VisionTransformer(**settings, **options)
+
+
+def torchvision_vit(**options):
+    torch.manual_seed(1)
+    model = torchvision.models.VisionTransformer(24, 8, 2, 4, 32, 48, num_classes=3, **options)
+    nn.init.normal_(model.heads.head.weight)  # zeros at first, which would hide everything below
+    return model
+
+
+def look(model):
+    dtype = next(model.parameters()).dtype
+    return [model(torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(2)).to(dtype))]
+
+
+MODELS = {
+    "timm": timm_vit,
+    "timm, normalised queries and keys": lambda: timm_vit(qk_norm=True, init_values=0.1),
+    "timm, normalised outputs": lambda: timm_vit(scale_attn_norm=True),
+    "torchvision": torchvision_vit,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_as_before(name, training, assert_unchanged):
+    model = MODELS[name]().train(training)
+    report = assert_unchanged(model, look)
+    assert not report.left
+    norms = sum(isinstance(m, nn.LayerNorm) for m in model.modules())
+    assert len(report.switched) == norms + 2
+    with explaining(model) as records:
+        look(model)
+    assert sum(r.op == "attention" for r in records) == 2
+    assert sum(r.calls for r in records if r.op == "layer_norm") == norms
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_copies_pickles_and_restore(name):
+    model = MODELS[name]().eval()
+    kinds, expected, keys = [type(m) for m in model.modules()], look(model)[0], list(model.state_dict())
+    detr_fast.accelerate(model)
+    assert list(model.state_dict()) == keys
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(look(twin)[0], expected)
+        detr_fast.restore(twin)
+        assert [type(m) for m in twin.modules()] == kinds
+
+
+@pytest.mark.parametrize("mask", ["bool", "float", "causal"])
+def test_masks_mean_what_they_mean_to_timm(mask):
+    from timm.models.vision_transformer import Attention
+
+    attention = Attention(32, 4, qkv_bias=True)
+    x, visible = torch.randn(2, 5, 32), torch.ones(5, 5, dtype=torch.bool).tril()
+    options = {
+        "bool": {"attn_mask": visible},
+        "float": {"attn_mask": torch.randn(2, 1, 5, 5)},
+        "causal": {"is_causal": True},
+    }[mask]
+    expected = attention(x, **options)
+    detr_fast.accelerate(attention)
+    with detr_fast.use_backend(attention="eager"):
+        torch.testing.assert_close(attention(x, **options), expected)
+
+
+def test_with_timms_fused_attention_switched_off_the_original_runs():
+    model = timm_vit()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    expected = look(model)[0]
+    detr_fast.accelerate(model)
+    with explaining(model) as records:
+        assert torch.equal(look(model)[0], expected)
+    assert {r.op for r in records} == {"layer_norm"}
+
+
+def test_another_version_of_a_class_is_left_alone(monkeypatch):
+    from timm.models.vision_transformer import Attention
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return self.rotate(self.qkv(x))
+
+    monkeypatch.setattr(Attention, "forward", forward)
+    report = detr_fast.accelerate(timm_vit())
+    assert {one.reason for one in report.left} == {"this version of timm computes it differently (rotate)"}
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_it_compiles_to_one_graph(name):
+    model = MODELS[name]().eval()
+    expected = look(model)[0]
+    detr_fast.accelerate(model)
+    torch.testing.assert_close(look(torch.compile(model, fullgraph=True, backend="eager"))[0], expected)
