@@ -107,6 +107,11 @@ def names_used(function: Any) -> frozenset[str]:
     return frozenset(function.__code__.co_names)
 
 
+def names(text: str) -> frozenset[str]:
+    """The same, written down."""
+    return frozenset(text.split())
+
+
 _JOINED: dict[tuple[type[Module], ...], type[Module]] = {}
 
 

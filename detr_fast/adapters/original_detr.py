@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, joined, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, joined, names, names_used, why_not_switch
 
 # The code that we know: the names that forward, forward_post and forward_pre read.
 _FORWARD = frozenset({"normalize_before", "forward_pre", "forward_post"})
-_BODY = frozenset("with_pos_embed self_attn dropout1 norm1 linear2 dropout activation linear1 dropout2 norm2".split())
+_BODY = names("with_pos_embed self_attn dropout1 norm1 linear2 dropout activation linear1 dropout2 norm2")
 _KNOWN = {
     "TransformerEncoderLayer": _BODY,
     "TransformerDecoderLayer": _BODY | {"multihead_attn", "dropout3", "norm3"},

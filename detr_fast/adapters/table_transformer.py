@@ -8,13 +8,13 @@ from torch.nn import Module
 from transformers.models.table_transformer import modeling_table_transformer as theirs
 
 from detr_fast import dispatch
-from detr_fast.adapters.base import Adapter, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, names, names_used, why_not_switch
 from detr_fast.ops.attention import ATTENTION
 
 # What the forward that we know reads; another one computes something else.
-_KNOWN = frozenset(
+_KNOWN = names(
     "size with_pos_embed q_proj scaling _shape k_proj v_proj num_heads head_dim view torch bmm transpose ValueError dtype bool "
-    "zeros_like masked_fill_ inf nn functional softmax dropout training reshape out_proj".split()
+    "zeros_like masked_fill_ inf nn functional softmax dropout training reshape out_proj"
 )
 
 
@@ -29,7 +29,7 @@ class TableTransformerAttention(theirs.TableTransformerAttention):
         key_value_states: Tensor | None = None,
         spatial_position_embeddings: Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor] | None]:
         """As transformers'. Weights that are asked for, and CPU tensors, take the original."""
         if output_attentions or not (dispatch.intervening or hidden_states.is_cuda):
             return super().forward(
@@ -54,7 +54,7 @@ class TableTransformerAttention(theirs.TableTransformerAttention):
         if mask is not None:  # here True means hidden
             mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
         y = ATTENTION(q, k, v, None, mask, False, self.dropout if self.training else 0.0, self.scaling)
-        return self.out_proj(y.flatten(2)), None
+        return self.out_proj(y.flatten(2)), None  # type: ignore[return-value]  # they annotate three and return two
 
 
 class TableTransformer(Adapter):

@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.nn import Module
 
 from detr_fast import dispatch
-from detr_fast.adapters.base import Adapter, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, names, names_used, why_not_switch
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
 
 # What the forwards that we know read; another one computes something else.
 _KNOWN = {
-    theirs.Attention: frozenset(
+    theirs.Attention: names(
         "shape gate sigmoid qkv reshape num_heads head_dim permute unbind q_norm k_norm fused_attn F "
         "scaled_dot_product_attention attn_drop p training scale transpose resolve_self_attn_mask maybe_add_mask softmax "
-        "attn_dim norm proj proj_drop".split()
+        "attn_dim norm proj proj_drop"
     ),
-    TimmLayerNorm: frozenset("_fast_norm fast_layer_norm normalized_shape weight bias eps F layer_norm".split()),
+    TimmLayerNorm: names("_fast_norm fast_layer_norm normalized_shape weight bias eps F layer_norm"),
 }
 
 
@@ -32,7 +32,8 @@ class Attention(theirs.Attention):
         both = attn_mask is not None and is_causal
         if both or not self.fused_attn or not (dispatch.intervening or x.is_cuda is not False):
             return super().forward(x, attn_mask, is_causal)
-        gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
+        project_gate = getattr(self, "gate", None)  # newer versions have it
+        gate = None if project_gate is None else project_gate(x).sigmoid()
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         dropout = self.attn_drop.p if self.training else 0.0
         y = ATTENTION(self.q_norm(q), self.k_norm(k), v, None, attn_mask, is_causal, dropout, None)
