@@ -27,7 +27,7 @@ def explain(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Records instead of lines.")] = False,
 ) -> None:
-    """Say what would run where: one line a module, with the implementation chosen and the reasons against the others."""
+    """Say what would run where: one line a module, with the implementation chosen, its cost, and the reasons against others."""
     import dataclasses
     import json
 
@@ -44,7 +44,7 @@ def explain(
     else:
         trained = load_trained_model(model, where)
         config, detector = trained.config, trained.model.requires_grad_(training)
-    explanation = explain_model(detector, config, where, training, batch_size, image_size)
+    explanation = explain_model(detector, config, where, training, batch_size, image_size, counted=True)
     print(json.dumps(explanation.as_dicts(), indent=1) if as_json else explanation)
 
 
@@ -55,8 +55,9 @@ def explain_model(
     training: bool,
     batch_size: int = 2,
     image_size: int = 0,
+    counted: bool = False,
 ) -> Explanation:
-    """One batch of padded random images, of the size that `config` evaluates at."""
+    """One batch of padded random images, of the size that `config` evaluates at; `counted`: with launches and bytes."""
     import torch
 
     from detr_fast.explanation import explaining
@@ -67,7 +68,7 @@ def explain_model(
     state: dict[str, Any] = {k: v.clone() for k, v in model.state_dict().items()} if training else {}
     model.train(training)
     try:
-        with torch.set_grad_enabled(training), explaining(model) as explanation:
+        with torch.set_grad_enabled(training), explaining(model, counted=counted) as explanation:
             outputs = model(images)
             if training:
                 (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()).backward()

@@ -1,7 +1,7 @@
 """Odd and wrong inputs through ours and torch.nn's: the same class of outcome, whatever runs.
 
-Either both raise the same type with a message, or both return equal values. What differs knowingly is not in the table
-but tested by name: queries that see no key (test_multihead_attention.py).
+Either both raise the same type with a message, or both return equal values. What differs knowingly is not in the tables
+but in test_differences.py and docs/differences.md.
 """
 
 from __future__ import annotations
@@ -133,6 +133,15 @@ ATTENTION = {  # MultiheadAttention(8, 2, batch_first=True)
     ),
     "huge scores": lambda: ((1e150 * x(), x(), x()), {}),
     "sparse query": lambda: ((x().to_sparse(), x(), x()), {}),
+    "meta input": lambda: same(x(3, 4, 8, device="meta")),
+    "meta keys": lambda: ((x(), x(3, 4, 8, device="meta"), x(3, 4, 8, device="meta")), {}),
+    "bfloat16 input": lambda: same(x(dtype=torch.bfloat16)),
+    "padding and mask that leave one key": lambda: same(
+        x(), key_padding_mask=tail(3, 4), attn_mask=torch.tensor([True, True, False, False]).expand(4, 4)
+    ),
+    "an overlapping view": lambda: same(x(40).as_strided((3, 4, 8), (8, 4, 1))),
+    "text for need_weights": lambda: same(x(), need_weights="yes"),
+    "a number for a mask": lambda: same(x(), attn_mask=0.0),
 }
 
 TRANSFORMER = {  # Transformer(8, 2, 1, 1, 12, 0.0, batch_first=True)
@@ -167,6 +176,10 @@ CONSTRUCTORS = {
     "an unknown keyword": ("Transformer", (8, 2), {"layers": 2}),
     "heads that do not divide": ("Transformer", (8, 3), {}),
 }
+
+
+def test_the_tables_are_long_enough():
+    assert len(NORM) + len(ATTENTION) + len(TRANSFORMER) + len(CONSTRUCTORS) >= 60
 
 
 def outcome(call):

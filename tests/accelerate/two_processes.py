@@ -1,0 +1,106 @@
+"""One of two processes of test_distributed.py: `two_processes.py RANK FILE`. Prints what it saw; raises where it differs."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import detr_fast
+from detr_fast import nn as ours
+from detr_fast import use_backend
+
+STEPS = 3
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True), 2, nn.LayerNorm(16))
+
+
+def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[rank, 3:] = True
+    return torch.randn(2, 5, 16, generator=generator), padding
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> torch.Tensor:
+    x, padding = batch(rank, step)
+    return model(x, src_key_padding_mask=padding).square().sum()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, rank, step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def truth(rank: int) -> list[float]:
+    """The same training in one process, on the mean of both ranks' gradients."""
+    model, losses = build(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        values = [loss_of(model, r, step) for r in (0, 1)]
+        (sum(values) / 2).backward()
+        optimizer.step()
+        losses.append(values[rank].item())
+    return losses
+
+
+def data_parallel(rank: int) -> list[float]:
+    """Accelerated in the middle of training, through the wrapper."""
+    model = DistributedDataParallel(build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = train(model, optimizer, rank, range(1))
+    report = detr_fast.accelerate(model)
+    assert {one.name.split(".")[0] for one in report.switched} == {"module"}
+    with use_backend(attention="sdpa"):
+        losses += train(model, optimizer, rank, range(1, 2))
+    detr_fast.restore(model)
+    return losses + train(model, optimizer, rank, range(2, STEPS))
+
+
+def fully_sharded(rank: int) -> list[float]:
+    """Accelerated first; a model that is sharded already is left alone where its classes were replaced."""
+    model = build()
+    plain = copy.deepcopy(model)
+    detr_fast.accelerate(model)
+    for one in (model, plain):
+        for layer in one.layers:
+            fully_shard(layer)
+        fully_shard(one)
+    assert isinstance(model.layers[0], ours.TransformerEncoderLayer)
+    report = detr_fast.accelerate(plain)
+    assert {one.name for one in report.left} == {"", "layers.0", "layers.1"}
+    assert all("FSDP2" in one.reason for one in report.left)
+    assert {one.name for one in detr_fast.restore(model).left} == {"", "layers.0", "layers.1"}
+    detr_fast.accelerate(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with use_backend(attention="sdpa"):
+        return train(model, optimizer, rank, range(STEPS))
+
+
+def main(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    expected = torch.tensor(truth(rank))
+    for train_one in (data_parallel, fully_sharded):
+        torch.testing.assert_close(torch.tensor(train_one(rank)), expected, rtol=1e-4, atol=1e-5)
+        print(train_one.__name__, "as in one process")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

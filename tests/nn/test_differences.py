@@ -1,0 +1,129 @@
+"""The differences from PyTorch that docs/differences.md lists are all there are known, and are as it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn as torch_nn
+
+import detr_fast
+from detr_fast import nn, use_backend
+from detr_fast.dispatch import BackendError
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "differences.md"
+
+
+def a_query_that_sees_no_key(twins):
+    ours, original = twins("MultiheadAttention", 8, 2, batch_first=True)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    hidden = torch.tensor([[False] * 3, [True] * 3])
+    for need_weights in (True, False):
+        theirs = original(x, x, x, key_padding_mask=hidden, need_weights=need_weights)[0]
+        with use_backend(attention="sdpa"):
+            mine = ours(x, x, x, key_padding_mask=hidden, need_weights=need_weights)[0]
+        torch.testing.assert_close(mine[0], theirs[0])
+        assert torch.equal(mine[1], ours.out_proj.bias.expand(3, 8))
+        assert theirs[1].isnan().all() == need_weights
+
+
+def padded_positions(twins):
+    layer = torch_nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+    ours, original = nn.TransformerEncoder(layer, 1).eval(), torch_nn.TransformerEncoder(layer, 1).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False] * 3, [False, False, True]])
+    with torch.no_grad():
+        theirs = original(x, src_key_padding_mask=padding)
+        with use_backend(attention="sdpa"):
+            mine = ours(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(mine[~padding], theirs[~padding])
+    assert (theirs[padding] == 0).all()
+    assert (mine[padding] != 0).any()
+
+
+def nested_tensors(twins):
+    ours, original = (m.eval() for m in twins("MultiheadAttention", 8, 2, batch_first=True, dtype=torch.float32))
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad():
+        original(x, x, x, need_weights=False)
+        with use_backend(attention="sdpa"), pytest.raises(BackendError, match="nested tensors"):
+            ours(x, x, x, need_weights=False)
+
+
+class TransformerEncoderLayer(torch_nn.Module):
+    """The original DETR's, as far as the adapter knows it by."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = torch_nn.MultiheadAttention(8, 2)
+        self.linear1, self.linear2 = torch_nn.Linear(8, 12), torch_nn.Linear(12, 8)
+        self.norm1, self.norm2 = torch_nn.LayerNorm(8), torch_nn.LayerNorm(8)
+        self.dropout = self.dropout1 = self.dropout2 = torch_nn.Identity()
+        self.activation, self.normalize_before = torch.relu, False
+
+    def with_pos_embed(self, tensor, pos):
+        return tensor if pos is None else tensor + pos
+
+    def forward_post(self, src, src_mask=None, src_key_padding_mask=None, pos=None):
+        q = k = self.with_pos_embed(src, pos)
+        src = self.norm1(src + self.dropout1(self.self_attn(q, k, src)[0]))
+        return self.norm2(src + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(src))))))
+
+    forward_pre = forward_post
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, pos=None):
+        if self.normalize_before:
+            return self.forward_pre(src, src_mask, src_key_padding_mask, pos)
+        return self.forward_post(src, src_mask, src_key_padding_mask, pos)
+
+
+def weights_of_the_original_detr(twins):
+    layer, seen = TransformerEncoderLayer(), []
+    forward = torch_nn.MultiheadAttention.forward
+
+    def spy(self, *args, **kwargs):
+        seen.append(forward(self, *args, **kwargs)[1])
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_nn.MultiheadAttention, "forward", spy)
+        layer(torch.randn(3, 2, 8))
+        detr_fast.accelerate(layer)
+        layer(torch.randn(3, 2, 8))
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+        layer(torch.randn(3, 2, 8))
+    assert [weights is None for weights in seen] == [False, True, False, False]
+
+
+def table_positions(twins):
+    theirs = pytest.importorskip("transformers.models.table_transformer.modeling_table_transformer")
+    original, ours = theirs.TableTransformerAttention(8, 2), theirs.TableTransformerAttention(8, 2)
+    detr_fast.accelerate(ours)
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(UnboundLocalError):
+        original(x)
+    with use_backend(attention="sdpa"):
+        assert ours(x)[0].shape == x.shape
+
+
+DIFFERENCES = {
+    "Queries that see no key": a_query_that_sees_no_key,
+    "Padded positions of an encoder's output in inference": padded_positions,
+    "Nested tensors with an implementation asked for by name": nested_tensors,
+    "Attention weights inside the original DETR's layers": weights_of_the_original_detr,
+    "Table Transformer's attention without positions": table_positions,
+}
+
+
+def test_the_document_lists_exactly_what_is_tested_here_each_with_its_reason():
+    sections = re.split(r"^## ", DOCUMENT.read_text(), flags=re.MULTILINE)[1:]
+    titles, bodies = zip(*(section.split("\n", 1) for section in sections))
+    assert list(titles) == list(DIFFERENCES)
+    assert all("*Reason:*" in body for body in bodies)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("title", DIFFERENCES)
+def test_a_difference_is_as_documented(title, twins):
+    DIFFERENCES[title](twins)
