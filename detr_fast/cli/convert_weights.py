@@ -14,10 +14,8 @@ def convert_weights(
     to: Annotated[str, typer.Option("--to", help="original, huggingface or safetensors.")] = "safetensors",
 ) -> None:
     """Convert a DETR's weights; the source's kind is recognised. No code in a file is ever executed."""
-    from detr_fast.engine.run_folder import explained
     from detr_fast.models import convert
 
-    with explained(destination):
-        weights = convert.convert_weights(source, destination, to)  # type: ignore[arg-type]
+    weights = convert.convert_weights(source, destination, to)  # type: ignore[arg-type]
     classes = weights.config.num_classes
     print(f"wrote {destination} ({to}): {len(weights.state)} tensors, {weights.config.backbone}, {classes} classes")

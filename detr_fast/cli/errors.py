@@ -18,8 +18,8 @@ def explain_error(error: Exception) -> tuple[str, int] | None:
     from detr_fast import BackendError
     from detr_fast.data.errors import DataError
     from detr_fast.engine.errors import EngineError, Interrupted
-    from detr_fast.models.convert import WeightsError
     from detr_fast.models.structures import TargetError
+    from detr_fast.models.weight_files import WeightsError
 
     if isinstance(error, Interrupted):
         return str(error), 128 + error.signum

@@ -8,9 +8,7 @@ evaluation). A checkpoint to predict with holds only the weights: `optimizer`, `
 from __future__ import annotations
 
 import os
-import pickle
 import random
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from detr_fast.engine.errors import CheckpointError
 from detr_fast.engine.run_folder import BEST, CHECKPOINT, RunFolder, atomic_write
 from detr_fast.models.build import build_model
 from detr_fast.models.detr import Detr
+from detr_fast.models.weight_files import WeightsError, list_problems, unpickle, write_checkpoint
 
 FORMAT = "detr-fast"
 VERSION = 1
@@ -32,15 +31,8 @@ VERSION = 1
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], remedy: str = "") -> None:
     """Write `state` atomically: after a crash or on a full disk the previous file stands unchanged (RunFolderError tells)."""
 
-    def write(file: Any) -> None:
-        try:
-            torch.save({"format": FORMAT, "version": VERSION, "detr_fast": __version__, **state}, file)
-        except RuntimeError as error:  # torch's zip writer hides the operating system's reason behind its own
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-    atomic_write(path, write, remedy)
+    content = {"format": FORMAT, "version": VERSION, "detr_fast": __version__, **state}
+    atomic_write(path, lambda file: write_checkpoint(content, file), remedy)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -49,14 +41,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}; give a run folder or a checkpoint file that exists")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"cannot read {path} as a checkpoint ({reason}); is it complete? Weights of other libraries: 'detr-fast convert-weights'"
-        ) from error
+        state = unpickle(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of detr-fast; convert it with 'detr-fast convert-weights'")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a detr-fast run; to fine-tune from it: detr-fast train --weights {path}"
+        )
     if state["version"] > VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {state['version']}, this is detr-fast {__version__} which reads up to {VERSION}; upgrade detr-fast"
@@ -100,20 +91,18 @@ def load_trained_model(path: str | os.PathLike[str], device: str | torch.device 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Copy `weights` into `model`; raises CheckpointError if a name or a shape differs."""
     own = model.state_dict()
-    shapes = [
-        f"{k} is {tuple(weights[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
     problems = [
-        f"{len(found)} {kind} (first: {found[0]})"
-        for kind, found in (("of another shape", shapes), ("missing", missing), ("unexpected", unexpected))
-        if found
+        list_problems("lacks", own.keys() - weights.keys(), own),
+        list_problems("also has", weights.keys() - own.keys(), weights),
+        list_problems(
+            "has other shapes for", shapes, own, lambda n: f"{tuple(weights[n].shape)}, not {tuple(own[n].shape)}"
+        ),
     ]
-    if problems:
+    if any(problems):
         raise CheckpointError(
-            f"{path} is of another model: weights {'; '.join(problems)}; use the settings it was trained with"
+            f"{path} is of another model: it {'; it '.join(filter(None, problems))}; use the data and settings that it was "
+            "trained with"
         )
     model.load_state_dict(weights)
 

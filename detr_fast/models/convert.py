@@ -8,29 +8,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
-import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from detr_fast.models.backbone import ResNetBackbone
 from detr_fast.models.build import ModelConfig
 from detr_fast.models.detr import Detr
+from detr_fast.models.weight_files import (
+    CONFIG_KEY,
+    WeightsError,
+    list_problems,
+    read_safetensors,
+    unpickle,
+    write_checkpoint,
+    write_safetensors,
+)
 from detr_fast.models.weight_names import StateDict, from_huggingface, infer_config, is_huggingface, to_huggingface
 
 Format = Literal["original", "huggingface", "safetensors"]
 FORMATS: tuple[Format, ...] = ("original", "huggingface", "safetensors")
-_CONFIG_KEY = "detr_fast"  # where our files keep {"config": ModelConfig, "names": [...]}, as JSON in safetensors
-
-
-class WeightsError(ValueError):
-    """Weights that can't be read, written or loaded; one line that names the file, what is wrong and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ def load_weights(model: Detr, source: str | Path | Weights) -> LoadReport:
     wrong = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     head = {name for name in wrong if name.startswith("class_embed.") and own[name].shape[1:] == state[name].shape[1:]}
     problems = [
-        _list_problems("lacks", missing, own),
-        _list_problems("also has", state.keys() - own.keys(), state),
-        _list_problems(
+        list_problems("lacks", missing, own),
+        list_problems("also has", state.keys() - own.keys(), state),
+        list_problems(
             "has other shapes for", wrong - head, own, lambda n: f"{tuple(state[n].shape)}, not {tuple(own[n].shape)}"
         ),
         *_contradictions(model, weights.settings),
@@ -172,7 +174,7 @@ def read_weights(path: str | Path) -> Weights:
     if not path.is_file():
         raise WeightsError(f"no weights at {path}; give a checkpoint file, a safetensors file or a Hugging Face folder")
     if path.suffix == ".safetensors":
-        state, about = _read_safetensors(path)
+        state, about = read_safetensors(path)
         return _weights(state, about, path)
     return _read_checkpoint(path)
 
@@ -196,7 +198,7 @@ def _read_folder(folder: Path) -> Weights:
     if not isinstance(config, dict) or config.get("model_type") != "detr":
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise WeightsError(f"{config_file} describes a {kind!r} model; only 'detr' can be read")
-    state = _read_safetensors(files[0])[0] if files[0].suffix == ".safetensors" else _unpickle(files[0])
+    state = read_safetensors(files[0])[0] if files[0].suffix == ".safetensors" else unpickle(files[0])
     backbone = config.get("backbone_config") or {}
     stride = backbone.get("output_stride") or (config.get("backbone_kwargs") or {}).get("output_stride")
     settings = {
@@ -209,36 +211,8 @@ def _read_folder(folder: Path) -> Weights:
     return _weights(state, {"config": settings, "names": names}, folder)
 
 
-def _read_safetensors(path: Path) -> tuple[StateDict, Mapping[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(_CONFIG_KEY, "{}"))
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, about
-    except (SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} is not a safetensors file ({error}); take a complete copy") from None
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        # The original pickles its command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it contains {wanted[1]}, which is no plain data" if wanted else str(error).splitlines()[0][:120]
-        raise WeightsError(
-            f"cannot read {path}: {what}, and loading never executes code; save only the state_dict and try again"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise WeightsError(f"cannot read {path} as a checkpoint ({reason}); take a complete copy") from None
-
-
 def _read_checkpoint(path: Path) -> Weights:
-    content = _unpickle(path)
+    content = unpickle(path)
     about: dict[str, Any] = {}
     state = content
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -246,8 +220,8 @@ def _read_checkpoint(path: Path) -> Weights:
         if content.get("format") == "detr-fast":
             state = content.get("ema") or state
             about = {"config": content["config"]["model"], "names": content.get("names")}
-        elif _CONFIG_KEY in content:
-            about = content[_CONFIG_KEY]
+        elif CONFIG_KEY in content:
+            about = content[CONFIG_KEY]
         else:
             about = {"config": _original_settings(content.get("args"))}
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -272,7 +246,7 @@ def write_weights(weights: Weights, destination: str | Path, format: Format) -> 
         format: "original" is a checkpoint {"model": state_dict} as the original repository loads it.
 
     Raises:
-        WeightsError: the destination exists, or the format cannot hold such a model.
+        WeightsError: the destination exists or cannot be written, or the format cannot hold such a model.
     """
     if format not in FORMATS:
         raise WeightsError(f"got format {format!r}; expected one of {', '.join(FORMATS)}")
@@ -282,30 +256,29 @@ def write_weights(weights: Weights, destination: str | Path, format: Format) -> 
     config = weights.config
     about = {"config": config.to_dict(), "names": weights.names and list(weights.names)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state.items()}
-    destination.parent.mkdir(parents=True, exist_ok=True)
     # Under another name until it is complete.
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
         if format == "original":
-            torch.save({"model": state, _CONFIG_KEY: about}, partial)
+            with open(partial, "wb") as file:
+                write_checkpoint({"model": state, CONFIG_KEY: about}, file)
         elif format == "safetensors":
-            _write_safetensors(state, partial, {_CONFIG_KEY: json.dumps(about)})
+            write_safetensors(state, partial, {CONFIG_KEY: json.dumps(about)})
         else:
             partial.mkdir()
-            _write_safetensors(to_huggingface(state), partial / "model.safetensors", {})
+            write_safetensors(to_huggingface(state), partial / "model.safetensors", {})
             text = json.dumps(_huggingface_config(config, weights.names), indent=2)
             (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         partial.replace(destination)
-    except BaseException:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-        raise
-
-
-def _write_safetensors(state: StateDict, path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    # Pieces of one joint projection share storage, which the format refuses.
-    save_file({name: tensor.clone() for name, tensor in state.items()}, path, {"format": "pt", **metadata})
+    except OSError as error:
+        reason = error.strerror or error
+        raise WeightsError(
+            f"cannot write {destination}: {reason}; free some space or choose a folder that you may write to"
+        ) from None
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def _huggingface_config(config: ModelConfig, names: tuple[str, ...] | None) -> dict[str, Any]:
@@ -338,43 +311,3 @@ def _huggingface_config(config: ModelConfig, names: tuple[str, ...] | None) -> d
         "id2label": {str(label): name for label, name in enumerate(labels)},
         "label2id": {name: label for label, name in enumerate(labels)},
     }
-
-
-def _list_problems(verb: str, names: Iterable[str], universe: Iterable[str], detail: Any = None) -> str:
-    """ "lacks transformer.encoder.layers.{4,5} (24 tensors), input_proj (2)": whole branches by their common name."""
-    names = set(names)
-    if not names:
-        return ""
-    branches: dict[str, tuple[set[tuple[str, ...]], list[str]]] = {}
-    for prefix, members in _whole_branches("", names, set(universe)):
-        numbers = tuple(re.findall(r"(?<=\.)\d+(?=\.|$)", prefix))
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", prefix)
-        entry = branches.setdefault(pattern, (set(), []))
-        entry[0].add(numbers)
-        entry[1].extend(members)
-    texts = []
-    for pattern, (numbers_seen, members) in branches.items():
-        if pattern.count("*") == 1:
-            listed = sorted({int(numbers[0]) for numbers in numbers_seen})
-            pattern = pattern.replace(
-                "*", str(listed[0]) if len(listed) == 1 else "{" + ",".join(map(str, listed)) + "}"
-            )
-        count = f"{len(members)} tensor{'s' * (len(members) > 1)}"
-        texts.append(f"{pattern} ({count}{': ' + detail(min(members)) if detail else ''})")
-    more = f" and {len(texts) - 6} more groups" if len(texts) > 6 else ""
-    return f"{verb} {', '.join(texts[:6])}{more}"
-
-
-def _whole_branches(prefix: str, names: set[str], universe: set[str]) -> Iterable[tuple[str, list[str]]]:
-    """Split `names` into the largest branches of the module tree that consist of nothing else."""
-    if names == universe and prefix:
-        yield prefix, sorted(names)
-        return
-    depth = prefix.count(".") + 1 if prefix else 0
-    children: dict[str, set[str]] = {}
-    for name in universe:
-        children.setdefault(".".join(name.split(".")[: depth + 1]), set()).add(name)
-    for child in sorted(children):
-        inside = names & children[child]
-        if inside:
-            yield from _whole_branches(child, inside, children[child])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast import nn
+from detr_fast.models.weight_files import WeightsError, list_problems, read_safetensors, unpickle
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -122,8 +123,19 @@ class ResNetBody(nn.Module):
         self.layer3 = resnet.layer3
         self.layer4 = resnet.layer4
         if weights is not None:
-            state = {k: t for k, t in load_resnet_weights(name, weights).items() if not k.startswith("fc.")}
-            self.load_state_dict(state)
+            self._load(load_resnet_weights(name, weights), f"{name}'s weights {str(weights)!r}")
+
+    def _load(self, state: dict[str, Tensor], source: str) -> None:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+        own = {key: tensor for key, tensor in self.state_dict().items() if not key.endswith("num_batches_tracked")}
+        wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+        problems = [
+            list_problems("lack", own.keys() - state.keys(), own),
+            list_problems("have other shapes for", wrong, own),
+        ]
+        if any(problems):
+            raise WeightsError(f"{source} {' and '.join(filter(None, problems))}; give those of this ResNet")
+        self.load_state_dict(state, strict=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, channels, H/32, W/32), or /16 with dilation; rounded up."""
@@ -136,13 +148,20 @@ def load_resnet_weights(name: str, weights: str | Path) -> dict[str, Tensor]:
 
     Raises:
         ValueError: neither such a name nor a file.
+        WeightsError: the file is damaged, or the download failed.
     """
     if Path(weights).is_file():
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        return read_safetensors(Path(weights))[0] if Path(weights).suffix == ".safetensors" else unpickle(Path(weights))
     known = torchvision.models.get_model_weights(name)
     if str(weights) not in known.__members__:  # DEFAULT is among them
         raise ValueError(
             f"got weights_backbone={str(weights)!r}: no such file, and torchvision's {name} knows only "
             f"{', '.join(known.__members__)}"
         )
-    return known[str(weights)].get_state_dict(progress=False, check_hash=True)
+    entry = known[str(weights)]
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, a full disk, or a file with the wrong hash
+        raise WeightsError(
+            f"cannot download {name}'s weights {str(weights)!r} ({error}); fetch {entry.url} elsewhere and give the file"
+        ) from None

@@ -138,7 +138,7 @@ def infer_config(weights: Mapping[str, Tensor], **known: Any) -> ModelConfig:
 
     Raises:
         KeyError: an essential weight is missing.
-        ValueError: a backbone of another kind.
+        ValueError: a backbone of another kind, or settings unknown.
     """
     layers = {
         part: len({name.split(".")[3] for name in weights if name.startswith(f"transformer.{part}.layers.")})
@@ -155,7 +155,7 @@ def infer_config(weights: Mapping[str, Tensor], **known: Any) -> ModelConfig:
         "pre_norm": "transformer.encoder.norm.weight" in weights,
         "position": "learned" if "backbone.1.row_embed.weight" in weights else "sine",
     }
-    return ModelConfig(**(settings | _backbone_settings(weights) | known))
+    return ModelConfig.from_dict(settings | _backbone_settings(weights) | known)
 
 
 def _backbone_settings(weights: Mapping[str, Tensor]) -> dict[str, Any]:

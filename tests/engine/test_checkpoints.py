@@ -30,7 +30,7 @@ def test_a_damaged_or_foreign_file_is_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot read .*a\.pt"):
         load_checkpoint(path)
     torch.save({"model": {}}, path)
-    with pytest.raises(CheckpointError, match="convert-weights"):
+    with pytest.raises(CheckpointError, match="--weights"):
         load_checkpoint(path)
 
 

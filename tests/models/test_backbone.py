@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import pytest
 import torch
 from torch import nn
 
 from detr_fast.models.backbone import ConvBackbone, ResNetBackbone
+from detr_fast.models.weight_files import WeightsError
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -144,3 +147,20 @@ def test_unknown_backbones_are_refused(arguments, message):
         ResNetBackbone(**arguments)
     with pytest.raises(ValueError, match="got stride 4"):
         ConvBackbone(stride=4)
+
+
+def test_backbone_weights_that_cannot_be_had_or_do_not_fit_are_one_line(tmp_path, monkeypatch):
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(WeightsError, match=r"lack layer1\.\{0,1,2\}\.bn3 .*; give those of this ResNet") as error:
+        ResNetBackbone("resnet50", weights=tmp_path / "resnet34.pth")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 900
+
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
+    with pytest.raises(
+        WeightsError, match=r"cannot download .* \(.*no route to host.*\); fetch https://.*resnet18.*pth"
+    ):
+        ResNetBackbone("resnet18", weights="IMAGENET1K_V1")
