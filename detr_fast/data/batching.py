@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Sampler
 
 from detr_fast.data.coco import CocoDetection, Target
@@ -49,6 +51,7 @@ def collate(
     capacity: int | None = None,
     size_divisor: int = 1,
     size: tuple[int, int] | None = None,
+    max_area: int | None = None,
 ) -> Batch:
     """Put samples together.
 
@@ -57,7 +60,11 @@ def collate(
         capacity: boxes that targets have room for; by default the most that one of these images has.
         size_divisor: the padded height and width are multiples of it.
         size: the padded (height, width), for the same shape in every batch; by default the smallest that fits.
+        max_area: most pixels of the padded height times width. Images that need more, as one wide and one tall do, are all
+            shrunk by one factor so that they fit.
     """
+    if max_area is not None:
+        items = _fitted(items, max_area)
     images = nested_tensor_from_list([image for image, _ in items], size=size, size_divisor=size_divisor)
     targets = [target for _, target in items]
     metadata = [
@@ -69,6 +76,19 @@ def collate(
         for target in targets
     ]
     return Batch(images, Targets.from_list(targets, capacity), metadata)
+
+
+def _fitted(items: Sequence[tuple[Tensor, Target]], max_area: int) -> Sequence[tuple[Tensor, Target]]:
+    area = max(image.shape[1] for image, _ in items) * max(image.shape[2] for image, _ in items)
+    if area <= max_area:
+        return items
+    scale = math.sqrt(max_area / area)
+    fitted = []
+    for image, target in items:
+        size = [max(1, int(length * scale)) for length in image.shape[1:]]
+        small = interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        fitted.append((small, target | {"size": torch.tensor(size)}))
+    return fitted
 
 
 class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -147,6 +167,7 @@ def build_loader(
     capacity: int | None = None,
     size_divisor: int = 1,
     size: tuple[int, int] | None = None,
+    max_area: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """A loader of `Batch`es, the same for (seed, epoch) whatever `workers` is; call `loader.batch_sampler.set_epoch`.
@@ -162,7 +183,7 @@ def build_loader(
         seed: of order and augmentation.
         drop_last: leave out the last, smaller batch.
         capacity: boxes that targets have room for; by default the data set's `max_boxes` (at least 1).
-        size_divisor, size: see `collate`.
+        size_divisor, size, max_area: see `collate`.
         pin_memory: page-locked batches, for copies to a GPU that don't block.
     """
     dataset.images.preload()
@@ -173,7 +194,7 @@ def build_loader(
             dataset.image_sizes, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last
         ),
         num_workers=workers,
-        collate_fn=partial(collate, capacity=room, size_divisor=size_divisor, size=size),
+        collate_fn=partial(collate, capacity=room, size_divisor=size_divisor, size=size, max_area=max_area),
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),  # DataLoader would draw from the global random state
         persistent_workers=workers > 0,

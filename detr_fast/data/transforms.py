@@ -49,6 +49,11 @@ class TransformConfig:
                 "expected at least one size, and all of them 1 or more"
             )
 
+    @property
+    def max_area(self) -> int:
+        """The most pixels that a training image can have."""
+        return max(self.sizes) * self.max_size
+
 
 def train_transforms(config: TransformConfig) -> v2.Transform:
     """The augmenting transform of (image uint8 (3, H, W), target) to (image float32, target)."""

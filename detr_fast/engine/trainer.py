@@ -147,7 +147,8 @@ class Trainer:
                 f"batch_size is {config.batch_size}, but {config.data} has only {len(dataset)} training images; lower it"
             )
         self.names, self.category_ids = dataset.names, dataset.category_ids
-        loader = build_loader(dataset, config.batch_size, shuffle=True, drop_last=True, **common)
+        area = config.transforms.max_area  # a batch of a wide and a tall image takes no more memory than any other
+        loader = build_loader(dataset, config.batch_size, shuffle=True, drop_last=True, max_area=area, **common)
         self.sampler: GroupedBatchSampler = loader.batch_sampler  # type: ignore[assignment]
         self.loader = self._shared_out(loader)
         self.steps_per_epoch = len(self.sampler) // self.accelerator.num_processes

@@ -183,3 +183,40 @@ def test_a_batch_moves_as_a_whole(dataset):
     assert moved.images.tensors.device.type == moved.targets.boxes.device.type == "meta"
     assert moved.metadata == batch.metadata
     assert len(moved) == 4
+
+
+def wide_and_tall(height=20, width=60, count=1):
+    """One wide and one tall image with `count` boxes each."""
+    items = []
+    for number, size in enumerate(((height, width), (width, height))):
+        target = {
+            "boxes": torch.tensor([[0.5, 0.25, 0.5, 0.2]] * count).reshape(-1, 4),
+            "labels": torch.zeros(count, dtype=torch.int64),
+            "image_id": torch.tensor(number),
+            "orig_size": torch.tensor(size),
+            "size": torch.tensor(size),
+        }
+        items.append((torch.linspace(0, 1, 3 * height * width).view(3, *size), target))
+    return items
+
+
+def test_a_wide_and_a_tall_image_are_shrunk_together_until_their_canvas_is_no_larger_than_allowed():
+    items = wide_and_tall()
+    assert collate(items).images.tensors.shape == (2, 3, 60, 60)
+    batch = collate(items, max_area=1200)
+    height, width = batch.images.tensors.shape[2:]
+    assert 1000 < height * width <= 1200
+    sizes = [entry["size"] for entry in batch.metadata]
+    assert sizes == [(height // 3, width), (height, width // 3)]  # still of their own shape
+    assert [int((~mask).sum()) for mask in batch.images.mask] == [h * w for h, w in sizes]
+    assert torch.equal(batch.targets.boxes[:, 0], torch.cat([target["boxes"] for _, target in items]))
+    assert [entry["orig_size"] for entry in batch.metadata] == [(20, 60), (60, 20)]
+    means = [batch.images.tensors[i, :, :h, :w].mean() for i, (h, w) in enumerate(sizes)]
+    torch.testing.assert_close(torch.stack(means), torch.stack([image.mean() for image, _ in items]), rtol=1e-2, atol=0)
+
+
+def test_images_that_fit_the_allowed_canvas_are_left_as_they_are(dataset):
+    items = [dataset[index, 0] for index in range(4)]
+    plain, limited = collate(items), collate(items, max_area=CONFIG.max_area)
+    assert torch.equal(plain.images.tensors, limited.images.tensors)
+    assert CONFIG.max_area == 48 * 64
