@@ -1,4 +1,4 @@
-"""DETR: backbone, transformer, matcher, criterion, post-processing and weight conversion."""
+"""DETR: backbone, transformer, matcher, criterion, post-processing and weight conversion; Seq2Seq for text from anything."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from detr_fast.models.criterion import SetCriterion
 from detr_fast.models.detr import Detr
 from detr_fast.models.matcher import HungarianMatcher
 from detr_fast.models.postprocess import PostProcess
+from detr_fast.models.seq2seq import ImageSource, Seq2Seq, TextSource
 from detr_fast.models.structures import NestedTensor, TargetError, Targets, nested_tensor_from_list
 
 __all__ = [
@@ -33,4 +34,7 @@ __all__ = [
     "nested_tensor_from_list",
     "Targets",
     "TargetError",
+    "Seq2Seq",
+    "TextSource",
+    "ImageSource",
 ]
