@@ -36,6 +36,8 @@ def preset(name: str, data: str | Path, run: str | Path, image_size: int = 0) ->
         batch_size=8,
         lr=5e-4,
         lr_backbone=5e-4,
+        clip_norm=1.0,
+        class_weight=2.0,
         schedule="linear",
         warmup_steps=50,
     )

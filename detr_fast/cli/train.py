@@ -69,6 +69,13 @@ def train(
         bool,
         typer.Option("--vertical-flip", help="Augment so too: pictures without an upside.", rich_help_panel=_RECIPE),
     ] = False,
+    color_jitter: Annotated[
+        float,
+        typer.Option("--color-jitter", help="Augment brightness, contrast and saturation.", rich_help_panel=_RECIPE),
+    ] = 0.0,
+    evaluate_every: Annotated[
+        int | None, typer.Option("--evaluate-every", help="Epochs between evaluations.", rich_help_panel=_RECIPE)
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of weights, order and augmentation.", rich_help_panel=_RECIPE)
     ] = None,
@@ -102,6 +109,7 @@ def train(
         "lr": lr,
         "lr_backbone": lr_backbone,
         "ema_decay": ema,
+        "evaluate_every": evaluate_every,
         "seed": seed,
         "device": device,
         "precision": precision,
@@ -125,7 +133,9 @@ def train(
         config = replace(
             config,
             model=replace(config.model, **settings),
-            transforms=replace(config.transforms, vertical_flip=0.5 if vertical_flip else 0.0),
+            transforms=replace(
+                config.transforms, vertical_flip=0.5 if vertical_flip else 0.0, color_jitter=color_jitter
+            ),
             weights=None if weights is None else str(weights),
             weights_backbone=weights_backbone,
         )
