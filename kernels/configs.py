@@ -57,3 +57,53 @@ LAYER_NORM_BACKWARD = {
 # Warps a program, keyed by the columns of a problem rounded up to a power of two. One warp needs no barrier in its
 # reductions; a lane holds at most 8 columns, beyond which fp64 distances and duals take over 128 registers.
 ASSIGNMENT_WARPS = {32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How an attention kernel lies on the machine: queries and keys a tile, warps a program, stages of its pipeline."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two.
+ATTENTION = {
+    ("forward", 2, 16): TileConfig(128, 64, 4, 3),
+    ("forward", 2, 32): TileConfig(128, 64, 4, 3),
+    ("forward", 2, 64): TileConfig(128, 64, 4, 3),
+    ("forward", 2, 128): TileConfig(128, 64, 8, 3),
+    ("forward", 2, 256): TileConfig(64, 32, 8, 2),
+    ("forward", 4, 16): TileConfig(64, 32, 4, 2),
+    ("forward", 4, 32): TileConfig(64, 32, 4, 2),
+    ("forward", 4, 64): TileConfig(64, 32, 4, 2),
+    ("forward", 4, 128): TileConfig(32, 32, 4, 2),
+    ("forward", 4, 256): TileConfig(32, 16, 4, 2),
+    ("keys", 2, 16): TileConfig(64, 64, 4, 3),
+    ("keys", 2, 32): TileConfig(64, 64, 4, 3),
+    ("keys", 2, 64): TileConfig(64, 64, 4, 3),
+    ("keys", 2, 128): TileConfig(64, 64, 8, 2),
+    ("keys", 2, 256): TileConfig(32, 32, 8, 1),
+    ("keys", 4, 16): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 32): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 64): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 128): TileConfig(32, 32, 4, 1),
+    ("keys", 4, 256): TileConfig(16, 16, 4, 1),
+    ("queries", 2, 16): TileConfig(128, 64, 4, 3),
+    ("queries", 2, 32): TileConfig(128, 64, 4, 3),
+    ("queries", 2, 64): TileConfig(64, 64, 4, 3),
+    ("queries", 2, 128): TileConfig(64, 64, 8, 2),
+    ("queries", 2, 256): TileConfig(32, 32, 8, 1),
+    ("queries", 4, 16): TileConfig(32, 32, 4, 2),
+    ("queries", 4, 32): TileConfig(32, 32, 4, 2),
+    ("queries", 4, 64): TileConfig(32, 32, 4, 2),
+    ("queries", 4, 128): TileConfig(32, 32, 4, 1),
+    ("queries", 4, 256): TileConfig(16, 16, 4, 1),
+}
+
+
+def attention_config(kernel: str, itemsize: int, block: int) -> TileConfig:
+    """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`."""
+    return ATTENTION[kernel, itemsize, block]

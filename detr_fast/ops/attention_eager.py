@@ -1,0 +1,122 @@
+"""Attention in plain PyTorch: the definition, step by step, and PyTorch's fused SDPA."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast.dispatch import Implementation
+from detr_fast.ops.attention_call import AttentionCall
+
+
+def merged_mask(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """One mask in SDPA's convention, broadcastable to (B, H, L, S): bool (True = may attend) or float."""
+    if padding is None:
+        return mask
+    visible = ~padding[:, None, None, :]
+    if mask is None:
+        return visible
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, -math.inf)
+
+
+class Sdpa(Implementation):
+    """`F.scaled_dot_product_attention`: PyTorch's own choice among flash, cuDNN, memory-efficient and math."""
+
+    name = "sdpa"
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return "it does not return the log-sum-exp" if call.return_lse else None
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float | None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor:
+        merged = merged_mask(padding, mask)
+        if is_causal and merged is not None:  # SDPA takes one or the other
+            merged, is_causal = _with_causal(merged, q.shape[1], k.shape[1]), False
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, merged, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        ).transpose(1, 2)
+
+
+class EagerAttention(Implementation):
+    """The definition, step by step, for the reader and the tests. Its dropout draws what nn.MultiheadAttention's does."""
+
+    name = "eager"
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float | None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if enable_gqa:
+            k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+        weights, lse = attention_weights(q, k, padding, mask, is_causal, scale), None
+        if return_lse:
+            scores, hidden = _scores(q, k, padding, mask, is_causal, scale)
+            lse = (scores if hidden is None else scores.masked_fill(hidden, -math.inf)).float().logsumexp(-1)
+        out = weighted_sum(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, v)
+        return out if lse is None else (out, lse)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    """softmax(scale * q @ k^T + mask), (B, H, L, S), zeros for a query without any visible key."""
+    scores, hidden = _scores(q, k, padding, mask, is_causal, scale)
+    if hidden is None:
+        return scores.softmax(-1)
+    # A finite fill and a second masking give rows with no visible key zeros, with zero gradients, instead of NaN.
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
+
+
+def _scores(
+    q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, H, L, S) with a float mask added, and which of them are hidden (None: no mask at all)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul((q * scale).transpose(1, 2), k.permute(0, 2, 3, 1))
+    merged = merged_mask(padding, mask)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        merged = allowed if merged is None else _with_causal(merged, *scores.shape[-2:])
+    if merged is None:
+        return scores, None
+    if merged.dtype == torch.bool:
+        return scores, ~merged
+    return scores + merged, merged == -math.inf
+
+
+def _with_causal(mask: Tensor, queries: int, keys: int) -> Tensor:
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
+
+
+def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """weights (B, H, L, S) @ v, (B, L, H, Ev)."""
+    # A float32 mask promotes the weights of 16-bit tensors.
+    return torch.matmul(weights.to(v.dtype), v.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,253 @@
+"""Attention by the Triton kernels: when they take a call, and their registration with autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.dispatch import TritonImplementation
+from detr_fast.kernels import attention as kernels
+from detr_fast.kernels import attention_backward as backward_kernels
+from detr_fast.kernels import dropout as dropout_kernels
+from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem
+from detr_fast.kernels.launch import compile_variant
+from detr_fast.ops import regimes
+from detr_fast.ops.attention_call import AttentionCall, computed_dtype, tf32
+from detr_fast.ops.attention_eager import attention_weights, weighted_sum
+from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.dropout import keep_mask, next_seed
+
+
+class TritonAttention(TritonImplementation):
+    max_head_dim = MAX_HEAD_DIM
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        if call.misfit is not None:
+            return call.misfit
+        if not (1 <= call.head_dim <= self.max_head_dim and 1 <= call.value_dim <= self.max_head_dim):
+            return f"head dimensions {call.head_dim} and {call.value_dim}: it takes 1 to {self.max_head_dim}"
+        if not call.one_dtype:
+            return "q, k, v and a float attn_mask of different dtypes: it takes one (the mask may also be float32)"
+        if call.mask_grad:
+            return "a gradient for attn_mask"
+        return None
+
+    def advice(self, call: AttentionCall) -> str | None:
+        plain = not (call.key_padding or call.attn_mask or call.return_lse) and call.dtype != torch.float32
+        if plain and regimes.find("attention", call.architecture) is None:
+            return (
+                "without masks PyTorch's own flash kernels take the call: unmeasured against them, run detr-fast tune"
+            )
+        size = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads) * call.head_dim
+        return regimes.advice("attention", call, size * call.dtype.itemsize)
+
+    def note(self, call: AttentionCall) -> str | None:
+        return regimes.note("attention", call)
+
+    def compiled_key(self, call: AttentionCall) -> Any:
+        features = (call.key_padding, call.attn_mask, call.is_causal, call.dropout, call.needs_grad, call.return_lse)
+        return call.device, call.dtype, call.head_dim, call.value_dim, features
+
+    def prepare(self, call: AttentionCall) -> None:
+        kernels_needed = [kernels.forward_variant]
+        if call.needs_grad:
+            kernels_needed += [backward_kernels.queries_variant, backward_kernels.keys_variant]
+        form = _meta_problem(call).form()
+        for variant in kernels_needed:
+            compile_variant(variant(form), call.device)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float | None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # meta tensors know no autocast
+            autocast = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (t.to(computed_dtype(t.dtype, autocast)) for t in (q, k, v))
+            mask = None if mask is None else mask.to(computed_dtype(mask.dtype, autocast))
+        seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = _forward(q, k, v, padding, mask, seed, is_causal, dropout_p, scale, offset, tf32())
+        return (out, lse / LOG2_E) if return_lse else out
+
+
+def _meta_problem(call: AttentionCall) -> Problem:
+    """A problem like the call's, without memory."""
+    rows = (call.batch, call.queries, call.heads, call.head_dim), (call.batch, call.keys, call.key_heads, call.head_dim)
+    shapes = (*rows, (*rows[1][:3], call.value_dim), call.mask_shape)
+    dtypes = [call.dtype] * 4
+    if call.attn_mask is not None:
+        dtypes[3] = computed_dtype(getattr(torch, call.attn_mask), call.situation.autocast)
+    tensors = [
+        torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        for shape, stride, dtype in zip(shapes, call.layouts, dtypes)
+    ]
+    padding = torch.empty(call.batch, call.keys, dtype=torch.bool, device="meta") if call.key_padding else None
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    return Problem(
+        *tensors[:3],
+        padding,
+        *tensors[3:],
+        causal=call.is_causal,
+        dropout_p=0.5 if call.dropout else 0.0,
+        seed=seed,
+        tf32=tf32(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration: forward and backward are ops of their own; each has an autograd kernel. Their log-sum-exp is in base 2.
+
+Options = tuple[bool, float, float, int, bool]  # is_causal, dropout_p, scale, offset of the seed, tf32
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
+) -> Problem:
+    causal, dropout_p, scale, offset, tf32 = options
+    return Problem(
+        q, k, v, padding, mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, tf32=tf32
+    )
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    return kernels.attention_forward(_problem(q, k, v, padding, mask, seed, options))  # type: ignore[arg-type]
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    return _like_rows(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def _like_rows(q: Tensor, dim: int) -> Tensor:
+    return kernels.empty_rows(q, dim, lambda shape, dtype, device: q.new_empty(shape))
+
+
+def _run_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _problem(q, k, v, padding, mask, seed, options)  # type: ignore[arg-type]
+    return backward_kernels.attention_backward(problem, out, lse, dout, dlse)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_rows(q, q.shape[3]), _like_rows(k, k.shape[3]), _like_rows(v, v.shape[3])
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
+) -> Tensor:
+    """The same computation, eagerly, with the same dropout."""
+    causal, dropout_p, scale, offset, _ = options
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    weights = attention_weights(q, k, padding, mask, causal, scale)
+    if seed is not None:
+        batch, heads, rows, columns = weights.shape
+        keep = keep_mask(seed, offset, dropout_p, batch * heads, rows, columns, tiles=True)
+        weights = weights * keep.view(weights.shape) * dropout_kernels.scale(dropout_p)
+    return weighted_sum(weights, v)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Any, mask: Any, seed: Any, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            out, lse = _forward(q, k, v, padding, mask, seed, *options)
+        ctx.save_for_backward(q, k, v, padding, mask, seed, out, lse)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
+        q, k, v, padding, mask, seed, out, lse = ctx.saved_tensors
+        if dout is None:
+            if dlse is None:
+                return (None,) * 11
+            dout = torch.zeros_like(out)
+        gradients = _backward(dout, dlse, q, k, v, padding, mask, seed, out, lse, *ctx.options)
+        return (*(g if want else None for g, want in zip(gradients, ctx.needs_input_grad)), *(None,) * 8)
+
+
+class _Backward(torch.autograd.Function):
+    """The first backward; its own backward (double backward) recomputes eagerly."""
+
+    @staticmethod
+    def forward(ctx: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        with below_autograd():
+            gradients = _backward(dout, dlse, q, k, v, *rest)
+        padding, mask, seed, _, _, *options = rest
+        ctx.save_for_backward(dout, q, k, v, padding, mask, seed)
+        ctx.options, ctx.with_dlse = options, dlse is not None
+        ctx.set_materialize_grads(False)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        if ctx.with_dlse:
+            raise NotImplementedError(
+                "the double backward through attention's log-sum-exp has no kernel: use attention='eager' for this call"
+            )
+        dout, q, k, v, padding, mask, seed = ctx.saved_tensors
+
+        def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _reference(q, k, v, padding, mask, seed, ctx.options)
+
+        d_dout, d_inputs = double_backward(reference, (q, k, v), dout, [True] * 3, upstream)
+        return (d_dout, None, *d_inputs, *(None,) * 10)
+
+
+def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if wants_grad(q, k, v):
+        return _Forward.apply(q, k, v, *rest)
+    with below_autograd():
+        return _forward(q, k, v, *rest)
+
+
+def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if wants_grad(dout, dlse, q, k, v):
+        return _Backward.apply(dout, dlse, q, k, v, *rest)
+    with below_autograd():
+        return _backward(dout, dlse, q, k, v, *rest)
+
+
+_OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
+_forward = define(
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)",
+    run=_run_forward,
+    fake=_fake_forward,
+    autograd=_autograd_forward,
+)
+_backward = define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, "
+    f"Tensor? seed, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    run=_run_backward,
+    fake=_fake_backward,
+    autograd=_autograd_backward,
+)

@@ -1,0 +1,273 @@
+# mypy: allow-incomplete-defs
+"""Fused attention, forward: one kernel for any masks, dropout and layout, which keeps nothing of size L × S.
+
+    out = dropout(softmax(scale * q @ k^T + mask)) @ v,   lse = log2(sum over keys of exp(scale * q @ k^T + mask))
+
+q is (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), out (B, L, H, Ev), all read and written through their
+strides; lse is fp32 (B, H, L). One program owns BLOCK_M queries of one head and passes over the keys in blocks, with a
+running maximum. Blocks that every query sees whole come first, in a loop without any mask; the blocks from the first
+hidden key on to the last visible one follow in a masked loop, and what lies behind is never read: padding at the end costs
+at most one masked block. Rows of hidden keys are never loaded, so that NaN there can't leak.
+Sources: Dao, 2023, arXiv:2307.08691; Milakov and Gimelshein, 2018, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .attention_tiles import (
+    COMMON_TYPES,
+    PLACE_TYPES,
+    Form,
+    Problem,
+    dot,
+    kept,
+    key_range,
+    load_tile,
+    masked_scores,
+    places,
+    store_tile,
+    visible_keys,
+)
+from .configs import attention_config
+from .launch import Variant, empty, jit, launch, pointer, tl
+
+
+@jit
+def _attend(
+    accumulator,
+    total,
+    highest,
+    q,
+    k_ptr,
+    v_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    k_row,
+    v_row,
+    padding_column,
+    mask_row,
+    mask_column,
+    row_start,
+    start_key,
+    end_key,
+    L,
+    S,
+    scale,
+    head,
+    offset,
+    threshold,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """Pass over the keys of [start_key, end_key), a multiple of BLOCK_N to start with. scale: positive, times log2(e)."""
+    for start in range(start_key, end_key, BLOCK_N):
+        visible = None
+        if MASKED:
+            visible = visible_keys(padding_ptr, padding_column, start, S, BLOCK_N)
+        k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        if MASKED:
+            scores = masked_scores(
+                scores * scale,
+                mask_ptr,
+                mask_row,
+                mask_column,
+                row_start,
+                start,
+                L,
+                S,
+                visible,
+                BLOCK_M,
+                BLOCK_N,
+                CAUSAL,
+                MASK_VEC,
+            )
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            # A row that has seen no visible key yet: -inf less -inf would be NaN.
+            shift = tl.where(higher == -float("inf"), 0.0, higher)
+            weights = tl.exp2(scores - shift[:, None])
+            shrink = tl.exp2(highest - shift)
+        else:
+            higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+            weights = tl.exp2(scores * scale - higher[:, None])
+            shrink = tl.exp2(highest - higher)
+        highest = higher
+        total = total * shrink + tl.sum(weights, 1)
+        if seed_ptr is not None:
+            keep = kept(seed_ptr, offset, threshold, head, row_start, start, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights, 0.0)
+        v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_row, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+        accumulator = dot(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
+    return accumulator, total, highest
+
+
+@jit
+def attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int32,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int32,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int32,
+    out_batch: tl.int64,
+    out_head: tl.int64,
+    out_row: tl.int32,
+    padding_batch: tl.int64,
+    padding_column: tl.int32,
+    mask_batch: tl.int64,
+    mask_head: tl.int64,
+    mask_row: tl.int32,
+    mask_column: tl.int32,
+    L: tl.int32,
+    S: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    scale: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    rescale: tl.float32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    row_start = tl.program_id(0) % tiles * BLOCK_M
+    head_index = tl.program_id(0) // tiles
+    batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    exists = row < L - row_start
+
+    q_ptr += batch * q_batch + head * q_head + row_start.to(tl.int64) * q_row
+    k_ptr += batch * k_batch + head // group * k_head
+    v_ptr += batch * v_batch + head // group * v_head
+    if padding_ptr is not None:
+        padding_ptr += batch * padding_batch
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch + head * mask_head
+    q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
+    # The maximum is taken before scaling: a negative scale changes q's sign instead (exactly).
+    q = tl.where(scale < 0, -q, q)
+    scale = tl.abs(scale)
+
+    first_masked, end = key_range(padding_ptr, padding_column, S)
+    if CAUSAL:
+        first_masked = tl.minimum(first_masked, row_start + 1)
+        end = tl.minimum(end, row_start + BLOCK_M)
+    first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
+    if mask_ptr is not None:
+        first_masked = 0
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for MASKED in tl.static_range(2):
+        if MASKED or mask_ptr is None:
+            accumulator, total, highest = _attend(
+                accumulator,
+                total,
+                highest,
+                q,
+                k_ptr,
+                v_ptr,
+                padding_ptr,
+                mask_ptr,
+                seed_ptr,
+                k_row,
+                v_row,
+                padding_column,
+                mask_row,
+                mask_column,
+                row_start,
+                first_masked if MASKED else 0,
+                end if MASKED else first_masked,
+                L,
+                S,
+                scale,
+                head_index,
+                offset,
+                threshold,
+                MASKED,
+                BLOCK_M,
+                BLOCK_N,
+                E,
+                EV,
+                BLOCK_E,
+                BLOCK_EV,
+                CAUSAL,
+                PRECISION,
+                VEC,
+                MASK_VEC,
+            )
+
+    empty_row = total == 0.0
+    accumulator = accumulator * (rescale / tl.where(empty_row, 1.0, total))[:, None]
+    lse = tl.where(empty_row, -float("inf"), highest + tl.log2(tl.where(empty_row, 1.0, total)))
+    out_ptr += batch * out_batch + head * out_head + row_start.to(tl.int64) * out_row
+    store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
+    tl.store(lse_ptr + head_index.to(tl.int64) * L + row_start + row, lse, mask=exists)
+
+
+def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out (B, L, H, Ev), laid out over batch and rows as q is, and lse, fp32 (B, H, L), -inf where no key is visible."""
+    q = problem.q
+    out = empty_rows(problem.given[0], problem.value_dim)
+    lse = empty((problem.batch, problem.heads, problem.queries), torch.float32, q.device)
+    variant = forward_variant(problem.form())
+    tiles = -(-problem.queries // variant.constants["BLOCK_M"])
+    tensors = (q, problem.k, problem.v, out)
+    strides = [stride for tensor in tensors for stride in places(tensor)]
+    grid = (tiles * problem.batch * problem.heads,)
+    launch(variant, grid, *tensors, lse, *problem.tensors(), *strides, *problem.sizes())
+    return out, lse
+
+
+def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> Tensor:
+    """An empty (B, L, H, dim), sequence first in memory where q is: what follows then needs no copy."""
+    batch, length, heads, _ = q.shape
+    if batch > 1 and q.stride(0) < q.stride(1):
+        return allocate((length, batch, heads, dim), q.dtype, q.device).transpose(0, 1)
+    return allocate((batch, length, heads, dim), q.dtype, q.device)
+
+
+@cache
+def forward_variant(form: Form) -> Variant:
+    config = attention_config("forward", form.dtype.itemsize, max(form.blocks))
+    """The program of the forward."""
+    tensors = (*(form.dtype,) * 4, torch.float32, *form.masks())
+    types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES)
+    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
+    return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

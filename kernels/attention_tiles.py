@@ -1,0 +1,337 @@
+# mypy: allow-incomplete-defs
+"""What the attention kernels share: tiles of (B, L, H, E) tensors, the keys that are worth visiting, scores and masks.
+
+All scores, and the log-sum-exp, are in base 2: scaled by log2(e) once, on the host. Offsets from the first row of a tile fit 32
+bits; where a tile starts is computed in 64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dropout, launch
+from .dropout import keep_tile, load_seed
+from .launch import jit, tl
+from .rows import run_pointers
+
+MAX_HEAD_DIM = 256
+MAX_TILE_STRIDE = 1 << 24  # of rows and columns inside a tile, in elements
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the machine programs of a call depend on, besides the configuration of tiles.
+
+    vector, mask_vector: neighbouring elements that stay together at a multiple of 16 bytes, 1 where some do not.
+    mask: dtype of attn_mask, or None.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    padding: bool = False
+    mask: torch.dtype | None = None
+    causal: bool = False
+    dropout: bool = False
+    tf32: bool = False
+    vector: int = 1
+    mask_vector: int = 1
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """E and Ev, rounded up to what a tensor core takes."""
+        return block_of(self.head_dim), block_of(self.value_dim)
+
+    def masks(self) -> tuple[torch.dtype | None, ...]:
+        """Dtypes of `Problem.tensors`."""
+        return torch.bool if self.padding else None, self.mask, torch.int64 if self.dropout else None
+
+    def constants(self) -> dict[str, int | bool | str]:
+        """The constants that all attention kernels have in common."""
+        block_e, block_ev = self.blocks
+        return {
+            "E": self.head_dim,
+            "EV": self.value_dim,
+            "BLOCK_E": block_e,
+            "BLOCK_EV": block_ev,
+            "CAUSAL": self.causal,
+            "PRECISION": self._precision(),
+            "VEC": self.vector,
+            "MASK_VEC": self.mask_vector,
+        }
+
+    def _precision(self) -> str:
+        if launch.triton is not None and launch.triton.knobs.runtime.interpret:
+            return "interpreted"
+        return "tf32" if self.tf32 or self.dtype != torch.float32 else "ieee"
+
+
+def block_of(dim: int) -> int:
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head dimension {dim}: the kernels take 1 to {MAX_HEAD_DIM}; use eager")
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+class Problem:
+    """One call, ready for kernels: tensors that can be read in place, the form, and the arguments of every launch.
+
+    q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
+    mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
+    given: q, k and v as they came.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        offset: int = 0,
+        tf32: bool = False,
+    ) -> None:
+        self.given = q, k, v
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.batch, self.queries, self.heads, self.head_dim = q.shape
+        self.keys, self.value_dim, self.group = k.shape[1], v.shape[3], self.heads // max(1, k.shape[2])
+        if padding is not None and padding.stride(1) > MAX_TILE_STRIDE:
+            padding = padding.contiguous()
+        self.padding = padding
+        if mask is not None:
+            mask = mask.expand(self.batch, self.heads, self.queries, self.keys)
+            if max(mask.stride(2), mask.stride(3)) > MAX_TILE_STRIDE:
+                mask = mask.contiguous()
+        self.mask = mask
+        self.seed, self.offset = (seed, offset) if dropout_p > 0.0 else (None, 0)
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.dropout_p = dropout_p
+        self.causal, self.tf32 = causal, tf32
+
+    def form(self, *others: Tensor) -> Form:
+        """The form of launches that also read `others`, (B, L, H, E); what they write is allocated aligned."""
+        return Form(
+            self.q.dtype,
+            self.head_dim,
+            self.value_dim,
+            padding=self.padding is not None,
+            mask=None if self.mask is None else self.mask.dtype,
+            causal=self.causal,
+            dropout=self.seed is not None,
+            tf32=self.tf32,
+            vector=tile_run(self.q, self.k, self.v, *others),
+            mask_vector=1 if self.mask is None else mask_run(self.mask),
+        )
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.padding, self.mask, self.seed
+
+    def sizes(self) -> tuple[int | float, ...]:
+        """What the kernels take after the strides of their own tensors: see COMMON_TYPES."""
+        padding = (0, 0) if self.padding is None else self.padding.stride()
+        mask = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+        numbers = (self.queries, self.keys, self.heads, self.group, self.scale * LOG2_E)
+        drop: tuple[int | float, ...] = (0, 0, 1.0)
+        if self.seed is not None:
+            drop = (self.offset, dropout.threshold(self.dropout_p), dropout.scale(self.dropout_p))
+        return *padding, *mask, *numbers, *drop
+
+
+PLACE_TYPES = ("i64", "i64", "i32")
+COMMON_TYPES = ("i64", "i32", "i64", "i64", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "i32", "i32", "fp32")
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where tiles over dimensions 1 and 3 can be read in place, else a contiguous copy."""
+    adjacent = tensor.stride(3) == 1 or tensor.shape[3] == 1
+    return tensor if adjacent and tensor.stride(1) <= MAX_TILE_STRIDE else tensor.contiguous()
+
+
+def places(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides over batch, heads and rows of a (B, L, H, E) tensor; zeros where there is none."""
+    return (0, 0, 0) if tensor is None else (tensor.stride(0), tensor.stride(2), tensor.stride(1))
+
+
+def layout(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's strides, 0 where there is a single element to step over: what programs depend on."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def tile_run(*tensors: Tensor) -> int:
+    """Elements a run: 16 bytes where every row of every tensor starts at such a multiple and holds whole runs, else 1."""
+    vector = 16 // tensors[0].element_size()
+    for tensor in tensors:
+        a, b, c, _ = layout(tensor)
+        together = a | b | c | tensor.shape[3]
+        if together % vector or tensor.data_ptr() % 16:
+            return 1
+    return vector
+
+
+def mask_run(mask: Tensor) -> int:
+    """The longest run, up to 16 bytes, at whose multiples all rows of the mask (B, H, L, S) start and end."""
+    if mask.stride(3) != 1:
+        return 1
+    size = mask.element_size()
+    a, b, c, _ = layout(mask)
+    together = mask.data_ptr() // size | a | b | c | mask.shape[3]
+    return min(16 // size, together & -together)
+
+
+@jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b in fp32. Triton's interpreter needs fp32 operands, for bf16."""
+    if PRECISION == "interpreted":
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        result = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return result
+
+
+@jit
+def load_tile(
+    base,
+    row_stride,
+    exists,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Rows base, base + row_stride, ... as (ROWS, BLOCK_C); zeros where a row (exists, or None) or column is not there."""
+    column = tl.arange(0, BLOCK_C)[None, :]
+    pointers = run_pointers(base, tl.arange(0, ROWS)[:, None] * row_stride, column, VEC)
+    if exists is None and COLUMNS == BLOCK_C:
+        tile = tl.load(pointers)
+    else:
+        if COLUMNS == BLOCK_C:
+            inside = exists[:, None]
+        elif exists is None:
+            inside = column // VEC < COLUMNS // VEC
+        else:
+            inside = exists[:, None] & (column // VEC < COLUMNS // VEC)
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@jit
+def store_tile(
+    base,
+    row_stride,
+    exists,
+    tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Store (ROWS, BLOCK_C) where rows and columns exist."""
+    column = tl.arange(0, BLOCK_C)[None, :]
+    pointers = run_pointers(base, tl.arange(0, ROWS)[:, None] * row_stride, column, VEC)
+    inside = exists[:, None]
+    if COLUMNS != BLOCK_C:
+        inside = inside & (column // VEC < COLUMNS // VEC)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@jit
+def key_range(padding_ptr, padding_column, S):
+    """(first, end): all keys before `first` are visible, none from `end` on. padding_ptr: of one batch, or None."""
+    first, end = S, S
+    if padding_ptr is not None:
+        column = tl.arange(0, 1024)
+        first_hidden = tl.full((1024,), S, tl.int32)
+        end_visible = tl.zeros((1024,), tl.int32)
+        for start in range(0, S, 1024):
+            here = start + column
+            hidden = tl.load(
+                padding_ptr + tl.cast(start, tl.int64) * padding_column + column * padding_column, here < S, True
+            )
+            first_hidden = tl.minimum(first_hidden, tl.where(hidden, here, S))
+            end_visible = tl.maximum(end_visible, tl.where(hidden, 0, here + 1))
+        first, end = tl.min(first_hidden, 0), tl.max(end_visible, 0)
+    return first, end
+
+
+@jit
+def visible_keys(padding_ptr, padding_column, start, S, BLOCK_N: tl.constexpr):
+    """Which of the keys start ... start + BLOCK_N - 1 are there and not padding."""
+    column = tl.arange(0, BLOCK_N)
+    visible = column < S - start
+    if padding_ptr is not None:
+        place = padding_ptr + tl.cast(start, tl.int64) * padding_column
+        hidden = tl.load(place + column * padding_column, mask=visible, other=True)
+        visible = visible & (hidden == 0)
+    return visible
+
+
+@jit
+def masked_scores(
+    scores,
+    mask_ptr,
+    mask_row,
+    mask_column,
+    row_start,
+    column_start,
+    L,
+    S,
+    visible,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
+    """Scores of a tile, (ROWS, COLUMNS) or transposed, -inf where a key is hidden.
+
+    visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere. mask_ptr: at batch and head.
+    """
+    if TRANSPOSED:
+        row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
+    else:
+        row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    if mask_ptr is not None:
+        base = mask_ptr + tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
+        exists = (row < L - row_start) & (column // MASK_VEC < (S - column_start) // MASK_VEC)
+        if MASK_VEC == 1:
+            pointers = base + (row * mask_row + column * mask_column)
+        elif TRANSPOSED:
+            run: tl.constexpr = MASK_VEC * (mask_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            pointers = tl.multiple_of(base + (row * mask_row + column), (run, 1))
+        else:
+            pointers = run_pointers(base, row * mask_row, column, MASK_VEC)
+        if mask_ptr.dtype.element_ty == tl.int1:
+            scores = tl.where(tl.load(pointers, mask=exists, other=False), scores, -float("inf"))
+        else:
+            scores += tl.load(pointers, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
+    if CAUSAL:
+        scores = tl.where(row + row_start >= column + column_start, scores, -float("inf"))
+    if visible is not None:
+        hidden = tl.where(visible, 0.0, -float("inf"))  # added, not selected: one instruction fused with the scaling
+        scores += hidden[:, None] if TRANSPOSED else hidden[None, :]
+    return scores
+
+
+@jit
+def kept(
+    seed_ptr,
+    offset,
+    threshold,
+    head,
+    row_start,
+    column_start,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):
+    """Which weights of a tile dropout keeps; head is batch * heads + head."""
+    low, high = load_seed(seed_ptr)
+    return keep_tile(low, high, offset, threshold, head, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)

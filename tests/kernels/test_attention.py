@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from detr_fast.kernels import attention as kernels
+from detr_fast.kernels import attention_backward, dropout
+from detr_fast.kernels.attention_tiles import Problem, mask_run, readable, tile_run
+
+from detr_fast.ops.attention_eager import EagerAttention, attention_weights
+from detr_fast.ops.dropout import keep_mask
+from detr_fast.testing import assert_as_accurate_as_eager
+from detr_fast.testing.interpreter import checked_interpreter
+
+pytestmark = pytest.mark.interpreter
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class KernelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, padding, mask, causal, scale):
+        ctx.problem = Problem(q, k, v, padding, mask, causal=causal, scale=scale)
+        out, lse = kernels.attention_forward(ctx.problem)
+        ctx.save_for_backward(out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *attention_backward.attention_backward(ctx.problem, *ctx.saved_tensors, dout), None, None, None, None
+
+
+def eager(q, k, v, padding, mask, causal, scale):
+    return EagerAttention().run(q, k, v, padding, mask, causal, 0.0, scale, q.shape[2] != k.shape[2])
+
+
+def qkv(batch, queries, keys, heads, dim, value_dim=None, key_heads=None):
+    key_heads = key_heads or heads
+    shapes = (queries, heads, dim), (keys, key_heads, dim), (keys, key_heads, value_dim or dim)
+    return [torch.randn(batch, *shape) for shape in shapes]
+
+
+def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, **options):
+    rest = (padding, mask, causal, scale)
+    assert_as_accurate_as_eager(
+        lambda q, k, v: KernelAttention.apply(q, k, v, *rest),
+        reference=lambda q, k, v: eager(q, k, v, *rest),
+        inputs=inputs,
+        dtype=dtype,
+        **options,
+    )
+
+
+def padded(kind, batch, keys):
+    """Padding masks: at the end of the first element, scattered, of all keys of the first element."""
+    mask = torch.zeros(batch, keys, dtype=torch.bool)
+    if kind == "end":
+        mask[0, keys * 2 // 3 :] = True
+    elif kind == "scattered":
+        mask[:] = torch.rand(batch, keys) > 0.6
+    elif kind == "all":
+        mask[0] = True
+    return mask
+
+
+# Tiles are 128 queries by 64 keys in 16 bits (64 by 64 in the backward), 64 by 32 in fp32: sizes of one tile, one more and
+# one less; pairs of features.
+@pytest.mark.parametrize(
+    ("dtype", "shape", "padding", "mask", "causal"),
+    [
+        (FP32, (1, 33, 65, 1, 32), None, None, False),
+        (FP16, (2, 63, 65, 1, 32), "end", None, False),
+        (BF16, (2, 20, 130, 1, 32), "scattered", None, False),
+        (BF16, (1, 129, 64, 1, 16), "all", None, False),
+        (FP16, (1, 130, 100, 1, 64), None, None, True),
+        (BF16, (1, 70, 130, 1, 32), "end", None, True),
+        (FP32, (2, 31, 32, 1, 32), "scattered", None, True),
+        (FP16, (1, 40, 64, 2, 32), None, "bool rows", False),
+        (FP16, (2, 17, 80, 1, 32), "end", "float heads", False),
+        (FP32, (1, 40, 40, 2, 8), "scattered", "bool keys", True),
+        (BF16, (2, 9, 70, 1, 128), "end", "float keys", False),
+        (FP16, (1, 40, 66, 1, 256), "end", None, False),
+    ],
+)
+def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, mask, causal):
+    batch, queries, keys, heads, dim = shape
+    masks = {
+        None: lambda: None,
+        "bool rows": lambda: torch.rand(queries, keys) > 0.3,
+        "bool keys": lambda: torch.rand(batch, 1, 1, keys) > 0.3,
+        "float heads": lambda: torch.randn(1, heads, queries, keys),
+        "float keys": lambda: torch.randn(keys).masked_fill(torch.rand(keys) > 0.7, -torch.inf),
+    }
+    padding = None if padding is None else padded(padding, batch, keys)
+    check(dtype, qkv(batch, queries, keys, heads, dim), padding, masks[mask](), causal)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (20, 40), (24, 16), (48, 7)])
+def test_head_dimensions_may_be_odd_and_unequal(interpreter, dim, value_dim):
+    check(FP16, qkv(1, 20, 30, 1, dim, value_dim))
+
+
+def test_fewer_key_heads_serve_groups_of_query_heads(interpreter):
+    check(FP16, qkv(1, 20, 30, 4, 16, key_heads=2), padded("end", 1, 30))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_the_scale_may_be_any_number(interpreter, scale):
+    check(FP16, qkv(1, 20, 70, 1, 32), padded("scattered", 1, 70), scale=scale)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (1, 2), (2, 1)])
+def test_sequences_may_be_empty_or_single(interpreter, queries, keys):
+    q, k, v = (t.requires_grad_() for t in qkv(1, queries, keys, 1, 16))
+    out = KernelAttention.apply(q, k, v, None, None, False, None)
+    expected = eager(q, k, v, None, None, False, None)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    dout = torch.randn_like(out)
+    for ours, theirs in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(expected, (q, k, v), dout)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+LAYOUTS = {
+    "sequence first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "a slice of packed projections": lambda t: torch.cat([t, t], 2)[:, :, t.shape[2] :],
+    "off 16 bytes": lambda t: torch.cat([t, t], 3)[..., 1 : 1 + t.shape[3]],
+    "one value everywhere": lambda t: t[:1, :1, :1, :1].expand(t.shape),
+    "dimensions far apart": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_of_inputs_and_gradients_is_read(interpreter, layout):
+    arrange = LAYOUTS[layout]
+    inputs = [arrange(t) for t in qkv(2, 10, 20, 2, 16)]
+    check(FP16, inputs, upstream=lambda y: arrange(torch.randn_like(y)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_layouts_without_neighbouring_elements_are_copied(layout):
+    t = LAYOUTS[layout](torch.randn(2, 10, 2, 16))
+    assert (readable(t) is not t) == (layout in ("one value everywhere", "dimensions far apart"))
+    assert readable(t[..., :1]).shape == (2, 10, 2, 1)
+    assert tile_run(t.half()) == (8 if t.half().stride(3) == 1 else tile_run(t.half()))
+
+
+def test_results_lie_in_memory_as_the_inputs_do(interpreter):
+    q, k, v = (LAYOUTS["sequence first"](t) for t in qkv(2, 5, 6, 2, 16))
+    problem = Problem(q, k, v)
+    out, lse = kernels.attention_forward(problem)
+    gradients = attention_backward.attention_backward(problem, out, lse, out)
+    assert all(t.transpose(0, 1).is_contiguous() for t in (out, *gradients))
+
+
+def test_masks_are_read_in_the_longest_aligned_runs():
+    mask = torch.zeros(2, 1, 8, 48, dtype=torch.bool)
+    assert mask_run(mask.expand(2, 3, 8, 48)) == 16
+    assert mask_run(mask[..., :40]) == 8
+    assert mask_run(mask[..., 1:]) == 1
+    assert mask_run(mask.half()) == 8
+    assert mask_run(mask.half()[..., :36]) == 4
+    assert mask_run(mask[..., :1].expand(2, 1, 8, 48)) == 1
+
+
+@pytest.mark.parametrize("kind", ["end", "scattered", "all"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_in_padded_keys_never_leak(interpreter, kind, value):
+    padding = padded(kind, 1, 70)
+    q, k, v = (t.half() for t in qkv(1, 20, 70, 1, 32))
+    results = []
+    for fill in (0.0, value):
+        k, v = (t.masked_fill(padding[:, :, None, None], fill) for t in (k, v))
+        problem = Problem(q, k, v, padding)
+        out, lse = kernels.attention_forward(problem)
+        results.append((out, lse, *attention_backward.attention_backward(problem, out, lse, torch.ones_like(out))))
+    assert all(torch.equal(clean, other) for clean, other in zip(*results))
+    assert not any(t[padding].any() for t in results[1][3:])  # no gradient for what is padding
+    if kind == "all":
+        assert not any(t.any() for t in (*results[1][:1], *results[1][2:]))
+        assert (results[1][1] == -torch.inf).all()
+
+
+def test_rows_whose_mask_hides_all_keys_are_zero_with_zero_gradients(interpreter):
+    mask = torch.zeros(20, 30, dtype=torch.bool)
+    mask[3:, :7] = True
+    problem = Problem(*qkv(1, 20, 30, 1, 16), None, mask)
+    out, lse = kernels.attention_forward(problem)
+    dq, dk, dv = attention_backward.attention_backward(problem, out, lse, torch.randn_like(out))
+    assert not out[:, :3].any()
+    assert not dq[:, :3].any()
+    assert not dk[:, 7:].any()
+    assert all(t.isfinite().all() for t in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_logits_of_ten_thousand_are_exact_enough(interpreter, offset):
+    q, k, v = qkv(1, 10, 70, 1, 16)
+    q[..., 0], k[..., 0] = 100.0, offset / 100.0
+    padding = padded("scattered", 1, 70)
+    check(FP32, (q, k, v), padding, scale=1.0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dropout_is_the_twins(interpreter, transposed):
+    q, k, v = (t.half() for t in qkv(1, 40, 70, 2, 16))
+    if transposed:
+        q, k, v = (LAYOUTS["sequence first"](t) for t in (q, k, v))
+    seed, p = torch.tensor([1234567890123]), 0.25
+    problem = Problem(q, k, v, dropout_p=p, seed=seed, offset=3)
+    out, lse = kernels.attention_forward(problem)
+    dout = torch.randn_like(out)
+    found = (out, *attention_backward.attention_backward(problem, out, lse, dout))
+
+    keep = keep_mask(seed, 3, p, 2, 40, 70, tiles=True)[None]
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    weights = attention_weights(*exact[:2], None, None, False, None) * keep * dropout.scale(p)
+    expected = torch.einsum("bhls,bshe->blhe", weights, exact[2])
+    for ours, truth in zip(found, (expected, *torch.autograd.grad(expected, exact, dout.double()))):
+        assert (ours - truth).norm() <= 2e-3 * truth.norm()
+
+
+def test_dropping_all_or_nothing_is_exact(interpreter):
+    q, k, v = qkv(1, 10, 20, 1, 16)
+    out, _ = kernels.attention_forward(Problem(q, k, v, dropout_p=1.0, seed=torch.tensor([5])))
+    assert not out.any()
+
+
+def test_the_log_sum_exp_and_its_gradient_are_right(interpreter):
+    q, k, v = qkv(1, 20, 30, 1, 16)
+    problem = Problem(q, k, v, padded("end", 1, 30))
+    out, lse = kernels.attention_forward(problem)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse).transpose(1, 2).contiguous().transpose(1, 2)
+    found = attention_backward.attention_backward(problem, out, lse, dout, dlse)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    expected = EagerAttention().run(*exact, problem.padding, None, False, 0.0, None, return_lse=True)
+    torch.testing.assert_close(lse * torch.log(torch.tensor(2.0)), expected[1].float())
+    truth = torch.autograd.grad(expected, exact, (dout.double(), dlse.double() * 1.4426950408889634))
+    for ours, right in zip(found, truth):
+        torch.testing.assert_close(ours, right.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_one_launch_forward_and_two_backward(interpreter):
+    problem = Problem(*qkv(1, 10, 10, 1, 16))
+    out, lse = kernels.attention_forward(problem)
+    assert len(interpreter.launches) == 1
+    attention_backward.attention_backward(problem, out, lse, out)
+    assert len(interpreter.launches) == 3
+
+
+def test_keys_that_are_all_padding_are_never_read(interpreter):
+    q, k, v = (t.half() for t in qkv(1, 10, 200, 1, 16))
+    padding = torch.ones(1, 200, dtype=torch.bool)
+    padding[:, :10] = False
+    out, _ = kernels.attention_forward(Problem(q, k, v, padding))
+    short, _ = kernels.attention_forward(Problem(q, k[:, :10], v[:, :10]))
+    assert torch.equal(out, short)
+
+
+def test_offsets_use_64_bits_where_tensors_are_large():
+    wide = torch.randn(2, 400, 3, 600)[..., :16]
+    q, k = wide[:, :17], wide[:, :18]
+    with checked_interpreter(int32_limit=1 << 18):  # a tile spans 128 rows of 1,800 elements, a batch element 400
+        problem = Problem(q, k, k)
+        out, lse = kernels.attention_forward(problem)
+        attention_backward.attention_backward(problem, out, lse, out)
+    torch.testing.assert_close(out, eager(q, k, k, None, None, False, None))
+
+
+def test_the_backward_is_deterministic_whatever_order_programs_run_in():
+    problem = Problem(*(t.half() for t in qkv(1, 70, 70, 1, 16)), padded("scattered", 1, 70))
+    results = []
+    for seed in range(2):
+        with checked_interpreter(seed=seed):
+            out, lse = kernels.attention_forward(problem)
+            results.append(attention_backward.attention_backward(problem, out, lse, out))
+    assert all(torch.equal(one, same) for one, same in zip(*results))
+
+
+@pytest.mark.parametrize("dim", [0, 257])
+def test_too_small_or_large_heads_are_refused(dim):
+    with pytest.raises(ValueError, match=rf"head dimension {dim}: the kernels take 1 to 256"):
+        kernels.attention_forward(Problem(*qkv(1, 2, 2, 1, dim), scale=1.0))

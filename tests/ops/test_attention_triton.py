@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_fast.kernels import attention as kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import dispatch, ops
+from detr_fast.dispatch import BackendError, use_backend
+from detr_fast.ops.attention import ATTENTION, EagerAttention
+from detr_fast.testing import assert_as_accurate_as_eager
+
+interpreter = pytest.mark.interpreter
+
+
+@pytest.fixture
+def triton():
+    with use_backend(attention="triton"):
+        yield
+
+
+def qkv(batch=1, queries=5, keys=7, heads=1, dim=8, **options):
+    return [torch.randn(batch, n, heads, dim, **options) for n in (queries, keys, keys)]
+
+
+def end_padding(batch=1, keys=7):
+    mask = torch.zeros(batch, keys, dtype=torch.bool)
+    mask[0, keys - 2 :] = True
+    return mask
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_is_as_accurate_as_eager(triton, dtype):
+    padding, mask = end_padding(), torch.rand(5, 7) > 0.3
+    assert_as_accurate_as_eager(
+        lambda q, k, v: ops.attention(q, k, v, key_padding_mask=padding, attn_mask=mask, is_causal=True),
+        reference=lambda q, k, v: EagerAttention().run(q, k, v, padding, mask, True, 0.0, None),
+        inputs=qkv(),
+        dtype=dtype,
+    )
+
+
+@interpreter
+def test_the_log_sum_exp_is_the_natural_one_and_has_a_gradient(triton):
+    q, k, v = qkv(requires_grad=True)
+    out, lse = ops.attention(q, k, v, return_lse=True)
+    with use_backend(attention="eager"):
+        expected = ops.attention(q, k, v, return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
+    for ours, theirs in zip(*(torch.autograd.grad(r, (q, k), (out, lse)) for r in ((out, lse), expected))):
+        torch.testing.assert_close(ours, theirs)
+
+
+@interpreter
+def test_grouped_heads_in_torchs_own_layout_work(triton):
+    q, (k, v) = torch.randn(1, 4, 5, 8), (torch.randn(1, 2, 7, 8) for _ in range(2))
+    ours = ops.scaled_dot_product_attention(q, k, v, scale=0.2, enable_gqa=True)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, scale=0.2, enable_gqa=True))
+
+
+@interpreter
+def test_the_double_backward_is_right_also_with_dropout(triton):
+    q, k, v = qkv(requires_grad=True)
+
+    def penalty():
+        torch.manual_seed(3)
+        out = ops.attention(q, k, v, dropout_p=0.5, key_padding_mask=end_padding())
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        return sum(g.square().sum() for g in gradients)
+
+    # By central differences of the first backward, which is proven elsewhere.
+    found = torch.autograd.grad(penalty(), (q, k, v))
+    directions = [torch.randn_like(t) for t in (q, k, v)]
+    values, step = [], 1e-2
+    for move in (step, -2 * step):
+        with torch.no_grad():
+            for tensor, direction in zip((q, k, v), directions):
+                tensor += move * direction
+        values.append(penalty().item())
+    slope = sum((g * d).sum().item() for g, d in zip(found, directions))
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=2e-2)
+
+
+@interpreter
+def test_opcheck_accepts_both_ops():
+    q, k, v = qkv(requires_grad=True)
+    seed = torch.tensor([7])
+    options = (False, 0.5, 0.3, 2, False)
+    masks = (end_padding(), None, seed)
+    torch.library.opcheck(torch.ops.detr_fast.attention.default, (q, k, v, *masks, *options))
+    with torch.no_grad():
+        out, lse = torch.ops.detr_fast.attention(q, k, v, *masks, *options)
+    arguments = (torch.randn_like(out), None, q, k, v, *masks, out, lse, *options)
+    torch.library.opcheck(torch.ops.detr_fast.attention_backward.default, arguments)
+
+
+@interpreter
+def test_a_compiled_model_has_no_graph_break_and_equal_gradients(triton):
+    q, k, v = qkv(requires_grad=True)
+    padding = end_padding()
+    function = lambda q: ops.attention(q * 2, k, v, key_padding_mask=padding) + 1  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(*(torch.autograd.grad(f(q).square().sum(), (q, k, v)) for f in (compiled, function))):
+        torch.testing.assert_close(ours, theirs)
+
+
+@interpreter
+def test_autocast_casts_as_sdpa_does(triton):
+    q, k, v = qkv(requires_grad=True)
+    mask = torch.randn(5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.attention(q, k, v, attn_mask=mask)
+    assert out.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(out.float().sum(), q)
+    assert gradient.dtype == torch.float32
+
+
+@interpreter
+def test_checkpointing_recomputes_with_the_same_dropout(triton):
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = qkv(requires_grad=True)
+    results = []
+    for run in (lambda f, *a: f(*a), lambda f, *a: checkpoint(f, *a, use_reentrant=False)):
+        torch.manual_seed(1)
+        out = run(lambda q, k, v: ops.attention(q, k, v, dropout_p=0.5), q, k, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert not torch.equal(results[0][0], ops.attention(q, k, v))
+
+
+@interpreter
+def test_nothing_of_the_scores_size_is_kept_for_backward(triton):
+    from detr_fast.testing import counting
+
+    q, k, v = qkv(queries=40, keys=50, requires_grad=True)
+    with counting((q, k, v)) as counts:
+        ops.attention(q, k, v)
+    assert counts.saved_bytes == 40 * 8 * 4 + 40 * 4  # the output and the log-sum-exp
+    assert counts.total_launches == 1
+
+
+@interpreter
+def test_without_gradients_nothing_is_recorded(triton):
+    q, k, v = qkv(requires_grad=True)
+    with torch.no_grad():
+        assert ops.attention(q, k, v).grad_fn is None
+
+
+@interpreter
+def test_a_failing_compilation_is_seen_before_the_forward_runs(monkeypatch):
+    from detr_fast.ops import attention_triton
+
+    def fail(*_):
+        raise RuntimeError("no registers left")
+
+    ATTENTION.forget()
+    monkeypatch.setattr(attention_triton, "compile_variant", fail)
+    with use_backend(attention="triton"), pytest.raises(BackendError, match="no registers left"):
+        ops.attention(*qkv())
+    ATTENTION.forget()
+
+
+def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
+    from detr_fast.kernels import launch
+
+    from detr_fast.ops import attention_triton
+
+    compiled, launched = [], []
+    monkeypatch.setattr(attention_triton, "compile_variant", lambda variant, device: compiled.append(variant))
+    monkeypatch.setattr(launch, "observers", [lambda one: launched.append(one.variant)])
+    ATTENTION.forget()
+    for dtype, dim, options in (
+        (torch.bfloat16, 32, {"key_padding_mask": end_padding(), "dropout_p": 0.1}),
+        (torch.float16, 20, {"attn_mask": torch.rand(5, 7) > 0.5, "is_causal": True}),
+        (torch.float32, 16, {"attn_mask": torch.randn(1, 1, 5, 7)}),
+    ):
+        options = {k: t.to("meta") if isinstance(t, torch.Tensor) else t for k, t in options.items()}
+        q, k, v = qkv(dim=dim, dtype=dtype, device="meta", requires_grad=True)
+        compiled.clear(), launched.clear()
+        with use_backend(attention="triton"):
+            out = ops.attention(q, k, v, **options)
+        assert out.shape == q.shape
+        assert len(compiled) == 3
+        problem = attention_triton._problem(
+            q, k, v, options.get("key_padding_mask"), options.get("attn_mask"),
+            torch.zeros(1, device="meta") if "dropout_p" in options else None,
+            (options.get("is_causal", False), options.get("dropout_p", 0.0), 1.0, 0, False),
+        )  # fmt: skip
+        out, lse = kernels.attention_forward(problem)
+        attention_triton.backward_kernels.attention_backward(problem, out, lse, out)
+        assert launched[-3:] == compiled
+    ATTENTION.forget()
+
+
+def test_fake_cuda_tensors_trace_forward_without_a_gpu():
+    with FakeTensorMode(), use_backend(attention="triton"):
+        q, k, v = (t.transpose(0, 1) for t in qkv(7, 3, 7, device="cuda", dtype=torch.bfloat16))
+        out = ops.attention(q, k[:3], v[:3])
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+    assert out.transpose(0, 1).is_contiguous()
+
+
+def test_auto_on_a_gpu_is_careful_where_nothing_was_measured():
+    chosen = {}
+    with FakeTensorMode(), dispatch.recording(lambda op, d: chosen.setdefault(len(chosen), d)):
+        for batch, masked in ((2, True), (64, True), (64, False)):
+            q, k, v = qkv(batch, 1000, 1000, 8, 32, device="cuda", dtype=torch.bfloat16)
+            padding = torch.zeros(batch, 1000, dtype=torch.bool, device="cuda") if masked else None
+            ops.attention(q, k, v, key_padding_mask=padding)
+    small, large, plain = chosen.values()
+    assert small.implementation.name == "sdpa"
+    assert "detr-fast tune" in small.reasons["triton"]
+    assert (large.implementation.name, large.note) == ("triton", "unmeasured on this GPU: run detr-fast tune")
+    assert plain.implementation.name == "sdpa"
+    assert "flash" in plain.reasons["triton"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 257}, "head dimensions 257 and 257: it takes 1 to 256"),
+        ({"dtype": torch.float64}, "float64 inputs: it takes bfloat16, float16, float32"),
+        ({"key_dtype": torch.float16}, "different dtypes"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused_in_words(change, reason):
+    key_dtype = change.pop("key_dtype", None)
+    with FakeTensorMode(), use_backend(attention="triton"):
+        q, k, v = qkv(device="cuda", **change)
+        k = k if key_dtype is None else k.to(key_dtype)
+        with pytest.raises(BackendError, match=reason):
+            ops.attention(q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 32, 64, 100, 128, 256])
+@pytest.mark.parametrize("masked", [None, "padding", "bool", "float"])
+def test_on_a_gpu_attention_is_as_accurate_as_eager(triton, dtype, dim, masked):
+    padding = mask = None
+    if masked == "padding":
+        padding = torch.rand(2, 333, device="cuda") > 0.7
+    elif masked is not None:
+        mask = torch.randn(333, 333, device="cuda")
+        mask = mask > 0 if masked == "bool" else mask
+    assert_as_accurate_as_eager(
+        lambda q, k, v: ops.attention(q, k, v, key_padding_mask=padding, attn_mask=mask, is_causal=masked is None),
+        reference=lambda q, k, v: EagerAttention().run(q, k, v, padding, mask, masked is None, 0.0, None),
+        inputs=[torch.randn(2, 333, 3, dim, device="cuda") for _ in range(3)],
+        dtype=dtype,
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_attention_is_captured_in_a_cuda_graph_and_draws_new_dropout(triton):
+    q, k, v = qkv(2, 100, 100, 2, 32, device="cuda")
+    ops.attention(q, k, v, dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.attention(q, k, v, dropout_p=0.5)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(first, out)
