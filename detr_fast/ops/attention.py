@@ -7,6 +7,8 @@ Source: Vaswani et al., 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +18,38 @@ from detr_fast.ops.attention_call import describe, misfit, signature
 from detr_fast.ops.attention_eager import EagerAttention as EagerAttention
 from detr_fast.ops.attention_eager import Sdpa, attention_weights, weighted_sum
 from detr_fast.ops.attention_triton import TritonAttention
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(

@@ -126,7 +126,7 @@ def _run_forward(
     return kernels.attention_forward(_problem(q, k, v, padding, mask, seed, options))  # type: ignore[arg-type]
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     return _like_rows(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
 

@@ -1,0 +1,73 @@
+"""The attention variants that ship: see `catalog`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .attention import attention_forward, forward_variant
+from .attention_backward import attention_backward, keys_variant, queries_variant
+from .attention_tiles import Form, Problem
+from .entry import Budget, Entry
+
+
+def catalog_entries() -> Iterator[Entry]:
+    """The forms that a DETR's layers have, and the extremes of head dimensions, dtypes and masks."""
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    padded = Form(bf16, 32, 32, padding=True, vector=8)
+    forms = {
+        "hd32_bf16_padding": padded,
+        "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True),
+        "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
+        "hd64_bf16_causal": Form(bf16, 64, 64, causal=True, vector=8),
+        "hd128_fp16": Form(fp16, 128, 128, vector=8),
+        "hd20_fp32_bool_mask_unaligned": Form(fp32, 20, 40, padding=True, mask=torch.bool),
+    }
+    budgets = {
+        "forward": Budget(255, 100 << 10, 512, 64 << 10),
+        "queries": Budget(255, 100 << 10, 512, 64 << 10),
+        "keys": Budget(255, 100 << 10, 512, 64 << 10),
+    }
+    for name, form in forms.items():
+        example = partial(_example, form)
+        for kind, variant in (
+            ("forward", forward_variant(form)),
+            ("queries", queries_variant(form)),
+            ("keys", keys_variant(form)),
+        ):
+            tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
+            yield Entry("attention", f"attention_{kind}_{name}", variant, tile, budgets[kind], example)
+
+
+def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of 40 queries and 72 keys; rows off 16 bytes where there are no vectors."""
+    gap = 0 if form.vector > 1 else 1
+    dims = ((40, form.head_dim), (72, form.head_dim), (72, form.value_dim), (40, form.value_dim))
+    q, k, v, dout = (torch.randn(1, n, 1, dim + gap, device=device).to(form.dtype)[..., :dim] for n, dim in dims)
+    padding = mask = None
+    if form.padding:
+        padding = (torch.arange(72, device=device) > 50)[None]
+    if form.mask is not None:
+        mask = torch.randn(40, 72 + gap, device=device)
+        mask = (mask > 0 if form.mask == torch.bool else mask.to(form.mask))[:, :72]
+    problem = Problem(
+        q,
+        k,
+        v,
+        padding,
+        mask,
+        causal=form.causal,
+        dropout_p=0.1 if form.dropout else 0.0,
+        seed=torch.zeros(1, dtype=torch.int64, device=device),
+        tf32=form.tf32,
+    )
+
+    def call() -> tuple[Tensor, ...]:
+        out, lse = attention_forward(problem)
+        return (out, lse, *attention_backward(problem, out, lse, dout))
+
+    return call
