@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from detr_fast import nn
 
 
-class PositionEmbeddingSine(nn.Module):
-    """Sines and cosines of the row and the column, both normalised to the image's visible part.
-
-    Source: Carion et al., 2020, arXiv:2005.12872, section A.4.
+class PositionEmbeddingSine(nn.SinePositionEmbedding2D):
+    """`nn.SinePositionEmbedding2D` of a backbone's feature map, returned for the attention layers to add.
 
     Args:
         features: per axis; the embedding has twice as many channels, rows first.
@@ -21,38 +17,14 @@ class PositionEmbeddingSine(nn.Module):
     """
 
     def __init__(self, features: int, temperature: float = 10_000.0) -> None:
-        super().__init__()
-        if features % 2:
-            raise ValueError(f"got {features} features per axis; expected an even number (a sine and a cosine each)")
-        self.features = features
-        self.temperature = temperature
+        super().__init__(2 * features, temperature, add=False)
 
     def forward(self, feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) feature map, (B, H, W) bool mask with True = padding -> (B, H, W, 2 * features).
 
         Without a mask the result is the same for all images and has B = 1.
         """
-        height, width = feature_map.shape[-2:]
-        device = feature_map.device
-        if mask is None:
-            rows = torch.arange(1, height + 1, dtype=torch.float32, device=device).view(1, -1, 1)
-            columns = torch.arange(1, width + 1, dtype=torch.float32, device=device).view(1, 1, -1)
-        else:
-            visible = ~mask
-            rows = visible.cumsum(1, dtype=torch.float32)
-            columns = visible.cumsum(2, dtype=torch.float32)
-        rows = rows / (rows[:, -1:, :] + 1e-6) * (2 * math.pi)
-        columns = columns / (columns[:, :, -1:] + 1e-6) * (2 * math.pi)
-        pair = torch.arange(self.features // 2, dtype=torch.float32, device=device)
-        period = self.temperature ** (2 * pair / self.features)
-        shape = (*torch.broadcast_shapes(rows.shape, columns.shape), self.features)
-        embedding = torch.cat([_waves(axis, period).expand(shape) for axis in (rows, columns)], dim=-1)
-        return embedding.to(feature_map.dtype)
-
-
-def _waves(position: Tensor, period: Tensor) -> Tensor:
-    angle = position[..., None] / period
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+        return super().forward(feature_map.permute(0, 2, 3, 1), mask)
 
 
 class PositionEmbeddingLearned(nn.Module):
