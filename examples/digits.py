@@ -18,12 +18,12 @@ from detr_fast import nn
 
 
 class DigitReader(nn.Module):
-    """Patches of 2×2 pixels are the tokens; their mean after the encoder tells the digit."""
+    """Patches of 4×4 pixels that overlap by half are the tokens; their mean after the encoder tells the digit."""
 
     def __init__(self, d_model: int = 64) -> None:
         super().__init__()
         self.embed = nn.Sequential(
-            nn.PatchEmbedding(1, d_model, patch_size=2, flatten=False),  # (N, 4, 4, C)
+            nn.PatchEmbedding(1, d_model, patch_size=4, stride=2, padding=1, flatten=False),  # (N, 4, 4, C)
             nn.LearnedPositionalEmbedding((4, 4), d_model),
             nn.Flatten(1, 2),  # (N, 16, C)
         )
@@ -49,6 +49,12 @@ def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[:, None].float(), labels, held_out[:, None].float(), held_out_labels
 
 
+def shifted(images: Tensor) -> Tensor:
+    """The images moved by up to a pixel each way, as another hand might have placed them."""
+    top, left = torch.randint(3, (2,)).tolist()
+    return nn.functional.pad(images, (1, 1, 1, 1))[..., top : top + 8, left : left + 8]
+
+
 def train(model: DigitReader, images: Tensor, labels: Tensor, epochs: int, batch: int = 64) -> None:
     steps = len(images) // batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -56,7 +62,8 @@ def train(model: DigitReader, images: Tensor, labels: Tensor, epochs: int, batch
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(images), device=images.device)
         for chosen in order[: steps * batch].view(steps, batch):
-            loss = model.head.loss(model.features(images[chosen]), labels[chosen], label_smoothing=0.1)
+            features = model.features(shifted(images[chosen]))
+            loss = model.head.loss(features, labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -67,7 +74,7 @@ def train(model: DigitReader, images: Tensor, labels: Tensor, epochs: int, batch
 
 def main(arguments: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
