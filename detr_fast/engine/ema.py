@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
@@ -21,11 +21,17 @@ class ExponentialMovingAverage:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Follow `model`, which has just taken step number `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, model: nn.Module, step: int | Tensor) -> None:
+        """Follow `model`, which has just taken step number `step`; a tensor on the device in a CUDA graph, as steps go on."""
         own, new = self.module.state_dict(), model.state_dict()
         floats = [name for name, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[n] for n in floats], [new[n] for n in floats], 1 - decay)
+        averages, weights = [own[n] for n in floats], [new[n] for n in floats]
+        if isinstance(step, Tensor):
+            share = 1 - ((1 + step) / (10 + step)).clamp(max=self.decay)
+            difference = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(difference, share)
+            torch._foreach_add_(averages, difference)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + step) / (10 + step)))
         for name in own.keys() - set(floats):
             own[name].copy_(new[name])

@@ -15,27 +15,28 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from detr_fast.data.batching import GroupedBatchSampler, build_loader
 from detr_fast.data.coco import CocoDetection, CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
 from detr_fast.data.transforms import eval_transforms, train_transforms
+from detr_fast.engine.captured import CapturedStep
 from detr_fast.engine.checkpoints import latest_run, load_weights, rng_state, save_checkpoint, set_rng_state
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
 from detr_fast.engine.drawing import draw_grid
 from detr_fast.engine.ema import ExponentialMovingAverage
-from detr_fast.engine.errors import ConfigError, Interrupted, TrainingDiverged
+from detr_fast.engine.errors import ConfigError, Interrupted
 from detr_fast.engine.evaluation import evaluate_model, sample_pictures
+from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
 from detr_fast.engine.run_folder import RunFolder, atomic_write
 from detr_fast.engine.signals import StopSignals
 from detr_fast.models.build import build_criterion, build_model
 from detr_fast.models.convert import load_weights as load_foreign_weights
 from detr_fast.models.detr import Detr
 
-LOGGED = ("loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+LOGGED = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
 class Reporter:
@@ -146,6 +147,10 @@ class Trainer:
             raise ConfigError(
                 f"batch_size is {config.batch_size}, but {config.data} has only {len(dataset)} training images; lower it"
             )
+        if dataset.max_boxes == 0:
+            raise ConfigError(
+                f"none of the {len(dataset)} training images of {config.data} has a box: nothing to learn"
+            )
         self.names, self.category_ids = dataset.names, dataset.category_ids
         area = config.transforms.max_area  # a batch of a wide and a tall image takes no more memory than any other
         loader = build_loader(dataset, config.batch_size, shuffle=True, drop_last=True, max_area=area, **common)
@@ -217,6 +222,21 @@ class Trainer:
         self.ema = ExponentialMovingAverage(self.bare, config.ema_decay) if config.ema_decay else None
         if state is not None:
             self._restore(state)
+        self.sums = DeviceMetrics((*LOGGED, *FLAGS), self.device)
+        self.take_step = CapturedStep(
+            self.model,
+            self.criterion,
+            optimizer,
+            clip_norm=config.clip_norm,
+            ema=self.ema,
+            averaged=self.bare,
+            scaler=self.accelerator.scaler,
+            metrics=self.sums,
+            autocast=self.accelerator.autocast,
+            taken=self.step,
+        )
+        if self.device.type == "cuda" and self.take_step.reason is not None:
+            self.reporter.message(f"steps are not captured in CUDA graphs: {self.take_step.reason}")
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self.ema is not None and state["ema"] is not None:
@@ -276,51 +296,31 @@ class Trainer:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         self.sampler.set_epoch(epoch, start=done * self.accelerator.num_processes)
         self.model.train()
-        window = _Window()
+        window = _Window(self.step)
         begun = time.perf_counter()
         for batch, _ in zip(self.loader, range(self.steps_per_epoch - done)):
-            window.add(self._take_step(batch), len(batch) * self.accelerator.num_processes)
+            self.take_step(batch.images, batch.targets)
+            self.scheduler.step()
             self.step += 1
+            window.images += len(batch) * self.accelerator.num_processes
             last = self.step % self.steps_per_epoch == 0
             record = None
             if self.step % self.config.log_every == 0 or last or signals.received is not None:
                 record = self._log(window, epoch)
-                window = _Window()
+                window = _Window(self.step)
             self.images += len(batch) * self.accelerator.num_processes
             self.reporter.step(self.step, record)
             signals.check()
         self.seconds += time.perf_counter() - begun
 
-    def _take_step(self, batch: Any) -> dict[str, Tensor]:
-        batch = batch.to(self.device, non_blocking=True)
-        with self.accelerator.autocast():
-            outputs = self.model(batch.images)
-        try:
-            losses = self.criterion(outputs, batch.targets)
-        except ValueError as error:  # the assignment refuses costs that are not numbers
-            raise self._diverged() from error
-        total = self.criterion.weighted_sum(losses)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(total)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update(self.bare, self.step + 1)
-        return {"loss": total.detach()} | {name: losses[name].detach() for name in LOGGED}
-
-    def _diverged(self) -> TrainingDiverged:
-        kept = "the last checkpoint is kept; " if self.folder.checkpoint.exists() else ""
-        return TrainingDiverged(
-            f"the loss at step {self.step + 1} is not finite; {kept}start again with a lower --lr (it was {self.config.lr:g})"
-        )
-
     def _log(self, window: _Window, epoch: int) -> dict[str, Any]:
-        means = window.means()
-        if not math.isfinite(means["loss"]):
-            raise self._diverged()
+        means = self.sums.read()  # the one place where the host waits for the device
+        steps = f"step {self.step}" if self.step - window.after == 1 else f"steps {window.after + 1} to {self.step}"
+        kept = "the last checkpoint is kept; " if self.folder.checkpoint.exists() else ""
+        raise_for_flags(means, steps, f"{kept}start again with a lower --lr (it was {self.config.lr:g})")
         lr, lr_backbone = self.scheduler.get_last_lr()
-        record = {"kind": "train", "step": self.step, "epoch": epoch, **means, "lr": lr, "lr_backbone": lr_backbone}
+        logged = {name: means[name] for name in LOGGED}
+        record = {"kind": "train", "step": self.step, "epoch": epoch, **logged, "lr": lr, "lr_backbone": lr_backbone}
         record["images_per_second"] = window.images / (time.perf_counter() - window.begun)
         if self.main:
             self.folder.log(record)
@@ -388,22 +388,13 @@ class Trainer:
         atomic_write(self.folder.predictions, lambda file: page.save(file, format="PNG"))
 
 
+@dataclass
 class _Window:
-    """Sums of losses on the device, read once for several steps."""
+    """The steps between two reads of the losses: after which step they began, when, and how many images they had."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = self.images = 0
-        self.begun = time.perf_counter()
-
-    def add(self, losses: dict[str, Tensor], images: int) -> None:
-        self.sums = {name: value + self.sums[name] if self.sums else value for name, value in losses.items()}
-        self.steps += 1
-        self.images += images
-
-    def means(self) -> dict[str, float]:
-        values = torch.stack(list(self.sums.values())) / self.steps  # one copy from the device
-        return dict(zip(self.sums, values.tolist()))
+    after: int
+    images: int = 0
+    begun: float = field(default_factory=time.perf_counter)
 
 
 class _EveryNth(Sampler[Any]):

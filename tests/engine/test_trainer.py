@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
 from detr_fast.engine.run_folder import RunFolder
 from detr_fast.engine.trainer import Reporter, resume, train
+from detr_fast.models import TargetError, Targets
 
 Tiny = Callable[..., TrainConfig]
 
@@ -118,6 +120,29 @@ def test_settings_that_contradict_the_data_are_one_line(tiny: Tiny) -> None:
     model = replace(tiny().model, backbone="resnet18")
     with pytest.raises(ConfigError, match="no such file"):
         train(tiny(model=model, weights_backbone="no-such-weights"))
+
+
+def test_a_data_set_without_boxes_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny().data, tmp_path / "empty")
+    annotations = data / "instances_train.json"
+    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
+    with pytest.raises(ConfigError, match=r"none of the 12 training images of .* has a box"):
+        train(tiny(data=str(data)))
+
+
+def test_labels_out_of_range_on_the_device_end_training_with_one_clear_error(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate = Targets.from_list
+
+    def broken(*args: Any, **kwargs: Any) -> Targets:
+        targets = collate(*args, **kwargs)
+        targets.labels[0, 0] = 99
+        return targets
+
+    monkeypatch.setattr(Targets, "from_list", broken)
+    with pytest.raises(TargetError, match=r"step 1 had true boxes .* label out of range.*detr-fast doctor"):
+        train(tiny(epochs=1))
 
 
 def test_the_user_is_told_when_there_are_fewer_queries_than_boxes(tiny: Tiny) -> None:

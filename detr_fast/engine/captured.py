@@ -1,0 +1,212 @@
+"""A training step that never waits for the host, in one CUDA graph per shape; and inference likewise.
+
+Forward, losses, backward, clipping, optimizer, scaler and moving average are one graph. What changes from step to step
+lies in tensors: inputs, learning rates, the step's number, the scaler's factor, and the generator's state, so that
+dropout is new on each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detr_fast.engine.ema import ExponentialMovingAverage
+from detr_fast.engine.graphs import GraphedFunction
+from detr_fast.engine.metrics import DeviceMetrics
+from detr_fast.models.criterion import SetCriterion
+
+
+class CapturedStep:
+    """One training step: `step(images, targets)` returns the losses as device tensors, which hold until the next step.
+
+    The first two steps of each shape run eagerly; they train like all others. Schedulers go on writing numbers to the
+    optimizer's groups. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
+
+    Args:
+        model: in train mode; on one device.
+        criterion: gives the losses, and their weighted sum.
+        optimizer: with a `capturable` setting where steps are to be captured, such as AdamW(fused=True).
+        clip_norm: the gradients' largest norm; 0 for no clipping.
+        ema: follows `averaged` after each step.
+        averaged: the bare model, where `model` is a wrapper.
+        scaler: of fp16 gradients.
+        metrics: adds up each step's losses, and their sum as "loss".
+        autocast: makes the context of the forward, for example `accelerator.autocast`.
+        taken: steps that were taken before, by which the moving average's decay goes.
+        capture: False runs all steps eagerly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: SetCriterion,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float = 0.0,
+        ema: ExponentialMovingAverage | None = None,
+        averaged: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        metrics: DeviceMetrics | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        taken: int = 0,
+        capture: bool = True,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.clip_norm = clip_norm
+        self.ema = ema
+        self.averaged = averaged or model
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.metrics = metrics
+        self.autocast = autocast
+        self.taken = taken
+        device = self.parameters[0].device
+        reason = why_no_graph(model, optimizer, self.scaler) if capture else "capture=False"
+        self._number: Tensor | None = None
+        self._rates: list[Tensor] = []
+        if reason is None:
+            self._number = torch.tensor(taken, device=device)
+            self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._step = GraphedFunction(
+            self._run, device, reason=reason, before=self._forget_gradients, around=self._capturable
+        )
+
+    @property
+    def reason(self) -> str | None:
+        """Why steps run eagerly; None where they are captured."""
+        return self._step.reason
+
+    @property
+    def graphs(self) -> int:
+        """How many shapes are captured."""
+        return self._step.graphs
+
+    def __str__(self) -> str:
+        return f"the training step: {self._step}"
+
+    def __call__(self, images: Any, targets: Any) -> dict[str, Tensor]:
+        self.taken += 1
+        for group, rate in zip(self.optimizer.param_groups, self._rates):
+            if not isinstance(group["lr"], Tensor):
+                rate.fill_(group["lr"])
+        return self._step(images, targets)
+
+    def _run(self, images: Any, targets: Any) -> dict[str, Tensor]:
+        with self.autocast():
+            outputs = self.model(images)
+        losses = self.criterion(outputs, targets)
+        total = self.criterion.weighted_sum(losses)
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        if self.clip_norm:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        number: int | Tensor = self.taken
+        if self._number is not None:
+            number = self._number.add_(1)
+        if self.ema is not None:
+            self.ema.update(self.averaged, number)
+        results = {"loss": total.detach()} | {name: value.detach() for name, value in losses.items()}
+        if self.metrics is not None:
+            self.metrics.add(results)
+        return results
+
+    def _forget_gradients(self) -> None:
+        # In a graph, backward then writes gradients anew on each replay, and adds to none.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _capturable(self) -> Iterator[None]:
+        """Learning rates as tensors, and the optimizer's checks told so; the schedulers' numbers come back afterwards."""
+        groups = self.optimizer.param_groups
+        before = [(group["lr"], group["capturable"]) for group in groups]
+        for group, rate in zip(groups, self._rates):
+            group["capturable"] = True
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, (lr, capturable) in zip(groups, before):
+                group["lr"], group["capturable"] = lr, capturable
+
+
+class CapturedInference:
+    """`model(images)` without gradients, from a CUDA graph per shape: `inference(images)`; outputs hold until the next call.
+
+    Args:
+        model: is put into eval mode.
+        autocast: makes the context of the forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        capture: bool = True,
+    ) -> None:
+        self.model = model.eval()
+        self.autocast = autocast
+        device = next(model.parameters()).device
+        reason = why_no_graph(model) if capture else "capture=False"
+        self._forward = GraphedFunction(self._run, device, reason=reason)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the forward runs eagerly; None where it is captured."""
+        return self._forward.reason
+
+    @property
+    def graphs(self) -> int:
+        """How many shapes are captured."""
+        return self._forward.graphs
+
+    def __str__(self) -> str:
+        return f"inference: {self._forward}"
+
+    def __call__(self, images: Any) -> Any:
+        return self._forward(images)
+
+    def _run(self, images: Any) -> Any:
+        with torch.no_grad(), self.autocast():
+            return self.model(images)
+
+
+def why_no_graph(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> str | None:
+    """The reason why a model's step, or its forward without an optimizer, can't be captured in a CUDA graph, or None."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        return f"the parameters lie on {len(devices)} devices; a CUDA graph takes one"
+    (device,) = devices
+    if device.type != "cuda":
+        return f"the parameters are on {device.type}, and CUDA graphs need a GPU"
+    if optimizer is None:
+        return None
+    if isinstance(model, DistributedDataParallel) or (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        return "training runs in several processes, whose exchange of gradients is not captured"
+    if any("capturable" not in group for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} has no 'capturable' setting; use torch.optim.AdamW(..., fused=True)"
+    if scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return "a gradient scaler looks at the gradients on the host unless the optimizer has fused=True"
+    return None

@@ -1,0 +1,175 @@
+"""Functions replayed from CUDA graphs: one graph for each shape of the arguments, all in one memory pool."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_GRAPHS = 32
+
+
+@dataclass
+class _Bucket:
+    """What belongs to one shape: calls so far, and from the capture on its inputs, graph and outputs."""
+
+    calls: int = 0
+    inputs: tuple[Any, ...] = ()
+    graph: Any = None
+    outputs: Any = None
+
+
+class GraphedFunction:
+    """Calls `function` on a device, and replays it from a CUDA graph once a shape has come `warmup` times.
+
+    A shape's first calls run eagerly, on a side stream; they are calls like all others, so nothing is computed for
+    warming up alone. Outputs of a replay lie in the graphs' shared memory: they hold until the next call. Where no graph
+    is possible the function runs eagerly, and `reason` says why.
+
+    Args:
+        function: takes what is called with, moved to `device`; looks at no value on the host, where captured.
+        device: of the computation.
+        reason: why nothing can be captured, known beforehand; None where it can.
+        before: called before each eager call and each capture, outside the graph.
+        around: entered around each call of `function` that is captured, or that warms up for it.
+        warmup: eager calls of a shape before it is captured.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        *,
+        reason: str | None = None,
+        before: Callable[[], None] = lambda: None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        warmup: int = 2,
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.reason = reason
+        self.before = before
+        self.around = around
+        self.warmup = max(1, warmup)
+        self._buckets: dict[Hashable, _Bucket] = {}
+        self._pool: Any = None
+        self._stream: Any = None
+        self._full = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.reason is not None:
+            return self._eagerly(arguments)
+        bucket = self._buckets.setdefault(shapes_of(arguments), _Bucket())
+        bucket.calls += 1
+        if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
+            return self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
+        for static, given in zip(tensors_of(bucket.inputs), tensors_of(arguments)):
+            static.copy_(given, non_blocking=True)
+        bucket.graph.replay()
+        return bucket.outputs
+
+    @property
+    def graphs(self) -> int:
+        """How many shapes are captured."""
+        return sum(bucket.graph is not None for bucket in self._buckets.values())
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"runs eagerly: {self.reason}"
+        seen = len(self._buckets)
+        return f"{self.graphs} CUDA graphs for {seen} shapes"
+
+    def _eagerly(self, arguments: tuple[Any, ...]) -> Any:
+        self.before()
+        return self.function(*moved(arguments, self.device))
+
+    def _warm_up(self, arguments: tuple[Any, ...]) -> Any:
+        """One eager call on a side stream, as lazily made handles and workspaces must not be made in a capture."""
+        self.before()
+        self._stream = stream = self._stream or torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), self.around():
+            outputs = self.function(*moved(arguments, self.device))
+        current.wait_stream(stream)
+        for tensor in tensors_of(outputs):
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+        return outputs
+
+    def _capture(self, bucket: _Bucket, arguments: tuple[Any, ...]) -> bool:
+        """Record the function for one shape; False where there is no graph afterwards. Nothing runs in a capture."""
+        if self.graphs >= MAX_GRAPHS:
+            if not self._full:
+                self._full = True
+                warnings.warn(
+                    f"detr-fast: {MAX_GRAPHS} shapes are captured in CUDA graphs, and further ones run eagerly; pad batches "
+                    "to fewer sizes (see detr_fast.data.buckets)",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            return False
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        inputs = mapped(arguments, lambda tensor: torch.empty_like(tensor, device=self.device))
+        graph = torch.cuda.CUDAGraph()
+        self.before()
+        try:
+            # "thread_local": the data loader's thread pins memory meanwhile, which is none of the graph's business.
+            with self.around(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = self.function(*inputs)
+        except Exception as error:  # whatever CUDA or a model's own code throws: the run must go on
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.reason = f"the capture failed ({type(error).__name__}: {first[:300]})"
+            warnings.warn(
+                f"detr-fast: no CUDA graphs, {self.reason}. Results stay right, only slower.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        bucket.inputs, bucket.graph, bucket.outputs = inputs, graph, outputs
+        return True
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with each tensor changed; looks into tuples, lists, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    if isinstance(value, dict):
+        return {name: mapped(entry, change) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(entry, change) for entry in value)
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in `value`, in order."""
+    found: list[Tensor] = []
+    mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """`value` on a device; from page-locked memory, the host does not wait for the copies."""
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def shapes_of(value: Any) -> Hashable:
+    """What a graph is bound to: the shapes and types of all tensors, and all other values."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.stride()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple(shapes_of(getattr(value, f.name)) for f in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return tuple((name, shapes_of(entry)) for name, entry in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(map(shapes_of, value))
+    return value

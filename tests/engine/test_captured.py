@@ -1,0 +1,321 @@
+"""Captured steps, without a GPU: an emulated CUDA graph records operations, runs none of them, and replays them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from detr_fast.engine import captured, graphs
+from detr_fast.engine.captured import CapturedInference, CapturedStep
+from detr_fast.engine.ema import ExponentialMovingAverage
+from detr_fast.engine.graphs import GraphedFunction, shapes_of, tensors_of
+from detr_fast.engine.metrics import DeviceMetrics
+from detr_fast.models import ModelConfig, NestedTensor, Targets, build_criterion, build_model
+
+TINY = ModelConfig(
+    backbone="conv",
+    num_classes=4,
+    num_queries=6,
+    d_model=16,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward=16,
+    backbone_width=4,
+    dropout=0.0,
+)
+
+
+UNDECLARED = {"running_mean", "running_var"}  # batch norm writes them, and its schema doesn't say so
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+class EmulatedGraph(TorchDispatchMode):
+    """As a CUDA graph: what is recorded has no effect, replays work on the recorded tensors, and memory stays in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+        self.own, self.before = set(), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        written = [
+            tensor
+            for argument in func._schema.arguments
+            if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in UNDECLARED
+            for tensor in tree_leaves(given.get(argument.name))
+            if isinstance(tensor, torch.Tensor)
+        ]
+        for tensor in written:
+            if storage(tensor) not in self.own and storage(tensor) not in self.before:
+                self.before[storage(tensor)] = (tensor, tensor.detach().clone())
+        out = func(*args, **kwargs)
+        known = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        fresh = [t if storage(t) not in known else None for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.own |= {storage(t) for t in fresh if t is not None}
+        self.operations.append((func, args, kwargs, fresh, out))
+        return out
+
+    def restore(self):
+        for tensor, value in self.before.values():
+            tensor.detach().copy_(value)
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, fresh, _ in self.operations:
+                again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+                for old, new in zip(fresh, again):
+                    if old is not None:
+                        old.detach().copy_(new)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CUDA's graph functions, emulated on the CPU; the value holds the graphs that were captured."""
+    made = []
+
+    @contextlib.contextmanager
+    def record(graph, pool, capture_error_mode):
+        made.append(SimpleNamespace(graph=graph, pool=pool, mode=capture_error_mode))
+        with graph:
+            yield
+        graph.restore()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "CUDAGraph": EmulatedGraph,
+        "graph": record,
+        "graph_pool_handle": object,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(captured, "why_no_graph", lambda *_: None)
+    return made
+
+
+def batch(seed, size=(32, 32), count=3, padded=True):
+    random = torch.Generator().manual_seed(seed)
+    images = torch.rand(2, 3, *size, generator=random)
+    boxes = torch.rand(2, 4, 4, generator=random) * 0.4 + 0.3
+    labels = torch.randint(4, (2, 4), generator=random)
+    mask = torch.zeros(2, *size, dtype=torch.bool)
+    return NestedTensor(images, mask, padded), Targets(boxes, labels, torch.tensor([count, 1]))
+
+
+def training(dropout=0.0, scaled=False, **settings):
+    torch.manual_seed(0)
+    model = build_model(replace(TINY, dropout=dropout)).train()
+    criterion = build_criterion(TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    ema = ExponentialMovingAverage(model, 0.9)
+    metrics = DeviceMetrics(("loss", "loss_ce", "broken_targets"), "cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    step = CapturedStep(model, criterion, optimizer, clip_norm=0.1, ema=ema, metrics=metrics, scaler=scaler, **settings)
+    return SimpleNamespace(model=model, optimizer=optimizer, schedule=schedule, ema=ema, metrics=metrics, step=step)
+
+
+def run(one, seeds, **kinds):
+    losses = []
+    for seed in seeds:
+        losses.append(float(one.step(*batch(seed, **kinds))["loss"]))
+        one.schedule.step()
+    return losses
+
+
+def assert_same_state(a, b):
+    for pair in zip(a.model.state_dict().values(), b.model.state_dict().values()):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+    for pair in zip(a.ema.module.state_dict().values(), b.ema.module.state_dict().values()):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+
+
+def by_hand(seeds):
+    """The same training, written out."""
+    one = training(capture=False)
+    metrics = []
+    for number, seed in enumerate(seeds, 1):
+        images, targets = batch(seed)
+        losses = one.step.criterion(one.model(images), targets)
+        total = one.step.criterion.weighted_sum(losses)
+        one.optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(one.model.parameters(), 0.1)
+        one.optimizer.step()
+        one.schedule.step()
+        one.ema.update(one.model, number)
+        metrics.append(total.item())
+    return one, metrics
+
+
+def test_on_a_cpu_steps_run_eagerly_and_say_so():
+    one, expected = training(), by_hand(range(3))
+    assert run(one, range(3)) == expected[1]
+    for pair in zip(one.model.parameters(), expected[0].model.parameters()):
+        assert torch.equal(*pair)
+    assert one.step.reason == "the parameters are on cpu, and CUDA graphs need a GPU"
+    assert str(one.step) == "the training step: runs eagerly: the parameters are on cpu, and CUDA graphs need a GPU"
+
+
+def test_replayed_steps_train_as_eager_ones_do(emulated):
+    one, (expected, losses) = training(), by_hand(range(6))
+    assert run(one, range(6)) == pytest.approx(losses, rel=1e-5)
+    assert_same_state(one, expected)
+    assert one.step.graphs == len(emulated) == 1
+    assert one.metrics.read()["loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert one.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**6)  # the schedule's number, no tensor
+    assert one.optimizer.param_groups[0]["capturable"] is False
+    assert emulated[0].mode == "thread_local"
+    assert str(one.step) == "the training step: 1 CUDA graphs for 1 shapes"
+
+
+def test_each_shape_has_a_graph_of_its_own_in_one_pool(emulated):
+    one = training()
+    for size in ((32, 32), (32, 48)):
+        run(one, range(4), size=size)
+    run(one, range(2), size=(32, 32))
+    run(one, range(1), size=(32, 32), padded=False)  # known to have no padding: another program
+    assert one.step.graphs == 2
+    assert emulated[0].pool is emulated[1].pool
+    assert one.step.taken == 11
+    assert one.step._number.item() == 11
+
+
+def test_dropout_is_new_on_each_replay(emulated):
+    one = training(dropout=0.5)
+    run(one, [0, 0, 0])
+    for group in one.optimizer.param_groups:
+        group["lr"] = 0.0
+    one.step(*batch(0))
+    losses = {float(one.step(*batch(0))["loss_ce"]) for _ in range(4)}
+    assert len(losses) == 4
+
+
+def test_a_gradient_scaler_takes_part(emulated):
+    one, (expected, losses) = training(scaled=True), by_hand(range(5))
+    assert run(one, range(5)) == pytest.approx(losses, rel=1e-5)
+    assert_same_state(one, expected)
+    before = copy.deepcopy(one.model.state_dict())
+    images, targets = batch(9)
+    one.step(NestedTensor(images.tensors * float("inf"), images.mask), targets)
+    assert one.step.graphs == 1
+    for name, value in one.model.named_parameters():
+        assert torch.equal(value, before[name])  # skipped
+    assert one.step.scaler.get_scale() == 512
+
+
+def test_what_was_counted_on_the_device_comes_with_the_metrics(emulated):
+    one = training()
+    run(one, range(3))
+    one.metrics.read()
+    images, targets = batch(0)
+    targets.labels[0, 0] = 99
+    one.step(images, targets)
+    assert one.metrics.read()["broken_targets"] == 1
+
+
+def test_a_failing_capture_falls_back_with_the_reason(emulated):
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x * 2
+
+    graphed = GraphedFunction(function, torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match="no CUDA graphs, the capture failed .*operation not permitted"):
+        results = [graphed(torch.full((2,), float(i))) for i in range(5)]
+    assert [r[0].item() for r in results] == [0, 2, 4, 6, 8]
+    assert "the capture failed" in graphed.reason
+
+
+def test_too_many_shapes_run_eagerly_and_say_so_once(emulated, monkeypatch, recwarn):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
+    graphed = GraphedFunction(lambda x: x + 1, torch.device("cpu"), warmup=1)
+    for size in (1, 2, 3):
+        for value in range(3):
+            assert graphed(torch.full((size,), float(value)))[0] == value + 1
+    assert graphed.graphs == 1
+    assert sum("pad batches to fewer sizes" in str(w.message) for w in recwarn.list) == 1
+
+
+def test_inference_is_replayed(emulated):
+    model = build_model(TINY)
+    inference = CapturedInference(model)
+    for seed in range(4):
+        images, _ = batch(seed)
+        found = inference(images)
+        with torch.no_grad():
+            expected = model(images)
+        torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"])
+        assert not found["pred_boxes"].requires_grad
+    assert inference.graphs == 1
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "SGD has no 'capturable' setting; use torch.optim.AdamW"),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True), "unless the optimizer has fused=True"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(optimizer, reason):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = nn.Linear(2, 2, device="cuda")
+        assert reason in captured.why_no_graph(model, optimizer(model.parameters()), object())
+
+
+def test_shapes_tell_apart_what_a_graph_is_bound_to():
+    images, targets = batch(0)
+    same, other = batch(1), batch(1, size=(32, 40))
+    assert shapes_of((images, targets)) == shapes_of(same)
+    assert hash(shapes_of(same)) == hash(shapes_of((images, targets)))
+    assert shapes_of(other) != shapes_of(same)
+    assert shapes_of({"a": images.tensors}) != shapes_of({"a": images.tensors.double()})
+    assert len(tensors_of({"a": [images], "b": targets})) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_on_a_gpu_100_replayed_steps_train_as_eager_ones_without_a_synchronisation(dropout):
+    def train(capture):
+        torch.manual_seed(0)
+        model = build_model(replace(TINY, dropout=dropout)).cuda().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        metrics = DeviceMetrics(("loss",), "cuda")
+        step = CapturedStep(model, build_criterion(TINY), optimizer, clip_norm=0.1, metrics=metrics, capture=capture)
+        kept = torch.zeros(100, device="cuda")
+        for number in range(100):
+            given = graphs.moved(batch(number % 7), torch.device("cuda"))
+            if number == 5:
+                torch.cuda.set_sync_debug_mode("error")
+            kept[number] = step(*given)["loss"]
+        torch.cuda.set_sync_debug_mode("default")
+        assert step.graphs == int(capture), step.reason
+        return kept.tolist()
+
+    eager, replayed = train(False), train(True)
+    if not dropout:
+        assert replayed == pytest.approx(eager, rel=1e-2)
+        assert replayed[:10] == pytest.approx(eager[:10], rel=1e-4)
+    else:
+        assert len(set(replayed)) == 100
