@@ -110,7 +110,7 @@ def parse_sass(text: str) -> list[Instruction]:
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\w+):", line):
             waiting.append(label[1])
-        elif code := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)", line):
+        elif code := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Za-z0-9_.]+)(.*)", line):
             address = int(code[1], 16)
             labels |= dict.fromkeys(waiting, address)
             waiting.clear()

@@ -65,6 +65,14 @@ class TileConfig:
 
     rows: int
     columns: int
+
+
+class MatmulConfig:
+    """How a matrix product lies on the machine: the tile of the result, the step along K, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
 
@@ -107,3 +115,23 @@ ATTENTION = {
 def attention_config(kernel: str, itemsize: int, block: int) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`."""
     return ATTENTION[kernel, itemsize, block]
+
+
+# Keyed by the bytes of an element, and whether a program does much besides its product (a position to add, an activation
+# to differentiate, elements with addresses of their own), where 64 accumulators a lane would make it spill.
+LINEAR = {
+    (2, False): MatmulConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=4),
+    (2, True): MatmulConfig(block_m=64, block_n=128, block_k=32, num_warps=8, num_stages=4),
+    (4, False): MatmulConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
+    (4, True): MatmulConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
+}
+
+# Whole rows of 256 columns, keyed by the bytes of an element and whether rows are few. 64 rows and 8 warps leave 64
+# registers a lane to the accumulators; tiles of 16 rows spread a decoder's queries over more multiprocessors.
+LINEAR_NORM = {
+    (2, False): MatmulConfig(block_m=64, block_n=256, block_k=32, num_warps=8, num_stages=4),
+    (2, True): MatmulConfig(block_m=16, block_n=256, block_k=32, num_warps=4, num_stages=4),
+    (4, False): MatmulConfig(block_m=32, block_n=256, block_k=32, num_warps=8, num_stages=2),
+    (4, True): MatmulConfig(block_m=16, block_n=256, block_k=32, num_warps=4, num_stages=2),
+}
+FEW_ROWS = 4096  # up to here, tiles of 64 rows would leave half of an H100's multiprocessors without any

@@ -149,6 +149,18 @@ def compile_variant(variant: Variant, device: torch.device) -> None:
         compiled._init_handles()
 
 
+def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> None:
+    """Compile for `device` all that `rehearsal` launches, which is to do on meta tensors what is to come."""
+    variants: dict[Variant, None] = {}
+    watching, observers[:] = observers[:], [lambda launched: variants.setdefault(launched.variant)]
+    try:
+        rehearsal()
+    finally:
+        observers[:] = watching
+    for variant in variants:
+        compile_variant(variant, device)
+
+
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
     """Number of multiprocessors (compute units on AMD); 2 on the CPU, where the interpreter wants small grids.

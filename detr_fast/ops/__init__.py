@@ -6,7 +6,10 @@ from detr_fast import dispatch
 from detr_fast.ops.attention import attention as attention
 from detr_fast.ops.attention import attention_with_weights as attention_with_weights
 from detr_fast.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from detr_fast.ops.feed_forward import feed_forward as feed_forward
+from detr_fast.ops.feed_forward import feed_forward_add_layer_norm as feed_forward_add_layer_norm
 from detr_fast.ops.layer_norm import layer_norm as layer_norm
+from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm as linear_add_layer_norm
 from detr_fast.ops.linear_assignment import linear_assignment as linear_assignment
 from detr_fast.ops.matching_cost import matching_cost as matching_cost
 

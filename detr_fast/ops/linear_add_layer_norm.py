@@ -1,0 +1,335 @@
+"""A linear layer, dropout, the residual and LayerNorm in one launch: the contract, its reference, its Triton kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast import dispatch
+from detr_fast.dispatch import Implementation, Op, Situation
+from detr_fast.kernels import linear_norm as kernels
+from detr_fast.kernels.dropout import scale
+from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.dropout import keep_mask, next_seed
+from detr_fast.ops.products import (
+    ProductCall,
+    TritonProduct,
+    autocast,
+    autocast_dtype,
+    dropout_of,
+    eager_gradients,
+    exact_fp32,
+    flat,
+    key,
+    meta,
+    shape_misfit,
+)
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x @ weight^T + bias)): a block's last product in a post-norm transformer.
+
+    Shapes: x (..., K), weight (C, K), residual (..., C), bias, norm_weight and norm_bias (C,); the result is (..., C) in
+    the residual's dtype (under autocast on a GPU: fp32, as torch's LayerNorm gives). Where the kernel runs, the sum stays
+    in fp32 and is finite where fp16 would overflow. Raises RuntimeError where shapes do not fit, with torch's own message;
+    BackendError as `use_backend` says. Source: Vaswani et al., 2017, arXiv:1706.03762, section 3.1.
+    """
+    arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, dropout_p)
+    if not (dispatch.intervening or x.is_cuda):
+        return _eager(*arguments)
+    return LINEAR_ADD_LAYER_NORM(*arguments)
+
+
+def _eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if dropout_p > 0.0:
+        y = F.dropout(y, dropout_p)
+    return F.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _signature(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    *tensors, _eps, dropout_p = rest
+    return (key(x), *map(key, tensors), dropout_p > 0.0, exact_fp32())
+
+
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    *,
+    situation: Situation,
+) -> ProductCall:
+    tensors = (x, weight, bias, residual, norm_weight, norm_bias)
+    width, columns = x.shape[-1], norm_weight.shape[-1]
+    expected = {"weight": (weight, (columns, width)), "residual": (residual, (*x.shape[:-1], columns))}
+    for name, parameter in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        expected[name] = (parameter, (columns,))
+    return ProductCall(
+        device=x.device,
+        architecture=dispatch.architecture(x.device),
+        dtype=x.dtype,
+        tensor_type=dispatch.tensor_type(tensors),
+        needs_grad=wants_grad(*tensors),
+        situation=situation,
+        rows=x.shape[:-1].numel(),
+        width=width,
+        columns=columns,
+        dtypes=tuple(None if t is None else t.dtype for t in tensors),
+        dropout=dropout_p > 0.0,
+        exact_fp32=exact_fp32(),
+        misfit=shape_misfit(expected, x.device) or norm_misfit(x, (weight, bias), residual, (norm_weight, norm_bias)),
+    )
+
+
+def norm_misfit(x: Tensor, products: Any, residual: Tensor, norms: Any) -> str | None:
+    """What dtypes the fused rows do not take: products in x's, residual and norms in theirs or, under autocast, fp32."""
+    if norms[0].shape[-1] > kernels.MAX_COLUMNS:
+        return f"{norms[0].shape[-1]} columns: whole rows of up to {kernels.MAX_COLUMNS} fit a tile"
+    if autocast_dtype(x) is not None:
+        given = [residual, *norms]
+        return next((f"{t.dtype} beside autocast" for t in given if t is not None and t.dtype not in _AUTOCAST), None)
+    given = [*products, residual, *norms]
+    return next((f"{t.dtype} beside {x.dtype} inputs" for t in given if t is not None and t.dtype != x.dtype), None)
+
+
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TritonLinearAddLayerNorm(TritonProduct):
+    op = "linear_add_layer_norm"
+
+    def rehearse(self, call: ProductCall) -> None:
+        _, _, bias, residual, norm_weight, norm_bias = call.dtypes
+        out = result_dtype(residual or call.dtype, call.device_type)
+        dtype, shape = call.computed_dtype, (call.rows, call.columns)
+        seed = meta(torch.int64 if call.dropout else None, 1)
+        x, weight, residual_in = (
+            meta(dtype, call.rows, call.width),
+            meta(dtype, call.columns, call.width),
+            meta(residual, *shape),
+        )
+        parameters = [meta(d, call.columns) for d in (bias and dtype, norm_weight, norm_bias)]
+        settings = (seed, 0, 0.5, 1e-5, out, call.needs_grad)
+        _, xhat, rstd = _run_forward(x, weight, parameters[0], residual_in, *parameters[1:], *settings)
+        if call.needs_grad:
+            _run_backward(meta(out, *shape), xhat, rstd, parameters[1], seed, 0, 0.5, residual or dtype, dtype)
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        eps: float,
+        dropout_p: float,
+    ) -> Tensor:
+        out = result_dtype(residual.dtype, x.device.type)
+        x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+        seed, offset = next_seed(x.device) if dropout_p > 0.0 else (None, 0)
+        keep = wants_grad(x, weight, bias, residual, norm_weight, norm_bias)
+        norm = (norm_weight, norm_bias)
+        return _forward(x, weight, bias, residual, *norm, seed, offset, dropout_p, eps, out, keep)[0]
+
+
+class EagerLinearAddLayerNorm(Implementation):
+    name = "eager"
+
+    def run(self, *arguments: Any) -> Tensor:
+        return _eager(*arguments)
+
+
+LINEAR_ADD_LAYER_NORM = Op(
+    "linear_add_layer_norm",
+    signature=_signature,
+    describe=_describe,
+    implementations=(TritonLinearAddLayerNorm(), EagerLinearAddLayerNorm()),
+)
+
+
+def result_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """fp32 under autocast on a GPU, where LayerNorm is on torch's list of fp32 ops, else the residual's."""
+    return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration. The backward's two products are torch's own, in sight of dispatch modes and compilers.
+
+
+def _run_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dropout = dropout_of(p, seed, offset)
+    norm = (residual, norm_weight, norm_bias, eps)
+    y, xhat, rstd = kernels.linear_norm_forward(x, weight, bias, *norm, dropout=dropout, out_dtype=out_dtype, keep=keep)
+    return y, y.new_empty(0) if xhat is None else xhat, y.new_empty(0) if rstd is None else rstd
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Any, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, out_dtype, keep = rest
+    y = residual.new_empty(residual.shape, dtype=out_dtype)
+    shapes = (residual.shape, residual.shape[:-1].numel()) if keep else (0, 0)
+    dtypes = (out_dtype, torch.float32 if keep else out_dtype)
+    xhat, rstd = (y.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+    return y, xhat, rstd
+
+
+def _run_backward(
+    dy: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    residual_dtype: torch.dtype,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ds, dproduct, sums = kernels.residual_norm_backward(
+        dy,
+        xhat,
+        rstd,
+        norm_weight,
+        dropout=dropout_of(p, seed, offset),
+        residual_dtype=residual_dtype,
+        product_dtype=product_dtype,
+    )
+    return ds, dy.new_empty(0) if dproduct is None else dproduct, sums
+
+
+def _fake_backward(
+    dy: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    residual_dtype: torch.dtype,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    separate = seed is not None or residual_dtype != product_dtype
+    dproduct = dy.new_empty(dy.shape, dtype=product_dtype) if separate else dy.new_empty(0)
+    sums = norm_weight.new_empty((3, dy.shape[-1]))
+    return dy.new_empty(dy.shape, dtype=residual_dtype), dproduct, sums
+
+
+def residual_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """ds, the product's gradient (ds itself where nothing tells them apart), and sums (norm_weight, norm_bias, bias)."""
+    ds, dproduct, sums = _backward(*arguments)
+    return ds, dproduct if dproduct.shape == ds.shape else ds, sums
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with below_autograd():
+            y, xhat, rstd = _forward(*arguments)
+        ctx.save_for_backward(*arguments[:6], arguments[6], xhat, rstd)
+        ctx.offset, ctx.p, ctx.eps = arguments[7:10]
+        ctx.mark_non_differentiable(xhat, rstd)
+        ctx.set_materialize_grads(False)
+        return y, xhat, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        if dy is None:
+            return (None,) * 12
+        *inputs, seed, xhat, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:6]
+        if torch.is_grad_enabled():
+            reference = with_mask(seed, ctx.offset, ctx.p, ctx.eps)
+            return (*eager_gradients(reference, inputs, dy, wanted), *(None,) * 6)
+        x, weight, bias, residual, norm_weight, norm_bias = inputs
+        ds, dproduct, sums = residual_norm_backward(
+            dy, xhat, rstd, norm_weight, seed, ctx.offset, ctx.p, residual.dtype, x.dtype
+        )
+        rows = flat(dproduct)
+        dx = torch.mm(rows, weight).view(x.shape) if wanted[0] else None
+        dw = torch.mm(rows.t(), flat(x)) if wanted[1] else None
+        db = sums[2].to(bias.dtype) if wanted[2] else None
+        d_norm_bias = sums[1].to(norm_bias.dtype) if wanted[5] else None
+        return dx, dw, db, ds if wanted[3] else None, sums[0] if wanted[4] else None, d_norm_bias, *(None,) * 6
+
+
+def with_mask(seed: Tensor | None, offset: int, p: float, eps: float) -> Any:
+    """The reference with the very elements dropped that the kernel drops."""
+
+    def reference(
+        x: Tensor, weight: Tensor, bias: Any, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        if seed is not None:
+            kept = keep_mask(seed, offset, p, 1, y.shape[:-1].numel(), y.shape[-1]).view(y.shape)
+            y = torch.where(kept, y * scale(p), 0.0)
+        s = residual + y
+        norm = (p if p is None else p.to(s.dtype) for p in (norm_weight, norm_bias))
+        return F.layer_norm(s, norm_weight.shape, *norm, eps)
+
+    return reference
+
+
+def _autograd_forward(*arguments: Any) -> Any:
+    if wants_grad(*arguments[:6]):
+        return _Forward.apply(*arguments)
+    with below_autograd():
+        return _forward(*arguments)
+
+
+def _autograd_backward(*arguments: Any) -> Any:
+    with below_autograd():
+        return _backward(*arguments)
+
+
+_forward = define(
+    "linear_add_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, "
+    "Tensor? seed, int offset, float p, float eps, ScalarType out_dtype, bool keep) -> (Tensor, Tensor, Tensor)",
+    run=_run_forward,
+    fake=_fake_forward,
+    autograd=_autograd_forward,
+)
+_backward = define(
+    "residual_norm_backward(Tensor dy, Tensor xhat, Tensor rstd, Tensor norm_weight, Tensor? seed, int offset, float p, "
+    "ScalarType residual_dtype, ScalarType product_dtype) -> (Tensor, Tensor, Tensor)",
+    run=_run_backward,
+    fake=_fake_backward,
+    autograd=_autograd_backward,
+)

@@ -1,0 +1,147 @@
+"""What the ops around a matrix product share: autocast, the matmul precision, checks, double backward."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.dispatch import Call, TritonImplementation
+from detr_fast.kernels import launch
+from detr_fast.kernels.product_tiles import Dropout
+from detr_fast.ops import regimes
+
+
+@dataclass(frozen=True)
+class ProductCall(Call):
+    """A call around x @ w^T.
+
+    dtypes: those of all tensors, None where one is left out. misfit: what shapes, devices or dtypes do not fit each other.
+    """
+
+    rows: int
+    width: int  # of x
+    columns: int  # of the result
+    dtypes: tuple[torch.dtype | None, ...]
+    dropout: bool
+    exact_fp32: bool
+    misfit: str | None
+
+    def shapes(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"({self.rows}, {self.width}) -> {self.columns} {name}" + (" dropout" if self.dropout else "")
+
+    @property
+    def computed_dtype(self) -> torch.dtype:
+        """Of the product: x's, or autocast's."""
+        return self.situation.autocast or self.dtype
+
+
+class TritonProduct(TritonImplementation):
+    """What all kernels around a matrix product have in common."""
+
+    op: str
+
+    def why_not(self, call: Any) -> str | None:
+        if call.misfit is not None:
+            return call.misfit
+        if call.computed_dtype not in (self.dtypes or ()):
+            return f"autocast to {call.computed_dtype}: it takes bfloat16, float16 and float32"
+        if call.rows * max(call.width, call.columns) >= 1 << 47 or call.rows >= 1 << 31:
+            return f"{call.rows} rows: it takes fewer than 2**31"
+        return None
+
+    def advice(self, call: Any) -> str | None:
+        if call.situation.regime == "compiled":
+            return "under torch.compile cuBLAS and Inductor's own fusion do this"
+        if call.dtype == torch.float32 and call.exact_fp32 and call.situation.autocast is None:
+            return "exact float32 products: cuBLAS is faster (torch.set_float32_matmul_precision('high') allows tf32)"
+        if regimes.find(self.op, call.architecture) is None:
+            return "a matrix product against cuBLAS stays eager until measured: run detr-fast tune"
+        return regimes.advice(self.op, call, call.rows * call.width * call.dtype.itemsize)
+
+    def prepare(self, call: Any) -> None:
+        launch.compile_launches(lambda: self.rehearse(call), call.device)
+
+    @abstractmethod
+    def rehearse(self, call: Any) -> None:
+        """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
+
+    def note(self, call: Any) -> str | None:
+        return regimes.note(self.op, call)
+
+    def compiled_key(self, call: Any) -> Any:
+        few = call.rows if call.rows < 1 << 16 else -1
+        return call.device, call.dtypes, few, call.width, call.columns, call.dropout, call.needs_grad
+
+
+@torch.compiler.assume_constant_result
+def exact_fp32() -> bool:
+    """Whether float32 products must not round to tf32."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def key(tensor: Tensor | None) -> Any:
+    """What decisions read of a tensor."""
+    if tensor is None:
+        return None
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def shape_misfit(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], device: torch.device) -> str | None:
+    """What shape or device does not fit, of name: (tensor, the shape it must have)."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            return f"{name} has shape {tuple(tensor.shape)}; expected {shape}"
+        if tensor.device != device:
+            return f"{name} is on {tensor.device}; expected {device}, where the input is"
+    return None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of products of x, or None where it is off or leaves them alone (float64)."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as torch's own product would take them under autocast; the first one says whether it is on."""
+    dtype = autocast_dtype(tensors[0]) if tensors[0] is not None else None
+    if dtype is None:
+        return tensors
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def meta(dtype: torch.dtype | None, *shape: int) -> Any:
+    """A tensor of that shape which holds nothing, or None for no dtype."""
+    return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
+
+
+def dropout_of(p: float, seed: Tensor | None, offset: int) -> Dropout | None:
+    return None if seed is None else Dropout(p, seed, offset)
+
+
+def eager_gradients(
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `reference(*inputs)` that can be differentiated again: for a backward under `create_graph`."""
+    with torch.enable_grad():
+        # A node of its own for each: the surrounding graph must not be walked here, and can be entered later.
+        fresh = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
+        sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
+        y = reference(*fresh)
+        found = iter(torch.autograd.grad(y, sources, dy.to(y.dtype), create_graph=True))
+    return [next(found) if want and t is not None else None for t, want in zip(fresh, wanted)]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., C) as (rows, C)."""
+    return tensor.reshape(-1, tensor.shape[-1])

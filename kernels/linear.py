@@ -1,0 +1,302 @@
+# mypy: allow-incomplete-defs
+"""Matrix products with what surrounds them fused in, forward and backward.
+
+    y = dropout(activation(x @ w^T + bias)),   also with (x + position) @ w^T for the first columns of y
+
+    dpre = (dy @ w') * activation'(pre) * kept / (1 - p),   w' being the next product's weight, (its outputs, N)
+
+x is (M, K), w (N, K), y (M, N). The backward keeps what it needs of the activation: y itself for ReLU (positive where
+it was active and kept), pre, the product before the activation, for the others, whose y it then writes once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from .configs import LINEAR
+from .dropout import keep_tile, load_seed
+from .entry import Budget, Entry
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
+from .product_tiles import Dropout, Form, activate, drawn, precision, product, store_tile, sum_rows, tile_of
+from .rows import address_of, as_rows, dtype_of, run_length, run_pointers
+
+
+@jit
+def linear_kernel(
+    x_ptr,
+    position_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    pre_ptr,
+    seed_ptr,
+    x_row_stride: tl.int32,
+    position_row_stride: tl.int32,
+    position_rows: tl.int32,
+    position_columns: tl.int32,
+    w_stride: tl.int32,
+    M: tl.int32,
+    N: tl.int32,
+    K: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    VEC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """position: (position_rows, K), repeated down the rows of x; added for y's first `position_columns`, whole tiles."""
+    first_m, first_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows, columns = M - first_m, N - first_n
+    row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
+    x_base = x_ptr + first_m.to(tl.int64) * x_row_stride
+    x_start = row * x_row_stride
+    w_base = w_ptr + first_n.to(tl.int64) * w_stride
+    if position_ptr is None:
+        acc = product(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
+    elif first_n < position_columns:
+        added = ((first_m + row) % position_rows).to(tl.int64) * position_row_stride
+        acc = product(
+            *(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
+            added_ptr=position_ptr,
+            added_start=added,
+        )
+    else:
+        acc = product(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
+    n = tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + first_n + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+    y_place = first_m.to(tl.int64) * N + first_n
+    if pre_ptr is not None:
+        store_tile(pre_ptr + y_place, N, acc, rows, columns, BLOCK_M, BLOCK_N, VEC)
+        acc = acc.to(pre_ptr.dtype.element_ty).to(tl.float32)  # the backward sees no other pre than the forward
+    acc, _ = activate(acc, ACTIVATION)
+    if seed_ptr is not None:
+        low, high = load_seed(seed_ptr)
+        kept = keep_tile(low, high, offset, threshold, tl.full((), 1, tl.int32), first_m, first_n, BLOCK_M, BLOCK_N)
+        acc = tl.where(kept, acc * scale, 0.0)
+    store_tile(y_ptr + y_place, N, acc, rows, columns, BLOCK_M, BLOCK_N, VEC)
+
+
+@jit
+def linear_backward_kernel(
+    dy_ptr,
+    w_ptr,
+    saved_ptr,
+    dpre_ptr,
+    y_ptr,
+    dbias_ptr,
+    seed_ptr,
+    dy_row_stride: tl.int32,
+    w_stride: tl.int32,
+    M: tl.int32,
+    N: tl.int32,
+    K: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    VEC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dy (M, K), w (K, N), saved (M, N). dbias is fp32 (tiles of rows, N): each tile's sum over its rows."""
+    first_m, first_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows, columns = M - first_m, N - first_n
+    row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
+    dy_base, dy_start = dy_ptr + first_m.to(tl.int64) * dy_row_stride, row * dy_row_stride
+    w_base = w_ptr + first_n
+    dh = product(
+        dy_base,
+        dy_start,
+        w_base,
+        w_stride,
+        columns,
+        K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
+        VEC,
+        PRECISION,
+        BY_ROWS=False,
+    )
+    m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    exists = (m < rows) & (n // VEC < columns // VEC)
+    place = first_m.to(tl.int64) * N + first_n
+    saved = tl.load(run_pointers(saved_ptr + place, m * N, n, VEC), mask=exists, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu":  # saved is y: positive where active and kept
+        dpre = tl.where(saved > 0, dh * scale, 0.0)
+    else:
+        y, slope = activate(saved, ACTIVATION)
+        if seed_ptr is not None:
+            low, high = load_seed(seed_ptr)
+            kept = keep_tile(low, high, offset, threshold, tl.full((), 1, tl.int32), first_m, first_n, BLOCK_M, BLOCK_N)
+            y, slope = tl.where(kept, y * scale, 0.0), tl.where(kept, slope * scale, 0.0)
+        store_tile(y_ptr + place, N, y, rows, columns, BLOCK_M, BLOCK_N, VEC)
+        dpre = tl.where(exists, dh * slope, 0.0)
+    store_tile(dpre_ptr + place, N, dpre, rows, columns, BLOCK_M, BLOCK_N, VEC)
+    if dbias_ptr is not None:
+        sums = tl.sum(dpre, axis=0)
+        partial = dbias_ptr + (first_m // BLOCK_M).to(tl.int64) * N + first_n
+        column = tl.arange(0, BLOCK_N)
+        tl.store(partial + column, sums, mask=column < columns)
+
+
+def linear_forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "none",
+    dropout: Dropout | None = None,
+    keep_pre: bool = False,
+    position: Tensor | None = None,
+    position_columns: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """dropout(activation(x @ w^T + bias)), x (..., K), w (N, K), bias (N,) or None.
+
+    position: (..., K) in x's dtype, whose rows repeat along those of x; added to x for the first `position_columns`
+    columns of the result, a multiple of 128 (or all). Returns y (..., N) in x's dtype, contiguous, and with keep_pre what
+    the activation was applied to.
+    """
+    x, x_stride = as_rows(x)
+    w, w_stride = as_rows(w)
+    rows, N, K = x.shape[:-1].numel(), w.shape[0], x.shape[-1]
+    position, position_stride, position_rows = _position(position, rows)
+    y = empty((*x.shape[:-1], N), x.dtype, x.device)
+    pre = empty(y.shape, x.dtype, x.device) if keep_pre else None
+    addresses = x.data_ptr() | w.data_ptr() | address_of(position)
+    vector = run_length(x.element_size(), x_stride | w_stride | position_stride | N | K, addresses)
+    form = Form(x.dtype, activation, K % 64 == 0, vector, precision(x.dtype))
+    variant = forward_variant(form, dtype_of(bias), dropout is not None, keep_pre, position is not None)
+    sizes = (x_stride, position_stride, position_rows, position_columns, w_stride, rows, N, K)
+    launch(variant, grid_of(variant, rows, N), x, position, w, bias, y, pre, *drawn(dropout, sizes))
+    return y, pre
+
+
+def linear_backward(
+    dy: Tensor, w: Tensor, saved: Tensor, *, activation: str, dropout: Dropout | None = None, with_dbias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From the gradient dy (..., K) behind y @ w^T, w (K, N), back through y = dropout(activation(pre)).
+
+    saved: y for ReLU, else pre, (..., N), contiguous. Returns dpre (..., N), y (..., N), and the sum of dpre over rows in
+    w's dtype, or None. Deterministic.
+    """
+    dy, dy_stride = as_rows(dy)
+    w, w_stride = as_rows(w)
+    rows, N, K = dy.shape[:-1].numel(), w.shape[1], dy.shape[-1]
+    dpre = empty(saved.shape, saved.dtype, saved.device)
+    y = saved if activation == "relu" else empty(saved.shape, saved.dtype, saved.device)
+    vector = run_length(
+        dy.element_size(), dy_stride | w_stride | N | K, dy.data_ptr() | w.data_ptr() | saved.data_ptr()
+    )
+    form = Form(dy.dtype, activation, K % 64 == 0, vector, precision(dy.dtype))
+    variant = backward_variant(form, dropout is not None and activation != "relu", with_dbias)
+    tiles = -(-rows // variant.constants["BLOCK_M"])
+    partial = empty((tiles, N), torch.float32, dy.device) if with_dbias else None
+    written = None if activation == "relu" else y
+    drop = drawn(dropout, (dy_stride, w_stride, rows, N, K), masks=activation != "relu")
+    launch(variant, grid_of(variant, rows, N), dy, w, saved, dpre, written, partial, *drop)
+    return dpre, y, None if partial is None else sum_rows(partial, w.dtype)
+
+
+def grid_of(variant: Variant, rows: int, columns: int) -> tuple[int]:
+    blocks = variant.constants
+    return (-(-rows // blocks["BLOCK_M"]) * -(-columns // blocks["BLOCK_N"]),)
+
+
+def _position(position: Tensor | None, rows: int) -> tuple[Tensor | None, int, int]:
+    """The position, the distance of its rows, and how many there are; rows of x must be a multiple of them."""
+    if position is None:
+        return None, 0, 1
+    position, stride = as_rows(position)
+    return position, stride, max(1, min(rows, position.shape[:-1].numel()))
+
+
+@cache
+def forward_variant(
+    form: Form, bias_dtype: torch.dtype | None, dropout: bool, keep_pre: bool, position: bool
+) -> Variant:
+    """The program of `linear_forward`."""
+    config = LINEAR[form.dtype.itemsize, position or form.vector == 1]
+    dtype = form.dtype
+    tensors = (dtype, dtype if position else None, dtype, bias_dtype, dtype, dtype if keep_pre else None)
+    types = (*map(pointer, tensors), "*i64" if dropout else None, *["i32"] * 10, "fp32")
+    return Variant(linear_kernel, types, form.constants(config), config.num_warps, config.num_stages)
+
+
+@cache
+def backward_variant(form: Form, dropout: bool, with_dbias: bool) -> Variant:
+    """The program of `linear_backward`."""
+    config = LINEAR[form.dtype.itemsize, form.activation != "relu" or form.vector == 1]
+    dtype = form.dtype
+    y, dbias = (None if form.activation == "relu" else dtype), (torch.float32 if with_dbias else None)
+    types = (*map(pointer, (dtype, dtype, dtype, dtype, y, dbias)), "*i64" if dropout else None, *["i32"] * 7, "fp32")
+    return Variant(linear_backward_kernel, types, form.constants(config), config.num_warps, config.num_stages)
+
+
+def catalog_entries() -> Iterator[Entry]:
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    forms = (  # dtype, activation, K, N, dropout, position
+        (bf16, "relu", 256, 2048, True, False),
+        (fp16, "gelu", 256, 2048, False, False),
+        (bf16, "none", 256, 768, False, True),
+        (fp32, "relu", 256, 2048, True, False),
+        (fp16, "silu", 100, 44, True, False),  # nothing aligned, masked steps
+    )
+    for dtype, activation, K, N, drops, position in forms:
+        vector = 16 // dtype.itemsize if K % 8 == 0 else 1
+        form = Form(dtype, activation, K % 64 == 0, vector, precision(dtype))
+        example = partial(_example, dtype, activation, K, N, drops, position)
+        suffix = f"k{K}_{activation}_{TRITON_TYPES[dtype]}" + ("_position" if position else "")
+        ahead = forward_variant(form, dtype, drops, activation not in ("none", "relu"), position)
+        yield Entry(
+            "linear", f"linear_forward_{suffix}", ahead, _tile(ahead), Budget(184, 82 << 10, 256, 64 << 10), example
+        )
+        if (dtype, activation) in ((bf16, "relu"), (fp16, "gelu")):
+            back = backward_variant(form, drops and activation != "relu", True)
+            budget = Budget(184, 66 << 10, 256, 64 << 10)
+            yield Entry("linear", f"linear_backward_{suffix}", back, _tile(back), budget, example)
+
+
+def _tile(variant: Variant) -> int:
+    return int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
+
+
+def _example(
+    dtype: torch.dtype, activation: str, K: int, N: int, drops: bool, position: bool, device: torch.device
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward over two tiles of rows."""
+    rows = 2 * LINEAR[dtype.itemsize, False].block_m - 3
+    x, dy = (torch.randn(rows, K, device=device).to(dtype) for _ in range(2))
+    w, w2 = (torch.randn(N, K, device=device).to(dtype) / 16 for _ in range(2))
+    bias = torch.randn(N, device=device).to(dtype)
+    added = torch.randn(1, K, device=device).to(dtype) if position else None
+    dropout = Dropout(0.1, torch.ones(1, dtype=torch.int64, device=device), 3) if drops else None
+
+    def call() -> tuple[Tensor, ...]:
+        keep_pre = activation not in ("none", "relu")
+        options = {"keep_pre": keep_pre, "position": added, "position_columns": 512 if position else 0}
+        y, pre = linear_forward(x, w, bias, activation=activation, dropout=dropout, **options)
+        if activation == "none":
+            return (y,)
+        saved = y if pre is None else pre
+        dpre, again, dbias = linear_backward(dy, w2.t(), saved, activation=activation, dropout=dropout)
+        assert dbias is not None
+        return y, dpre, again, dbias
+
+    return call

@@ -1,0 +1,340 @@
+# mypy: allow-incomplete-defs
+"""A matrix product whose result meets its residual and LayerNorm before it is written, forward and backward.
+
+    s = residual + dropout(x @ w^T + bias),   y = xhat * norm_weight + norm_bias,   xhat = (s - mean(s)) * rstd(s)
+
+    g = dy * norm_weight,   ds = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dproduct = ds * kept / (1 - p)
+
+x is (M, K), w (C, K), residual and y (M, C) with C up to 256: whole rows lie in one tile. s stays in fp32 registers, so
+that it is finite where fp16 would not be; the backward keeps xhat, which is no larger than sqrt(C), and rstd.
+Source: Ba et al., 2016, arXiv:1607.06450 (LayerNorm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from .configs import FEW_ROWS, LAYER_NORM_BACKWARD, LINEAR_NORM
+from .dropout import keep_rows, load_seed
+from .entry import Budget, Entry
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, multiprocessors, pointer, tl
+from .product_tiles import Dropout, Form, drawn, precision, product, store_tile, sum_rows
+from .rows import (
+    address_of,
+    as_rows,
+    block_of,
+    column_block,
+    dtype_of,
+    load_parameters,
+    row_constants,
+    run_length,
+    run_pointers,
+)
+
+MAX_COLUMNS = 256
+
+
+@jit
+def linear_norm_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    xhat_ptr,
+    rstd_ptr,
+    seed_ptr,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    w_stride: tl.int32,
+    M: tl.int32,
+    N: tl.int32,
+    K: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    eps: tl.float32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_M
+    rows = M - first
+    row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
+    x_base = x_ptr + first.to(tl.int64) * x_row_stride
+    s = product(x_base, row * x_row_stride, w_ptr, w_stride, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
+    finish_rows(
+        *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, xhat_ptr, rstd_ptr, seed_ptr),
+        *(residual_row_stride, first, rows, N, offset, threshold, scale, eps, BLOCK_M, BLOCK_N, FULL, VEC),
+    )
+
+
+@jit
+def finish_rows(
+    s,
+    bias_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    xhat_ptr,
+    rstd_ptr,
+    seed_ptr,
+    residual_row_stride,
+    first,
+    rows,
+    N,
+    offset,
+    threshold,
+    scale,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """From a product's whole rows, fp32 (BLOCK_M, BLOCK_N), to y: bias, dropout, residual, LayerNorm."""
+    column, inside, inverse_n = column_block(N, BLOCK_N, FULL, VEC)
+    m = tl.arange(0, BLOCK_M)
+    row = tl.minimum(m, rows - 1)[:, None]
+    if bias_ptr is not None:
+        s += load_parameters(bias_ptr, column, inside, VEC)
+    if seed_ptr is not None:
+        low, high = load_seed(seed_ptr)
+        kept = keep_rows(low, high, offset, threshold, (first + m)[:, None].to(tl.int64), 0, BLOCK_N)
+        s = tl.where(kept, s * scale, 0.0)
+    residual_base = residual_ptr + first.to(tl.int64) * residual_row_stride
+    residual = tl.load(run_pointers(residual_base, row * residual_row_stride, column, VEC), mask=inside, other=0.0)
+    s += residual.to(tl.float32)
+    if not FULL:
+        s = tl.where(inside, s, 0.0)
+    s -= (tl.sum(s, axis=1) * inverse_n)[:, None]
+    if not FULL:
+        s = tl.where(inside, s, 0.0)
+    rstd = tl.rsqrt(tl.sum(s * s, axis=1) * inverse_n + eps)
+    s *= rstd[:, None]
+    place = first.to(tl.int64) * N
+    if xhat_ptr is not None:
+        store_tile(xhat_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+        tl.store(rstd_ptr + first + m, rstd, mask=m < rows)
+    s *= load_parameters(norm_weight_ptr, column, inside, VEC)
+    if norm_bias_ptr is not None:
+        s += load_parameters(norm_bias_ptr, column, inside, VEC)
+    store_tile(y_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+
+
+@jit
+def residual_norm_backward_kernel(
+    dy_ptr,
+    xhat_ptr,
+    rstd_ptr,
+    norm_weight_ptr,
+    ds_ptr,
+    dproduct_ptr,
+    partial_ptr,
+    seed_ptr,
+    dy_row_stride: tl.int32,
+    rows: tl.int32,
+    C: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """partial is fp32 (programs, 3, C): each program's sums over its rows for norm_weight, norm_bias and bias.
+
+    dproduct_ptr is None where it equals ds.
+    """
+    row = tl.arange(0, ROWS)
+    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
+    stride = BLOCK_C if FULL else C
+    weight = load_parameters(norm_weight_ptr, column, inside, VEC)
+    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dproducts = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        first = tl.cast(tile, tl.int64) * ROWS
+        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+        mask = exists[:, None] & inside
+        dy_base, place = dy_ptr + first * dy_row_stride, first * stride
+        dy = tl.load(run_pointers(dy_base, row[:, None] * dy_row_stride, column, VEC), mask=mask, other=0.0)
+        xhat = tl.load(run_pointers(xhat_ptr + place, row[:, None] * stride, column, VEC), mask=mask, other=0.0)
+        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
+        dy, xhat = dy.to(tl.float32), xhat.to(tl.float32)
+        dweight += dy * xhat
+        dbias += dy
+        g = dy * weight
+        mean_g = tl.sum(g, axis=1) * (inverse_c * rstd)
+        mean_gx = tl.sum(g * xhat, axis=1) * (inverse_c * rstd)
+        ds = g * rstd[:, None] - (xhat * mean_gx[:, None] + mean_g[:, None])
+        ds_pointers = run_pointers(ds_ptr + place, row[:, None] * stride, column, VEC)
+        tl.store(ds_pointers, ds.to(ds_ptr.dtype.element_ty), mask=mask)
+        if seed_ptr is not None:
+            low, high = load_seed(seed_ptr)
+            kept = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
+            ds = tl.where(kept, ds * scale, 0.0)
+        ds = tl.where(mask, ds, 0.0)
+        dproducts += ds
+        if dproduct_ptr is not None:
+            pointers = run_pointers(dproduct_ptr + place, row[:, None] * stride, column, VEC)
+            tl.store(pointers, ds.to(dproduct_ptr.dtype.element_ty), mask=mask)
+
+    partial = partial_ptr + tl.program_id(0).to(tl.int64) * (3 * stride)
+    tl.store(run_pointers(partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
+    tl.store(run_pointers(partial + stride, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
+    tl.store(run_pointers(partial + 2 * stride, 0, column, VEC), tl.sum(dproducts, axis=0)[None, :], mask=inside)
+
+
+def linear_norm_forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    dropout: Dropout | None = None,
+    out_dtype: torch.dtype | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """LayerNorm(residual + dropout(x @ w^T + bias)), x (..., K), w (C, K), residual (..., C), the rest (C,).
+
+    residual may have another dtype than x; y gets out_dtype, the residual's where None. Returns y, contiguous, and with
+    keep what the backward needs: xhat in y's dtype and rstd, fp32 (rows,).
+    """
+    x, x_stride = as_rows(x)
+    w, w_stride = as_rows(w)
+    residual, residual_stride = as_rows(residual)
+    rows, N, K = x.shape[:-1].numel(), w.shape[0], x.shape[-1]
+    y = empty(residual.shape, out_dtype or residual.dtype, x.device)
+    xhat = empty(y.shape, y.dtype, x.device) if keep else None
+    rstd = empty((rows,), torch.float32, x.device) if keep else None
+    addresses = x.data_ptr() | w.data_ptr() | residual.data_ptr() | address_of(bias)
+    addresses |= norm_weight.data_ptr() | address_of(norm_bias)
+    vector = run_length(x.element_size(), x_stride | w_stride | residual_stride | N | K, addresses)
+    form = Form(x.dtype, "none", K % 64 == 0, vector, precision(x.dtype))
+    dtypes = tuple(map(dtype_of, (bias, residual, norm_weight, norm_bias, y, xhat)))
+    variant = forward_variant(form, N, rows <= FEW_ROWS, dtypes, dropout is not None)
+    drop = drawn(dropout, (x_stride, residual_stride, w_stride, rows, N, K))
+    grid = (-(-rows // variant.constants["BLOCK_M"]),)
+    launch(variant, grid, x, w, bias, residual, norm_weight, norm_bias, y, xhat, rstd, *drop, eps)
+    return y, xhat, rstd
+
+
+def residual_norm_backward(
+    dy: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor,
+    *,
+    dropout: Dropout | None,
+    residual_dtype: torch.dtype,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Back from y to the residual and the product.
+
+    dy, xhat: (..., C). Returns ds (..., C) in the residual's dtype, dproduct in the product's (None where it would equal
+    ds), and the gradients of norm_weight, norm_bias and bias, (3, C) in norm_weight's dtype. Deterministic.
+    """
+    dy, dy_stride = as_rows(dy)
+    rows, C = dy.shape[:-1].numel(), dy.shape[-1]
+    ds = empty(dy.shape, residual_dtype, dy.device)
+    separate = dropout is not None or product_dtype != residual_dtype
+    dproduct = empty(dy.shape, product_dtype, dy.device) if separate else None
+    size = min(t.element_size() for t in (dy, xhat, ds, dproduct) if t is not None)
+    vector = run_length(size, dy_stride | C, dy.data_ptr() | xhat.data_ptr() | norm_weight.data_ptr())
+    dtypes = tuple(map(dtype_of, (dy, xhat, norm_weight, ds, dproduct)))
+    variant = backward_variant(C, dtypes, dropout is not None, vector)
+    tiles = -(-rows // variant.constants["ROWS"])
+    programs = min(tiles, multiprocessors(dy.device) * LAYER_NORM_BACKWARD[block_of(C)].programs)
+    partial = empty((programs, 3 * C), torch.float32, dy.device)
+    drop = drawn(dropout, (dy_stride, rows, C))
+    launch(variant, (programs,), dy, xhat, rstd, norm_weight, ds, dproduct, partial, *drop)
+    return ds, dproduct, sum_rows(partial, norm_weight.dtype).view(3, C)
+
+
+@cache
+def forward_variant(
+    form: Form, columns: int, few: bool, dtypes: tuple[torch.dtype | None, ...], dropout: bool
+) -> Variant:
+    """The program of `linear_norm_forward`; dtypes of bias, residual, norm_weight, norm_bias, y and xhat."""
+    config = LINEAR_NORM[form.dtype.itemsize, few]
+    block = block_of(columns)
+    constants = form.constants(config) | {"BLOCK_N": block, "FULL": columns == block}
+    for unused in ("ACTIVATION", "GROUP_M"):
+        del constants[unused]
+    kept = torch.float32 if dtypes[-1] is not None else None
+    types = (*map(pointer, (form.dtype, form.dtype, *dtypes, kept)), "*i64" if dropout else None, *["i32"] * 8)
+    return Variant(linear_norm_kernel, (*types, "fp32", "fp32"), constants, config.num_warps, config.num_stages)
+
+
+@cache
+def backward_variant(columns: int, dtypes: tuple[torch.dtype | None, ...], dropout: bool, vector: int) -> Variant:
+    """The program of `residual_norm_backward`; dtypes of dy, xhat, norm_weight, ds and dproduct."""
+    config = LAYER_NORM_BACKWARD[block_of(columns)]
+    dy, xhat, weight, ds, dproduct = dtypes
+    tensors = (dy, xhat, torch.float32, weight, ds, dproduct, torch.float32)
+    types = (*map(pointer, tensors), "*i64" if dropout else None, *["i32"] * 5, "fp32")
+    constants = row_constants(columns, config, vector)
+    return Variant(residual_norm_backward_kernel, types, constants, config.num_warps)
+
+
+def catalog_entries() -> Iterator[Entry]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    # rows, columns, x's dtype, the residual's, the forward's budget
+    forms = (
+        (FEW_ROWS + 1, 256, bf16, bf16, Budget(240, 82 << 10, 256, 64 << 10)),
+        (33, 256, bf16, fp32, Budget(248, 72 << 10, 256, 64 << 10)),  # autocast
+        (33, 100, fp32, fp32, Budget(248, 40 << 10, 256, 64 << 10)),
+    )
+    for rows, columns, dtype, residual, budget in forms:
+        vector = 16 // dtype.itemsize
+        form = Form(dtype, "none", True, vector, precision(dtype))
+        example = partial(_example, rows, columns, dtype, residual)
+        suffix = f"c{columns}_{TRITON_TYPES[dtype]}" + ("_few" if rows <= FEW_ROWS else "")
+        ahead = forward_variant(form, columns, rows <= FEW_ROWS, (dtype, *[residual] * 5), True)
+        tile = int(ahead.constants["BLOCK_M"]) * int(ahead.constants["BLOCK_N"])
+        yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
+        if residual == dtype:
+            back = backward_variant(columns, (dtype,) * 5, True, vector)
+            tile = int(back.constants["ROWS"]) * int(back.constants["BLOCK_C"])
+            limit = Budget(255, 8192, 256, 8192)
+            yield Entry("linear_add_layer_norm", f"residual_norm_backward_{suffix}", back, tile, limit, example)
+
+
+def _example(
+    rows: int, columns: int, dtype: torch.dtype, residual_dtype: torch.dtype, device: torch.device
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward with dropout."""
+    if device.type == "cpu":  # the interpreter
+        rows = min(rows, 33)
+    x, w = (torch.randn(n, 64, device=device).to(dtype) for n in (rows, columns))
+    bias = torch.randn(columns, device=device).to(dtype)
+    residual, dy = (torch.randn(rows, columns, device=device).to(residual_dtype) for _ in range(2))
+    norm = [torch.randn(columns, device=device).to(residual_dtype) for _ in range(2)]
+    dropout = Dropout(0.1, torch.ones(1, dtype=torch.int64, device=device), 3)
+
+    def call() -> tuple[Tensor, ...]:
+        y, xhat, rstd = linear_norm_forward(x, w, bias, residual, *norm, 1e-5, dropout=dropout)
+        assert xhat is not None
+        assert rstd is not None
+        options = {"residual_dtype": residual_dtype, "product_dtype": dtype}
+        ds, dproduct, sums = residual_norm_backward(dy, xhat, rstd, norm[0], dropout=dropout, **options)
+        assert dproduct is not None
+        return y, xhat, rstd, ds, dproduct, sums
+
+    return call

@@ -1,0 +1,185 @@
+# mypy: allow-incomplete-defs
+"""What kernels around a matrix product share: tiles of x @ w^T in fp32, activations, what a product's programs depend on.
+
+Offsets from the first row of a tile fit 32 bits (rows lie at most 2**24 elements apart); where a tile starts is computed
+in 64. Sources: Hendrycks and Gimpel, 2016, arXiv:1606.08415 (GELU); Elfwing et al., 2017, arXiv:1702.03118 (SiLU).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch as launching
+from .configs import MatmulConfig
+from .dropout import scale, threshold
+from .launch import empty, jit, launch, tl
+from .rows import run_pointers, sum_partials_variant
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+GROUP = 8  # tiles of rows that share their columns' weights while these are in the L2 cache
+
+
+@jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b in fp32. Triton's interpreter needs fp32 operands, for bf16."""
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@jit
+def plus(a, b, PRECISION: tl.constexpr):
+    """a + b in their dtype; in fp32 in Triton's interpreter, which has no arithmetic in bf16."""
+    if PRECISION == "interpreted":
+        return (a.to(tl.float32) + b.to(tl.float32)).to(a.dtype)
+    return a + b
+
+
+@jit
+def product(
+    x_ptr,
+    x_start,
+    w_ptr,
+    w_stride,
+    columns,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    VEC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_ROWS: tl.constexpr = True,
+    added_ptr=None,
+    added_start=0,
+):
+    """A tile of x @ w^T, fp32 (BLOCK_M, BLOCK_N), or of (x + added) @ w^T.
+
+    x_start, added_start: offsets of the tile's rows (BLOCK_M, 1). w_ptr: at the tile's first column, of `columns` that
+    remain. BY_ROWS: w is (N, K); otherwise it lies transposed, as (K, N).
+    """
+    k = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    # Columns past the end read the last one again: no mask in the loop, and nothing of them is stored.
+    w_start = tl.minimum(n, columns - 1)[:, None] * w_stride
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        here = k // VEC < (K - start) // VEC
+        pointers = run_pointers(x_ptr + start, x_start, k[None, :], VEC)
+        x = tl.load(pointers) if EVEN_K else tl.load(pointers, mask=here[None, :], other=0.0)
+        if added_ptr is not None:
+            pointers = run_pointers(added_ptr + start, added_start, k[None, :], VEC)
+            added = tl.load(pointers) if EVEN_K else tl.load(pointers, mask=here[None, :], other=0.0)
+            x = plus(x, added, PRECISION)
+        if BY_ROWS:
+            pointers = run_pointers(w_ptr + start, w_start, k[None, :], VEC)
+            w = tl.load(pointers) if EVEN_K else tl.load(pointers, mask=here[None, :], other=0.0)
+            accumulator = dot(x, w.T, accumulator, PRECISION)
+        else:
+            inside = n[None, :] // VEC < columns // VEC
+            inside = inside if EVEN_K else here[:, None] & inside
+            w = tl.load(run_pointers(w_ptr, k[:, None] * w_stride, n[None, :], VEC), mask=inside, other=0.0)
+            accumulator = dot(x, w, accumulator, PRECISION)
+            w_ptr += BLOCK_K * w_stride.to(tl.int64)
+    return accumulator
+
+
+@jit
+def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """This program's first row and column: neighbours in time share weights and rows in the L2 cache."""
+    program = tl.program_id(0)
+    across, down = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
+    group = program // (GROUP_M * across)
+    rows = tl.minimum(down - group * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * across)
+    return (group * GROUP_M + within % rows) * BLOCK_M, within // rows * BLOCK_N
+
+
+@jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of x and its derivative; what is not used is not computed."""
+    y, slope = x, tl.full(x.shape, 1.0, tl.float32)
+    if ACTIVATION == "relu":
+        y, slope = tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)  # NaN stays NaN, as torch's
+    if ACTIVATION == "gelu":
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        y, slope = x * below, below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        share = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = x * share
+        slope = share + y * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    if ACTIVATION == "silu":
+        share = sigmoid(x)
+        y, slope = x * share, share + x * share * (1.0 - share)
+    return y, slope
+
+
+@jit
+def store_tile(base, row_stride, value, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr):
+    """Store what exists of a tile: `rows` and `columns` remain from base on."""
+    m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    mask = (m < rows) & (n // VEC < columns // VEC)
+    tl.store(run_pointers(base, m * row_stride, n, VEC), value.to(base.dtype.element_ty), mask=mask)
+
+
+class Dropout(NamedTuple):
+    """Probability, seed (an int64 tensor of one element) and the op's offset (see `kernels/dropout.py`)."""
+
+    p: float
+    seed: Tensor
+    offset: int
+
+
+class Form(NamedTuple):
+    """What the programs of a product depend on, besides which tensors are there."""
+
+    dtype: torch.dtype
+    activation: str
+    even: bool  # K is a multiple of every BLOCK_K
+    vector: int
+    precision: str
+
+    def constants(self, config: MatmulConfig) -> dict[str, int | str | bool]:
+        return {
+            "ACTIVATION": self.activation,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP_M": GROUP,
+            "EVEN_K": self.even,
+            "VEC": self.vector,
+            "PRECISION": self.precision,
+        }
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies fp32 operands: exactly, or as tf32 where torch's setting of matmul precision allows it."""
+    if launching.triton is not None and launching.triton.knobs.runtime.interpret:
+        return "interpreted"
+    rounds = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    return "tf32" if rounds else "ieee"
+
+
+def drawn(dropout: Dropout | None, sizes: tuple[int, ...], masks: bool = True) -> tuple[object, ...]:
+    """The arguments from the seed on: the seed, the sizes, and what dropout is."""
+    if dropout is None:
+        return (None, *sizes, 0, 0, 1.0)
+    seed = dropout.seed if masks else None
+    return (seed, *sizes, dropout.offset, threshold(dropout.p), scale(dropout.p))
+
+
+def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over programs of partial sums (programs, C), fp32, as (C,) in `dtype`, always taken in the same order."""
+    programs, columns = partial.shape
+    total = empty((columns,), dtype, partial.device)
+    variant = sum_partials_variant(columns, dtype)
+    launch(variant, (-(-columns // variant.constants["BLOCK_C"]), 1), partial, total, total, programs, columns)
+    return total

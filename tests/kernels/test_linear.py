@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_fast.kernels import linear as kernels
+from detr_fast.kernels.product_tiles import Dropout
+
+from detr_fast.testing import assert_as_accurate_as_eager, assert_close_to_truth
+from detr_fast.testing.interpreter import checked_interpreter
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture
+def interpreter():
+    """As the others' fixture; offsets inside a tile of 128 rows pass the usual limit of 32-bit arithmetic."""
+    with checked_interpreter(int32_limit=1 << 15) as checks:
+        yield checks
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def linear(activation, **options):
+    return lambda x, w, b=None: kernels.linear_forward(x, w, b, activation=activation, **options)[0]
+
+
+def eager(activation):
+    return lambda x, w, b=None: ACTIVATIONS[activation](F.linear(x, w, b))
+
+
+# No row, one, no multiple of a tile, several tiles; K that are no multiple of a step or of 16 bytes.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"), [(0, 8, 8), (1, 1, 1), (70, 40, 24), (3, 17, 33), (33, 140, 64), (130, 8, 7)]
+)
+def test_a_product_of_any_size_is_as_accurate_as_eager(interpreter, rows, columns, width, dtype):
+    inputs = [torch.randn(rows, width), torch.randn(columns, width), torch.randn(columns)]
+    assert_as_accurate_as_eager(linear("none"), reference=eager("none"), inputs=inputs, dtype=dtype, grad=False)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float16, 40.0), (torch.bfloat16, 0.1)])
+def test_activations_are_as_accurate_as_eager(interpreter, activation, dtype, scale):
+    inputs = [torch.randn(20, 16) * scale, torch.randn(24, 16), torch.randn(24)]
+    reference = eager(activation)
+    assert_as_accurate_as_eager(linear(activation), reference=reference, inputs=inputs, dtype=dtype, grad=False)
+    assert_as_accurate_as_eager(linear(activation), reference=reference, inputs=inputs[:2], dtype=dtype, grad=False)
+
+
+LAYOUTS = {
+    "rows far apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "transposed": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
+    "expanded": lambda x: x[..., :1, :].expand(x.shape),
+    "rows off 16 bytes": lambda x: torch.cat([x, x[..., :1]], -1)[..., : x.shape[-1]],
+    "an address off 16 bytes": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_is_read_right(interpreter, layout):
+    arrange = LAYOUTS[layout]
+    x, w = torch.randn(2, 9, 16), torch.randn(24, 16)
+    for some_x, some_w in ((arrange(x), w), (x, arrange(w))):
+        y, _ = kernels.linear_forward(some_x, some_w, None)
+        torch.testing.assert_close(y, F.linear(some_x, some_w), rtol=1e-5, atol=1e-5)
+        assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("rows_of_position", [1, 5, 10])
+def test_a_position_is_added_for_the_first_columns_only(interpreter, rows_of_position):
+    x, w, b = torch.randn(2, 5, 24).bfloat16(), torch.randn(160, 24).bfloat16(), torch.randn(160).bfloat16()
+    position = torch.randn(rows_of_position, 24).bfloat16()
+    y, _ = kernels.linear_forward(x, w, b, position=position, position_columns=128)
+    added = x + position.repeat(10 // rows_of_position, 1).view(x.shape)
+    parts = ((added, slice(128)), (x, slice(128, None)))
+    truth = torch.cat([F.linear(a.double(), w[i].double(), b[i].double()) for a, i in parts], -1)
+    expected = torch.cat([F.linear(a, w[i], b[i]) for a, i in parts], -1)
+    assert_close_to_truth("y", y, expected, truth)
+
+
+def backward(activation, dropout=None):
+    """The gradients of w2's product behind an activation, as a model takes them."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, pre, w):
+            # The kernel's own forward of an identity product gives y.
+            y, _ = kernels.linear_forward(
+                pre, torch.eye(pre.shape[1]).to(pre), None, activation=activation, dropout=dropout
+            )
+            ctx.save_for_backward(y if activation == "relu" else pre, w)
+            return F.linear(y, w)
+
+        @staticmethod
+        def backward(ctx, dy):
+            saved, w = ctx.saved_tensors
+            dpre, y, _ = kernels.linear_backward(dy, w, saved, activation=activation, dropout=dropout)
+            return dpre, dy.T @ y
+
+    return Function.apply
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden", "width"), [(1, 8, 8), (37, 20, 9)])
+def test_the_backward_through_an_activation_is_as_accurate_as_eager(
+    interpreter, activation, dtype, rows, hidden, width
+):
+    assert_as_accurate_as_eager(
+        backward(activation),
+        reference=lambda pre, w: F.linear(ACTIVATIONS[activation](pre), w),
+        inputs=[torch.randn(rows, hidden), torch.randn(width, hidden)],
+        dtype=dtype,
+    )
+
+
+def test_the_backward_of_several_tiles_is_as_accurate_as_eager(interpreter):
+    assert_as_accurate_as_eager(
+        backward("gelu"),
+        reference=lambda pre, w: F.linear(F.gelu(pre), w),
+        inputs=[torch.randn(70, 72), torch.randn(16, 72)],
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_the_bias_gradient_is_the_sum_of_rows_in_any_order_of_programs(activation):
+    dy, w, saved = torch.randn(300, 16), torch.randn(16, 40), torch.randn(300, 40)
+    results = []
+    for seed in range(2):
+        with checked_interpreter(seed=seed, int32_limit=1 << 15):
+            dpre, _, dbias = kernels.linear_backward(dy, w, saved, activation=activation)
+        results.append(dbias)
+        torch.testing.assert_close(dbias, dpre.sum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(*results)
+
+
+def test_pre_is_what_the_activation_was_applied_to(interpreter):
+    x, w, b = torch.randn(9, 16).bfloat16(), torch.randn(24, 16).bfloat16(), torch.randn(24)
+    y, pre = kernels.linear_forward(x, w, b, activation="silu", keep_pre=True)
+    torch.testing.assert_close(pre, F.linear(x, w, b.bfloat16()), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(y, F.silu(pre.float()).bfloat16())
+
+
+def test_offsets_use_64_bits_where_rows_times_columns_is_large():
+    x, w = torch.randn(600, 40), torch.randn(40, 40)
+    with checked_interpreter(int32_limit=1 << 13):  # a tile is 4,096 elements, the tensor 24,000
+        y, _ = kernels.linear_forward(x, w, None)
+        kernels.linear_backward(x, w, y, activation="relu")
+    torch.testing.assert_close(y, F.linear(x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_stays_in_its_row_and_passes_relu(interpreter):
+    x, w = torch.randn(20, 16), torch.randn(8, 16)
+    x[3, 5] = float("nan")
+    y, _ = kernels.linear_forward(x, w, None, activation="relu")
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [3]
+    assert y[3].isnan().all()
+
+
+def test_dropout_scales_what_it_keeps_and_the_backward_drops_the_same(interpreter):
+    dropout = Dropout(0.25, torch.tensor([7]), 3)
+    one = torch.ones(200, 16), torch.full((48, 16), 1 / 16)
+    y, _ = kernels.linear_forward(*one, None, activation="relu", dropout=dropout)
+    kept = y > 0
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3, rel=1e-4)]
+    assert abs(kept.float().mean().item() - 0.75) < 0.03
+    dy, w2 = torch.randn(200, 16), torch.randn(16, 48)
+    whole, _, _ = kernels.linear_backward(dy, w2, torch.ones(200, 48), activation="silu")
+    for activation, saved in (("relu", y), ("silu", torch.ones(200, 48))):
+        dpre, again, _ = kernels.linear_backward(dy, w2, saved, activation=activation, dropout=dropout)
+        assert torch.equal(again > 0, kept)
+        assert torch.equal(dpre[~kept], torch.zeros_like(dpre[~kept]))
+        slope = 1.0 if activation == "relu" else F.silu(torch.ones(1)).item() and whole / (dy @ w2)
+        expected = torch.where(kept, (dy @ w2) * slope * (4 / 3), 0.0)
+        torch.testing.assert_close(dpre, expected, rtol=1e-3, atol=1e-4)
+    other, _ = kernels.linear_forward(*one, None, activation="relu", dropout=dropout._replace(offset=4))
+    assert not torch.equal(other, y)

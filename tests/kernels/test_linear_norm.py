@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_fast.kernels import linear_norm as kernels
+from detr_fast.kernels.product_tiles import Dropout
+
+from detr_fast.ops.dropout import keep_mask
+from detr_fast.testing import assert_as_accurate_as_eager
+from detr_fast.testing.interpreter import checked_interpreter
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DROPOUT = Dropout(0.25, torch.tensor([11]), 5)
+
+
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, residual, norm_weight, norm_bias, dropout):
+        y, *kept = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5, dropout=dropout)
+        ctx.save_for_backward(x, w, b, norm_weight, norm_bias, *kept)
+        ctx.dropout, ctx.residual_dtype = dropout, residual.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, b, norm_weight, norm_bias, xhat, rstd = ctx.saved_tensors
+        ds, dproduct, sums = kernels.residual_norm_backward(
+            dy, xhat, rstd, norm_weight, dropout=ctx.dropout, residual_dtype=ctx.residual_dtype, product_dtype=x.dtype
+        )
+        dproduct = ds if dproduct is None else dproduct
+        d_norm_weight, d_norm_bias, db = sums
+        flat = dproduct.flatten(0, -2)
+        db, d_norm_bias = (None if p is None else g.to(p.dtype) for p, g in ((b, db), (norm_bias, d_norm_bias)))
+        return dproduct @ w, flat.T @ x.flatten(0, -2), db, ds, d_norm_weight, d_norm_bias, None
+
+
+def fused(dropout=None):
+    return lambda *inputs: Fused.apply(*inputs, dropout)
+
+
+def eager(dropout=None):
+    def compute(x, w, b, residual, norm_weight, norm_bias):
+        y = F.linear(x, w, b)
+        if dropout is not None:
+            kept = keep_mask(dropout.seed, dropout.offset, dropout.p, 1, y[..., 0].numel(), y.shape[-1])
+            y = y * kept.view(y.shape) / (1 - dropout.p)
+        return F.layer_norm(residual + y, y.shape[-1:], norm_weight, norm_bias)
+
+    return compute
+
+
+def inputs(rows, width, columns, scale=1.0):
+    x, w, b = torch.randn(*rows, width), torch.randn(columns, width), torch.randn(columns)
+    return [x * scale, w, b, torch.randn(*rows, columns), torch.randn(columns) + 1, torch.randn(columns)]
+
+
+# One row, no multiple of a tile, several tiles; columns that fill their block, whole runs of 16 bytes, and neither.
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["", "dropout"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [((1,), 16, 32), ((2, 19), 40, 24), ((35,), 9, 17)])
+def test_the_fused_rows_are_as_accurate_as_eager(interpreter, rows, width, columns, dtype, dropout):
+    assert_as_accurate_as_eager(
+        fused(dropout), reference=eager(dropout), inputs=inputs(rows, width, columns), dtype=dtype
+    )
+
+
+def test_many_rows_take_larger_tiles_with_the_same_dropout(monkeypatch):
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+    with checked_interpreter() as checks:
+        assert_as_accurate_as_eager(
+            fused(DROPOUT), reference=eager(DROPOUT), inputs=inputs((80,), 40, 24), dtype=torch.bfloat16
+        )
+        assert checks.launches[0].variant.constants["BLOCK_M"] == 64
+
+
+def test_biases_may_be_absent(interpreter):
+    x, w, _, residual, norm_weight, _ = inputs((5,), 16, 24)
+    arguments = [x, w, None, residual, norm_weight, None]
+    assert_as_accurate_as_eager(fused(), reference=eager(), inputs=arguments, dtype=torch.float32)
+
+
+def test_a_sum_over_fp16s_range_stays_finite_and_right(interpreter):
+    x, w, b, residual, norm_weight, norm_bias = (t.half() for t in inputs((6,), 16, 32))
+    residual = residual + 60_000
+    b[::2] += 20_000  # half of the sums are over 65,504
+    with pytest.raises(AssertionError):
+        assert eager()(x, w, b, residual, norm_weight, norm_bias).isfinite().all()
+    leaves = [t.requires_grad_() for t in (x, w, b, residual, norm_weight, norm_bias)]
+    y = fused()(*leaves)
+    truth = [t.detach().double().requires_grad_() for t in leaves]
+    expected = eager()(*truth)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-3)
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, truth, dy.double())):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+
+
+def test_the_residual_may_be_fp32_as_under_autocast(interpreter):
+    dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
+    x, w, b, residual, norm_weight, norm_bias = (t.to(d) for t, d in zip(inputs((9,), 16, 24), dtypes))
+    y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
+    ds, dproduct, sums = kernels.residual_norm_backward(
+        y, xhat, rstd, norm_weight, dropout=None, residual_dtype=torch.float32, product_dtype=torch.bfloat16
+    )
+    assert (y.dtype, ds.dtype, dproduct.dtype, sums.dtype) == (torch.float32,) * 2 + (torch.bfloat16, torch.float32)
+    expected = eager()(*(t.double() for t in (x, w, b, residual, norm_weight, norm_bias)))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dproduct, ds.bfloat16())
+
+
+@pytest.mark.parametrize("expanded", ["dy", "residual"])
+def test_expanded_rows_are_read_through_their_strides(interpreter, expanded):
+    x, w, b, residual, norm_weight, norm_bias = inputs((12,), 16, 24)
+    if expanded == "residual":
+        residual = residual[:1].expand(12, 24)
+    assert_as_accurate_as_eager(
+        fused(),
+        reference=eager(),
+        inputs=[x, w, b, residual, norm_weight, norm_bias],
+        dtype=torch.float32,
+        upstream=torch.randn_like
+        if expanded == "residual"
+        else lambda y: torch.randn(1, 24).to(y.dtype).expand(y.shape),
+    )
+
+
+def test_without_a_backward_to_come_nothing_is_kept(interpreter):
+    x, w, b, residual, norm_weight, norm_bias = inputs((3,), 16, 24)
+    y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5, keep=False)
+    assert (xhat, rstd) == (None, None)
+    torch.testing.assert_close(y, eager()(x, w, b, residual, norm_weight, norm_bias))
+    assert sum(interpreter.counts().values()) == 1
+
+
+def test_no_rows_give_zero_parameter_gradients(interpreter):
+    x, w, b, residual, norm_weight, norm_bias = inputs((0,), 16, 24)
+    y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
+    options = {"dropout": None, "residual_dtype": y.dtype, "product_dtype": y.dtype}
+    _, _, sums = kernels.residual_norm_backward(y, xhat, rstd, norm_weight, **options)
+    assert torch.equal(sums, torch.zeros(3, 24))

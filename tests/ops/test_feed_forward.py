@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import ops, use_backend
+from detr_fast.dispatch import BackendError
+from detr_fast.ops.feed_forward import ACTIVATIONS, FEED_FORWARD
+from detr_fast.testing import assert_as_accurate_as_eager, count
+
+interpreter = pytest.mark.interpreter
+IMPLEMENTATIONS = ["triton"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernel(request):
+    with use_backend(feed_forward=request.param):
+        yield request.param
+
+
+def ours(activation, norm, p=0.0, output_p=0.0):
+    if not norm:
+        return lambda x, w1, b1, w2, b2: ops.feed_forward(x, w1, b1, w2, b2, activation, p)
+    return lambda *tensors: ops.feed_forward_add_layer_norm(*tensors, 1e-5, activation, p, output_p)
+
+
+def eager(activation, norm):
+    def compute(x, w1, b1, w2, b2, norm_weight=None, norm_bias=None):
+        y = F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
+        return F.layer_norm(x + y, y.shape[-1:], norm_weight, norm_bias) if norm else y
+
+    return compute
+
+
+def tensors(rows=(2, 5), width=16, hidden=40, norm=True, grad=False, dtype=torch.float32):
+    shapes = [(*rows, width), (hidden, width), (hidden,), (width, hidden), (width,), (width,), (width,)]
+    scales = [1, width**-0.5, 1, hidden**-0.5, 1, 1, 1]
+    made = [torch.randn(s, dtype=dtype) * scale for s, scale in zip(shapes, scales)]
+    return [t.requires_grad_(grad) for t in made[: 7 if norm else 5]]
+
+
+@interpreter
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "rows"),
+    [
+        ("relu", torch.float32, (0,)),
+        ("relu", torch.bfloat16, (2, 17)),
+        ("relu", torch.float16, (1,)),
+        ("gelu", torch.float32, (2, 17)),
+        ("gelu_tanh", torch.float16, (5,)),
+        ("silu", torch.bfloat16, (3,)),
+    ],
+)
+def test_it_is_as_accurate_as_eager(kernel, activation, dtype, rows, norm):
+    inputs = tensors(rows, norm=norm)
+    assert_as_accurate_as_eager(ours(activation, norm), reference=eager(activation, norm), inputs=inputs, dtype=dtype)
+
+
+@interpreter
+def test_biases_may_be_absent(kernel):
+    x, w1, _, w2, _, norm_weight, _ = tensors()
+    inputs = [x, w1, None, w2, None, norm_weight, None]
+    assert_as_accurate_as_eager(ours("gelu", True), reference=eager("gelu", True), inputs=inputs, dtype=torch.float32)
+
+
+@interpreter
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_the_backward_drops_what_the_forward_dropped(kernel, activation, norm):
+    inputs = tensors((40,), norm=norm, grad=True)
+    y = ours(activation, norm, 0.3, 0.4)(*inputs)
+    dy = torch.randn_like(y)
+    by_kernel = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    eagerly = torch.autograd.grad(y, inputs, dy, create_graph=True)  # recomputed with the twin of the mask
+    for one, other in zip(by_kernel, eagerly):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    torch.autograd.grad(eagerly[0].square().sum(), inputs, allow_unused=True)
+
+
+@interpreter
+def test_dropout_hits_hidden_and_output_independently(kernel):
+    eye = torch.eye(32)
+    hidden = ops.feed_forward(torch.ones(64, 32), eye, None, eye, None, "relu", 0.5) > 0
+    assert abs(hidden.float().mean().item() - 0.5) < 0.05
+    big = torch.full((64, 32), 100.0)
+    y = ops.feed_forward_add_layer_norm(
+        torch.zeros(64, 32), eye * 0, big[0], eye, None, torch.ones(32), None, 1e-5, "relu", 0.5, 0.5
+    )
+    share = (y > 0).float().mean().item()
+    assert abs(share - 0.25) < 0.05  # kept by both
+
+
+@interpreter
+def test_opcheck_accepts_the_ops():
+    seed = torch.tensor([3])
+    for norm, activation in ((True, "silu"), (False, "relu")):
+        inputs = [*tensors(norm=norm, grad=True), *[None] * (0 if norm else 2), None, seed]
+        arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, True)
+        torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, arguments)
+        backward = (torch.randn(10, 16), torch.randn(16, 40), torch.randn(10, 40), seed, activation, 1, 0.25, True)
+        torch.library.opcheck(torch.ops.detr_fast.feed_forward_hidden_backward.default, backward)
+
+
+@interpreter
+def test_a_compiled_model_has_no_graph_break_and_equal_gradients(kernel):
+    inputs = tensors(grad=True)
+    compiled = torch.compile(lambda *a: ours("gelu", True)(*a) * 2, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(*inputs), eager("gelu", True)(*inputs) * 2
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for one, other in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@interpreter
+def test_only_wanted_gradients_are_computed(kernel):
+    x, *parameters = tensors(grad=False)
+    x.requires_grad_()
+    y = ours("relu", True)(x, *parameters)
+    counts = count(lambda: y.sum().backward())
+    assert counts.launches["aten.mm.default"] == 0
+    assert counts.launches["aten.addmm.default"] == 1
+    assert x.grad is not None
+
+
+def test_without_gradients_nothing_is_kept(kernel):
+    inputs = [t.to("meta") for t in tensors((100,), 256, 2048)]
+    with torch.no_grad():
+        assert count(lambda: ours("gelu", True)(*inputs)).saved_bytes == 0
+
+
+def test_launches_and_bytes_kept_of_detrs_block():
+    inputs = [t.detach().to("meta").requires_grad_() for t in tensors((1000,), 256, 2048)]
+    dy = torch.empty(1000, 256, device="meta")
+    with use_backend(feed_forward="triton"):
+        run = ours("relu", True, 0.1, 0.1)
+        forward, both = count(run, *inputs), count(lambda *a: run(*a).backward(dy), *inputs)
+    assert forward.launches == {"linear_kernel": 1, "linear_norm_kernel": 1, "aten.randint.low": 1}  # a seed a step
+    assert both.total_launches - forward.total_launches == 7
+    assert forward.saved_bytes <= 1000 * (2048 + 256 + 1) * 4 + 8  # hidden, xhat, rstd and the seed
+
+
+def test_fake_cuda_tensors_trace_forward_without_a_gpu(kernel):
+    with FakeTensorMode():
+        inputs = [t.cuda() for t in tensors((3, 7), 256, 2048)]
+        y = ours("relu", True, 0.1, 0.1)(*inputs)
+        assert (y.shape, y.dtype, y.device.type) == ((3, 7, 256), torch.float32, "cuda")
+
+
+def test_auto_stays_eager_until_measured():
+    with FakeTensorMode():
+        inputs = [t.cuda() for t in tensors((100_000,), 256, 2048)]
+        assert FEED_FORWARD.choose(*inputs, 1e-5, "relu", 0.0, 0.0).name == "eager"
+
+
+def test_what_does_not_fit_is_refused_in_words(kernel):
+    with FakeTensorMode():
+        x, w1, b1, w2, b2 = (t.cuda() for t in tensors(norm=False))
+        with pytest.raises(BackendError, match=r"w2 has shape \(16, 41\); expected \(16, 40\)"):
+            ops.feed_forward(x, w1, b1, torch.empty(16, 41, device="cuda"), b2)
+    with pytest.raises(ValueError, match="got activation 'tanh'; expected one of relu, gelu, gelu_tanh, silu"):
+        ops.feed_forward(x, w1, b1, w2, b2, "tanh")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_it_is_as_accurate_as_eager(kernel, dtype, norm):
+    inputs = [t.cuda() for t in tensors((1037,), 256, 2048, norm=norm)]
+    assert_as_accurate_as_eager(ours("relu", norm), reference=eager("relu", norm), inputs=inputs, dtype=dtype)

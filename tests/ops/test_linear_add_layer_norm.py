@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import ops, use_backend
+from detr_fast.dispatch import BackendError
+from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
+from detr_fast.testing import assert_as_accurate_as_eager, count
+
+interpreter = pytest.mark.interpreter
+
+
+@pytest.fixture
+def triton():
+    with use_backend(linear_add_layer_norm="triton"):
+        yield
+
+
+def eager(x, w, b, residual, norm_weight, norm_bias):
+    return F.layer_norm(residual + F.linear(x, w, b), norm_weight.shape, norm_weight, norm_bias)
+
+
+def tensors(rows=(2, 5), width=16, columns=24, grad=False, dtype=torch.float32):
+    shapes = [(*rows, width), (columns, width), (columns,), (*rows, columns), (columns,), (columns,)]
+    return [torch.randn(s, dtype=dtype).requires_grad_(grad) for s in shapes]
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(0,), (1,), (2, 17)])
+def test_it_is_as_accurate_as_eager(triton, rows, dtype):
+    assert_as_accurate_as_eager(ops.linear_add_layer_norm, reference=eager, inputs=tensors(rows), dtype=dtype)
+
+
+@interpreter
+def test_the_double_backward_is_right_with_the_same_elements_dropped(triton):
+    inputs = tensors(grad=True, dtype=torch.float32)
+
+    def penalty(function):
+        torch.manual_seed(3)
+        y = function(*inputs)
+        (g,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+        return torch.autograd.grad(g.square().sum(), inputs)
+
+    for ours, theirs in zip(penalty(ops.linear_add_layer_norm), penalty(eager)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    dropping = [penalty(lambda *a: ops.linear_add_layer_norm(*a, 1e-5, 0.5)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*dropping))
+    torch.manual_seed(3)
+    y = ops.linear_add_layer_norm(*inputs, 1e-5, 0.5)
+    once = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    again = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)  # recomputed eagerly
+    for kernel, eagerly in zip(once, again):
+        torch.testing.assert_close(kernel, eagerly, rtol=1e-3, atol=1e-3)
+
+
+@interpreter
+def test_opcheck_accepts_the_ops():
+    seed = torch.tensor([3])
+    for drawn in (None, seed):
+        arguments = (*tensors(grad=True), drawn, 1, 0.25 if drawn is not None else 0.0, 1e-5, torch.float32, True)
+        torch.library.opcheck(torch.ops.detr_fast.linear_add_layer_norm.default, arguments)
+        dy, xhat = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+        backward = (dy, xhat, torch.rand(10), torch.randn(24), drawn, 1, 0.25, torch.float32, torch.float32)
+        torch.library.opcheck(torch.ops.detr_fast.residual_norm_backward.default, backward)
+
+
+@interpreter
+def test_a_compiled_model_has_no_graph_break_and_equal_gradients(triton):
+    inputs = tensors(grad=True)
+    compiled = torch.compile(lambda *a: ops.linear_add_layer_norm(*a) * 2, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(*inputs), eager(*inputs) * 2
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@interpreter
+def test_dropout_repeats_with_the_generator_and_keeps_the_mean(triton):
+    x, w, b, residual, norm_weight, _ = tensors((64,))
+    zeros = torch.zeros_like(residual)
+
+    def draw(p):
+        torch.manual_seed(1)
+        return ops.linear_add_layer_norm(x, w, b, zeros, norm_weight, None, 1e-5, p)
+
+    assert torch.equal(draw(0.5), draw(0.5))
+    assert not torch.equal(draw(0.5), draw(0.0))
+    assert torch.equal(draw(1.0), torch.zeros_like(zeros))
+
+
+@interpreter
+def test_without_gradients_nothing_is_recorded(triton):
+    inputs = tensors(grad=True)
+    with torch.no_grad():
+        assert ops.linear_add_layer_norm(*inputs).grad_fn is None
+    with torch.inference_mode():
+        assert ops.linear_add_layer_norm(*inputs).shape == (2, 5, 24)
+
+
+def test_fake_cuda_tensors_trace_forward_without_a_gpu(triton):
+    with FakeTensorMode():
+        inputs = [t.cuda() for t in tensors((3, 7), 2048, 256)]
+        y = ops.linear_add_layer_norm(*inputs, 1e-5, 0.1)
+        assert (y.shape, y.dtype, y.device.type) == ((3, 7, 256), torch.float32, "cuda")
+
+
+def test_one_launch_forward_and_four_backward():
+    inputs = [t.detach().to("meta").requires_grad_() for t in tensors((1000,), 2048, 256)]
+    with use_backend(linear_add_layer_norm="triton"):
+        forward = count(lambda: ops.linear_add_layer_norm(*inputs, 1e-5, 0.1))
+        both = count(
+            lambda: ops.linear_add_layer_norm(*inputs, 1e-5, 0.1).backward(torch.empty(1000, 256, device="meta"))
+        )
+    assert forward.launches == {"linear_norm_kernel": 1, "aten.randint.low": 1}
+    backward = both.launches - forward.launches
+    assert backward == {"residual_norm_backward_kernel": 1, "sum_partials_kernel": 1, "aten.mm.default": 2}
+
+
+def test_auto_stays_eager_until_measured():
+    with FakeTensorMode():
+        inputs = [t.cuda() for t in tensors((100_000,), 256, 256)]
+        assert LINEAR_ADD_LAYER_NORM.choose(*inputs, 1e-5, 0.0).name == "eager"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({3: (2, 4, 24)}, r"residual has shape \(2, 4, 24\); expected \(2, 5, 24\)"),
+        ({1: (24, 15)}, r"weight has shape \(24, 15\); expected \(24, 16\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(triton, change, reason):
+    with FakeTensorMode():
+        inputs = [torch.randn(change.get(i, t.shape), device="cuda") for i, t in enumerate(tensors())]
+        with pytest.raises(BackendError, match=reason):
+            ops.linear_add_layer_norm(*inputs)
+
+
+def test_rows_too_wide_for_a_tile_are_refused(triton):
+    with FakeTensorMode(), pytest.raises(BackendError, match="512 columns: whole rows of up to 256 fit a tile"):
+        ops.linear_add_layer_norm(*[t.cuda() for t in tensors((4,), 16, 512)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(777, 256), (6001, 200)])
+def test_on_a_gpu_it_is_as_accurate_as_eager(triton, rows, columns, dtype):
+    inputs = [t.cuda() for t in tensors((rows,), 1024, columns)]
+    assert_as_accurate_as_eager(ops.linear_add_layer_norm, reference=eager, inputs=inputs, dtype=dtype)
