@@ -290,8 +290,16 @@ def _example(
 
     def call() -> tuple[Tensor, ...]:
         keep_pre = activation not in ("none", "relu")
-        options = {"keep_pre": keep_pre, "position": added, "position_columns": 512 if position else 0}
-        y, pre = linear_forward(x, w, bias, activation=activation, dropout=dropout, **options)
+        y, pre = linear_forward(
+            x,
+            w,
+            bias,
+            activation=activation,
+            dropout=dropout,
+            keep_pre=keep_pre,
+            position=added,
+            position_columns=512 if position else 0,
+        )
         if activation == "none":
             return (y,)
         saved = y if pre is None else pre

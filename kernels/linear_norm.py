@@ -325,15 +325,16 @@ def _example(
     x, w = (torch.randn(n, 64, device=device).to(dtype) for n in (rows, columns))
     bias = torch.randn(columns, device=device).to(dtype)
     residual, dy = (torch.randn(rows, columns, device=device).to(residual_dtype) for _ in range(2))
-    norm = [torch.randn(columns, device=device).to(residual_dtype) for _ in range(2)]
+    weight, offset = (torch.randn(columns, device=device).to(residual_dtype) for _ in range(2))
     dropout = Dropout(0.1, torch.ones(1, dtype=torch.int64, device=device), 3)
 
     def call() -> tuple[Tensor, ...]:
-        y, xhat, rstd = linear_norm_forward(x, w, bias, residual, *norm, 1e-5, dropout=dropout)
+        y, xhat, rstd = linear_norm_forward(x, w, bias, residual, weight, offset, 1e-5, dropout=dropout)
         assert xhat is not None
         assert rstd is not None
-        options = {"residual_dtype": residual_dtype, "product_dtype": dtype}
-        ds, dproduct, sums = residual_norm_backward(dy, xhat, rstd, norm[0], dropout=dropout, **options)
+        ds, dproduct, sums = residual_norm_backward(
+            dy, xhat, rstd, weight, dropout=dropout, residual_dtype=residual_dtype, product_dtype=dtype
+        )
         assert dproduct is not None
         return y, xhat, rstd, ds, dproduct, sums
 

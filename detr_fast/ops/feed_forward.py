@@ -196,7 +196,7 @@ class TritonFeedForward(TritonProduct):
         for seed in (None, *[meta(torch.int64, 1)] * call.dropout):
             p = 0.0 if seed is None else 0.5
             settings = (seed, call.activation, 0, p, p, 1e-5, out, grad)
-            y, saved, xhat, rstd = _run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)
+            y, saved, xhat, rstd = _run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)  # type: ignore[call-arg]
             if not grad:
                 continue
             dz = y
@@ -398,8 +398,8 @@ def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, outp
         if norm_weight is None:
             return y
         y = (x if residual is None else residual) + dropped(y, output_p, False)
-        norm = (t if t is None else t.to(y.dtype) for t in (norm_weight, norm_bias))
-        return F.layer_norm(y, norm_weight.shape, *norm, eps)
+        bias_of_norm = None if norm_bias is None else norm_bias.to(y.dtype)
+        return F.layer_norm(y, norm_weight.shape, norm_weight.to(y.dtype), bias_of_norm, eps)
 
     return reference
 

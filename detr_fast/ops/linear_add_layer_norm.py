@@ -301,8 +301,8 @@ def with_mask(seed: Tensor | None, offset: int, p: float, eps: float) -> Any:
             kept = keep_mask(seed, offset, p, 1, y.shape[:-1].numel(), y.shape[-1]).view(y.shape)
             y = torch.where(kept, y * scale(p), 0.0)
         s = residual + y
-        norm = (p if p is None else p.to(s.dtype) for p in (norm_weight, norm_bias))
-        return F.layer_norm(s, norm_weight.shape, *norm, eps)
+        bias_of_norm = None if norm_bias is None else norm_bias.to(s.dtype)
+        return F.layer_norm(s, norm_weight.shape, norm_weight.to(s.dtype), bias_of_norm, eps)
 
     return reference
 
