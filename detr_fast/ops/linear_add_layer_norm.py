@@ -87,7 +87,10 @@ def _describe(
 ) -> ProductCall:
     tensors = (x, weight, bias, residual, norm_weight, norm_bias)
     width, columns = x.shape[-1], norm_weight.shape[-1]
-    expected = {"weight": (weight, (columns, width)), "residual": (residual, (*x.shape[:-1], columns))}
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "weight": (weight, (columns, width)),
+        "residual": (residual, (*x.shape[:-1], columns)),
+    }
     for name, parameter in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         expected[name] = (parameter, (columns,))
     return ProductCall(
@@ -136,7 +139,7 @@ class TritonLinearAddLayerNorm(TritonProduct):
         )
         parameters = [meta(d, call.columns) for d in (bias and dtype, norm_weight, norm_bias)]
         settings = (seed, 0, 0.5, 1e-5, out, call.needs_grad)
-        _, xhat, rstd = _run_forward(x, weight, parameters[0], residual_in, *parameters[1:], *settings)
+        _, xhat, rstd = _run_forward(x, weight, parameters[0], residual_in, *parameters[1:], *settings)  # type: ignore[call-arg]
         if call.needs_grad:
             _run_backward(meta(out, *shape), xhat, rstd, parameters[1], seed, 0, 0.5, residual or dtype, dtype)
 
@@ -206,10 +209,9 @@ def _run_forward(
 def _fake_forward(x: Tensor, weight: Tensor, bias: Any, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, out_dtype, keep = rest
     y = residual.new_empty(residual.shape, dtype=out_dtype)
-    shapes = (residual.shape, residual.shape[:-1].numel()) if keep else (0, 0)
-    dtypes = (out_dtype, torch.float32 if keep else out_dtype)
-    xhat, rstd = (y.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
-    return y, xhat, rstd
+    if not keep:
+        return y, y.new_empty(0), y.new_empty(0)
+    return y, torch.empty_like(y), y.new_empty(residual.shape[:-1].numel(), dtype=torch.float32)
 
 
 def _run_backward(
