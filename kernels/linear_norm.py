@@ -13,6 +13,7 @@ Source: Ba et al., 2016, arXiv:1607.06450 (LayerNorm).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -285,8 +286,10 @@ def forward_variant(
 @cache
 def backward_variant(columns: int, dtypes: tuple[torch.dtype | None, ...], dropout: bool, vector: int) -> Variant:
     """The program of `residual_norm_backward`; dtypes of dy, xhat, norm_weight, ds and dproduct."""
-    config = LAYER_NORM_BACKWARD[block_of(columns)]
     dy, xhat, weight, ds, dproduct = dtypes
+    config = LAYER_NORM_BACKWARD[block_of(columns)]
+    if torch.float32 in (dy, xhat):  # the third sum beside LayerNorm's two would make full tiles spill
+        config = replace(config, rows=config.rows // 2)
     tensors = (dy, xhat, torch.float32, weight, ds, dproduct, torch.float32)
     types = (*map(pointer, tensors), "*i64" if dropout else None, *["i32"] * 5, "fp32")
     constants = row_constants(columns, config, vector)
