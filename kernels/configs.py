@@ -65,14 +65,6 @@ class TileConfig:
 
     rows: int
     columns: int
-
-
-class MatmulConfig:
-    """How a matrix product lies on the machine: the tile of the result, the step along K, warps and pipeline stages."""
-
-    block_m: int
-    block_n: int
-    block_k: int
     num_warps: int
     num_stages: int
 
@@ -115,6 +107,17 @@ ATTENTION = {
 def attention_config(kernel: str, itemsize: int, block: int) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`."""
     return ATTENTION[kernel, itemsize, block]
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """How a matrix product lies on the machine: the tile of the result, the step along K, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
 
 
 # Keyed by the bytes of an element, and whether a program does much besides its product (a position to add, an activation

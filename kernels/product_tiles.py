@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 
 from . import launch as launching
+from .attention_tiles import dot
 from .configs import MatmulConfig
 from .dropout import scale, threshold
 from .launch import empty, jit, launch, tl
 from .rows import run_pointers, sum_partials_variant
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 GROUP = 8  # tiles of rows that share their columns' weights while these are in the L2 cache
-
-
-@jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a @ b in fp32. Triton's interpreter needs fp32 operands, for bf16."""
-    if PRECISION == "interpreted":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @jit
