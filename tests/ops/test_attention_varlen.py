@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from detr_fast import ops
+from detr_fast.dispatch import BackendError, use_backend
+from detr_fast.explanation import explaining
+
+BACKENDS = ("sdpa", "eager")
+
+
+def ends(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def problem(lengths_q, lengths_k, surplus=0, heads=2, dim=8, value_dim=6, dtype=torch.float64):
+    q = torch.randn(sum(lengths_q) + surplus, heads, dim, dtype=dtype, requires_grad=True)
+    k = torch.randn(sum(lengths_k) + surplus, heads, dim, dtype=dtype, requires_grad=True)
+    v = torch.randn(sum(lengths_k) + surplus, heads, value_dim, dtype=dtype, requires_grad=True)
+    longest = max(lengths_q, default=0), max(lengths_k, default=0)
+    return (q, k, v, ends(*lengths_q), ends(*lengths_k), *longest)
+
+
+def one_by_one(q, k, v, lengths_q, lengths_k, is_causal=False):
+    """Each sequence on its own, by the definition."""
+    pieces = []
+    for own_q, own_k, own_v in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        scores = torch.einsum("lhe,she->hls", own_q, own_k) / q.shape[-1] ** 0.5
+        if is_causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+        pieces.append(torch.einsum("hls,she->lhe", scores.softmax(-1), own_v))
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [((5, 1, 9), (5, 1, 9)), ((3, 4), (7, 2)), ((6,), (6,))])
+def test_every_sequence_attends_only_to_its_own_keys(backend, lengths, is_causal):
+    q, k, v, *rest = problem(*lengths)
+    with use_backend(attention_varlen=backend):
+        y = ops.attention_varlen(q, k, v, *rest, is_causal=is_causal)
+    expected = one_by_one(q, k, v, *map(list, lengths), is_causal)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for ours, reference in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy)):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_surplus_tokens_are_not_read_and_give_zeros(backend):
+    q, k, v, *rest = problem((4, 3), (5, 2), surplus=3)
+    with torch.no_grad():
+        for tensor, used in ((q, 7), (k, 7), (v, 7)):
+            tensor[used:] = torch.nan
+    with use_backend(attention_varlen=backend):
+        y = ops.attention_varlen(q, k, v, *rest)
+    assert bool(y.isfinite().all())
+    assert not y[7:].any()
+    torch.testing.assert_close(y[:7], one_by_one(q[:7], k[:7], v[:7], [4, 3], [5, 2]))
+    for gradient in torch.autograd.grad(y.sum(), (q, k, v)):
+        assert not gradient[7:].any()
+        assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [((3, 2), (4, 0)), ((0, 2), (3, 1)), ((0,), (0,)), ((), ()), ((2,), (0,))])
+def test_empty_sequences_give_nothing_and_queries_without_keys_give_zeros(backend, lengths):
+    q, k, v, *rest = problem(*lengths)
+    with use_backend(attention_varlen=backend):
+        y = ops.attention_varlen(q, k, v, *rest)
+    assert y.shape == (sum(lengths[0]), 2, 6)
+    assert bool(y.isfinite().all())
+    if lengths == ((3, 2), (4, 0)):
+        assert not y[3:].any()
+        assert y[:3].any()
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
+def test_auto_reads_the_lengths_on_a_cpu_and_never_those_on_a_gpu():
+    with explaining() as records:
+        ops.attention_varlen(*problem((3, 2), (3, 2)))
+    assert records[0].chosen == "sdpa"
+    with FakeTensorMode(), explaining() as records:
+        q, k, v = (torch.empty(10, 2, 8, device="cuda") for _ in range(3))
+        lengths = torch.empty(3, dtype=torch.int32, device="cuda")
+        y = ops.attention_varlen(q, k, v, lengths, lengths, 6, 6)
+    assert y.shape == (10, 2, 8)
+    assert records[0].chosen == "eager"
+    assert "would make the host wait" in records[0].reasons["sdpa"]
+
+
+def test_it_compiles_without_a_graph_break():
+    q, k, v, *rest = problem((3, 2), (4, 1), dtype=torch.float32)
+    compiled = torch.compile(ops.attention_varlen, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, *rest), ops.attention_varlen(q, k, v, *rest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(1, 5, 2, 8)}, "without a batch"),
+        ({1: torch.zeros(5, 2, 9)}, "the same E"),
+        ({3: torch.tensor([0, 3, 5])}, "must be int32"),
+        ({3: ends(3, 1, 1)}, "of 3 sequences and cu_seqlens_k of 2"),
+        ({3: ends(3, 9)}, "end at 5 tokens or before"),
+        ({4: torch.tensor([0, 4, 3], dtype=torch.int32)}, "never fall"),
+        ({5: 2}, "max_q is 2, but a sequence has 3 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_was_expected(change, message):
+    arguments = list(problem((3, 2), (4, 1), value_dim=8))
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        ops.attention_varlen(*arguments)
+
+
+def test_lengths_on_a_gpu_refuse_the_implementation_that_reads_them():
+    with FakeTensorMode(), use_backend(attention_varlen="sdpa"):
+        q = torch.empty(10, 2, 8, device="cuda")
+        lengths = torch.empty(3, dtype=torch.int32, device="cuda")
+        with pytest.raises(BackendError, match="would make the host wait"):
+            ops.attention_varlen(q, q, q, lengths, lengths, 6, 6)
