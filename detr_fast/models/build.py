@@ -29,6 +29,7 @@ class ModelConfig:
         position_temperature: of "sine": the longest wavelength over the shortest. The original's 10,000 gives a map of
             a few cells neighbours that hardly differ; 20 suits those (as in arXiv:2201.12329).
         aux_loss: every decoder layer is trained on its own predictions.
+        packed: the encoder skips padding where the images' sizes are known on the host; see Detr.
         backbone_norm: of the ResNets: "frozen", with trained weights, or "batch", to train them from scratch.
         backbone_width, backbone_stride: of "conv": the first stage's channels, and pixels per feature (8, 16 or 32).
     """
@@ -47,6 +48,7 @@ class ModelConfig:
     position: str = "sine"
     position_temperature: float = 10_000.0
     aux_loss: bool = True
+    packed: bool = False
     backbone_norm: str = "frozen"
     backbone_width: int = 32
     backbone_stride: int = 16
@@ -99,7 +101,7 @@ def build_model(config: ModelConfig, weights_backbone: str | Path | None = None)
         config.pre_norm,
     )
     joiner = Joiner(backbone, build_position_embedding(config.position, config.d_model, config.position_temperature))
-    return Detr(joiner, transformer, config.num_classes, config.num_queries, config.aux_loss)
+    return Detr(joiner, transformer, config.num_classes, config.num_queries, config.aux_loss, config.packed)
 
 
 def build_criterion(

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from detr_fast import nn
 from detr_fast.models.backbone import Joiner
+from detr_fast.models.packing import Packing
 from detr_fast.models.structures import NestedTensor, nested_tensor_from_list
 from detr_fast.models.transformer import Transformer
 
+Sizes = tuple[tuple[int, int], ...]
 Images = NestedTensor | Tensor | Sequence[Tensor] | tuple[Tensor, Tensor | None]
 
 
@@ -44,16 +46,26 @@ class Detr(nn.Module):
             with its own ids (1 to 90) that is 91.
         num_queries: the largest number of objects that an image can get.
         aux_loss: also return every earlier decoder layer's predictions.
+        packed: the encoder skips padding where the images' sizes are known on the host: in a list of images, or a
+            NestedTensor made of one. A mask alone is on the device, and to read it would make the host wait: with
+            that, and without padding, everything runs as if this were off.
     """
 
     def __init__(
-        self, backbone: Joiner, transformer: Transformer, num_classes: int, num_queries: int, aux_loss: bool = True
+        self,
+        backbone: Joiner,
+        transformer: Transformer,
+        num_classes: int,
+        num_queries: int,
+        aux_loss: bool = True,
+        packed: bool = False,
     ) -> None:
         super().__init__()
         width = transformer.d_model
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.aux_loss = aux_loss
+        self.packed = packed
         self.transformer = transformer
         self.class_embed = nn.Linear(width, num_classes + 1)
         self.bbox_embed = MLP((width, width, width, 4))
@@ -73,7 +85,7 @@ class Detr(nn.Module):
              "pred_boxes": (B, Q, 4), (center x, center y, width, height) as fractions of the unpadded image;
              "aux_outputs": the same two for each earlier decoder layer, first to last, if aux_loss}
         """
-        tensors, mask = _tensors_and_mask(images)
+        tensors, mask, sizes = _tensors_and_mask(images)
         features, mask, position = self.backbone(tensors, mask)
         source = self.input_proj(features).flatten(2).transpose(1, 2).contiguous()
         queries = self.transformer(
@@ -82,6 +94,7 @@ class Detr(nn.Module):
             self.query_embed.weight,
             key_padding_mask=None if mask is None else mask.flatten(1),
             all_layers=self.aux_loss,
+            packing=self._packing(sizes, tensors, features),
         )
         with _full_precision(queries.device):
             queries = queries.to(self.class_embed.weight.dtype)
@@ -96,22 +109,30 @@ class Detr(nn.Module):
             ]
         return outputs
 
+    def _packing(self, sizes: Sizes | None, images: Tensor, features: Tensor) -> Packing | None:
+        if not self.packed or sizes is None:
+            return None
+        height, width = images.shape[-2:]
+        map_height, map_width = features.shape[-2:]
+        return Packing.of_images(sizes, (height, width), (map_height, map_width), features.device)
+
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast: the heads are tiny, and a box in bf16 is up to 3 pixels off in an image of 1,333."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _tensors_and_mask(images: Images) -> tuple[Tensor, Tensor | None]:
-    """The (B, 3, H, W) images and their mask; None where it is known that nothing is padded."""
+def _tensors_and_mask(images: Images) -> tuple[Tensor, Tensor | None, Sizes | None]:
+    """The (B, 3, H, W) images, their mask (None where it is known that nothing is padded), and their sizes if known."""
     mask: Tensor | None
+    sizes: Sizes | None = None
     if isinstance(images, Tensor):
         tensors, mask = images, None
     elif isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor) and images[0].ndim == 4:
         tensors, mask = images
     else:
         nested = images if isinstance(images, NestedTensor) else nested_tensor_from_list(images)  # type: ignore[arg-type]
-        tensors, mask = nested.tensors, nested.mask if nested.padded else None
+        tensors, mask, sizes = nested.tensors, nested.mask if nested.padded else None, nested.sizes
     if tensors.ndim != 4 or tensors.shape[1] != 3:
         raise ValueError(f"got images of shape {tuple(tensors.shape)}; expected (B, 3, H, W)")
     if not tensors.is_floating_point():
@@ -121,4 +142,4 @@ def _tensors_and_mask(images: Images) -> tuple[Tensor, Tensor | None]:
             f"got a {mask.dtype} mask of shape {tuple(mask.shape)}; expected bool "
             f"{(tensors.shape[0], *tensors.shape[2:])}, True on padding"
         )
-    return tensors, mask
+    return tensors, mask, sizes

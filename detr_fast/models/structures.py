@@ -24,21 +24,24 @@ class NestedTensor:
         mask: (B, H, W) bool; True = padding.
         padded: False promises that no mask entry is True. It is known on the host when a batch is put together, so
             the model can drop the mask, and use the faster attention without one, with no look at the device.
+        sizes: height and width of each image, where they are known on the host; what packing needs.
     """
 
     tensors: Tensor
     mask: Tensor
     padded: bool = True
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         return NestedTensor(
             self.tensors.to(device, non_blocking=non_blocking),
             self.mask.to(device, non_blocking=non_blocking),
             self.padded,
+            self.sizes,
         )
 
     def pin_memory(self) -> NestedTensor:
-        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded)
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded, self.sizes)
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         return self.tensors, self.mask
@@ -78,7 +81,7 @@ def nested_tensor_from_list(
     for index, image in enumerate(images):
         tensors[index, :, : image.shape[1], : image.shape[2]] = image
         mask[index, : image.shape[1], : image.shape[2]] = False
-    return NestedTensor(tensors, mask)
+    return NestedTensor(tensors, mask, sizes=tuple((image.shape[1], image.shape[2]) for image in images))
 
 
 @dataclass(frozen=True)

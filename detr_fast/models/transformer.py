@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_fast import nn
+from detr_fast.models.packing import Packing
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -34,11 +35,22 @@ class TransformerEncoderLayer(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
         self.pre_norm = pre_norm
 
-    def forward(self, source: Tensor, position: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """source (B, L, C), position (B or 1, L, C), key_padding_mask (B, L) with True = padding -> (B, L, C)."""
+    def forward(
+        self,
+        source: Tensor,
+        position: Tensor,
+        key_padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """source (B, L, C), position (B or 1, L, C), key_padding_mask (B, L) with True = padding -> (B, L, C).
+
+        With a packing, all of them are packed, (1, T, C), and there is no mask.
+        """
 
         def attend(x: Tensor) -> Tensor:
             query = x + position
+            if packing is not None:
+                return packing.attend(self.self_attn, query, query, x)
             return self.self_attn(query, query, x, key_padding_mask=key_padding_mask, need_weights=False)[0]
 
         source = _residual(source, attend, self.dropout1, self.norm1, self.pre_norm)
@@ -73,6 +85,7 @@ class TransformerDecoderLayer(nn.Module):
         memory_key: Tensor,
         query_position: Tensor,
         key_padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """One round of refining the queries.
 
@@ -82,6 +95,7 @@ class TransformerDecoderLayer(nn.Module):
             memory_key: (B, L, C), memory + position; the keys, equal for all layers and so added up only once.
             query_position: (1 or B, Q, C), learned.
             key_padding_mask: (B, L), True = padding.
+            packing: how memory and memory_key are packed, (1, T, C), instead of masked.
 
         Returns:
             (B, Q, C)
@@ -92,6 +106,8 @@ class TransformerDecoderLayer(nn.Module):
             return self.self_attn(query, query, x, need_weights=False)[0]
 
         def attend_to_memory(x: Tensor) -> Tensor:
+            if packing is not None:
+                return packing.attend(self.multihead_attn, x + query_position, memory_key, memory)
             return self.multihead_attn(
                 x + query_position, memory_key, memory, key_padding_mask=key_padding_mask, need_weights=False
             )[0]
@@ -121,10 +137,16 @@ class TransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, source: Tensor, position: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """source (B, L, C), position (B or 1, L, C), key_padding_mask (B, L) with True = padding -> (B, L, C)."""
+    def forward(
+        self,
+        source: Tensor,
+        position: Tensor,
+        key_padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """As each layer's."""
         for layer in self.layers:
-            source = layer(source, position, key_padding_mask)
+            source = layer(source, position, key_padding_mask, packing)
         return source if self.norm is None else self.norm(source)
 
 
@@ -143,14 +165,16 @@ class TransformerDecoder(nn.Module):
         query_position: Tensor,
         key_padding_mask: Tensor | None = None,
         all_layers: bool = True,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """memory and position (B, L, C), query_position (Q, C) -> (layers or 1, B, Q, C)."""
+        """memory and position (B, L, C) or packed, query_position (Q, C) -> (layers or 1, B, Q, C)."""
         memory_key = memory + position
         query_position = query_position[None]
-        target = torch.zeros_like(query_position).expand(memory.shape[0], -1, -1)
+        batch = memory.shape[0] if packing is None else len(packing.cu_seqlens) - 1
+        target = torch.zeros_like(query_position).expand(batch, -1, -1)
         outputs = []
         for layer in self.layers:
-            target = layer(target, memory, memory_key, query_position, key_padding_mask)
+            target = layer(target, memory, memory_key, query_position, key_padding_mask, packing)
             outputs.append(target)
         return self.norm(torch.stack(outputs if all_layers else outputs[-1:]))
 
@@ -199,6 +223,7 @@ class Transformer(nn.Module):
         query_position: Tensor,
         key_padding_mask: Tensor | None = None,
         all_layers: bool = True,
+        packing: Packing | None = None,
     ) -> Tensor:
         """From image features to object queries.
 
@@ -208,9 +233,12 @@ class Transformer(nn.Module):
             query_position: (Q, C), learned.
             key_padding_mask: (B, L) bool, True = padding; None if nothing is padded, which is faster.
             all_layers: return every decoder layer's output rather than only the last one's.
+            packing: work on the real tokens only; the mask then plays no part.
 
         Returns:
             (layers or 1, B, Q, C)
         """
-        memory = self.encoder(source, position, key_padding_mask)
-        return self.decoder(memory, position, query_position, key_padding_mask, all_layers)
+        if packing is not None:
+            source, position, key_padding_mask = packing.pack(source), packing.pack(position), None
+        memory = self.encoder(source, position, key_padding_mask, packing)
+        return self.decoder(memory, position, query_position, key_padding_mask, all_layers, packing)

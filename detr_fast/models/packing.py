@@ -1,0 +1,105 @@
+"""The encoder on real tokens only: those of a padded batch, one image behind the other, without what lies between.
+
+Images of different sizes share a batch by padding, and the encoder would work on padding as on anything else. Where the
+sizes are known on the host, as after putting a batch together, tokens are packed before the encoder and stay packed
+as the decoder's keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detr_fast import nn
+from detr_fast.ops.attention_varlen import attention_varlen
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a padded batch of feature maps lie.
+
+    Attributes:
+        index: (T,) int64, each token's place in the flattened (B * H * W) batch; surplus tokens repeat the first.
+        cu_seqlens: (B + 1,) int32: 0, then the end of each image's tokens.
+        longest: the largest number of tokens that an image can have.
+    """
+
+    index: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+    @classmethod
+    def of_images(
+        cls,
+        sizes: Sequence[tuple[int, int]],
+        padded_size: tuple[int, int],
+        map_size: tuple[int, int],
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+    ) -> Packing:
+        """The packing of images in the upper left corners of a batch.
+
+        Args:
+            sizes: height and width of each image in pixels.
+            padded_size: of the batch.
+            map_size: height and width of the feature maps.
+            device: of the result; what moves there does so without waiting.
+            capacity: T, a fixed number of tokens for a static shape; by default as many as there are.
+
+        Raises:
+            ValueError: more tokens than `capacity`.
+        """
+        rows = _visible([height for height, _ in sizes], padded_size[0], map_size[0])
+        columns = _visible([width for _, width in sizes], padded_size[1], map_size[1])
+        counts = rows * columns
+        ends = np.concatenate(([0], counts.cumsum()))
+        tokens = int(ends[-1])
+        if capacity is not None and tokens > capacity:
+            raise ValueError(
+                f"the batch has {tokens} tokens but the capacity is {capacity}; raise it or take fewer images"
+            )
+        image = np.repeat(np.arange(len(counts)), counts)
+        row, column = np.divmod(np.arange(tokens) - ends[image], columns[image])
+        index = np.zeros(capacity or tokens, dtype=np.int64)
+        index[:tokens] = (image * map_size[0] + row) * map_size[1] + column
+        longest = map_size[0] * map_size[1] if capacity is not None else int(counts.max())
+        return cls(
+            torch.from_numpy(index).to(device, non_blocking=True),
+            torch.from_numpy(ends.astype(np.int32)).to(device, non_blocking=True),
+            longest,
+        )
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (1, T, C); of (1, L, C), the same for all images, each image gets its own tokens."""
+        if x.shape[0] == 1 and len(self.cu_seqlens) > 2:
+            return x[0].index_select(0, self.index % x.shape[1])[None]
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+    def attend(self, attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attention` of packed keys and values (1, T, C) to packed queries, or to (B, Q, C), some for each image."""
+        batch = len(self.cu_seqlens) - 1
+        if query.shape[1] == key.shape[1] and query.shape[0] == 1:
+            ends, longest = self.cu_seqlens, self.longest
+        else:
+            longest = query.shape[1]
+            ends = torch.arange(0, (batch + 1) * longest, longest, dtype=torch.int32, device=query.device)
+        weights = attention.in_proj_weight.chunk(3)
+        biases = attention.in_proj_bias.chunk(3)
+        q, k, v = (
+            nn.functional.linear(x.flatten(0, 1), weight, bias).unflatten(-1, (attention.num_heads, -1))
+            for x, weight, bias in zip((query, key, value), weights, biases)
+        )
+        dropout_p = attention.dropout if attention.training else 0.0
+        y = attention_varlen(q, k, v, ends, self.cu_seqlens, longest, self.longest, dropout_p=dropout_p)
+        return attention.out_proj(y.flatten(1)).view(query.shape)
+
+
+def _visible(lengths: Sequence[int], padded: int, mapped: int) -> np.ndarray:
+    """How many of the `mapped` features of a side each image covers: those that the downsampled mask shows."""
+    # As torch's nearest neighbour computes it, in float32.
+    source = np.floor(np.arange(mapped, dtype=np.float32) * (np.float32(padded) / np.float32(mapped)))
+    return (source[None] < np.array(lengths)[:, None]).sum(1)

@@ -1,0 +1,117 @@
+"""The packed encoder: equal to the padded one on every real token, with less work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from detr_fast.models import ModelConfig, build_criterion, build_model, nested_tensor_from_list
+from detr_fast.models.packing import Packing
+from detr_fast.models.structures import NestedTensor
+from detr_fast.testing.counters import counting
+
+CONV = ModelConfig(
+    backbone="conv", num_classes=5, num_queries=7, d_model=32, heads=4, encoder_layers=2, decoder_layers=2, feedforward=48,
+    dropout=0.0, backbone_width=8,
+)  # fmt: skip
+SIZES = [(64, 80), (33, 128), (96, 47)]
+
+
+def images_of(sizes=SIZES):
+    return nested_tensor_from_list([torch.rand(3, *size) for size in sizes])
+
+
+@pytest.fixture(params=[False, True], ids=["post-norm", "pre-norm"])
+def pair(request):
+    """The same model, padded and packed."""
+    padded, packed = (build_model(replace(CONV, pre_norm=request.param, packed=on)) for on in (False, True))
+    packed.load_state_dict(padded.state_dict())
+    return padded, packed
+
+
+def test_packed_and_padded_models_find_the_same_and_learn_the_same(pair):
+    images = images_of()
+    targets = [{"boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]]), "labels": torch.tensor([n])} for n in range(3)]
+    criterion = build_criterion(CONV)
+    results = []
+    for model in pair:
+        model = model.double().train()
+        for module in model.modules():  # batch statistics would mix the images
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        doubled = NestedTensor(images.tensors.double(), images.mask, images.padded, images.sizes)
+        outputs = model(doubled)
+        criterion.weighted_sum(criterion(outputs, targets)).backward()
+        results.append(
+            (outputs["pred_logits"], outputs["pred_boxes"], {n: p.grad for n, p in model.named_parameters()})
+        )
+    (logits, boxes, gradients), (packed_logits, packed_boxes, packed_gradients) = results
+    torch.testing.assert_close(packed_logits, logits)
+    torch.testing.assert_close(packed_boxes, boxes)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_packed_model_moves_fewer_bytes(pair):
+    images = images_of([(128, 32), (32, 128)])
+    moved = []
+    for model in pair:
+        with torch.no_grad(), counting() as counts:
+            model.eval()(images)
+        moved.append(counts.bytes_moved)
+    assert moved[1] < 0.9 * moved[0]
+
+
+@pytest.mark.parametrize("map_size", [(6, 8), (3, 4), (5, 7)])
+def test_the_packing_holds_exactly_what_the_downsampled_mask_shows(map_size):
+    images = images_of()
+    mask = torch.nn.functional.interpolate(images.mask[None].byte(), size=map_size)[0].bool()
+    packing = Packing.of_images(images.sizes, images.tensors.shape[-2:], map_size)
+    assert packing.index.tolist() == (~mask).flatten().nonzero()[:, 0].tolist()
+    counts = (~mask).flatten(1).sum(1)
+    assert packing.cu_seqlens.tolist() == [0, *counts.cumsum(0).tolist()]
+    assert packing.longest == counts.max()
+
+
+def test_features_are_counted_as_nearest_neighbours_of_any_size():
+    for padded in range(1, 140, 7):
+        for mapped in {1, 2, (padded + 2) // 3, (padded + 1) // 2, padded}:
+            lengths = sorted({1, padded // 3 + 1, padded - padded // 5, padded})
+            mask = torch.arange(padded) >= torch.tensor(lengths)[:, None]
+            small = torch.nn.functional.interpolate(mask[None].byte(), size=mapped)[0]
+            expected = (small == 0).sum(1).tolist()
+            packing = Packing.of_images([(n, 1) for n in lengths], (padded, 1), (mapped, 1))
+            assert packing.cu_seqlens.diff().tolist() == expected
+
+
+def test_a_capacity_fixes_the_number_of_tokens():
+    images = images_of()
+    shape = images.tensors.shape[-2:], (6, 8)
+    exact = Packing.of_images(images.sizes, *shape)
+    fixed = Packing.of_images(images.sizes, *shape, capacity=120)
+    assert len(fixed.index) == 120
+    assert fixed.index[: len(exact.index)].tolist() == exact.index.tolist()
+    assert fixed.cu_seqlens.tolist() == exact.cu_seqlens.tolist()
+    with pytest.raises(ValueError, match="the capacity is 50; raise it"):
+        Packing.of_images(images.sizes, *shape, capacity=50)
+
+
+def test_without_sizes_on_the_host_the_model_runs_padded(pair):
+    padded, packed = (model.eval() for model in pair)
+    images = images_of()
+    for form in (images.decompose(), torch.rand(2, 3, 64, 64)):
+        torch.testing.assert_close(packed(form)["pred_logits"], padded(form)["pred_logits"], rtol=0, atol=0)
+
+
+def test_the_packed_model_never_makes_the_host_wait_for_a_gpu():
+    with FakeTensorMode(), counting() as counts:
+        with torch.device("cuda"):
+            model = build_model(replace(CONV, packed=True))
+        images = torch.empty(3, 3, 96, 128, device="cuda")
+        mask = torch.empty(3, 96, 128, dtype=torch.bool, device="cuda")
+        outputs = model(NestedTensor(images, mask, True, tuple(SIZES)))
+    assert outputs["pred_boxes"].shape == (3, 7, 4)
+    assert not counts.synchronisations
