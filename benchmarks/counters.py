@@ -1,0 +1,203 @@
+"""Launches, bytes and host synchronisations of torch.nn and of detr-fast, at DETR's sizes, counted without a GPU.
+
+    python benchmarks/counters.py      # about 20 s; updates counters.json where a number is better, and docs/counters.md
+
+A number worse than in counters.json is an error. Two 800×1066 images give 2 × 850 tokens of 256 channels at stride 32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import nn, use_backend
+from detr_fast.testing import Counts, count
+from detr_fast.testing.ratchet import Ratchet
+
+HERE = Path(__file__).resolve().parent
+COMMAND = "python benchmarks/counters.py"
+RATCHET = Ratchet(HERE / "counters.json", COMMAND)
+EAGER = HERE / "counters_torch_nn.json"
+TABLE = HERE.parent / "docs" / "counters.md"
+VERSION = ".".join(torch.__version__.split(".")[:2])
+
+B, L, Q, C = 2, 850, 100, 256
+BF16 = torch.bfloat16
+
+
+def on_meta(*shape: int, dtype: torch.dtype = BF16, grad: bool = True) -> Any:
+    return torch.empty(*shape, device="meta", dtype=dtype, requires_grad=grad)
+
+
+def padding(length: int = L) -> torch.Tensor:
+    return torch.empty(B, length, device="meta", dtype=torch.bool)
+
+
+def step(module: torch.nn.Module, *inputs: Any, **keywords: Any) -> Counts:
+    """Forward and backward; inputs and parameters do not count as kept for backward."""
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs: Any, **keywords: Any) -> None:
+            out = self.module(*inputs, **keywords)
+            out = out[0] if isinstance(out, tuple) else out
+            torch.autograd.backward(out, torch.empty_like(out))
+
+    return count(Step(), *inputs, **keywords)
+
+
+def layer_norm(library: Any) -> Counts:
+    return step(library.LayerNorm(C, device="meta", dtype=BF16), on_meta(B, L, C))
+
+
+def attention(library: Any) -> Counts:
+    module = library.MultiheadAttention(C, 8, dropout=0.1, batch_first=True, device="meta", dtype=BF16)
+    x = on_meta(B, L, C)
+    return step(module, x, x, x, key_padding_mask=padding(), need_weights=False)
+
+
+def encoder_layer(library: Any) -> Counts:
+    layer = library.TransformerEncoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16)
+    return step(layer, on_meta(B, L, C), src_key_padding_mask=padding())
+
+
+def decoder_layer(library: Any) -> Counts:
+    layer = library.TransformerDecoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16)
+    return step(layer, on_meta(B, Q, C), on_meta(B, L, C), memory_key_padding_mask=padding())
+
+
+def transformer(library: Any) -> Counts:
+    model = library.Transformer(C, 8, 6, 6, 2048, 0.1, batch_first=True, device="meta", dtype=BF16)
+    masks = {"src_key_padding_mask": padding(), "memory_key_padding_mask": padding()}
+    return step(model, on_meta(B, L, C), on_meta(B, Q, C), **masks)
+
+
+def detr(library: Any) -> Counts:
+    """DETR-R50's forward and backward in bf16, losses left out."""
+    from detr_fast.models import detr_resnet50
+
+    model = _device_free(detr_resnet50).to(BF16)
+
+    class Outputs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Any) -> torch.Tensor:
+            out = self.model(images)
+            every = [out, *out["aux_outputs"]]
+            return torch.cat([torch.cat([one["pred_logits"], one["pred_boxes"]], -1) for one in every])
+
+    images = on_meta(B, 3, 800, 1066, grad=False)
+    return step(Outputs(), (images, torch.empty(B, 800, 1066, device="meta", dtype=torch.bool)))
+
+
+def detr_losses(library: Any) -> Counts:
+    """Matching and losses of six decoder layers on a GPU."""
+    from detr_fast.models.build import ModelConfig, build_criterion
+    from detr_fast.models.structures import Targets
+
+    criterion = build_criterion(ModelConfig(num_classes=91))
+    with FakeTensorMode():
+
+        def layer() -> dict[str, torch.Tensor]:
+            return {
+                "pred_logits": torch.empty(B, Q, 92, device="cuda"),
+                "pred_boxes": torch.empty(B, Q, 4, device="cuda"),
+            }
+
+        outputs = {**layer(), "aux_outputs": [layer() for _ in range(5)]}
+        boxes, labels = torch.empty(B, 20, 4, device="cuda"), torch.empty(B, 20, device="cuda", dtype=torch.int64)
+        targets = Targets(boxes, labels, torch.empty(B, device="cuda", dtype=torch.int64))
+
+        return count(lambda: criterion.weighted_sum(criterion(outputs, targets)))
+
+
+def _device_free(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+CASES: dict[str, Callable[[Any], Counts]] = {
+    "LayerNorm": layer_norm,
+    "MultiheadAttention, key padding": attention,
+    "TransformerEncoderLayer": encoder_layer,
+    "TransformerDecoderLayer": decoder_layer,
+    "Transformer, 6 + 6 layers": transformer,
+    "DETR-R50, forward and backward": detr,
+    "DETR losses, forward": detr_losses,
+}
+
+
+def numbers(counts: Counts) -> dict[str, int]:
+    return {
+        "launches": counts.total_launches,
+        "bytes moved": counts.bytes_moved,
+        "bytes kept for backward": counts.saved_bytes,
+        "host synchronisations": counts.total_synchronisations,
+    }
+
+
+def measure(library: Any) -> dict[str, dict[str, int]]:
+    """All cases with `library`'s modules: detr_fast.nn with every op on its kernels, or torch.nn.
+
+    For torch.nn, DETR's own modules run PyTorch's operations (no kernel takes meta tensors unless asked), and the host matches.
+    """
+    with use_backend("triton") if library is nn else use_backend(linear_assignment="threads"):
+        return {name: numbers(case(library)) for name, case in CASES.items()}
+
+
+def table(ours: dict[str, dict[str, int]], theirs: dict[str, dict[str, int]]) -> str:
+    """docs/counters.md: torch.nn beside detr-fast."""
+    lines = [
+        "# What a step costs, in numbers that hold anywhere",
+        "",
+        f"Forward and backward (the losses: forward) in bf16 with dropout 0.1, {B} images of 800×1066: {L} tokens each, "
+        f"{Q} queries, {C} channels,",
+        f"8 heads; attention takes padding masks. Counted without a GPU on torch {VERSION} by `{COMMAND}`, which writes this page:",
+        "nothing here is a timing. *Launches*: kernels and PyTorch operations, views left out. *MB moved*: all operands and",
+        "results of each. *MB kept*: saved for backward besides parameters and inputs. *Syncs*: waits of the host for the GPU.",
+        "torch.nn (its losses: assignment on the host) → detr-fast with every op on its kernels.",
+        "",
+        "| | launches | MB moved | MB kept | syncs |",
+        "|---|---|---|---|---|",
+    ]
+    for case, mine in ours.items():
+        pairs = [(theirs[case][measure], mine[measure]) for measure in mine]
+        cells = [
+            f"{_readable(before, measure)} → {_readable(after, measure)}"
+            for measure, (before, after) in zip(mine, pairs)
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _readable(value: int, measure: str) -> str:
+    return f"{value / 1e6:,.1f}" if measure.startswith("bytes") else f"{value:,}"
+
+
+def main() -> int:
+    ours = measure(nn)
+    try:
+        changed = RATCHET.check(ours)
+    except AssertionError as error:
+        print(error)
+        return 1
+    theirs = measure(torch.nn)
+    EAGER.write_text(json.dumps({"torch": VERSION, "cases": theirs}, indent=1) + "\n")
+    TABLE.write_text(table(ours, theirs))
+    print(f"{'updated' if changed else 'nothing better than in'} {RATCHET.path.name}; wrote {TABLE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
