@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Sampler
 
+from detr_fast.data.buckets import ShapeBuckets
 from detr_fast.data.coco import CocoDetection, Target
 from detr_fast.models.structures import NestedTensor, Targets, nested_tensor_from_list
 
@@ -52,6 +53,7 @@ def collate(
     size_divisor: int = 1,
     size: tuple[int, int] | None = None,
     max_area: int | None = None,
+    buckets: ShapeBuckets | None = None,
 ) -> Batch:
     """Put samples together.
 
@@ -62,10 +64,16 @@ def collate(
         size: the padded (height, width), for the same shape in every batch; by default the smallest that fits.
         max_area: most pixels of the padded height times width. Images that need more, as one wide and one tall do, are all
             shrunk by one factor so that they fit.
+        buckets: the padded size is one of theirs, for few shapes; `size` and `size_divisor` then have no say.
     """
     if max_area is not None:
         items = _fitted(items, max_area)
+    if buckets is not None:
+        size = buckets.of(max(image.shape[1] for image, _ in items), max(image.shape[2] for image, _ in items))
+        size_divisor = 1
     images = nested_tensor_from_list([image for image, _ in items], size=size, size_divisor=size_divisor)
+    if buckets is not None:  # always with a mask, so that a size is one shape and not two
+        images = replace(images, padded=True)
     targets = [target for _, target in items]
     metadata = [
         {
@@ -168,6 +176,7 @@ def build_loader(
     size_divisor: int = 1,
     size: tuple[int, int] | None = None,
     max_area: int | None = None,
+    buckets: ShapeBuckets | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """A loader of `Batch`es, the same for (seed, epoch) whatever `workers` is; call `loader.batch_sampler.set_epoch`.
@@ -183,7 +192,7 @@ def build_loader(
         seed: of order and augmentation.
         drop_last: leave out the last, smaller batch.
         capacity: boxes that targets have room for; by default the data set's `max_boxes` (at least 1).
-        size_divisor, size, max_area: see `collate`.
+        size_divisor, size, max_area, buckets: see `collate`.
         pin_memory: page-locked batches, for copies to a GPU that don't block.
     """
     dataset.images.preload()
@@ -194,7 +203,9 @@ def build_loader(
             dataset.image_sizes, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last
         ),
         num_workers=workers,
-        collate_fn=partial(collate, capacity=room, size_divisor=size_divisor, size=size, max_area=max_area),
+        collate_fn=partial(
+            collate, capacity=room, size_divisor=size_divisor, size=size, max_area=max_area, buckets=buckets
+        ),
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),  # DataLoader would draw from the global random state
         persistent_workers=workers > 0,

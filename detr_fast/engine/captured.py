@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
 from detr_fast.engine.metrics import DeviceMetrics
 from detr_fast.models.criterion import SetCriterion
+from detr_fast.models.structures import NestedTensor
 
 
 class CapturedStep:
@@ -96,7 +98,7 @@ class CapturedStep:
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             if not isinstance(group["lr"], Tensor):
                 rate.fill_(group["lr"])
-        return self._step(images, targets)
+        return self._step(images if self.reason else _without_sizes(images), targets)
 
     def _run(self, images: Any, targets: Any) -> dict[str, Tensor]:
         with self.autocast():
@@ -178,11 +180,16 @@ class CapturedInference:
         return f"inference: {self._forward}"
 
     def __call__(self, images: Any) -> Any:
-        return self._forward(images)
+        return self._forward(images if self.reason else _without_sizes(images))
 
     def _run(self, images: Any) -> Any:
         with torch.no_grad(), self.autocast():
             return self.model(images)
+
+
+def _without_sizes(images: Any) -> Any:
+    """Each image's size on the host is for packing alone, and would tell apart batches of one shape."""
+    return replace(images, sizes=None) if isinstance(images, NestedTensor) else images
 
 
 def why_no_graph(
@@ -197,6 +204,8 @@ def why_no_graph(
     (device,) = devices
     if device.type != "cuda":
         return f"the parameters are on {device.type}, and CUDA graphs need a GPU"
+    if getattr(model, "packed", False):
+        return "the model has packed=True, and packed batches differ in shape from step to step"
     if optimizer is None:
         return None
     if isinstance(model, DistributedDataParallel) or (

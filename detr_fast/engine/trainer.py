@@ -18,6 +18,7 @@ from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader, Sampler
 
 from detr_fast.data.batching import GroupedBatchSampler, build_loader
+from detr_fast.data.buckets import ShapeBuckets, simulate_batches
 from detr_fast.data.coco import CocoDetection, CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
 from detr_fast.data.transforms import eval_transforms, train_transforms
@@ -36,6 +37,7 @@ from detr_fast.models.build import build_criterion, build_model
 from detr_fast.models.convert import load_weights as load_foreign_weights
 from detr_fast.models.detr import Detr
 
+PADDED_SIZES = 16  # adds some 12 % of padding on COCO (docs/training-step.md)
 LOGGED = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
@@ -153,7 +155,15 @@ class Trainer:
             )
         self.names, self.category_ids = dataset.names, dataset.category_ids
         area = config.transforms.max_area  # a batch of a wide and a tall image takes no more memory than any other
-        loader = build_loader(dataset, config.batch_size, shuffle=True, drop_last=True, max_area=area, **common)
+        buckets = None
+        if (
+            self.device.type == "cuda" and self.accelerator.num_processes == 1
+        ):  # where steps are captured, a graph a size
+            expected = simulate_batches(dataset.image_sizes, config.transforms, config.batch_size, seed=config.seed)
+            buckets = ShapeBuckets.fit(expected, PADDED_SIZES)
+        loader = build_loader(
+            dataset, config.batch_size, shuffle=True, drop_last=True, max_area=area, buckets=buckets, **common
+        )
         self.sampler: GroupedBatchSampler = loader.batch_sampler  # type: ignore[assignment]
         self.loader = self._shared_out(loader)
         self.steps_per_epoch = len(self.sampler) // self.accelerator.num_processes

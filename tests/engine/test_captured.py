@@ -114,7 +114,8 @@ def batch(seed, size=(32, 32), count=3, padded=True):
     boxes = torch.rand(2, 4, 4, generator=random) * 0.4 + 0.3
     labels = torch.randint(4, (2, 4), generator=random)
     mask = torch.zeros(2, *size, dtype=torch.bool)
-    return NestedTensor(images, mask, padded), Targets(boxes, labels, torch.tensor([count, 1]))
+    sizes = ((size[0], size[1] - seed), size)  # known on the host; a shape is one all the same
+    return NestedTensor(images, mask, padded, sizes), Targets(boxes, labels, torch.tensor([count, 1]))
 
 
 def training(dropout=0.0, scaled=False, **settings):
@@ -282,11 +283,14 @@ def test_what_cannot_be_captured_is_named(optimizer, reason):
     with FakeTensorMode():
         model = nn.Linear(2, 2, device="cuda")
         assert reason in captured.why_no_graph(model, optimizer(model.parameters()), object())
+        model.packed = True
+        assert "packed batches differ in shape" in captured.why_no_graph(model)
 
 
 def test_shapes_tell_apart_what_a_graph_is_bound_to():
-    images, targets = batch(0)
-    same, other = batch(1), batch(1, size=(32, 40))
+    (images, targets), same, other = (
+        (captured._without_sizes(i), t) for i, t in (batch(0), batch(1), batch(1, size=(32, 40)))
+    )
     assert shapes_of((images, targets)) == shapes_of(same)
     assert hash(shapes_of(same)) == hash(shapes_of((images, targets)))
     assert shapes_of(other) != shapes_of(same)

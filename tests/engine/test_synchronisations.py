@@ -1,0 +1,120 @@
+"""How often one training step makes the host wait for the GPU: never; the original's algorithm does some 75 times.
+
+Without a GPU: forward, losses, clipping, optimizer and moving average run on fake "cuda" tensors, and backward on meta
+tensors, as autograd on fake ones wants a driver.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.original_step import OriginalCriterion, logged
+from detr_fast.engine.captured import CapturedStep
+from detr_fast.engine.ema import ExponentialMovingAverage
+from detr_fast.engine.metrics import FLAGS, DeviceMetrics
+from detr_fast.engine.trainer import LOGGED
+from detr_fast.models import ModelConfig, NestedTensor, Targets, build_criterion, build_model
+from detr_fast.testing import count
+
+CONFIG = ModelConfig(backbone="conv", num_classes=91, backbone_width=4, d_model=32, heads=2, feedforward=32)
+
+
+def inputs(device):
+    images = NestedTensor(
+        torch.rand(2, 3, 64, 96, device=device), torch.zeros(2, 64, 96, dtype=torch.bool, device=device)
+    )
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    labels = torch.zeros(2, 20, dtype=torch.int64, device=device)
+    return images, Targets(torch.rand(2, 20, 4, device=device), labels, counts)
+
+
+@pytest.mark.parametrize("focal", [False, True], ids=["softmax", "focal"])
+def test_forward_losses_and_metrics_never_wait(focal):
+    with FakeTensorMode(), torch.device("cuda"):
+        model, criterion = build_model(CONFIG).train(), build_criterion(CONFIG, focal=focal)
+        images, targets = inputs("cuda")
+        metrics = DeviceMetrics((*LOGGED, *FLAGS), "cuda")
+
+        def forward():
+            losses = criterion(model(images), targets)
+            metrics.add({**losses, "loss": criterion.weighted_sum(losses)})
+
+        counts = count(forward)
+    assert counts.total_synchronisations == 0, counts.synchronisations
+    assert counts.launches["linear_assignment_kernel"] == counts.launches["matching_cost_kernel"] == 1
+
+
+def test_backward_and_clipping_never_wait():
+    with torch.device("meta"):
+        model, criterion = build_model(CONFIG).train(), build_criterion(CONFIG)
+        images, targets = inputs("meta")
+
+        def step():
+            criterion.weighted_sum(criterion(model(images), targets)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+        counts = count(step)
+    assert counts.total_synchronisations == 0, counts.synchronisations
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_clipping_optimizer_and_moving_average_never_wait():
+    with FakeTensorMode(), torch.device("cuda"):
+        model = build_model(CONFIG).train()
+        # foreach, as fake tensors have no fused AdamW with a learning rate on the device: that one is a single kernel.
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True, capturable=True)
+        optimizer.param_groups[0]["lr"] = torch.empty(())
+        ema = ExponentialMovingAverage(nn.Identity(), 0.999)
+        ema.module = build_model(CONFIG)  # a deep copy of fake tensors would copy their mode as well
+        number = torch.zeros((), dtype=torch.int64)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+        def update():
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            ema.update(model, number.add_(1))
+
+        counts = count(update)
+    assert counts.total_synchronisations == 0, counts.synchronisations
+
+
+class _AnswersYes(TorchDispatchMode):
+    """Fake tensors have no values: a look at one sees 1, or True."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_originals_step_waits_some_75_times():
+    with FakeTensorMode(), torch.device("cuda"), _AnswersYes():
+        model, weights = build_model(CONFIG).train(), build_criterion(CONFIG).weight_dict
+        images, _ = inputs("cuda")
+        targets = [{"boxes": torch.rand(20, 4), "labels": torch.zeros(20, dtype=torch.int64)} for _ in range(2)]
+
+        def solve(cost):
+            order = torch.arange(cost.shape[1], device="cpu")
+            return order, order
+
+        criterion = OriginalCriterion(91, solve=solve)
+
+        def step():
+            losses = criterion(model(images), targets)
+            logged(losses, weights)
+
+        counts = count(step)
+    assert 65 <= counts.total_synchronisations <= 85, counts.synchronisations
+
+
+def test_a_captured_step_is_what_the_trainer_runs(tiny):
+    from detr_fast.engine.trainer import Reporter, Trainer
+
+    trainer = Trainer(tiny(epochs=1), Reporter())
+    assert isinstance(trainer.take_step, CapturedStep)
+    assert trainer.take_step.reason == "the parameters are on cpu, and CUDA graphs need a GPU"
