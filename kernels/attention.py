@@ -33,7 +33,6 @@ from .attention_tiles import (
     store_tile,
     visible_keys,
 )
-from .configs import attention_config
 from .launch import Variant, empty, jit, launch, pointer, tl
 
 
@@ -265,7 +264,7 @@ def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> 
 
 @cache
 def forward_variant(form: Form) -> Variant:
-    config = attention_config("forward", form.dtype.itemsize, max(form.blocks))
+    config = form.config("forward")
     """The program of the forward."""
     tensors = (*(form.dtype,) * 4, torch.float32, *form.masks())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention_forward, forward_variant
-from .attention_backward import attention_backward, keys_variant, queries_variant
+from .attention_backward import attention_backward, keys_variant, mask_variant, queries_variant
 from .attention_tiles import Form, Problem
 from .entry import Budget, Entry
 
@@ -25,6 +25,7 @@ def catalog_entries() -> Iterator[Entry]:
         "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
         "hd64_bf16_causal": Form(bf16, 64, 64, causal=True, vector=8),
         "hd128_fp16": Form(fp16, 128, 128, vector=8),
+        "hd256_bf16": Form(bf16, 256, 256, vector=8),
         "hd20_fp32_bool_mask_unaligned": Form(fp32, 20, 40, padding=True, mask=torch.bool),
     }
     budgets = {
@@ -41,6 +42,9 @@ def catalog_entries() -> Iterator[Entry]:
         ):
             tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
             yield Entry("attention", f"attention_{kind}_{name}", variant, tile, budgets[kind], example)
+        if form.mask == bf16:
+            variant = mask_variant(form, False, False)
+            yield Entry("attention", f"attention_mask_{name}", variant, 32 * 32, budgets["keys"], example)
 
 
 def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
@@ -68,6 +72,8 @@ def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...
 
     def call() -> tuple[Tensor, ...]:
         out, lse = attention_forward(problem)
-        return (out, lse, *attention_backward(problem, out, lse, dout))
+        float_mask = form.mask is not None and form.mask.is_floating_point()
+        gradients = attention_backward(problem, out, lse, dout, with_mask=float_mask)
+        return (out, lse, *(g for g in gradients if g is not None))
 
     return call

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dropout, launch
+from .configs import TileConfig, attention_config
 from .dropout import keep_tile, load_seed
 from .launch import jit, tl
 from .rows import run_pointers
@@ -45,6 +46,10 @@ class Form:
     def blocks(self) -> tuple[int, int]:
         """E and Ev, rounded up to what a tensor core takes."""
         return block_of(self.head_dim), block_of(self.value_dim)
+
+    def config(self, kernel: str) -> TileConfig:
+        heavy = self.dropout or self.mask is not None
+        return attention_config(kernel, self.dtype.itemsize, max(self.blocks), heavy)
 
     def masks(self) -> tuple[torch.dtype | None, ...]:
         """Dtypes of `Problem.tensors`."""
@@ -81,7 +86,7 @@ class Problem:
 
     q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
     mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
-    given: q, k and v as they came.
+    given, given_mask: q, k and v, and the mask as they came.
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class Problem:
         self.keys, self.value_dim, self.group = k.shape[1], v.shape[3], self.heads // max(1, k.shape[2])
         if padding is not None and padding.stride(1) > MAX_TILE_STRIDE:
             padding = padding.contiguous()
-        self.padding = padding
+        self.padding, self.given_mask = padding, mask
         if mask is not None:
             mask = mask.expand(self.batch, self.heads, self.queries, self.keys)
             if max(mask.stride(2), mask.stride(3)) > MAX_TILE_STRIDE:

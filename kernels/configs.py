@@ -5,7 +5,7 @@ Figures come from machine code compiled offline (`kernels/analysis.py`); no entr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,22 @@ class TileConfig:
     num_stages: int
 
 
-# Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two.
+# Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two. At most 99 KB of shared
+# memory, which is what sm_86, sm_89 and sm_120 have, and no spilled register in 16 bits up to a head dimension of 128.
 ATTENTION = {
     ("forward", 2, 16): TileConfig(128, 64, 4, 3),
     ("forward", 2, 32): TileConfig(128, 64, 4, 3),
     ("forward", 2, 64): TileConfig(128, 64, 4, 3),
-    ("forward", 2, 128): TileConfig(128, 64, 8, 3),
+    ("forward", 2, 128): TileConfig(128, 32, 8, 3),
     ("forward", 2, 256): TileConfig(64, 32, 8, 2),
     ("forward", 4, 16): TileConfig(64, 32, 4, 2),
     ("forward", 4, 32): TileConfig(64, 32, 4, 2),
-    ("forward", 4, 64): TileConfig(64, 32, 4, 2),
+    ("forward", 4, 64): TileConfig(32, 32, 4, 2),
     ("forward", 4, 128): TileConfig(32, 32, 4, 2),
-    ("forward", 4, 256): TileConfig(32, 16, 4, 2),
-    ("keys", 2, 16): TileConfig(64, 64, 4, 3),
-    ("keys", 2, 32): TileConfig(64, 64, 4, 3),
-    ("keys", 2, 64): TileConfig(64, 64, 4, 3),
-    ("keys", 2, 128): TileConfig(64, 64, 8, 2),
-    ("keys", 2, 256): TileConfig(32, 32, 8, 1),
-    ("keys", 4, 16): TileConfig(32, 32, 4, 2),
-    ("keys", 4, 32): TileConfig(32, 32, 4, 2),
-    ("keys", 4, 64): TileConfig(32, 32, 4, 2),
-    ("keys", 4, 128): TileConfig(32, 32, 4, 1),
-    ("keys", 4, 256): TileConfig(16, 16, 4, 1),
-    ("queries", 2, 16): TileConfig(128, 64, 4, 3),
-    ("queries", 2, 32): TileConfig(128, 64, 4, 3),
-    ("queries", 2, 64): TileConfig(64, 64, 4, 3),
+    ("forward", 4, 256): TileConfig(32, 16, 4, 1),
+    ("queries", 2, 16): TileConfig(128, 32, 4, 3),
+    ("queries", 2, 32): TileConfig(128, 32, 4, 3),
+    ("queries", 2, 64): TileConfig(64, 64, 4, 2),
     ("queries", 2, 128): TileConfig(64, 64, 8, 2),
     ("queries", 2, 256): TileConfig(32, 32, 8, 1),
     ("queries", 4, 16): TileConfig(32, 32, 4, 2),
@@ -101,12 +92,30 @@ ATTENTION = {
     ("queries", 4, 64): TileConfig(32, 32, 4, 2),
     ("queries", 4, 128): TileConfig(32, 32, 4, 1),
     ("queries", 4, 256): TileConfig(16, 16, 4, 1),
+    ("keys", 2, 16): TileConfig(64, 64, 4, 3),
+    ("keys", 2, 32): TileConfig(64, 64, 4, 3),
+    ("keys", 2, 64): TileConfig(64, 64, 8, 2),
+    ("keys", 2, 128): TileConfig(32, 64, 8, 2),
+    ("keys", 2, 256): TileConfig(32, 32, 8, 1),
+    ("keys", 4, 16): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 32): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 64): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 128): TileConfig(32, 32, 4, 1),
+    ("keys", 4, 256): TileConfig(16, 16, 4, 1),
 }
 
 
-def attention_config(kernel: str, itemsize: int, block: int) -> TileConfig:
-    """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`."""
-    return ATTENTION[kernel, itemsize, block]
+def attention_config(kernel: str, itemsize: int, block: int, heavy: bool) -> TileConfig:
+    """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
+
+    heavy: with dropout or an attn_mask, whose tiles need registers of their own in the backward.
+    """
+    if kernel == "mask":
+        return replace(ATTENTION["forward", itemsize, block], rows=32, columns=32, num_stages=1)
+    config = ATTENTION[kernel, itemsize, block]
+    if heavy and kernel != "forward":
+        return replace(config, rows=max(16, config.rows // 2))
+    return config
 
 
 @dataclass(frozen=True)

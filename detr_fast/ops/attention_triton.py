@@ -30,8 +30,6 @@ class TritonAttention(TritonImplementation):
             return f"head dimensions {call.head_dim} and {call.value_dim}: it takes 1 to {self.max_head_dim}"
         if not call.one_dtype:
             return "q, k, v and a float attn_mask of different dtypes: it takes one (the mask may also be float32)"
-        if call.mask_grad:
-            return "a gradient for attn_mask"
         return None
 
     def advice(self, call: AttentionCall) -> str | None:
@@ -57,6 +55,9 @@ class TritonAttention(TritonImplementation):
         form = _meta_problem(call).form()
         for variant in kernels_needed:
             compile_variant(variant(form), call.device)
+        if call.mask_grad:
+            rows, columns = (1, 1, *call.mask_shape)[-2:]
+            compile_variant(backward_kernels.mask_variant(form, rows == 1, columns == 1), call.device)
 
     def run(
         self,
@@ -146,16 +147,31 @@ def _run_backward(
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    with_mask: bool,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(q, k, v, padding, mask, seed, options)  # type: ignore[arg-type]
-    return backward_kernels.attention_backward(problem, out, lse, dout, dlse)
+    *gradients, dmask = backward_kernels.attention_backward(problem, out, lse, dout, dlse, with_mask=with_mask)
+    dq, dk, dv = (g for g in gradients if g is not None)
+    return dq, dk, dv, q.new_empty(0) if dmask is None else dmask
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_rows(q, q.shape[3]), _like_rows(k, k.shape[3]), _like_rows(v, v.shape[3])
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    with_mask: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dmask = q.new_empty(0) if mask is None or not with_mask else mask.new_empty(mask.shape)
+    return _like_rows(q, q.shape[3]), _like_rows(k, k.shape[3]), _like_rows(v, v.shape[3]), dmask
 
 
 def _reference(
@@ -191,8 +207,16 @@ class _Forward(torch.autograd.Function):
             if dlse is None:
                 return (None,) * 11
             dout = torch.zeros_like(out)
-        gradients = _backward(dout, dlse, q, k, v, padding, mask, seed, out, lse, *ctx.options)
-        return (*(g if want else None for g, want in zip(gradients, ctx.needs_input_grad)), *(None,) * 8)
+        needs_q, needs_k, needs_v, _, needs_mask = ctx.needs_input_grad[:5]
+        dq, dk, dv, dmask = _backward(dout, dlse, q, k, v, padding, mask, seed, out, lse, needs_mask, *ctx.options)
+        return (
+            dq if needs_q else None,
+            dk if needs_k else None,
+            dv if needs_v else None,
+            None,
+            dmask if needs_mask else None,
+            *(None,) * 6,
+        )
 
 
 class _Backward(torch.autograd.Function):
@@ -202,9 +226,9 @@ class _Backward(torch.autograd.Function):
     def forward(ctx: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         with below_autograd():
             gradients = _backward(dout, dlse, q, k, v, *rest)
-        padding, mask, seed, _, _, *options = rest
+        padding, mask, seed, _, _, with_mask, *options = rest
         ctx.save_for_backward(dout, q, k, v, padding, mask, seed)
-        ctx.options, ctx.with_dlse = options, dlse is not None
+        ctx.options, ctx.with_dlse, ctx.with_mask = options, dlse is not None, with_mask
         ctx.set_materialize_grads(False)
         return gradients
 
@@ -216,18 +240,20 @@ class _Backward(torch.autograd.Function):
             )
         dout, q, k, v, padding, mask, seed = ctx.saved_tensors
 
-        def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _reference(q, k, v, padding, mask, seed, ctx.options)
+        def reference(q: Tensor, k: Tensor, v: Tensor, differentiable: Tensor | None) -> Tensor:
+            return _reference(q, k, v, padding, mask if differentiable is None else differentiable, seed, ctx.options)
 
-        d_dout, d_inputs = double_backward(reference, (q, k, v), dout, [True] * 3, upstream)
-        return (d_dout, None, *d_inputs, *(None,) * 10)
+        wanted = [True, True, True, ctx.with_mask]
+        inputs = (q, k, v, mask if ctx.with_mask else None)
+        d_dout, (*d_qkv, d_mask) = double_backward(reference, inputs, dout, wanted, upstream)
+        return (d_dout, None, *d_qkv, None, d_mask, *(None,) * 9)
 
 
-def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    if wants_grad(q, k, v):
-        return _Forward.apply(q, k, v, *rest)
+def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, *rest: Any) -> Any:
+    if wants_grad(q, k, v, mask):
+        return _Forward.apply(q, k, v, padding, mask, *rest)
     with below_autograd():
-        return _forward(q, k, v, *rest)
+        return _forward(q, k, v, padding, mask, *rest)
 
 
 def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
@@ -246,7 +272,7 @@ _forward = define(
 )
 _backward = define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, "
-    f"Tensor? seed, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? seed, Tensor out, Tensor lse, bool with_mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

@@ -26,7 +26,11 @@ class KernelAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return *attention_backward.attention_backward(ctx.problem, *ctx.saved_tensors, dout), None, None, None, None
+        with_mask = ctx.needs_input_grad[4]
+        *gradients, dmask = attention_backward.attention_backward(
+            ctx.problem, *ctx.saved_tensors, dout, with_mask=with_mask
+        )
+        return *gradients, None, dmask, None, None
 
 
 def eager(q, k, v, padding, mask, causal, scale):
@@ -40,12 +44,11 @@ def qkv(batch, queries, keys, heads, dim, value_dim=None, key_heads=None):
 
 
 def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, **options):
-    rest = (padding, mask, causal, scale)
     assert_as_accurate_as_eager(
-        lambda q, k, v: KernelAttention.apply(q, k, v, *rest),
-        reference=lambda q, k, v: eager(q, k, v, *rest),
-        inputs=inputs,
-        dtype=dtype,
+        lambda q, k, v, mask: KernelAttention.apply(q, k, v, padding, mask, causal, scale),
+        reference=lambda q, k, v, mask: eager(q, k, v, padding, mask, causal, scale),
+        inputs=[*inputs, mask],
+        dtype=[dtype] * 3 + [FP32 if dtype == BF16 else dtype],
         **options,
     )
 
@@ -92,6 +95,23 @@ def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, m
     }
     padding = None if padding is None else padded(padding, batch, keys)
     check(dtype, qkv(batch, queries, keys, heads, dim), padding, masks[mask](), causal)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 40, 40), (40, 40), (1, 2, 1, 40), (40,)]
+)  # whole; shared by batch and heads; by batch and rows; by all but keys
+def test_the_gradient_of_a_float_mask_is_summed_over_what_shares_it(interpreter, shape):
+    check(FP32, qkv(2, 40, 40, 2, 16), padded("end", 2, 40), torch.randn(shape))
+    assert interpreter.counts()["attention_backward_mask_kernel"] == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 40, 1), (1, 1)])
+def test_a_mask_that_all_keys_share_has_no_gradient(interpreter, shape):
+    q, k, v = qkv(2, 40, 40, 1, 16)
+    mask = torch.randn(shape, requires_grad=True)
+    out = KernelAttention.apply(q, k, v, None, mask, False, None)
+    (gradient,) = torch.autograd.grad(out, mask, torch.randn_like(out))
+    torch.testing.assert_close(gradient, torch.zeros(shape), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (20, 40), (24, 16), (48, 7)])
@@ -148,7 +168,7 @@ def test_results_lie_in_memory_as_the_inputs_do(interpreter):
     q, k, v = (LAYOUTS["sequence first"](t) for t in qkv(2, 5, 6, 2, 16))
     problem = Problem(q, k, v)
     out, lse = kernels.attention_forward(problem)
-    gradients = attention_backward.attention_backward(problem, out, lse, out)
+    gradients = attention_backward.attention_backward(problem, out, lse, out)[:3]
     assert all(t.transpose(0, 1).is_contiguous() for t in (out, *gradients))
 
 
@@ -172,7 +192,8 @@ def test_nan_and_inf_in_padded_keys_never_leak(interpreter, kind, value):
         k, v = (t.masked_fill(padding[:, :, None, None], fill) for t in (k, v))
         problem = Problem(q, k, v, padding)
         out, lse = kernels.attention_forward(problem)
-        results.append((out, lse, *attention_backward.attention_backward(problem, out, lse, torch.ones_like(out))))
+        gradients = attention_backward.attention_backward(problem, out, lse, torch.ones_like(out))[:3]
+        results.append((out, lse, *gradients))
     assert all(torch.equal(clean, other) for clean, other in zip(*results))
     assert not any(t[padding].any() for t in results[1][3:])  # no gradient for what is padding
     if kind == "all":
@@ -185,7 +206,7 @@ def test_rows_whose_mask_hides_all_keys_are_zero_with_zero_gradients(interpreter
     mask[3:, :7] = True
     problem = Problem(*qkv(1, 20, 30, 1, 16), None, mask)
     out, lse = kernels.attention_forward(problem)
-    dq, dk, dv = attention_backward.attention_backward(problem, out, lse, torch.randn_like(out))
+    dq, dk, dv, _ = attention_backward.attention_backward(problem, out, lse, torch.randn_like(out))
     assert not out[:, :3].any()
     assert not dq[:, :3].any()
     assert not dk[:, 7:].any()
@@ -272,7 +293,7 @@ def test_the_backward_is_deterministic_whatever_order_programs_run_in():
     for seed in range(2):
         with checked_interpreter(seed=seed):
             out, lse = kernels.attention_forward(problem)
-            results.append(attention_backward.attention_backward(problem, out, lse, out))
+            results.append(attention_backward.attention_backward(problem, out, lse, out)[:3])
     assert all(torch.equal(one, same) for one, same in zip(*results))
 
 

@@ -88,11 +88,11 @@ def test_opcheck_accepts_both_ops():
     q, k, v = qkv(requires_grad=True)
     seed = torch.tensor([7])
     options = (False, 0.5, 0.3, 2, False)
-    masks = (end_padding(), None, seed)
+    masks = (end_padding(), torch.randn(5, 7, requires_grad=True), seed)
     torch.library.opcheck(torch.ops.detr_fast.attention.default, (q, k, v, *masks, *options))
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention(q, k, v, *masks, *options)
-    arguments = (torch.randn_like(out), None, q, k, v, *masks, out, lse, *options)
+    arguments = (torch.randn_like(out), None, q, k, v, *masks, out, lse, True, *options)
     torch.library.opcheck(torch.ops.detr_fast.attention_backward.default, arguments)
 
 

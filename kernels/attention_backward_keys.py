@@ -1,0 +1,225 @@
+# mypy: allow-incomplete-defs
+"""Fused attention, backward: the kernel of dk and dv. The maths are in `attention_backward`."""
+
+from __future__ import annotations
+
+from .attention_tiles import dot, kept, load_tile, masked_scores, store_tile, visible_keys
+from .launch import jit, tl
+
+
+@jit
+def _pass_over_queries(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    statistics_ptr,
+    all_rows,
+    mask_ptr,
+    seed_ptr,
+    q_row,
+    dout_row,
+    mask_row,
+    mask_column,
+    column_start,
+    start_row,
+    end_row,
+    L,
+    S,
+    scale,
+    head,
+    offset,
+    threshold,
+    rescale,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """Tiles are (keys, queries). statistics_ptr: of the head's first row."""
+    row = tl.arange(0, BLOCK_M)
+    for start in range(start_row, end_row, BLOCK_M):
+        exists = row < L - start
+        lse = tl.load(statistics_ptr + start + row, mask=exists, other=float("inf"))
+        delta = tl.load(statistics_ptr + all_rows + start + row, mask=exists, other=0.0)
+        q = load_tile(q_ptr + tl.cast(start, tl.int64) * q_row, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
+        dout = load_tile(dout_ptr + tl.cast(start, tl.int64) * dout_row, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+        scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        if MASKED:
+            scores = masked_scores(
+                scores * scale,
+                mask_ptr,
+                mask_row,
+                mask_column,
+                start,
+                column_start,
+                L,
+                S,
+                None,
+                BLOCK_M,
+                BLOCK_N,
+                CAUSAL,
+                MASK_VEC,
+                True,
+            )
+            weights = tl.exp2(scores - lse[None, :])
+        else:
+            weights = tl.exp2(scores * scale - lse[None, :])
+        dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        if seed_ptr is not None:
+            keep = kept(seed_ptr, offset, threshold, head, start, column_start, BLOCK_M, BLOCK_N, True)
+            dweights = tl.where(keep, dweights * rescale, 0.0)
+            dscores = weights * (dweights - delta[None, :])
+            weights = tl.where(keep, weights, 0.0)
+        else:
+            dscores = weights * (dweights - delta[None, :])
+        dv = dot(weights.to(dout.dtype), dout, dv, PRECISION)
+        dk = dot(dscores.to(q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@jit
+def attention_backward_keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dk_ptr,
+    dv_ptr,
+    statistics_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int32,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int32,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int32,
+    dout_batch: tl.int64,
+    dout_head: tl.int64,
+    dout_row: tl.int32,
+    dk_batch: tl.int64,
+    dk_head: tl.int64,
+    dk_row: tl.int32,
+    dv_batch: tl.int64,
+    dv_head: tl.int64,
+    dv_row: tl.int32,
+    padding_batch: tl.int64,
+    padding_column: tl.int32,
+    mask_batch: tl.int64,
+    mask_head: tl.int64,
+    mask_row: tl.int32,
+    mask_column: tl.int32,
+    L: tl.int32,
+    S: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    scale: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    rescale: tl.float32,
+    scale_out: tl.float32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """One program for BLOCK_N keys of one key head, over all query heads of its group."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    column_start = tl.program_id(0) % tiles * BLOCK_N
+    key_heads = heads // group
+    batch = (tl.program_id(0) // tiles // key_heads).to(tl.int64)
+    key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
+    first = column_start.to(tl.int64)
+    if padding_ptr is not None:
+        padding_ptr += batch * padding_batch
+    visible = visible_keys(padding_ptr, padding_column, column_start, S, BLOCK_N)
+    k_ptr += batch * k_batch + key_head * k_head + first * k_row
+    v_ptr += batch * v_batch + key_head * v_head + first * v_row
+    k = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+    v = load_tile(v_ptr, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+
+    end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding
+    start = 0
+    end_masked = end
+    if CAUSAL:  # the first row that sees these keys, and the first one that all rows from then on see whole
+        start = column_start // BLOCK_M * BLOCK_M
+        end_masked = tl.minimum(end, (column_start + BLOCK_N + BLOCK_M - 2) // BLOCK_M * BLOCK_M)
+    elif mask_ptr is None:
+        end_masked = 0
+    if mask_ptr is not None:
+        end_masked = end
+    all_rows = (tl.num_programs(0) // tiles * group).to(tl.int64) * L
+    dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_EV), tl.float32)
+    for member in range(group):
+        head = key_head * group + member
+        head_index = batch * heads + head
+        mask_here = mask_ptr
+        if mask_ptr is not None:
+            mask_here = mask_ptr + (batch * mask_batch + head * mask_head)
+        for MASKED in tl.static_range(1, -1, -1):
+            if (mask_ptr is None) if not MASKED else (CAUSAL or mask_ptr is not None):
+                dk, dv = _pass_over_queries(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    q_ptr + (batch * q_batch + head * q_head),
+                    dout_ptr + (batch * dout_batch + head * dout_head),
+                    statistics_ptr + head_index * L,
+                    all_rows,
+                    mask_here,
+                    seed_ptr,
+                    q_row,
+                    dout_row,
+                    mask_row,
+                    mask_column,
+                    column_start,
+                    start if MASKED else tl.maximum(start, end_masked),
+                    end_masked if MASKED else end,
+                    L,
+                    S,
+                    scale,
+                    head_index.to(tl.int32),
+                    offset,
+                    threshold,
+                    rescale,
+                    MASKED,
+                    BLOCK_M,
+                    BLOCK_N,
+                    E,
+                    EV,
+                    BLOCK_E,
+                    BLOCK_EV,
+                    CAUSAL,
+                    PRECISION,
+                    VEC,
+                    MASK_VEC,
+                )
+    exists = tl.arange(0, BLOCK_N) < S - column_start
+    dk = tl.where(visible[:, None], dk * scale_out, 0.0)
+    dv = tl.where(visible[:, None], dv * rescale, 0.0)
+    dk_ptr += batch * dk_batch + key_head * dk_head + first * dk_row
+    dv_ptr += batch * dv_batch + key_head * dv_head + first * dv_row
+    store_tile(dk_ptr, dk_row, exists, dk, BLOCK_N, E, BLOCK_E, VEC)
+    store_tile(dv_ptr, dv_row, exists, dv, BLOCK_N, EV, BLOCK_EV, VEC)

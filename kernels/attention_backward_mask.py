@@ -1,0 +1,143 @@
+# mypy: allow-incomplete-defs
+"""Fused attention, backward: the gradient of a float mask. The maths are in `attention_backward`."""
+
+from __future__ import annotations
+
+from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
+from .launch import jit, tl
+
+
+@jit
+def attention_backward_mask_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    dmask_ptr,
+    statistics_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int32,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int32,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int32,
+    dout_batch: tl.int64,
+    dout_head: tl.int64,
+    dout_row: tl.int32,
+    padding_batch: tl.int64,
+    padding_column: tl.int32,
+    mask_batch: tl.int64,
+    mask_head: tl.int64,
+    mask_row: tl.int32,
+    mask_column: tl.int32,
+    L: tl.int32,
+    S: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    scale: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    rescale: tl.float32,
+    batches: tl.int32,
+    mask_batches: tl.int32,
+    mask_heads: tl.int32,
+    SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """One program for one tile of dmask, (mask_batches, mask_heads, 1 or L, 1 or S), over all that the mask is shared by.
+
+    Each element is written once, by sums in a fixed order, and no buffer larger than dmask is needed.
+    """
+    tiles_n = 1 if SHARED_COLUMNS else tl.cdiv(S, BLOCK_N)
+    tiles_m = 1 if SHARED_ROWS else tl.cdiv(L, BLOCK_M)
+    first_column = tl.program_id(0) % tiles_n * BLOCK_N
+    first_row = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
+    which = tl.program_id(0) // (tiles_n * tiles_m)
+    first_batch, first_head = which // mask_heads, which % mask_heads
+    end_batch = tl.where(mask_batches == 1, batches, first_batch + 1)
+    end_head = tl.where(mask_heads == 1, heads, first_head + 1)
+    end_row = L if SHARED_ROWS else tl.minimum(first_row + 1, L)
+    end_column = S if SHARED_COLUMNS else tl.minimum(first_column + 1, S)
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+
+    dmask = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for index in range(first_batch * heads, end_batch * heads):
+        batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
+        # Of the heads of a batch element, those from first_head to end_head.
+        last_row = tl.where((head >= first_head) & (head < end_head), end_row, first_row)
+        padding_here = padding_ptr
+        if padding_ptr is not None:
+            padding_here = padding_ptr + batch * padding_batch
+        mask_here = mask_ptr + (batch * mask_batch + head * mask_head)
+        for row_start in range(first_row, last_row, BLOCK_M):
+            start = tl.cast(row_start, tl.int64)
+            exists = row < L - row_start
+            q_here = q_ptr + (batch * q_batch + head * q_head + start * q_row)
+            dout_here = dout_ptr + (batch * dout_batch + head * dout_head + start * dout_row)
+            q = load_tile(q_here, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
+            dout = load_tile(dout_here, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+            rows = tl.cast(index, tl.int64) * L + start + row
+            lse = tl.load(statistics_ptr + rows, mask=exists, other=float("inf"))
+            all_rows = tl.cast(batches, tl.int64) * heads * L
+            delta = tl.load(statistics_ptr + all_rows + rows, mask=exists, other=0.0)
+            for column_start in range(first_column, end_column, BLOCK_N):
+                visible = visible_keys(padding_here, padding_column, column_start, S, BLOCK_N)
+                first = tl.cast(column_start, tl.int64)
+                k_here = k_ptr + (batch * k_batch + head // group * k_head + first * k_row)
+                v_here = v_ptr + (batch * v_batch + head // group * v_head + first * v_row)
+                k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+                v = load_tile(v_here, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+                scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+                scores = masked_scores(
+                    scores * scale,
+                    mask_here,
+                    mask_row,
+                    mask_column,
+                    row_start,
+                    column_start,
+                    L,
+                    S,
+                    visible,
+                    BLOCK_M,
+                    BLOCK_N,
+                    CAUSAL,
+                    MASK_VEC,
+                )
+                weights = tl.exp2(scores - lse[:, None])
+                dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+                if seed_ptr is not None:
+                    keep = kept(seed_ptr, offset, threshold, index, row_start, column_start, BLOCK_M, BLOCK_N)
+                    dweights = tl.where(keep, dweights * rescale, 0.0)
+                dmask += weights * (dweights - delta[:, None])
+
+    rows = 1 if SHARED_ROWS else L
+    columns = 1 if SHARED_COLUMNS else S
+    base = dmask_ptr + (tl.cast(which, tl.int64) * rows + first_row) * columns + first_column
+    if SHARED_ROWS and SHARED_COLUMNS:
+        tl.store(base, tl.sum(dmask).to(dmask_ptr.dtype.element_ty))
+    elif SHARED_ROWS:
+        total = tl.sum(dmask, 0).to(dmask_ptr.dtype.element_ty)
+        tl.store(base + column, total, mask=column < S - first_column)
+    elif SHARED_COLUMNS:
+        total = tl.sum(dmask, 1).to(dmask_ptr.dtype.element_ty)
+        tl.store(base + row, total, mask=row < L - first_row)
+    else:
+        inside = (row < L - first_row)[:, None] & (column < S - first_column)[None, :]
+        place = base + (tl.cast(row, tl.int64)[:, None] * S + column[None, :])
+        tl.store(place, dmask.to(dmask_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,221 @@
+# mypy: allow-incomplete-defs
+"""Fused attention, backward: the kernel of dq and of the rows' statistics. The maths are in `attention_backward`."""
+
+from __future__ import annotations
+
+from .attention_tiles import dot, kept, key_range, load_tile, masked_scores, store_tile, visible_keys
+from .launch import jit, tl
+
+
+@jit
+def _pass_over_keys(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    k_row,
+    v_row,
+    padding_column,
+    mask_row,
+    mask_column,
+    row_start,
+    start_key,
+    end_key,
+    L,
+    S,
+    scale,
+    head,
+    offset,
+    threshold,
+    rescale,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    for start in range(start_key, end_key, BLOCK_N):
+        visible = None
+        if MASKED:
+            visible = visible_keys(padding_ptr, padding_column, start, S, BLOCK_N)
+        k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+        v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_row, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        if MASKED:
+            scores = masked_scores(
+                scores * scale,
+                mask_ptr,
+                mask_row,
+                mask_column,
+                row_start,
+                start,
+                L,
+                S,
+                visible,
+                BLOCK_M,
+                BLOCK_N,
+                CAUSAL,
+                MASK_VEC,
+            )
+            weights = tl.exp2(scores - lse[:, None])
+        else:
+            weights = tl.exp2(scores * scale - lse[:, None])
+        dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        if seed_ptr is not None:
+            keep = kept(seed_ptr, offset, threshold, head, row_start, start, BLOCK_M, BLOCK_N)
+            dweights = tl.where(keep, dweights * rescale, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        dq = dot(dscores.to(k.dtype), k, dq, PRECISION)
+    return dq
+
+
+@jit
+def attention_backward_queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    dq_ptr,
+    lse_ptr,
+    dlse_ptr,
+    statistics_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int32,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int32,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int32,
+    out_batch: tl.int64,
+    out_head: tl.int64,
+    out_row: tl.int32,
+    dout_batch: tl.int64,
+    dout_head: tl.int64,
+    dout_row: tl.int32,
+    dq_batch: tl.int64,
+    dq_head: tl.int64,
+    dq_row: tl.int32,
+    padding_batch: tl.int64,
+    padding_column: tl.int32,
+    mask_batch: tl.int64,
+    mask_head: tl.int64,
+    mask_row: tl.int32,
+    mask_column: tl.int32,
+    L: tl.int32,
+    S: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    scale: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    rescale: tl.float32,
+    scale_out: tl.float32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e)."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    row_start = tl.program_id(0) % tiles * BLOCK_M
+    head_index = tl.program_id(0) // tiles
+    batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    exists = row < L - row_start
+    first = row_start.to(tl.int64)
+
+    k_ptr += batch * k_batch + head // group * k_head
+    v_ptr += batch * v_batch + head // group * v_head
+    if padding_ptr is not None:
+        padding_ptr += batch * padding_batch
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch + head * mask_head
+    q = load_tile(q_ptr + batch * q_batch + head * q_head + first * q_row, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
+    out_ptr += batch * out_batch + head * out_head + first * out_row
+    dout_ptr += batch * dout_batch + head * dout_head + first * dout_row
+    out = load_tile(out_ptr, out_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+    dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    rows = head_index.to(tl.int64) * L + row_start + row
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + rows, mask=exists, other=-float("inf"))
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
+    tl.store(statistics_ptr + rows, lse, mask=exists)
+    all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * L
+    tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
+
+    first_masked, end = key_range(padding_ptr, padding_column, S)
+    if CAUSAL:
+        first_masked = tl.minimum(first_masked, row_start + 1)
+        end = tl.minimum(end, row_start + BLOCK_M)
+    first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
+    if mask_ptr is not None:
+        first_masked = 0
+    dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for MASKED in tl.static_range(2):
+        if MASKED or mask_ptr is None:
+            dq = _pass_over_keys(
+                dq,
+                q,
+                dout,
+                lse,
+                delta,
+                k_ptr,
+                v_ptr,
+                padding_ptr,
+                mask_ptr,
+                seed_ptr,
+                k_row,
+                v_row,
+                padding_column,
+                mask_row,
+                mask_column,
+                row_start,
+                first_masked if MASKED else 0,
+                end if MASKED else first_masked,
+                L,
+                S,
+                scale,
+                head_index,
+                offset,
+                threshold,
+                rescale,
+                MASKED,
+                BLOCK_M,
+                BLOCK_N,
+                E,
+                EV,
+                BLOCK_E,
+                BLOCK_EV,
+                CAUSAL,
+                PRECISION,
+                VEC,
+                MASK_VEC,
+            )
+    dq_ptr += batch * dq_batch + head * dq_head + first * dq_row
+    store_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)
