@@ -57,7 +57,8 @@ def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...
         padding = (torch.arange(72, device=device) > 50)[None]
     if form.mask is not None:
         mask = torch.randn(40, 72 + gap, device=device)
-        mask = (mask > 0 if form.mask == torch.bool else mask.to(form.mask))[:, :72]
+        mask = mask > 0 if form.mask == torch.bool else mask.to(form.mask)
+        mask = mask[:, :72]
     problem = Problem(
         q,
         k,
@@ -72,8 +73,8 @@ def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...
 
     def call() -> tuple[Tensor, ...]:
         out, lse = attention_forward(problem)
-        float_mask = form.mask is not None and form.mask.is_floating_point()
+        float_mask = form.mask is not None and form.mask.is_floating_point
         gradients = attention_backward(problem, out, lse, dout, with_mask=float_mask)
-        return (out, lse, *(g for g in gradients if g is not None))
+        return (out, lse, *(gradient for gradient in gradients if gradient is not None))
 
     return call

@@ -92,8 +92,8 @@ ATTENTION = {
     ("queries", 4, 64): TileConfig(32, 32, 4, 2),
     ("queries", 4, 128): TileConfig(32, 32, 4, 1),
     ("queries", 4, 256): TileConfig(16, 16, 4, 1),
-    ("keys", 2, 16): TileConfig(64, 64, 4, 3),
-    ("keys", 2, 32): TileConfig(64, 64, 4, 3),
+    ("keys", 2, 16): TileConfig(32, 128, 4, 3),
+    ("keys", 2, 32): TileConfig(32, 128, 4, 3),
     ("keys", 2, 64): TileConfig(64, 64, 8, 2),
     ("keys", 2, 128): TileConfig(32, 64, 8, 2),
     ("keys", 2, 256): TileConfig(32, 32, 8, 1),
@@ -113,8 +113,10 @@ def attention_config(kernel: str, itemsize: int, block: int, heavy: bool) -> Til
     if kernel == "mask":
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=32, num_stages=1)
     config = ATTENTION[kernel, itemsize, block]
-    if heavy and kernel != "forward":
+    if heavy and kernel == "queries":
         return replace(config, rows=max(16, config.rows // 2))
+    if heavy and kernel == "keys":
+        return replace(config, columns=max(16, config.columns // 2))
     return config
 
 
