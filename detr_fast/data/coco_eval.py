@@ -22,6 +22,10 @@ from detr_fast.data.coco import CocoDetection
 AREAS = ("", "s", "m", "l")  # all; up to 32² pixels; up to 96²; above
 
 
+class NotFiniteError(ValueError):
+    """A prediction holds NaN or infinity: the model that made it has diverged."""
+
+
 class CocoEvaluator:
     """Collects predictions of a data set's images and computes COCO AP over the images it was given.
 
@@ -42,7 +46,8 @@ class CocoEvaluator:
         original image}, tensors or arrays, n may be 0. Labels that name no class are left out.
 
         Raises:
-            ValueError: an unknown image id, lengths that differ, or values that are not finite.
+            ValueError: an unknown image id or lengths that differ.
+            NotFiniteError: values that are not finite.
         """
         for image_id, prediction in predictions.items():
             if int(image_id) not in self._truth:
@@ -53,7 +58,7 @@ class CocoEvaluator:
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"predictions of image {image_id} have lengths {lengths}, expected one length")
             if not all(np.isfinite(values).all() for values in arrays.values()):
-                raise ValueError(f"predictions of image {image_id} are not finite: the model has diverged")
+                raise NotFiniteError(f"the predictions for image {image_id} are not finite: the model has diverged")
             self.predictions[int(image_id)] = arrays
 
     def summarize(self) -> dict[str, float]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from detr_fast.data.doctor import Report, SplitSummary
 
 _SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)  # borders of the box-size histogram, in pixels; 32 and 96 are COCO's
-_COLUMNS, _ROWS = 4, 3  # of pictures on the page
+_COLUMNS, _ROWS = 4, 3  # of pictures on the page, at most
+_CHARTS = 4.5  # inches of height; a picture is 4 wide
 
 
 def report_text(report: Report) -> str:
@@ -87,10 +88,14 @@ def draw_report(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 17), layout="constrained")
+    chosen = _choose_images(report.scans, _ROWS * _COLUMNS)
+    rows = max(1, -(-len(chosen) // _COLUMNS))
+    shapes = [image.size[0] / image.size[1] for _, image, _ in chosen]
+    pictures = rows * (0.6 + 4 * float(np.clip(np.median(shapes), 0.4, 1.6) if shapes else 0.75))
+    figure = Figure(figsize=(16, _CHARTS + pictures), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no window system, no state left behind
     figure.suptitle(f"{report.folder}: " + ("healthy" if report.healthy else "not fit for training"), fontsize=16)
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 3], squeeze=False).flat
+    above, below = figure.subfigures(2, 1, height_ratios=[_CHARTS, pictures], squeeze=False).flat
     classes, sides, numbers = above.subplots(1, 3)
     _draw_classes(classes, report)
     for part in report.splits:
@@ -108,10 +113,7 @@ def draw_report(report: Report, path: Path) -> None:
     numbers.set(title="Boxes in an image", xlabel="boxes", ylabel="images")
     for axes in (sides, numbers):
         axes.legend() if axes.patches else None
-    chosen = _choose_images(report.scans, _ROWS * _COLUMNS)
-    for axes, entry in zip(
-        below.subplots(_ROWS, _COLUMNS, squeeze=False).flat, [*chosen, *[None] * (_ROWS * _COLUMNS)]
-    ):
+    for axes, entry in zip(below.subplots(rows, _COLUMNS, squeeze=False).flat, [*chosen, *[None] * _COLUMNS]):
         axes.set_axis_off()
         if entry is not None:
             _draw_image(axes, *entry)
@@ -176,7 +178,9 @@ def _draw_image(axes: Axes, scan: SplitScan, image: ImageScan, boxes: list[BoxSc
         axes.add_patch(Rectangle((x, y), w, h, fill=False, color=colour, linewidth=2.5 if bad else 1.2))
         if len(boxes) <= 12 or bad:
             label = ", ".join(box.problems) if bad else scan.categories[key]
-            axes.text(x, y, label, fontsize=7, color="white", backgroundcolor=colour, clip_on=True)
+            height, width = image.size
+            place = (min(max(x, 0), 0.75 * width), min(max(y, 0.05 * height), height))  # of boxes that overhang, too
+            axes.text(*place, label, fontsize=7, color="white", backgroundcolor=colour, clip_on=True)
     problems = ", ".join(image.problems)
     axes.set_title(
         f"{scan.files.name}: {image.record['file_name']}" + (f"\n{problems}" if problems else ""),

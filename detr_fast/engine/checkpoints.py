@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,15 @@ def latest_run(path: str | os.PathLike[str]) -> tuple[RunFolder, dict[str, Any]]
     if "optimizer" not in state:
         raise CheckpointError(f"{run.checkpoint} holds weights only; resume from the {CHECKPOINT} of a training run")
     return run, state
+
+
+def require_same_classes(names: Sequence[str], found: Sequence[str], config: TrainConfig) -> None:
+    """Raise CheckpointError where a run's data set has other classes now than the run's checkpoint knows."""
+    if tuple(names) != tuple(found):
+        raise CheckpointError(
+            f"{config.data} has the classes {', '.join(found)}, but the run {config.run} knows {', '.join(names)}; restore the "
+            f"data, or start a new run from these weights: detr-fast train --data {config.data} --weights {config.run}/{CHECKPOINT}"
+        )
 
 
 def rng_state() -> dict[str, Any]:

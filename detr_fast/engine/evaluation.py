@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from detr_fast.data.coco import CocoDetection
-from detr_fast.data.coco_eval import CocoEvaluator
+from detr_fast.data.coco_eval import CocoEvaluator, NotFiniteError
 from detr_fast.engine.drawing import Box, Picture
+from detr_fast.engine.errors import TrainingDiverged
 from detr_fast.models.boxes import to_corners
 from detr_fast.models.criterion import SetCriterion
 from detr_fast.models.postprocess import PostProcess
@@ -41,6 +42,9 @@ def evaluate_model(
 
     Returns:
         `CocoEvaluator.summarize()`'s figures, and "loss" if there is a criterion.
+
+    Raises:
+        TrainingDiverged: a prediction is not finite.
     """
     training = model.training
     model.eval()
@@ -57,7 +61,10 @@ def evaluate_model(
                     losses = criterion(outputs, on_device.targets)
                     total_loss += len(batch) * criterion.weighted_sum(losses)
                 results = post_process(outputs, sizes)
-                evaluator.update({m["image_id"]: r for m, r in zip(batch.metadata, results)})
+                try:
+                    evaluator.update({m["image_id"]: r for m, r in zip(batch.metadata, results)})
+                except NotFiniteError as error:
+                    raise TrainingDiverged(f"{error}; take an earlier checkpoint, or train with a lower --lr") from None
                 done += len(batch)
                 if progress is not None:
                     progress(done, total)

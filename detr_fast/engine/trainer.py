@@ -23,7 +23,14 @@ from detr_fast.data.coco import CocoDetection, CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
 from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.engine.captured import CapturedStep
-from detr_fast.engine.checkpoints import latest_run, load_weights, rng_state, save_checkpoint, set_rng_state
+from detr_fast.engine.checkpoints import (
+    latest_run,
+    load_weights,
+    require_same_classes,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
 from detr_fast.engine.drawing import draw_grid
@@ -127,6 +134,8 @@ class Trainer:
             config, model=dataclasses.replace(config.model, num_classes=len(folder.categories))
         )
         self._load_data(folder)
+        if state is not None:
+            require_same_classes(state["names"], self.names, config)
         self._build(state)
         self.folder = RunFolder(config.run)
         if state is None and self.main:

@@ -185,25 +185,38 @@ def test_a_checkpoint_of_another_shape_is_told_apart_in_groups(data, trained, tm
         assert not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_classes_have_changed_is_not_resumed_and_stays(trained, tmp_path, capsys):
+@pytest.mark.parametrize(("rename", "found"), [(False, "cell, rod"), (True, "rod")])
+def test_a_run_whose_classes_have_changed_is_not_resumed_and_stays(rename, found, trained, tmp_path, capsys):
     def edit(raw: dict[str, Any]) -> None:
-        raw["categories"].append({"id": 2, "name": "rod"})
+        if rename:
+            raw["categories"][0]["name"] = "rod"
+        else:
+            raw["categories"].append({"id": 2, "name": "rod"})
 
     changed = tmp_path / "run"
     changed.mkdir()
     config = {"data": str(write_data(tmp_path / "data", edit))}
+    (tmp_path / "data" / "instances_val.json").unlink()
     tampered(trained / "checkpoint.pt", changed / "checkpoint.pt", lambda state: state["config"].update(config))
     before = (changed / "checkpoint.pt").read_bytes()
     assert run("train", "--resume", changed, "--epochs", "2") == 2
-    assert_one_line(capsys, r"checkpoint.pt is of another model: it has other shapes for class_embed \(2 tensors")
+    assert_one_line(
+        capsys, rf"data has the classes {found}, but the run .*run knows cell; restore the data, or start a new"
+    )
     assert (changed / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"junk"])
-def test_a_damaged_file_is_no_checkpoint_for_any_command(content, data, tmp_path, capsys):
+@pytest.mark.parametrize("content", ["empty", "junk", "malicious"])
+def test_a_damaged_or_malicious_file_is_no_checkpoint_for_any_command(content, data, tmp_path, capsys):
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
     damaged = tmp_path / "damaged.pt"
-    damaged.write_bytes(content)
-    (tmp_path / "checkpoint.pt").write_bytes(content)
+    damaged.write_bytes({"empty": b"", "junk": b"junk"}.get(content, b""))
+    if content == "malicious":
+        torch.save({"format": "detr-fast", "version": 1, "model": {"conv1.weight": Payload()}}, damaged)
+    (tmp_path / "checkpoint.pt").write_bytes(damaged.read_bytes())
     picture = next((data / "images").iterdir())
     start = ["train", "--data", data, "--run", tmp_path / "run", *SMALL]
     for command in (
@@ -218,6 +231,7 @@ def test_a_damaged_file_is_no_checkpoint_for_any_command(content, data, tmp_path
         assert_one_line(
             capsys, r"cannot read .*(damaged|checkpoint).pt as a checkpoint|cannot read .*, and loading never"
         )
+    assert not (tmp_path / "executed").exists()
 
 
 def test_places_that_cannot_be_written_are_named(data, trained, tmp_path, capsys):
@@ -316,3 +330,9 @@ def test_image_files_that_cannot_be_read_are_named(data, trained, tmp_path, caps
     ):
         assert run("predict", trained, given, "--out", tmp_path / "out", "--device", "cpu") == 2
         assert_one_line(capsys, expected)
+
+
+def test_a_diverged_model_is_named_when_it_is_evaluated(trained, tmp_path, capsys):
+    broken = tampered(trained / "best.pt", tmp_path / "nan.pt", lambda s: s["model"]["class_embed.bias"].fill_(np.nan))
+    assert run("evaluate", broken, "--device", "cpu") == 2
+    assert_one_line(capsys, r"the predictions for image \d+ are not finite: the model has diverged; take an earlier")

@@ -181,7 +181,7 @@ def test_an_unknown_image_and_values_that_are_not_finite_are_refused(dataset):
     evaluator = CocoEvaluator(dataset)
     with pytest.raises(ValueError, match="image id 5 is not in the data set"):
         evaluator.update({5: entry})
-    with pytest.raises(ValueError, match=r"of image 1001 are not finite: the model has diverged"):
+    with pytest.raises(ValueError, match=r"for image 1001 are not finite: the model has diverged"):
         evaluator.update({1001: entry | {"boxes": torch.full((1, 4), torch.nan)}})
     with pytest.raises(ValueError, match="expected one length"):
         evaluator.update({1001: entry | {"scores": torch.ones(2)}})

@@ -110,10 +110,12 @@ def test_folders_that_hugging_face_writes_are_read(own_resnet, tmp_path):
         torch.testing.assert_close(model(images)["pred_logits"], peer(images).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_originals_checkpoint_with_a_pickled_command_line_loads(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as-torch-1.5-wrote-it"])
+def test_the_originals_checkpoint_with_a_pickled_command_line_loads(zipped, tmp_path):
     weights = random_weights()
     arguments = argparse.Namespace(nheads=4, dilation=False, dropout=0.0, aux_loss=True, lr=1e-4, output_dir="runs")
-    torch.save({"model": weights.state, "optimizer": {"state": {}}, "epoch": 3, "args": arguments}, tmp_path / "a.pth")
+    content = {"model": weights.state, "optimizer": {"state": {}}, "epoch": 3, "args": arguments}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     read = read_weights(tmp_path / "a.pth")
     assert_same_weights(read, weights)
     assert read.config == SMALL
@@ -130,12 +132,13 @@ def test_checkpoints_saved_from_distributed_training_load(tmp_path):
     assert_same_weights(read_weights(tmp_path / "a.pth"), weights)
 
 
-def test_loading_never_executes_code(tmp_path):
+@pytest.mark.parametrize("hide", [lambda payload: payload, lambda payload: argparse.Namespace(lr=payload)])
+def test_loading_never_executes_code(hide, tmp_path):
     class Payload:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    torch.save({"model": random_weights().state, "args": Payload()}, tmp_path / "evil.pth")
+    torch.save({"model": random_weights().state, "args": hide(Payload())}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match=r"evil\.pth: it contains .*, and loading never executes code"):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()

@@ -205,3 +205,33 @@ def test_post_processing_equals_hugging_faces():
         assert torch.equal(own_image["labels"], image["labels"])
         torch.testing.assert_close(own_image["scores"], image["scores"])
         torch.testing.assert_close(own_image["boxes"], image["boxes"])
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (5, 0, 12), (14, 2, 0)])  # none at all; as many as queries; more
+def test_losses_of_all_layers_and_class_error_equal_hugging_faces_for_any_number_of_objects(counts):
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss, HungarianMatcher
+
+    torch.manual_seed(sum(counts))
+    layers = [
+        {"logits": torch.randn(3, 12, CLASSES + 1), "pred_boxes": torch.rand(3, 12, 4) * 0.5 + 0.25} for _ in range(3)
+    ]
+    targets = [{"boxes": torch.rand(n, 4) * 0.4 + 0.3, "labels": torch.randint(CLASSES, (n,))} for n in counts]
+    labels = [{"boxes": t["boxes"], "class_labels": t["labels"]} for t in targets]
+    peer = transformers.DetrConfig(decoder_layers=3, auxiliary_loss=True, num_labels=CLASSES, backbone="resnet18")
+    logits, boxes = (torch.stack([layer[key] for layer in layers]) for key in ("logits", "pred_boxes"))
+    total, theirs, _ = ForObjectDetectionLoss(logits[-1], labels, torch.device("cpu"), boxes[-1], peer, logits, boxes)
+    pairs = HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2)(layers[-1], labels)
+    hits = [logits[-1, image, q].argmax(-1) == targets[image]["labels"][b] for image, (q, b) in enumerate(pairs)]
+    correct = torch.cat(hits).float()
+
+    criterion = build_criterion(ModelConfig(num_classes=CLASSES, decoder_layers=3))
+    own = [{"pred_logits": layer["logits"], "pred_boxes": layer["pred_boxes"]} for layer in layers]
+    losses = criterion({**own[-1], "aux_outputs": own[:-1]}, targets)
+    assert theirs.keys() == losses.keys() - {"class_error"}
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            losses[name], value.to(losses[name].dtype), **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    torch.testing.assert_close(criterion.weighted_sum(losses), total, **CLOSE)
+    # The original's class_error, which they leave out: 100 minus the accuracy, and 100 where nothing is matched.
+    assert losses["class_error"] == pytest.approx(100 - 100 * correct.sum().item() / max(1, len(correct)))
