@@ -163,7 +163,7 @@ def test_a_wide_and_a_tall_image_keep_no_more_for_backward_than_two_wide_ones():
 def test_a_diverged_model_ends_training_in_one_line_and_keeps_the_checkpoint(tmp_path):
     data = write_data(tmp_path / "data", {1: "a"})
     first = train(settings(data, tmp_path / "run"))
-    with pytest.raises(TrainingDiverged, match=r"the loss at step \d+ is not finite; .*lower --lr \(it was 1e\+30\)"):
+    with pytest.raises(TrainingDiverged, match=r"the loss .*steps? .* is not finite.*lower --lr \(it was 1e\+30\)"):
         train(settings(data, tmp_path / "other", epochs=9, lr=1e30, lr_backbone=1e30, clip_norm=1e30))
     assert first.run.checkpoint.exists()
     logits = torch.zeros(1, 6, 4)
