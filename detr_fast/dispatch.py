@@ -108,6 +108,7 @@ class TritonImplementation(Implementation):
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
     plain = True
     oldest_capability: ClassVar[int] = 80
+    capabilities: ClassVar[frozenset[int]] = frozenset({80, 86, 87, 89, 90, 100, 103, 120, 121})
     amd: ClassVar[frozenset[str]] = frozenset({"gfx90a", "gfx942", "gfx950"})
 
     def refusal(self, call: Call, by_name: bool) -> str | None:
@@ -125,8 +126,11 @@ class TritonImplementation(Implementation):
             return None
         if arch.startswith("gfx"):
             return f"{arch} is not among the AMD GPUs that the kernels are built for ({', '.join(sorted(self.amd))})"
-        if int(arch.removeprefix("sm_")) < self.oldest_capability:
+        capability = int(arch.removeprefix("sm_"))
+        if capability < self.oldest_capability:
             return f"{arch} is older than sm_{self.oldest_capability}"
+        if capability not in self.capabilities:  # the compiler would not fail: it would end the process
+            return f"{arch} is newer than this detr-fast: it knows {', '.join(f'sm_{c}' for c in sorted(self.capabilities))}"
         return None
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,16 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
-@pytest.fixture
-def gpu():
-    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def gpu():
+    return load(SCRIPT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -52,14 +59,93 @@ def test_the_summary_names_where_auto_is_slower_than_a_peer(gpu, tmp_path):
         for peer, median in (("auto", 2e-3), ("eager", 1e-3))
     ]
     (tmp_path / "benchmarks.json").write_text(json.dumps({"benchmarks": entries}))
-    assert (
-        gpu.slower_than_a_peer(tmp_path / "benchmarks.json")[-1]
-        == "| case | 2.00 | eager | eager 1.0000, auto 2.0000 |"
-    )
+    medians = gpu.medians_by_case(tmp_path / "benchmarks.json")
+    assert gpu.slower_than_a_peer(medians)[-1] == "| case | 2.00 | eager | eager 1.0000, auto 2.0000 |"
+    assert gpu.next_steps(["tests"], medians)[2:] == [
+        "1. mend tests: its output is in log.txt",
+        "2. case: auto takes 2.00 × eager (a wrong choice: an entry in detr_fast/ops/regimes.py)",
+    ]
 
 
-def test_every_part_of_the_real_run_names_files_that_exist(gpu, tmp_path):
-    for _, command, _ in gpu.sections(tmp_path):
+def test_every_part_names_files_that_exist_and_all_fit_in_nine_minutes(gpu, tmp_path):
+    parts = gpu.sections(tmp_path)
+    assert sum(limit for *_, limit in parts) <= 540
+    for _, command, _ in parts:
         for word in command:
-            if word in ("tests", "benchmarks"):
-                assert (SCRIPT.parents[1] / word).is_dir()
+            if word in ("tests", "benchmarks") or word.endswith(".py"):
+                assert (SCRIPT.parents[1] / word).exists()
+
+
+def test_a_tool_that_is_missing_is_a_skipped_part(gpu, tmp_path):
+    assert gpu.run([("memcheck", ["env", "A=1", "no-such-sanitizer", "--tool"], 5)], tmp_path, "a GPU") == 0
+    assert "- memcheck: skipped: there is no no-such-sanitizer here" in (tmp_path / "summary.md").read_text()
+
+
+def test_results_that_are_too_large_are_cut(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LARGEST_FILE", 100)
+    (tmp_path / "log.txt").write_bytes(b"a" * 100 + b"the end")
+    (tmp_path / "trace.json.gz").write_bytes(b"a" * 100)
+    gpu.drop_large_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    assert (tmp_path / "log.txt").read_bytes().endswith(b"the end")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """kernel_calls.py on meta tensors, with stubs where it asks for CUDA: all its code runs, and no kernel does."""
+    from detr_fast.kernels import launch
+
+    if launch.triton is None:
+        pytest.skip("needs triton")
+    module = load(SCRIPT.parent / "kernel_calls.py")
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    monkeypatch.setattr(module, "DEVICE", torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", done.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    module.done = done
+    return module
+
+
+def test_every_catalog_entry_takes_part_in_the_sanitizers_and_graphs_of_the_rehearsal(calls, capsys):
+    assert calls.main(["once"]) == 0
+    kernels = {one.variant.name for one in calls.CATALOG}
+    assert len(capsys.readouterr().out.splitlines()) == len(kernels)
+    assert calls.main(["graphs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len({one.example for one in calls.CATALOG})
+    assert all(line.endswith(": ok") for line in lines)
+    assert calls.done[:4] == ["error", "default", "replay", "replay"]
+
+
+def test_a_call_that_waits_for_the_host_fails_and_the_others_go_on(calls, capsys, monkeypatch):
+    def waiting(device):
+        def call():
+            if calls.done[-1:] == ["error"]:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return (torch.zeros(1),)
+
+        return call
+
+    broken = dataclasses.replace(calls.CATALOG[0], name="broken", example=waiting)
+    monkeypatch.setattr(calls, "CATALOG", (broken, calls.CATALOG[0]))
+    assert calls.main(["graphs"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "FAILED broken: RuntimeError: called a synchronizing CUDA operation",
+        f"{calls.CATALOG[1].name}: ok",
+    ]
+
+
+def test_the_profile_leaves_a_trace_and_a_picture(calls, tmp_path, capsys):
+    assert calls.main(["profile", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.svg", "trace.json.gz"]
+    spans = [("a<b>", 0.0, 2.0), ("c", 3.0, 4.0), ("c", 3.5, 5.0)]
+    assert calls.busy_time(spans) == (4.0, 5.0)
+    drawn = xml.etree.ElementTree.fromstring(calls.picture(spans))
+    assert [child.tag.split("}")[1] for child in drawn] == ["rect"] * 3 + ["text"] * 2
