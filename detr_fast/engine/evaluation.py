@@ -48,7 +48,7 @@ def evaluate_model(
     """
     training = model.training
     model.eval()
-    post_process = PostProcess()
+    post_process = PostProcess(focal=bool(getattr(model, "focal", False)))
     total_loss = torch.zeros((), device=device)
     done, total = 0, len(evaluator_images(loader))
     try:
@@ -91,7 +91,7 @@ def sample_pictures(
     """`count` images spread over the data set, each with what the model finds above `threshold` and what is there."""
     training = model.training
     model.eval()
-    post_process = PostProcess()
+    post_process = PostProcess(focal=bool(getattr(model, "focal", False)))
     pictures = []
     try:
         with torch.inference_mode():

@@ -87,7 +87,7 @@ def predict_images(
         raise PredictionError(f"the threshold is {threshold}, expected a score from 0 to 1")
     transform = eval_transforms(trained.config.transforms)
     device = next(trained.model.parameters()).device
-    post_process = PostProcess()
+    post_process = PostProcess(trained.model.focal)
     for start in range(0, len(paths), batch_size):
         part = paths[start : start + batch_size]
         pixels = [_read(path) for path in part]

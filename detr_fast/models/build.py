@@ -30,6 +30,7 @@ class ModelConfig:
             a few cells neighbours that hardly differ; 20 suits those (as in arXiv:2201.12329).
         aux_loss: every decoder layer is trained on its own predictions.
         packed: the encoder skips padding where the images' sizes are known on the host; see Detr.
+        focal: class scores are sigmoids, trained with focal loss, rather than a softmax with "no object".
         backbone_norm: of the ResNets: "frozen", with trained weights, or "batch", to train them from scratch.
         backbone_width, backbone_stride: of "conv": the first stage's channels, and pixels per feature (8, 16 or 32).
     """
@@ -49,6 +50,7 @@ class ModelConfig:
     position_temperature: float = 10_000.0
     aux_loss: bool = True
     packed: bool = False
+    focal: bool = False
     backbone_norm: str = "frozen"
     backbone_width: int = 32
     backbone_stride: int = 16
@@ -101,13 +103,19 @@ def build_model(config: ModelConfig, weights_backbone: str | Path | None = None)
         config.pre_norm,
     )
     joiner = Joiner(backbone, build_position_embedding(config.position, config.d_model, config.position_temperature))
-    return Detr(joiner, transformer, config.num_classes, config.num_queries, config.aux_loss, config.packed)
+    return Detr(
+        joiner, transformer, config.num_classes, config.num_queries, config.aux_loss, config.packed, config.focal
+    )
 
 
 def build_criterion(
-    config: ModelConfig, eos_coef: float = 0.1, focal: bool = False, class_weight: float = 1.0
+    config: ModelConfig, eos_coef: float = 0.1, focal: bool | None = None, class_weight: float = 1.0
 ) -> SetCriterion:
-    """The original's criterion and weights for this model; `class_weight` weighs the classification loss."""
+    """The original's criterion and weights for this model; `class_weight` weighs the classification loss.
+
+    focal: classify by focal loss; where None, as the model's configuration says.
+    """
+    focal = config.focal if focal is None else focal
     return SetCriterion(
         config.num_classes,
         HungarianMatcher(focal=focal),

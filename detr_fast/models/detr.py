@@ -5,6 +5,7 @@ Source: Carion et al., 2020, "End-to-End Object Detection with Transformers", ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -49,6 +50,8 @@ class Detr(nn.Module):
         packed: the encoder skips padding where the images' sizes are known on the host: in a list of images, or a
             NestedTensor made of one. A mask alone is on the device, and to read it would make the host wait: with
             that, and without padding, everything runs as if this were off.
+        focal: class scores are read as sigmoids (the last logit, "no object", has no part), and start at 0.01, so that
+            focal loss is not swamped by all that is no object (arXiv:1708.02002, section 4.1).
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Detr(nn.Module):
         num_queries: int,
         aux_loss: bool = True,
         packed: bool = False,
+        focal: bool = False,
     ) -> None:
         super().__init__()
         width = transformer.d_model
@@ -66,8 +70,11 @@ class Detr(nn.Module):
         self.num_queries = num_queries
         self.aux_loss = aux_loss
         self.packed = packed
+        self.focal = focal
         self.transformer = transformer
         self.class_embed = nn.Linear(width, num_classes + 1)
+        if focal:
+            nn.init.constant_(self.class_embed.bias, -math.log(99))
         self.bbox_embed = MLP((width, width, width, 4))
         self.query_embed = nn.Embedding(num_queries, width)
         self.input_proj = nn.Conv2d(backbone.num_channels, width, kernel_size=1)

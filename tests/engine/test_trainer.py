@@ -18,7 +18,7 @@ from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
 from detr_fast.engine.run_folder import RunFolder
 from detr_fast.engine.trainer import Reporter, resume, train
-from detr_fast.models import TargetError, Targets
+from detr_fast.models import PostProcess, TargetError, Targets
 
 Tiny = Callable[..., TrainConfig]
 
@@ -88,6 +88,18 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny: Tiny, 
 def test_a_resumed_run_can_be_made_longer(tiny: Tiny) -> None:
     first = train(tiny(epochs=1))
     assert resume(first.run.path, epochs=2).steps == 6
+
+
+def test_a_focal_run_is_evaluated_and_loaded_as_such(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    original = PostProcess.__init__
+    monkeypatch.setattr(PostProcess, "__init__", lambda self, focal=False: made.append(focal) or original(self, focal))
+    run = train(tiny(epochs=1, model=replace(tiny().model, focal=True))).run
+    assert set(made) == {True}
+    trained = load_trained_model(run.checkpoint)
+    assert trained.model.focal
+    losses = [record["loss_ce"] for record in run.read_metrics() if record["kind"] == "train"]
+    assert all(0 < loss < 100 for loss in losses)
 
 
 def test_signals_are_the_callers_again_after_training(tiny: Tiny) -> None:

@@ -240,6 +240,17 @@ def test_post_processing_gives_pixels_of_the_size_asked_for():
         PostProcess()({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([100, 200]))
 
 
+def test_a_focal_models_scores_are_sigmoids_and_start_low():
+    model = build_model(replace(CONV, focal=True)).eval()
+    outputs = model(torch.rand(1, 3, 64, 64))
+    (found,) = PostProcess(focal=True)(outputs, torch.tensor([[64, 64]]))
+    expected = outputs["pred_logits"][0, :, :-1].sigmoid().max(-1)
+    assert torch.equal(found["scores"], expected.values)
+    assert torch.equal(found["labels"], expected.indices)
+    assert build_criterion(replace(CONV, focal=True)).focal
+    assert 0.001 < found["scores"].mean() < 0.1
+
+
 def test_heads_keep_full_precision_under_autocast(model):
     images = torch.rand(2, 3, 64, 80)
     with torch.autocast("cpu", dtype=torch.bfloat16):
