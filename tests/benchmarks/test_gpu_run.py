@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -149,3 +150,39 @@ def test_the_profile_leaves_a_trace_and_a_picture(calls, tmp_path, capsys):
     assert calls.busy_time(spans) == (4.0, 5.0)
     drawn = xml.etree.ElementTree.fromstring(calls.picture(spans))
     assert [child.tag.split("}")[1] for child in drawn] == ["rect"] * 3 + ["text"] * 2
+
+
+def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsys):
+    """Every section starts as on the real machine; only what needs the driver is a stub, and nothing is timed."""
+    tools, out = tmp_path / "bin", tmp_path / "out"
+    tools.mkdir()
+    sanitizer = tools / "compute-sanitizer"  # takes the same arguments, and only runs what it should watch
+    sanitizer.write_text('#!/bin/sh\nwhile [ "$1" != "--tool" ]; do shift; done\nshift 2\nexec "$@"\n')
+    sanitizer.chmod(0o755)
+    real = gpu.sections
+    stub = str(Path(__file__).parent / "stub_cuda.py")
+
+    def without_driver(out):
+        for name, command, _ in real(out):
+            if "benchmarks/kernel_calls.py" in command:
+                place = command.index("benchmarks/kernel_calls.py")
+                yield name, [*command[:place], stub, *command[place:]], 120
+            elif "pytest" in command:  # collected and imported
+                yield name, [*command, "--collect-only"], 240
+            else:  # pip needs nothing that is not here, and would change this installation; the tuner measures
+                yield name, [sys.executable, "-c", f"print({command!r})"], 60
+
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpu, "sections", lambda out: list(without_driver(out)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stub GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out)])
+    assert gpu.main() == 0, (out / "log.txt").read_text()[-3000:]
+    summary = (out / "summary.md").read_text()
+    assert summary.startswith("# Stub GPU, torch ")
+    for name, *_ in real(out):
+        assert f"- {name}: ok" in summary
+    written = list(out.iterdir())
+    assert len(written) <= 8
+    assert {path.name for path in written} >= {"summary.md", "log.txt", "profile.svg", "trace.json.gz"}
+    assert len(summary.splitlines()) <= 60
