@@ -160,7 +160,7 @@ class Trainer:
             )
         if dataset.max_boxes == 0:
             raise ConfigError(
-                f"none of the {len(dataset)} training images of {config.data} has a box: nothing to learn"
+                f"none of the {len(dataset)} training images of {config.data} has a box: nothing to learn; run 'detr-fast doctor {config.data}'"
             )
         self.names, self.category_ids = dataset.names, dataset.category_ids
         area = config.transforms.max_area  # a batch of a wide and a tall image takes no more memory than any other
