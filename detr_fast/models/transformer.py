@@ -13,6 +13,8 @@ from torch import Tensor
 
 from detr_fast import nn
 from detr_fast.models.packing import Packing
+from detr_fast.nn.fusion import attend_add_norm, feed_forward_add_norm
+from detr_fast.ops.dropout import shared_seed
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -53,8 +55,16 @@ class TransformerEncoderLayer(nn.Module):
                 return packing.attend(self.self_attn, query, query, x)
             return self.self_attn(query, query, x, key_padding_mask=key_padding_mask, need_weights=False)[0]
 
-        source = _residual(source, attend, self.dropout1, self.norm1, self.pre_norm)
-        return _residual(source, self._feed_forward, self.dropout2, self.norm2, self.pre_norm)
+        if self.pre_norm or packing is not None:
+            source = _residual(source, attend, self.dropout1, self.norm1, self.pre_norm)
+        else:
+            query = source + position
+            parts = (self.self_attn, self.dropout1, self.norm1)
+            source = attend_add_norm(*parts, source, query, query, source, key_padding_mask=key_padding_mask)
+        if self.pre_norm:
+            return _residual(source, self._feed_forward, self.dropout2, self.norm2, self.pre_norm)
+        hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
+        return feed_forward_add_norm(source, *hidden, self.dropout2, self.norm2)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
@@ -112,9 +122,21 @@ class TransformerDecoderLayer(nn.Module):
                 x + query_position, memory_key, memory, key_padding_mask=key_padding_mask, need_weights=False
             )[0]
 
-        target = _residual(target, attend_to_queries, self.dropout1, self.norm1, self.pre_norm)
-        target = _residual(target, attend_to_memory, self.dropout2, self.norm2, self.pre_norm)
-        return _residual(target, self._feed_forward, self.dropout3, self.norm3, self.pre_norm)
+        if self.pre_norm:
+            target = _residual(target, attend_to_queries, self.dropout1, self.norm1, self.pre_norm)
+        else:
+            query = target + query_position
+            target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, query, query, target)
+        if self.pre_norm or packing is not None:
+            target = _residual(target, attend_to_memory, self.dropout2, self.norm2, self.pre_norm)
+        else:
+            inputs = (target, target + query_position, memory_key, memory)
+            parts = (self.multihead_attn, self.dropout2, self.norm2)
+            target = attend_add_norm(*parts, *inputs, key_padding_mask=key_padding_mask)
+        if self.pre_norm:
+            return _residual(target, self._feed_forward, self.dropout3, self.norm3, self.pre_norm)
+        hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
+        return feed_forward_add_norm(target, *hidden, self.dropout3, self.norm3)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
@@ -240,5 +262,6 @@ class Transformer(nn.Module):
         """
         if packing is not None:
             source, position, key_padding_mask = packing.pack(source), packing.pack(position), None
-        memory = self.encoder(source, position, key_padding_mask, packing)
-        return self.decoder(memory, position, query_position, key_padding_mask, all_layers, packing)
+        with shared_seed():
+            memory = self.encoder(source, position, key_padding_mask, packing)
+            return self.decoder(memory, position, query_position, key_padding_mask, all_layers, packing)

@@ -80,6 +80,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         return self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights=False) is not None
 
+    def heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor | None:
+        """What the output projection would get, (..., C) as the query, or None where the original's forward is to run."""
+        plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights=False)
+        return None if plan is None else self._attend_heads(plan, query, key, value, False, False)[0]
+
     def _plan(
         self,
         query: Tensor,
@@ -115,6 +128,12 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _attend(
         self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
     ) -> Output:
+        heads, weights = self._attend_heads(plan, query, key, value, need_weights, average_attn_weights)
+        return F.linear(heads, self.out_proj.weight, self.out_proj.bias), weights
+
+    def _attend_heads(
+        self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
+    ) -> Output:
         q, k, v = (self._heads(t, query.ndim) for t in self._project(query, key, value))
         k, v = self._with_extra_keys(k, v)
         weights = None
@@ -136,7 +155,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
         elif not self.batch_first:
             y = y.transpose(0, 1)
-        return F.linear(y.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
+        return y.flatten(-2), weights
 
     def _computed_dtype(self, query: Tensor) -> torch.dtype:
         """The projections' dtype."""

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from detr_fast import dispatch
+from detr_fast.nn.fusion import attend_add_norm, feed_forward_add_norm
 from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
 from detr_fast.nn.replacements import converts_children, replaces
 from detr_fast.nn.tracing import keeps_whole
+from detr_fast.ops.dropout import shared_seed
 
 
 @replaces(nn.TransformerEncoderLayer)
@@ -32,10 +34,20 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """As torch.nn.TransformerEncoderLayer's."""
         if not self.runs_parts(src, src_mask, src_key_padding_mask, is_causal):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if self.norm_first or _overrides(self, "_sa_block", "_ff_block"):
+            return self._parts(src, src_mask, src_key_padding_mask, is_causal)
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        with shared_seed():
+            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, src, src, src, **masks)
+            return feed_forward_add_norm(
+                x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2
+            )
+
+    def _parts(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
         if self.norm_first:
-            x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
+            x = src + self._sa_block(self.norm1(src), mask, padding, is_causal)
             return x + self._ff_block(self.norm2(x))
-        x = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal))
+        x = self.norm1(src + self._sa_block(src, mask, padding, is_causal))
         return self.norm2(x + self._ff_block(x))
 
     def runs_parts(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> bool:
@@ -85,6 +97,36 @@ class TransformerEncoder(nn.TransformerEncoder):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` with our attention and norms inside."""
 
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch.nn.TransformerDecoderLayer's."""
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        if (
+            not (dispatch.intervening or tgt.is_cuda)
+            or self.norm_first
+            or tgt.is_nested
+            or not all(m is None or is_mask(m) for m in masks)
+            or _overrides(self, "_sa_block", "_mha_block", "_ff_block")
+        ):
+            return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+        own = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
+        cross = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        with shared_seed():
+            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, tgt, tgt, tgt, **own)
+            x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, x, memory, memory, **cross)
+            return feed_forward_add_norm(
+                x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout3, self.norm3
+            )
+
 
 @replaces(nn.TransformerDecoder)
 @keeps_whole
@@ -121,6 +163,13 @@ class TransformerDecoder(nn.TransformerDecoder):
 @converts_children
 class Transformer(nn.Transformer):
     """`torch.nn.Transformer` over our encoder and decoder."""
+
+
+def _overrides(layer: nn.Module, *blocks: str) -> bool:
+    """Whether a user's subclass brings blocks of its own, which must run."""
+    originals = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    original = next(one for one in originals if isinstance(layer, one))
+    return any(getattr(type(layer), name) is not getattr(original, name) for name in blocks)
 
 
 def _affordable_hint(mask: Tensor | None, is_causal: bool | None) -> bool | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -180,6 +180,7 @@ class TritonFeedForward(TritonProduct):
     """Two products with everything between and behind them fused in; keeps the hidden activation for backward."""
 
     op = "feed_forward"
+    keeps_hidden: ClassVar[bool] = True
 
     def rehearse(self, call: FeedForwardCall) -> None:
         _, _, b1, _, b2, norm_weight, norm_bias = call.dtypes
@@ -195,10 +196,12 @@ class TritonFeedForward(TritonProduct):
         # Which of the two dropouts acts is not told apart: where one does, the other's form is compiled as well.
         for seed in (None, *[meta(torch.int64, 1)] * call.dropout):
             p = 0.0 if seed is None else 0.5
-            settings = (seed, call.activation, 0, p, p, 1e-5, out, grad)
+            settings = (seed, call.activation, 0, p, p, 1e-5, out, grad, self.keeps_hidden)
             y, saved, xhat, rstd = _run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)  # type: ignore[call-arg]
             if not grad:
                 continue
+            if not self.keeps_hidden:
+                saved = _run_hidden(x, w1, biases[0], seed, call.activation, 0, p)
             dz = y
             if call.norm:
                 dz = residual_norm_backward(y, xhat, rstd, norm[0], seed, 0, p, call.dtype, dtype)[1]
@@ -230,8 +233,18 @@ class TritonFeedForward(TritonProduct):
         cast, *parameters = autocast(x, w1, b1, w2, b2)
         residual = x if norm_weight is not None and cast is not x else None
         norm = (norm_weight, norm_bias, residual)
-        settings = (activation, offset, dropout_p, output_dropout_p, eps, out, keep)
+        settings = (activation, offset, dropout_p, output_dropout_p, eps, out, keep, self.keeps_hidden)
         return _forward(cast, *parameters, *norm, seed, *settings)[0]
+
+
+class TritonRecomputingFeedForward(TritonFeedForward):
+    """Keeps nothing of the hidden activation, a block's largest: the backward computes it once more."""
+
+    name = "triton_recompute"
+    keeps_hidden = False
+
+    def advice(self, call: FeedForwardCall) -> str | None:
+        return "it trades a product's time for memory: ask for it by name"
 
 
 class EagerFeedForward(Implementation):
@@ -245,7 +258,7 @@ FEED_FORWARD = Op(
     "feed_forward",
     signature=_signature,
     describe=_describe,
-    implementations=(TritonFeedForward(), EagerFeedForward()),
+    implementations=(TritonFeedForward(), TritonRecomputingFeedForward(), EagerFeedForward()),
 )
 
 
@@ -270,11 +283,13 @@ def _run_forward(
     eps: float,
     out_dtype: torch.dtype,
     keep: bool,
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dropout = dropout_of(p, seed, offset) if p > 0.0 else None
-    keep_pre = keep and activation != "relu"
+    keep_hidden &= keep
+    keep_pre = keep_hidden and activation != "relu"
     h, pre = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
-    saved = pre if pre is not None else h if keep else h.new_empty(0)
+    saved = pre if pre is not None else h if keep_hidden else h.new_empty(0)
     if norm_weight is None:
         y, _ = kernels.linear_forward(h, w2, b2)
         return y, saved, y.new_empty(0), y.new_empty(0)
@@ -289,13 +304,27 @@ def _run_forward(
 def _fake_forward(
     x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, norm_weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, out_dtype, keep = rest
+    *_, out_dtype, keep, keep_hidden = rest
     dtype = x.dtype if norm_weight is None else out_dtype
     y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
-    saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep else 0)
+    saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
     if norm_weight is None or not keep:
         return y, saved, y.new_empty(0), y.new_empty(0)
     return y, saved, torch.empty_like(y), y.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _run_hidden(
+    x: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, activation: str, offset: int, p: float
+) -> Tensor:
+    """What the forward would have kept: the hidden activation for ReLU, what it was applied to for the others."""
+    if activation != "relu":
+        return kernels.linear_forward(x, w1, b1)[0]
+    dropout = dropout_of(p, seed, offset) if p > 0.0 else None
+    return kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout)[0]
+
+
+def _fake_hidden(x: Tensor, w1: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w1.shape[0]))
 
 
 def _run_hidden_backward(
@@ -327,12 +356,12 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         if dy is None:
-            return (None,) * 16
+            return (None,) * 17
         *inputs, seed, saved, xhat, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 8)
-        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, dy, wanted), *(None,) * 8)
+            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 9)
+        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, dy, wanted), *(None,) * 9)
 
 
 def _gradients(
@@ -345,7 +374,7 @@ def _gradients(
     dy: Tensor,
     wanted: Any,
 ) -> tuple[Tensor | None, ...]:
-    x, w1, _b1, w2, b2, norm_weight, norm_bias, residual = inputs
+    x, w1, b1, w2, b2, norm_weight, norm_bias, residual = inputs
     activation, offset, p, output_p, _ = settings
     ds, sums = None, None
     if norm_weight is None:
@@ -356,6 +385,8 @@ def _gradients(
         dropped = seed if output_p > 0.0 else None
         ds, dz, sums = residual_norm_backward(dy, xhat, rstd, norm_weight, dropped, offset, output_p, dtype, x.dtype)
         dz, db2 = flat(dz), sums[2].to(b2.dtype) if wanted[4] else None
+    if saved.numel() == 0:
+        saved = _hidden(x, w1, b1, seed, activation, offset, p)
     dpre, h, db1 = _hidden_backward(dz, w2, flat(saved), seed, activation, offset, p, wanted[2])
     h = flat(saved) if activation == "relu" else h
     dx = None
@@ -411,6 +442,11 @@ def _autograd_forward(*arguments: Any) -> Any:
         return _forward(*arguments)
 
 
+def _autograd_hidden(*arguments: Any) -> Any:
+    with below_autograd():
+        return _hidden(*arguments)
+
+
 def _autograd_hidden_backward(*arguments: Any) -> Any:
     with below_autograd():
         return _hidden_backward(*arguments)
@@ -419,10 +455,16 @@ def _autograd_hidden_backward(*arguments: Any) -> Any:
 _forward = define(
     "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool keep, bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
+)
+_hidden = define(
+    "feed_forward_hidden(Tensor x, Tensor w1, Tensor? b1, Tensor? seed, str activation, int offset, float p) -> Tensor",
+    run=_run_hidden,
+    fake=_fake_hidden,
+    autograd=_autograd_hidden,
 )
 _hidden_backward = define(
     "feed_forward_hidden_backward(Tensor dz, Tensor w2, Tensor saved, Tensor? seed, str activation, int offset, float p, "

@@ -161,8 +161,12 @@ def test_a_subclass_may_replace_one_part():
 @pytest.mark.parametrize("training", [True, False])
 def test_explain_has_one_record_for_each_attention_and_each_norm(training):
     model = nn.Transformer(8, 2, 2, 1, 12, 0.0, batch_first=True).train(training)
-    with explaining(model) as records:
+    with explaining(model) as every:
         model(tokens(True).float(), tokens(True).float(), src_key_padding_mask=PADDING)
+    blocks = [r for r in every if r.op in ("feed_forward", "linear_add_layer_norm")]  # fused or not, and why
+    assert {r.module for r in blocks} == {"encoder.layers.0", "encoder.layers.1", "decoder.layers.0"}
+    assert all(r.chosen == "eager" for r in blocks)
+    records = [r for r in every if r not in blocks]
     encoder = [f"encoder.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "norm1", "norm2")]
     decoder = [f"decoder.layers.0.{part}" for part in ("self_attn", "norm1", "multihead_attn", "norm2", "norm3")]
     assert [r.module for r in records] == [*encoder, "encoder.norm", *decoder, "decoder.norm"]

@@ -11,7 +11,7 @@ from detr_fast.ops.feed_forward import ACTIVATIONS, FEED_FORWARD
 from detr_fast.testing import assert_as_accurate_as_eager, count
 
 interpreter = pytest.mark.interpreter
-IMPLEMENTATIONS = ["triton"]
+IMPLEMENTATIONS = ["triton", "triton_recompute"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -98,9 +98,11 @@ def test_opcheck_accepts_the_ops():
     seed = torch.tensor([3])
     for norm, activation in ((True, "silu"), (False, "relu")):
         inputs = [*tensors(norm=norm, grad=True), *[None] * (0 if norm else 2), None, seed]
-        arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, True)
+        arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, True, norm)
         torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, arguments)
         backward = (torch.randn(10, 16), torch.randn(16, 40), torch.randn(10, 40), seed, activation, 1, 0.25, True)
+        again = (torch.randn(10, 16), torch.randn(40, 16), None, seed, activation, 1, 0.25)
+        torch.library.opcheck(torch.ops.detr_fast.feed_forward_hidden.default, again)
         torch.library.opcheck(torch.ops.detr_fast.feed_forward_hidden_backward.default, backward)
 
 

@@ -1,0 +1,108 @@
+"""Blocks of a post-norm layer in few launches: attention's output projection and the feed-forward block, each with its
+dropout, residual and LayerNorm.
+
+Fusing is legal only while each part is exactly the class that is expected, without hooks or an instance's own forward;
+otherwise, and where the dispatcher does not choose a fused kernel, the parts run one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from detr_fast import dispatch
+from detr_fast.dispatch import BackendError, Implementation, Op, TritonImplementation
+from detr_fast.nn.multihead_attention import MultiheadAttention
+from detr_fast.nn.normalization import LayerNorm
+from detr_fast.ops.feed_forward import FEED_FORWARD
+from detr_fast.ops.layer_norm import LAYER_NORM
+from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
+
+_CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.Dropout, LayerNorm, nn.LayerNorm, MultiheadAttention}
+
+
+def attend_add_norm(
+    attention: Any, dropout: Any, norm: Any, residual: Tensor, query: Tensor, key: Tensor, value: Tensor, **masks: Any
+) -> Tensor:
+    """norm(residual + dropout(attention(query, key, value))), batch first or not as the attention is."""
+    if _may_fuse(query, attention, dropout, norm) and _plain(attention.out_proj):
+        projection = attention.out_proj
+        parameters = (
+            projection.weight,
+            projection.bias,
+            residual,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            _probability(dropout),
+        )
+        # What attention gives looks like the query; the choice is made before anything is computed.
+        fused = _chosen(LINEAR_ADD_LAYER_NORM, query, *parameters)
+        heads = None if fused is None else attention.heads(query, key, value, **masks)
+        if fused is not None and heads is not None:
+            return fused.run(heads, *parameters)
+    return norm(residual + dropout(attention(query, key, value, need_weights=False, **masks)[0]))
+
+
+def feed_forward_add_norm(
+    x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any, output_dropout: Any, norm: Any
+) -> Tensor:
+    """norm(x + output_dropout(linear2(dropout(activation(linear1(x))))))."""
+    name = activation_name(activation)
+    if name is not None and _may_fuse(x, linear1, dropout, linear2, output_dropout, norm):
+        weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias, norm.weight, norm.bias)
+        arguments = (x, *weights, norm.eps, name, _probability(dropout), _probability(output_dropout))
+        fused = _chosen(FEED_FORWARD, *arguments)
+        if fused is not None:
+            return fused.run(*arguments)
+    return norm(x + output_dropout(linear2(dropout(activation(linear1(x))))))
+
+
+def activation_name(activation: Callable[..., Any]) -> str | None:
+    """Our name for torch's activation, a function or a module; None for one that we do not know."""
+    if isinstance(activation, nn.Module) and not _bare(activation):
+        return None
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", nn.ReLU: "relu", nn.SiLU: "silu"}.get(
+        type(activation) if isinstance(activation, nn.Module) else activation  # type: ignore[call-overload]
+    )
+
+
+def _may_fuse(x: Tensor, *parts: Any) -> bool:
+    """Whether the parts may be taken apart for a kernel, which a tensor on a CPU leaves at once."""
+    if not (dispatch.intervening or x.is_cuda) or x.is_nested:
+        return False
+    # Who asks for another norm by name gets that one.
+    return LAYER_NORM.requested() in (None, "triton") and parts[-1].weight is not None and all(map(_plain, parts))
+
+
+def _plain(part: Any) -> bool:
+    return type(part) in _CLASSES and _bare(part)
+
+
+def _bare(part: Any) -> bool:
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return not any(hooks) and "forward" not in part.__dict__
+
+
+def _probability(dropout: nn.Dropout) -> float:
+    return float(dropout.p) if dropout.training else 0.0
+
+
+def _chosen(op: Op, *arguments: Any) -> Implementation | None:
+    """The kernel chosen for the fused block, or None where its parts are to run one by one.
+
+    Asking for all ops by name asks for the parts' kernels where the block has none; asking for this op insists on it.
+    """
+    try:
+        implementation = op.choose(*arguments)
+    except BackendError:
+        if op.name in dispatch._requested:
+            raise
+        return None
+    return implementation if isinstance(implementation, TritonImplementation) else None

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn as torch_nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import nn, use_backend
+from detr_fast.dispatch import BackendError
+from detr_fast.models.transformer import Transformer
+from detr_fast.nn.fusion import activation_name
+from detr_fast.testing import count
+
+FUSED = {"feed_forward": "triton", "linear_add_layer_norm": "triton", "attention": "sdpa"}
+interpreter = pytest.mark.interpreter
+PADDING = torch.tensor([[False] * 4, [False, False, True, True]])
+
+
+def pair(name, **options):
+    """One of our layers and torch.nn's with the same parameters."""
+    settings = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "dropout": 0.0, "batch_first": True, **options}
+    ours, original = getattr(nn, name)(**settings), getattr(torch_nn, name)(**settings)
+    ours.load_state_dict(original.state_dict())
+    return ours, original
+
+
+def gradients(module, inputs, backend=None, **masks):
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    if backend is None:
+        y = module(*leaves, **masks)
+    else:
+        with use_backend(**backend):
+            y = module(*leaves, **masks)
+    torch.manual_seed(5)
+    return y, torch.autograd.grad(y, [*leaves, *module.parameters()], torch.randn_like(y))
+
+
+@interpreter
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": False, "activation": "gelu"}, {"bias": False}, {"norm_first": True}], ids=str
+)
+def test_fused_layers_are_torch_nns(name, options):
+    ours, original = pair(name, **options)
+    shape = (2, 4, 16) if ours.self_attn.batch_first else (4, 2, 16)
+    inputs = [torch.randn(shape) for _ in range(1 if "Encoder" in name else 2)]
+    masks = {"src_key_padding_mask" if "Encoder" in name else "memory_key_padding_mask": PADDING}
+    y, found = gradients(ours, inputs, FUSED, **masks)
+    expected, right = gradients(original, inputs, **masks)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@interpreter
+def test_fused_detr_is_the_same_detr():
+    torch.manual_seed(2)
+    model = Transformer(16, 2, 1, 2, 24, dropout=0.0)
+    inputs = [torch.randn(2, 4, 16), torch.randn(1, 4, 16), torch.randn(3, 16)]
+    y, found = gradients(model, inputs, FUSED, key_padding_mask=PADDING)
+    expected, right = gradients(model, inputs, key_padding_mask=PADDING)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def kernels(layer, *inputs):
+    counts = count(layer, *inputs)
+    return {name for name in counts.launches if not name.startswith("aten")}
+
+
+def spoil_hook(layer):
+    layer.linear1.register_forward_hook(lambda *_: None)
+
+
+def spoil_class(layer):
+    layer.linear1.__class__ = type("LoRA", (torch_nn.Linear,), {})
+
+
+def spoil_parametrisation(layer):
+    torch_nn.utils.parametrizations.weight_norm(layer.linear1)
+
+
+def spoil_forward(layer):
+    layer.linear1.forward = layer.linear1.forward
+
+
+def spoil_activation(layer):
+    layer.activation = torch.tanh
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_hook, spoil_class, spoil_parametrisation, spoil_forward, spoil_activation], ids=lambda f: f.__name__
+)
+def test_a_part_that_is_not_the_expected_class_is_called_itself(spoil):
+    layer, x = pair("TransformerEncoderLayer")[0].to("meta"), torch.randn(2, 4, 16, device="meta")
+    with use_backend(**FUSED):
+        assert kernels(layer, x) == {"linear_kernel", "linear_norm_kernel"}
+        spoil(layer)
+        assert kernels(layer, x) == {"linear_norm_kernel"}
+
+
+def test_asking_for_all_kernels_leaves_parts_alone_that_no_tile_holds():
+    layer = pair("TransformerEncoderLayer", d_model=512)[0].to("meta")
+    x = torch.randn(2, 4, 512, device="meta")
+    with use_backend("triton"):
+        layer(x)
+    with use_backend(feed_forward="triton"), pytest.raises(BackendError, match="512 columns"):
+        layer(x)
+
+
+def test_who_asks_for_another_norm_by_name_gets_it():
+    layer, x = pair("TransformerEncoderLayer")[0].to("meta"), torch.randn(2, 4, 16, device="meta")
+    with use_backend(**FUSED, layer_norm="eager"):
+        assert kernels(layer, x) == set()
+
+
+def test_unmeasured_gpus_run_the_parts():
+    with FakeTensorMode():
+        layer = nn.TransformerEncoderLayer(16, 2, 24, device="cuda")
+        assert kernels(layer, torch.randn(2, 4, 16, device="cuda")) == set()
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (torch.nn.functional.relu, "relu"),
+        (torch_nn.GELU("tanh"), "gelu_tanh"),
+        (torch_nn.GELU(), "gelu"),
+        (torch_nn.SiLU(), "silu"),
+        (torch_nn.ReLU(), "relu"),
+        (torch_nn.Tanh(), None),
+        (torch.sin, None),
+    ],
+)
+def test_activations_are_known_by_function_or_module(activation, name):
+    assert activation_name(activation) == name
+
+
+def step(layer, inputs, backend):
+    """Launches of forward and of backward, without the draw of the step's seed, and bytes kept for backward."""
+    with use_backend(**backend):
+        forward = count(layer, *inputs)
+        for leaf in (*inputs, *layer.parameters()):
+            leaf.grad = None  # an accumulation into what is there would count
+        both = count(lambda *a: layer(*a).backward(torch.empty_like(a[0])), *inputs)
+    seeds = sum(n for name, n in forward.launches.items() if "randint" in name)
+    ahead = forward.total_launches - seeds
+    return ahead, both.total_launches - forward.total_launches, forward.saved_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"), [("TransformerEncoderLayer", 5, 18), ("TransformerDecoderLayer", 9, 38)]
+)
+def test_a_fused_layer_takes_few_launches_and_keeps_little(name, forward, backward):
+    options = {"d_model": 256, "nhead": 8, "dim_feedforward": 2048, "dropout": 0.1, "batch_first": True}
+    ours, original = (getattr(source, name)(**options, device="meta") for source in (nn, torch_nn))
+    inputs = [torch.randn(2, 500, 256, device="meta", requires_grad=True) for _ in range(1 if "Encoder" in name else 2)]
+    backend = {"feed_forward": "triton", "linear_add_layer_norm": "triton", "attention": "triton"}
+    eager, fused = step(original, inputs, {}), step(ours, inputs, backend)
+    recomputing = step(ours, inputs, backend | {"feed_forward": "triton_recompute"})
+    assert fused[:2] == (forward, backward)
+    assert recomputing[:2] == (forward, backward + 1)
+    assert forward + backward < 0.55 * sum(eager[:2])
+    assert fused[2] <= 0.60 * eager[2]
+    assert recomputing[2] <= 0.40 * eager[2]
