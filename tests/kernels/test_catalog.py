@@ -71,6 +71,17 @@ def test_layer_norm_at_256_columns_is_bound_by_memory(target, dtype, kernel, mos
 
 
 @offline_only
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["linear_forward_k256_relu_bf16", "linear_norm_forward_c256_bf16"])
+def test_products_are_bound_by_the_tensor_cores(target, name):
+    one = entry(name)
+    binary, _, _ = compile_variant(one.variant, target)
+    loop = analyse(binary, int(target.removeprefix("sm_")), one.elements / one.variant.num_warps)
+    assert loop.bound == "tensor"
+    assert loop.cycles["issue"] <= 0.6 * loop.cycles["tensor"]
+
+
+@offline_only
 def test_a_failing_compilation_names_kernel_target_and_remedy(monkeypatch):
     one = entry("layer_norm_forward_c256_bf16")
     broken = dataclasses.replace(one.variant, constants={**one.variant.constants, "BLOCK_C": 100})
