@@ -80,7 +80,11 @@ def analyse(cubin: bytes, arch: int, elements_per_warp: float) -> Analysis:
     """Analyse the inner loop of a cubin for sm_`arch`, of which one warp's iteration covers `elements_per_warp`."""
     if arch not in RATES:
         raise ValueError(f"no pipe rates for sm_{arch}: choose one of {', '.join(f'sm_{a}' for a in RATES)}")
-    loop = inner_loop(disassemble(cubin))
+    return analyse_loop(inner_loop(disassemble(cubin)), arch, elements_per_warp)
+
+
+def analyse_loop(loop: Sequence[Instruction], arch: int, elements_per_warp: float) -> Analysis:
+    """Analyse one loop of a kernel for sm_`arch`."""
     cycles: defaultdict[str, float] = defaultdict(float, issue=32.0 * len(loop))
     for instruction in loop:
         pipe, amount = _cost(instruction.opcode)
@@ -121,16 +125,26 @@ def parse_sass(text: str) -> list[Instruction]:
 
 def inner_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
     """The longest loop that contains no other loop; without loops, all up to the last EXIT."""
-    last_exit = max((i for i, one in enumerate(instructions) if one.opcode == "EXIT"), default=len(instructions) - 1)
-    body = list(instructions[: last_exit + 1])
+    loops = innermost_loops(instructions)
+    return max(loops, key=lambda loop: loop[-1].address - loop[0].address) if loops else _body(instructions)
+
+
+def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
+    """All loops that contain no other loop, in the order of their addresses."""
+    body = _body(instructions)
     loops = [
         (one.target, one.address) for one in body if one.opcode == "BRA" and (one.target or 1 << 62) <= one.address
     ]
     innermost = [loop for loop in loops if not any(_inside(other, loop) for other in loops)]
-    if not innermost:
-        return body
-    first, last = max(innermost, key=lambda loop: loop[1] - (loop[0] or 0))
-    return [one for one in body if (first or 0) <= one.address <= last]
+    return [
+        [one for one in body if (first or 0) <= one.address <= last]
+        for first, last in sorted(innermost, key=lambda loop: loop[1])
+    ]
+
+
+def _body(instructions: Sequence[Instruction]) -> list[Instruction]:
+    last_exit = max((i for i, one in enumerate(instructions) if one.opcode == "EXIT"), default=len(instructions) - 1)
+    return list(instructions[: last_exit + 1])
 
 
 def nvidia_tool(name: str, *arguments: str) -> str:

@@ -23,6 +23,7 @@ class Budget:
     amd_registers: int
     amd_shared: int
     spills: int = 0
+    amd_spills: int = 0
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def over_budget(one: Entry, compiled: Compiled) -> list[str]:
     budget, used = one.budget, compiled.resources
     limits = (
         ("registers a thread", used.registers, budget.amd_registers if amd else budget.registers),
-        ("bytes spilled a thread", used.spills, budget.spills),
+        ("bytes spilled a thread", used.spills, budget.amd_spills if amd else budget.spills),
         ("bytes of shared memory", used.shared_memory, budget.amd_shared if amd else budget.shared),
     )
     return [

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+from detr_fast.kernels import analysis
+from detr_fast.kernels.catalog import entry
+from detr_fast.kernels.offline import compile_variant
+
+
+# Cycles per score element in 16 bits at a head dimension of 32: (blocks without a mask, blocks with one), reached.
+@pytest.mark.offline
+@pytest.mark.parametrize(
+    ("target", "kernel", "most"),
+    [
+        ("sm_80", "forward", (0.067, 0.131)),
+        ("sm_90", "forward", (0.067, 0.085)),
+        ("sm_80", "queries", (0.094, 0.153)),
+        ("sm_90", "queries", (0.068, 0.091)),
+        ("sm_80", "keys", (0.126,)),
+        ("sm_90", "keys", (0.082,)),
+    ],
+)
+def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, kernel, most):
+    one = entry(f"attention_{kernel}_hd32_bf16_padding")
+    binary, _, _ = compile_variant(one.variant, target)
+    code = analysis.disassemble(binary)
+    loops = analysis.innermost_loops(code)[-len(most) :]  # before them, where there is one: the search for padding
+    assert len(loops) == len(most)
+    for loop, cycles in zip(loops, most):
+        found = analysis.analyse_loop(loop, int(target[3:]), one.elements / one.variant.num_warps)
+        assert found.cycles["tensor"] > 0.03
+        assert found.cycles_per_element <= cycles
