@@ -72,9 +72,10 @@ def test_attention_forward_and_backward(benchmark, shape, case, peer):
     batch, queries, keys, heads, dim = shape
     padded, dropout_p = CASES[case]
     benchmark.group = f"attention {shape} {case} bf16, forward and backward"
-    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
-    q, k, v = (torch.randn(batch, n, heads, dim, **options) for n in (queries, keys, keys))
-    dout = torch.randn(batch, queries, heads, dim, device="cuda", dtype=torch.bfloat16)
+    lengths = (queries, keys, keys, queries)
+    q, k, v, dout = (torch.randn(batch, n, heads, dim, device="cuda", dtype=torch.bfloat16) for n in lengths)
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
     padding = None
     if padded:
         padding = (
@@ -92,8 +93,8 @@ def test_attention_forward_and_backward(benchmark, shape, case, peer):
     try:
         found = step(0.0)
         step()
-    except RuntimeError as error:
-        pytest.skip(f"{peer} does not take this call: {str(error).splitlines()[0][:80]}")
+    except RuntimeError as refusal:
+        pytest.skip(f"{peer} does not take this call: {str(refusal).splitlines()[0][:80]}")
     for ours, right in zip(found, (expected, *torch.autograd.grad(expected, (q, k, v), dout))):
         error = (ours - right).float().norm() / right.float().norm()
         assert error < 2e-2, f"{peer} is wrong (relative error {error:.2e}): not timed"
