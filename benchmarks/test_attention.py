@@ -5,6 +5,8 @@ python -m pytest benchmarks/test_attention.py          # needs a GPU
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,15 +48,13 @@ def flex(q, k, v, padding, dropout_p):
 
     if dropout_p:
         raise RuntimeError("flex attention has no dropout")
-    global _flex
-    _flex = _flex or torch.compile(flex_attention)
     mask = None
     if padding is not None:
         mask = create_block_mask(lambda b, h, i, j: ~padding[b, j], q.shape[0], None, q.shape[1], k.shape[1], "cuda")
-    return _flex(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
+    return _compiled(flex_attention)(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
-_flex = None
+_compiled = functools.cache(torch.compile)
 PEERS = {
     "triton": named("triton"),
     "auto": named("auto"),

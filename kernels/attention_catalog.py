@@ -45,7 +45,7 @@ def catalog_entries() -> Iterator[Entry]:
             )
         if form.mask == bf16:
             variant = mask_variant(form, False, False)
-            yield Entry("attention", f"attention_mask_{name}", variant, 32 * 32, budget, example)
+            yield Entry("attention", f"attention_mask_{name}", variant, 32 * 16, budget, example)
 
 
 def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:

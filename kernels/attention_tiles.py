@@ -72,7 +72,7 @@ class Form:
     def _precision(self) -> str:
         if launch.triton is not None and launch.triton.knobs.runtime.interpret:
             return "interpreted"
-        return "tf32" if self.tf32 or self.dtype != torch.float32 else "ieee"
+        return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
 
 
 def block_of(dim: int) -> int:

@@ -111,7 +111,7 @@ def attention_config(kernel: str, itemsize: int, block: int, heavy: bool) -> Til
     heavy: with dropout or an attn_mask, whose tiles need registers of their own in the backward.
     """
     if kernel == "mask":
-        return replace(ATTENTION["forward", itemsize, block], rows=32, columns=32, num_stages=1)
+        return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
     config = ATTENTION[kernel, itemsize, block]
     if heavy and kernel == "queries":
         return replace(config, rows=max(16, config.rows // 2))

@@ -102,8 +102,8 @@ def _shape(tensor: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def tf32() -> bool:
-    """Whether fp32 products may be TF32, by torch's setting."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    """Whether fp32 products may be TF32, by torch's setting; AMD's GPUs before gfx942 have none."""
+    return torch.version.hip is None and bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def signature(

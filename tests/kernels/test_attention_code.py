@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from detr_fast.kernels import analysis
-from detr_fast.kernels.catalog import entry
+from detr_fast.kernels.attention_catalog import catalog_entries
 from detr_fast.kernels.offline import compile_variant
 
 
@@ -20,7 +20,7 @@ from detr_fast.kernels.offline import compile_variant
     ],
 )
 def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, kernel, most):
-    one = entry(f"attention_{kernel}_hd32_bf16_padding")
+    one = next(one for one in catalog_entries() if one.name == f"attention_{kernel}_hd32_bf16_padding")
     binary, _, _ = compile_variant(one.variant, target)
     code = analysis.disassemble(binary)
     loops = analysis.innermost_loops(code)[-len(most) :]  # before them, where there is one: the search for padding
