@@ -9,6 +9,16 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
+class BlockConfig:
+    """A kernel that goes over rows by blocks of columns; programs: per multiprocessor, where it loops over rows."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    programs: int = 0
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """How a row-wise kernel lies on the machine.
 
@@ -20,7 +30,7 @@ class RowConfig:
     programs: int = 0
 
 
-# Both are keyed by BLOCK_C, the number of columns rounded up to a power of two.
+# Both are keyed by BLOCK_C, the number of columns rounded up to a power of two; add_layer_norm.py's forward is LayerNorm's.
 
 # 64 elements a lane and one warp up to C = 1,024, so that reductions need shuffles and no barrier: at C = 256, 8 rows a
 # warp take 12.6 instructions an element on sm_80 and sm_90, 4 rows 13.2 to 13.5. Beyond, a row spreads over warps.
@@ -53,6 +63,25 @@ LAYER_NORM_BACKWARD = {
     4096: RowConfig(rows=1, num_warps=4, programs=2),
     8192: RowConfig(rows=1, num_warps=8, programs=1),
 }
+
+# 16 elements a lane where LayerNorm's backward takes 32: x, the residual and dropout's mask live beside the gradients, and
+# 32 spill in fp32. At C = 256 in 16 bits with dropout, 36 instructions an element for 35.
+ADD_LAYER_NORM_BACKWARD = {
+    16: RowConfig(rows=64, num_warps=4, programs=4),
+    32: RowConfig(rows=64, num_warps=4, programs=3),
+    64: RowConfig(rows=32, num_warps=4, programs=3),
+    128: RowConfig(rows=16, num_warps=4, programs=3),
+    256: RowConfig(rows=8, num_warps=4, programs=3),
+    512: RowConfig(rows=4, num_warps=4, programs=3),
+    1024: RowConfig(rows=2, num_warps=4, programs=2),
+    2048: RowConfig(rows=1, num_warps=4, programs=2),
+    4096: RowConfig(rows=1, num_warps=8, programs=2),
+    8192: RowConfig(rows=1, num_warps=16, programs=1),
+}
+
+# 16 elements a lane.
+WIDE_ROWS = BlockConfig(rows=1, columns=4096, num_warps=8)
+WIDE_PARAMETERS = BlockConfig(rows=8, columns=256, num_warps=4, programs=4)
 
 # Warps a program, keyed by the columns of a problem rounded up to a power of two. One warp needs no barrier in its
 # reductions; a lane holds at most 8 columns, beyond which fp64 distances and duals take over 128 registers.

@@ -20,6 +20,10 @@ Source: Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from torch import Tensor
+
 from .launch import jit, tl
 
 STEPS = 1 << 16  # of a draw: p's resolution
@@ -39,6 +43,19 @@ def scale(p: float) -> float:
     """What a kept element is multiplied by: 1 / (1 - p) for the p really applied; 0 where all are dropped."""
     kept = kept_steps(p)
     return STEPS / kept if kept else 0.0
+
+
+class Dropout(NamedTuple):
+    """What an op drops: where the seed lies (int64, one element), the op's offset, and p, over 0."""
+
+    seed: Tensor
+    offset: int
+    p: float
+
+
+def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, float]:
+    """The kernels' offset, threshold and scale."""
+    return (0, 0, 1.0) if dropout is None else (dropout.offset, threshold(dropout.p), scale(dropout.p))
 
 
 @jit

@@ -18,22 +18,29 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from . import wide_rows
 from .configs import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
-from .rows import MAX_COLUMNS as MAX_COLUMNS
 from .rows import (
+    MAX_BLOCK,
+    ParameterSums,
     address_of,
+    aligned_run,
     as_rows,
     block_of,
     column_block,
     dtype_of,
     load_parameters,
+    norm_gradient,
     row_constants,
+    row_statistics,
     run_length,
     run_pointers,
     sum_partials_variant,
+    tile_elements,
 )
+from .rows import MAX_COLUMNS as MAX_COLUMNS
 
 
 @jit
@@ -66,12 +73,7 @@ def layer_norm_forward_kernel(
 
     x_start = row[:, None] * x_row_stride
     x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
-    # Two passes over registers: the variance of large values with a small spread would drown in sum(x * x).
-    mean = tl.sum(x, axis=1) * inverse_c
-    centred = x - mean[:, None]
-    if not FULL:
-        centred = tl.where(inside, centred, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) * inverse_c + eps)
+    centred, mean, rstd = row_statistics(x, inside, inverse_c, eps, FULL)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= weight
@@ -134,10 +136,7 @@ def layer_norm_backward_kernel(
             g = dy
             if weight_ptr is not None:
                 g *= weight
-            # rstd goes into the two means: two multiply-adds an element remain.
-            mean_g = tl.sum(g, axis=1) * (inverse_c * rstd)
-            mean_gx = tl.sum(g * xhat, axis=1) * (inverse_c * rstd)
-            dx = g * rstd[:, None] - (xhat * mean_gx[:, None] + mean_g[:, None])
+            dx = norm_gradient(g, xhat, rstd, inverse_c)
             dx_pointers = run_pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
             tl.store(dx_pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -151,16 +150,19 @@ def layer_norm_backward_kernel(
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over the last dimension of x (..., C), 1 <= C <= 8,192.
+    """LayerNorm over the last dimension of x (..., C).
 
     weight, bias: (C,) in fp32 or x's dtype, or None. out_dtype: of y; x's where None (autocast wants fp32).
-    Returns y (..., C), contiguous, and mean and rstd, fp32 (rows,). Raises ValueError for another number of columns.
+    Returns y (..., C), contiguous, and mean and rstd, fp32 (rows,). Raises ValueError for 0 columns.
     """
     x, x_stride = as_rows(x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     y = empty(x.shape, out_dtype or x.dtype, x.device)
     mean = empty((rows,), torch.float32, x.device)
     rstd = empty((rows,), torch.float32, x.device)
+    if columns > MAX_BLOCK:
+        wide_rows.forward(x, None, weight, bias, y, None, mean, rstd, eps, None)
+        return y, mean, rstd
     vector = run_length(x.element_size(), x_stride | columns, x.data_ptr() | address_of(weight) | address_of(bias))
     variant = forward_variant(columns, x.dtype, dtype_of(weight), dtype_of(bias), y.dtype, vector)
     grid = (-(-rows // variant.constants["ROWS"]),)
@@ -191,6 +193,10 @@ def layer_norm_backward(
     x, x_stride = as_rows(x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
+    dx = empty(x.shape, x.dtype, x.device) if with_dx else None
+    if columns > MAX_BLOCK:
+        inputs = (dy, None, x, None, weight, mean, rstd, None, dx, None)
+        return (dx, *wide_rows.backward(*inputs, with_dw, with_db, parameter_dtype))
 
     addresses = x.data_ptr() | dy.data_ptr() | address_of(weight)
     vector = run_length(min(x.element_size(), dy.element_size()), x_stride | dy_stride | columns, addresses)
@@ -198,18 +204,10 @@ def layer_norm_backward(
     tiles = -(-rows // variant.constants["ROWS"])
     programs = min(tiles, multiprocessors(x.device) * LAYER_NORM_BACKWARD[block_of(columns)].programs)
 
-    dx = empty(x.shape, x.dtype, x.device) if with_dx else None
-    sums = [empty((columns,), parameter_dtype, x.device) for wanted in (with_dw, with_db) if wanted]
-    partial = empty((len(sums), programs, columns), torch.float32, x.device) if sums else None
-    dw_partial = partial[0] if partial is not None and with_dw else None
-    db_partial = partial[-1] if partial is not None and with_db else None
+    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
     sizes = (dy_stride, x_stride, rows, columns)
-    launch(variant, (programs,), dy, x, weight, mean, rstd, dx, dw_partial, db_partial, *sizes)
-    if partial is not None:
-        variant = sum_partials_variant(columns, parameter_dtype)
-        grid = (-(-columns // variant.constants["BLOCK_C"]), len(sums))
-        launch(variant, grid, partial, sums[0], sums[-1], programs, columns)
-    return dx, sums[0] if with_dw else None, sums[-1] if with_db else None
+    launch(variant, (programs,), dy, x, weight, mean, rstd, dx, sums.dw, sums.db, *sizes)
+    return (dx, *sums.total(parameter_dtype))
 
 
 def compile_layer_norm(
@@ -228,15 +226,20 @@ def compile_layer_norm(
     """
     out_dtype = out_dtype or x_dtype
     bias_dtype = (weight_dtype or x_dtype) if has_bias else None
-    vector = 16 // x_dtype.itemsize
-    vector = vector if aligned and columns % vector == 0 else 1
+    affine, parameter_dtype = weight_dtype is not None, weight_dtype or x_dtype
+    if columns > MAX_BLOCK:
+        wide_rows.compile_forward((x_dtype, None, weight_dtype, bias_dtype, out_dtype, None), False, columns, device)
+        if needs_grad:
+            dtypes = (out_dtype, None, x_dtype, None, weight_dtype, None, x_dtype)
+            wide_rows.compile_backward(dtypes, False, columns, affine, has_bias, parameter_dtype, device)
+        return
+    vector = aligned_run(columns, [x_dtype]) if aligned else 1
     compile_variant(forward_variant(columns, x_dtype, weight_dtype, bias_dtype, out_dtype, vector), device)
     if needs_grad:
-        affine = weight_dtype is not None
         backward = backward_variant(columns, out_dtype, x_dtype, weight_dtype, True, affine, has_bias, vector)
         compile_variant(backward, device)
         if affine or has_bias:
-            compile_variant(sum_partials_variant(columns, weight_dtype or x_dtype), device)
+            compile_variant(sum_partials_variant(columns, parameter_dtype), device)
 
 
 @cache
@@ -298,15 +301,11 @@ def catalog_entries() -> Iterator[Entry]:
             ("forward", forward_variant(columns, x, parameters, parameters, y, vector), Budget(144, 64, 88, 64)),
             ("backward", backward_variant(columns, y, x, parameters, True, affine, affine, vector), backward_budget),
         ):
-            yield Entry("layer_norm", f"layer_norm_{kind}_{suffix}", variant, _tile(variant), budget, example)
+            yield Entry("layer_norm", f"layer_norm_{kind}_{suffix}", variant, tile_elements(variant), budget, example)
         if (columns, x, y) in ((256, bf16, bf16), (8192, fp32, fp32)):
             total = sum_partials_variant(columns, x)
             name = f"layer_norm_sum_partials_{suffix}"
-            yield Entry("layer_norm", name, total, _tile(total), Budget(96, 512, 56, 1024), example)
-
-
-def _tile(variant: Variant) -> int:
-    return int(variant.constants["ROWS"]) * int(variant.constants["BLOCK_C"])
+            yield Entry("layer_norm", name, total, tile_elements(total), Budget(96, 512, 56, 1024), example)
 
 
 def _example(

@@ -8,15 +8,17 @@ keep together at a multiple of 16 bytes (1 where some tensor does not).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .configs import RowConfig
-from .launch import Variant, jit, pointer, tl
+from .launch import Variant, empty, jit, launch, pointer, tl
 
-MAX_COLUMNS = 8192
+MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
+MAX_COLUMNS = 1 << 24
 MAX_ROW_STRIDE = 1 << 24
 
 
@@ -43,6 +45,26 @@ def run_pointers(base, start, column, VEC: tl.constexpr):
 def load_parameters(base, column, inside, VEC: tl.constexpr):
     """A weight or bias as fp32 (1, BLOCK_C)."""
     return tl.load(run_pointers(base, 0, column, VEC), mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def row_statistics(x, inside, inverse_c, eps, FULL: tl.constexpr):
+    """x (ROWS, BLOCK_C), fp32, 0 outside, without its mean; the mean and 1 / sqrt(var + eps), both (ROWS,)."""
+    # Two passes over registers: the variance of large values with a small spread would drown in sum(x * x).
+    mean = tl.sum(x, axis=1) * inverse_c
+    centred = x - mean[:, None]
+    if not FULL:
+        centred = tl.where(inside, centred, 0.0)
+    return centred, mean, tl.rsqrt(tl.sum(centred * centred, axis=1) * inverse_c + eps)
+
+
+@jit
+def norm_gradient(g, xhat, rstd, inverse_c):
+    """The gradient for LayerNorm's input, of g = dy * weight and xhat (ROWS, BLOCK_C), g = 0 outside."""
+    # rstd goes into the two means: two multiply-adds an element remain.
+    mean_g = tl.sum(g, axis=1) * (inverse_c * rstd)
+    mean_gx = tl.sum(g * xhat, axis=1) * (inverse_c * rstd)
+    return g * rstd[:, None] - (xhat * mean_gx[:, None] + mean_g[:, None])
 
 
 @jit
@@ -79,6 +101,28 @@ def sum_partials_variant(columns: int, dtype: torch.dtype) -> Variant:
     return Variant(sum_partials_kernel, types, {"ROWS": 32, "BLOCK_C": block}, num_warps=4)
 
 
+class ParameterSums:
+    """The weight's and the bias's gradient: first each program's sums (fp32, one row a program), then their total."""
+
+    def __init__(self, with_dw: bool, with_db: bool, programs: int, columns: int, device: torch.device) -> None:
+        self.wanted = with_dw, with_db
+        count = with_dw + with_db
+        self.partial = empty((count, programs, columns), torch.float32, device) if count else None
+        self.dw = self.partial[0] if self.partial is not None and with_dw else None
+        self.db = self.partial[-1] if self.partial is not None and with_db else None
+
+    def total(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Launch the sum over programs: dweight and dbias (C,), None where not wanted."""
+        if self.partial is None:
+            return None, None
+        count, programs, columns = self.partial.shape
+        sums = [empty((columns,), dtype, self.partial.device) for _ in range(count)]
+        variant = sum_partials_variant(columns, dtype)
+        grid = (-(-columns // variant.constants["BLOCK_C"]), count)
+        launch(variant, grid, self.partial, sums[0], sums[-1], programs, columns)
+        return sums[0] if self.wanted[0] else None, sums[-1] if self.wanted[1] else None
+
+
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """x and the distance of its rows in elements; a contiguous copy where rows lie at no constant distance.
 
@@ -112,13 +156,19 @@ def run_length(element_size: int, strides: int, addresses: int) -> int:
     return vector if addresses % 16 == 0 and strides % vector == 0 else 1
 
 
+def aligned_run(columns: int, dtypes: Iterable[torch.dtype | None]) -> int:
+    """`run_length` of tensors of these dtypes, whose addresses and strides allow runs as far as C does."""
+    vector = 16 // min(dtype.itemsize for dtype in dtypes if dtype is not None)
+    return vector if columns % vector == 0 else 1
+
+
 def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def block_of(columns: int) -> int:
-    if not 1 <= columns <= MAX_COLUMNS:
-        raise ValueError(f"rows of {columns} columns: the kernels take 1 to {MAX_COLUMNS}; use eager")
+    if not 1 <= columns <= MAX_BLOCK:
+        raise ValueError(f"rows of {columns} columns: these kernels take 1 to {MAX_BLOCK}")
     return max(16, 1 << (columns - 1).bit_length())
 
 
@@ -131,3 +181,8 @@ def row_constants(columns: int, config: RowConfig, vector: int) -> dict[str, int
 
 def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
+
+
+def tile_elements(variant: Variant) -> int:
+    """Elements of one program's tile."""
+    return int(variant.constants.get("ROWS", 1)) * int(variant.constants["BLOCK_C"])

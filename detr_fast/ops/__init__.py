@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from detr_fast import dispatch
+from detr_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from detr_fast.ops.attention import attention as attention
 from detr_fast.ops.attention import attention_with_weights as attention_with_weights
 from detr_fast.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention

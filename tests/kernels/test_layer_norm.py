@@ -230,10 +230,16 @@ def test_nan_and_inf_stay_in_their_row(interpreter):
     assert bad.nonzero().flatten().tolist() == [3, 7]
 
 
-@pytest.mark.parametrize("columns", [0, 8193])
-def test_too_few_or_too_many_columns_are_refused(columns):
-    with pytest.raises(ValueError, match=rf"of {columns} columns: the kernels take 1 to 8192"):
-        kernels.layer_norm_forward(torch.zeros(2, columns), None, None, 1e-5)
+def test_rows_without_columns_are_refused():
+    with pytest.raises(ValueError, match=r"of 0 columns: these kernels take 1 to 8192"):
+        kernels.layer_norm_forward(torch.zeros(2, 0), None, None, 1e-5)
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(8193, torch.float32), (12_288, torch.float16)])
+def test_rows_beyond_a_block_are_as_accurate_as_eager(interpreter, columns, dtype):
+    inputs = [torch.randn(3, columns) * 3 + 100, *parameters(columns)]
+    assert_as_accurate_as_eager(layer_norm, reference=eager, inputs=inputs, dtype=dtype)
+    assert interpreter.counts().keys() >= {"wide_forward_kernel", "wide_backward_kernel", "wide_parameters_kernel"}
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -163,7 +163,7 @@ def test_auto_on_a_gpu_is_careful_where_nothing_was_measured():
 @pytest.mark.parametrize(
     ("shape", "normalized", "dtype", "reason"),
     [
-        ((2, 9000), (9000,), torch.float32, "9000 normalised elements: it takes 1 to 8192"),
+        ((1, 1 << 25), (1 << 25,), torch.float32, "33554432 normalised elements: it takes 1 to 16777216"),
         ((2, 4), (4,), torch.float64, "float64 inputs: it takes bfloat16, float16, float32"),
         ((2, 4), (5,), torch.float32, "do not fit each other"),
     ],

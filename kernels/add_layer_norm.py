@@ -1,0 +1,431 @@
+# mypy: allow-incomplete-defs
+"""Dropout, residual sum and LayerNorm in one pass, forward and backward.
+
+    s = residual + dropout(x),   y = (s - mean(s)) * rstd(s) * weight + bias
+
+    ds = gradient of LayerNorm (see layer_norm.py) + dsum,   dresidual = ds,   dx = dropout's mask * ds / (1 - p)
+
+The sum stays in fp32: one over fp16's 65,504 does no harm. It is written where the caller wants it (pre-norm), and then
+it, else x and residual, is what the backward reads; the mask is drawn again. Rows as in rows.py; beyond 8,192 columns
+wide_rows.py takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial, reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from . import wide_rows
+from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD
+from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
+from .entry import Budget, Entry
+from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
+from .rows import (
+    MAX_BLOCK,
+    ParameterSums,
+    address_of,
+    aligned_run,
+    as_rows,
+    block_of,
+    column_block,
+    dtype_of,
+    load_parameters,
+    norm_gradient,
+    row_constants,
+    row_statistics,
+    run_length,
+    run_pointers,
+    sum_partials_variant,
+    tile_elements,
+)
+
+
+@jit
+def add_layer_norm_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    rows: tl.int64,
+    C: tl.int32,
+    eps: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
+    mask = exists[:, None] & inside
+    if weight_ptr is not None:
+        weight = load_parameters(weight_ptr, column, inside, VEC)
+    if bias_ptr is not None:
+        bias = load_parameters(bias_ptr, column, inside, VEC)
+
+    x_start, residual_start = row[:, None] * x_row_stride, row[:, None] * residual_row_stride
+    x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+    residual_pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
+    residual = tl.load(residual_pointers, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if seed_ptr is not None:
+        low, high = load_seed(seed_ptr)
+        x = tl.where(keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C), x * scale, 0.0)
+    x += residual.to(tl.float32)
+
+    y_stride = BLOCK_C if FULL else C
+    y_start = row[:, None] * y_stride
+    if sum_ptr is not None:
+        sum_pointers = run_pointers(sum_ptr + first * y_stride, y_start, column, VEC)
+        tl.store(sum_pointers, x.to(sum_ptr.dtype.element_ty), mask=mask)
+    centred, mean, rstd = row_statistics(x, inside, inverse_c, eps, FULL)
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= weight
+    if bias_ptr is not None:
+        y += bias
+    tl.store(run_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + first + row, mean, mask=exists)
+    tl.store(rstd_ptr + first + row, rstd, mask=exists)
+
+
+@jit
+def add_layer_norm_backward_kernel(
+    dy_ptr,
+    dsum_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dy_row_stride: tl.int32,
+    dsum_row_stride: tl.int32,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    rows: tl.int64,
+    C: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Without a residual, x is the sum. dweight and dbias are fp32 (programs, C), as in layer_norm.py."""
+    row = tl.arange(0, ROWS)
+    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
+    out_stride = BLOCK_C if FULL else C
+    if weight_ptr is not None:
+        weight = load_parameters(weight_ptr, column, inside, VEC)
+    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    if seed_ptr is not None:
+        low, high = load_seed(seed_ptr)
+
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        first = tl.cast(tile, tl.int64) * ROWS
+        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+        mask = exists[:, None] & inside
+        dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
+        dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
+        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
+        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
+        if seed_ptr is not None:
+            keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
+        x = x.to(tl.float32)
+        if residual_ptr is not None:
+            residual_start = row[:, None] * residual_row_stride
+            pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
+            residual = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            if seed_ptr is not None:
+                x = tl.where(keep, x * scale, 0.0)
+            x += residual
+
+        # Where there is no element, dy = 0 takes xhat out of every sum.
+        xhat = (x - mean[:, None]) * rstd[:, None]
+        dy = dy.to(tl.float32)
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
+        if weight_ptr is not None:
+            dy *= weight
+        ds = norm_gradient(dy, xhat, rstd, inverse_c)
+        if dsum_ptr is not None:
+            dsum_start = row[:, None] * dsum_row_stride
+            pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
+            ds += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        out_start = row[:, None] * out_stride
+        if dresidual_ptr is not None:
+            pointers = run_pointers(dresidual_ptr + first * out_stride, out_start, column, VEC)
+            tl.store(pointers, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:
+            if seed_ptr is not None:
+                ds = tl.where(keep, ds * scale, 0.0)
+            pointers = run_pointers(dx_ptr + first * out_stride, out_start, column, VEC)
+            tl.store(pointers, ds.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    partial = tl.program_id(0).to(tl.int64) * out_stride
+    if dweight_ptr is not None:
+        tl.store(run_pointers(dweight_ptr + partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
+    if dbias_ptr is not None:
+        tl.store(run_pointers(dbias_ptr + partial, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout: Dropout | None = None,
+    *,
+    with_sum: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """LayerNorm of residual + dropout(x), both (..., C), over the last dimension.
+
+    weight, bias: (C,) in fp32 or the inputs' dtype, or None. out_dtype: of y; the sum's, which is that of x and residual
+    promoted, where None. Returns y and, with_sum, the sum, contiguous, and mean and rstd, fp32 (rows,).
+    """
+    x, x_stride = as_rows(x)
+    residual, residual_stride = as_rows(residual)
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    sum_dtype = torch.promote_types(x.dtype, residual.dtype)
+    y = empty(x.shape, out_dtype or sum_dtype, x.device)
+    total = empty(x.shape, sum_dtype, x.device) if with_sum else None
+    mean = empty((rows,), torch.float32, x.device)
+    rstd = empty((rows,), torch.float32, x.device)
+    if columns > MAX_BLOCK:
+        wide_rows.forward(x, residual, weight, bias, y, total, mean, rstd, eps, dropout)
+        return y, total, mean, rstd
+
+    addresses = x.data_ptr() | residual.data_ptr() | address_of(weight) | address_of(bias)
+    size = min(x.element_size(), residual.element_size())
+    vector = run_length(size, x_stride | residual_stride | columns, addresses)
+    dtypes = (x.dtype, residual.dtype, dtype_of(weight), dtype_of(bias), y.dtype)
+    variant = forward_variant(columns, *dtypes, with_sum, dropout is not None, vector)
+    grid = (-(-rows // variant.constants["ROWS"]),)
+    tensors = (x, residual, weight, bias, None if dropout is None else dropout.seed, y, total, mean, rstd)
+    launch(variant, grid, *tensors, x_stride, residual_stride, rows, columns, eps, *dropout_arguments(dropout))
+    return y, total, mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: Dropout | None = None,
+    *,
+    dx_dtype: torch.dtype | None,
+    dresidual_dtype: torch.dtype | None,
+    with_dw: bool = True,
+    with_db: bool = True,
+    parameter_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `add_layer_norm_forward`: dx and dresidual (..., C), dweight and dbias (C,).
+
+    x, residual: the forward's; or the sum it returned and None. dy, dsum: (..., C), any layout. dx_dtype,
+    dresidual_dtype: None where that gradient is not wanted. parameter_dtype: of dweight and dbias; weight's where None.
+    Deterministic: sums are always taken in the same order on the same GPU.
+    """
+    dy, dy_stride = as_rows(dy)
+    x, x_stride = as_rows(x)
+    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
+    dx, dresidual = (
+        None if dtype is None else empty(x.shape, dtype, x.device) for dtype in (dx_dtype, dresidual_dtype)
+    )
+    if columns > MAX_BLOCK:
+        found = (dy, dsum, x, residual, weight, mean, rstd, dx, dresidual, dropout)
+        return (dx, dresidual, *wide_rows.backward(*found, with_dw, with_db, parameter_dtype))
+
+    strides = dy_stride | dsum_stride | x_stride | residual_stride | columns
+    addresses = reduce(or_, map(address_of, (dy, dsum, x, residual, weight)))
+    size = min(t.element_size() for t in (dy, dsum, x, residual, dx, dresidual) if t is not None)
+    vector = run_length(size, strides, addresses)
+    dtypes = tuple(map(dtype_of, (dy, dsum, x, residual, weight, dx, dresidual)))
+    variant = backward_variant(columns, dtypes, with_dw, with_db, dropout is not None, vector)
+    tiles = -(-rows // variant.constants["ROWS"])
+    programs = min(tiles, multiprocessors(x.device) * ADD_LAYER_NORM_BACKWARD[block_of(columns)].programs)
+    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
+    seed = None if dropout is None else dropout.seed
+    tensors = (dy, dsum, x, residual, weight, seed, mean, rstd, dx, dresidual, sums.dw, sums.db)
+    sizes = (dy_stride, dsum_stride, x_stride, residual_stride, rows, columns)
+    launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
+    return (dx, dresidual, *sums.total(parameter_dtype))
+
+
+def compile_add_layer_norm(
+    columns: int,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    has_bias: bool,
+    dropout: bool,
+    with_sum: bool,
+    needs_grad: bool,
+    device: torch.device,
+    out_dtype: torch.dtype,
+) -> None:
+    """Compile what aligned tensors of such dtypes launch, with needs_grad also the full backward."""
+    sum_dtype = torch.promote_types(x_dtype, residual_dtype)
+    bias_dtype = (weight_dtype or sum_dtype) if has_bias else None
+    # What the backward reads and writes: the sum alone, or both; one gradient serves both where they are the same.
+    read = (sum_dtype, None) if with_sum else (x_dtype, residual_dtype)
+    dx_dtype = x_dtype if dropout or x_dtype != residual_dtype else None
+    affine = weight_dtype is not None
+    parameter_dtype = weight_dtype or sum_dtype
+    dsum_dtype = sum_dtype if with_sum else None
+    forward = (x_dtype, residual_dtype, weight_dtype, bias_dtype, out_dtype)
+    backward = (out_dtype, dsum_dtype, *read, weight_dtype, dx_dtype, residual_dtype)
+    if columns > MAX_BLOCK:
+        wide_rows.compile_forward((*forward, dsum_dtype), dropout, columns, device)
+        if needs_grad:
+            wide_rows.compile_backward(backward, dropout, columns, affine, has_bias, parameter_dtype, device)
+        return
+    vector = aligned_run(columns, forward[:2])
+    compile_variant(forward_variant(columns, *forward, with_sum, dropout, vector), device)
+    if needs_grad:
+        vector = aligned_run(columns, backward[:4] + backward[5:])
+        compile_variant(backward_variant(columns, backward, affine, has_bias, dropout, vector), device)
+        if affine or has_bias:
+            compile_variant(sum_partials_variant(columns, parameter_dtype), device)
+
+
+@cache
+def forward_variant(
+    columns: int,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    with_sum: bool,
+    dropout: bool,
+    vector: int,
+) -> Variant:
+    """The program that adds and normalises rows of `columns` columns, read in runs of `vector` elements."""
+    config = LAYER_NORM_FORWARD[block_of(columns)]
+    total = torch.promote_types(x_dtype, residual_dtype) if with_sum else None
+    tensors = (x_dtype, residual_dtype, weight_dtype, bias_dtype, torch.int64 if dropout else None, out_dtype, total)
+    types = (*map(pointer, (*tensors, torch.float32, torch.float32)), "i32", "i32", "i64", "i32", "fp32")
+    constants = row_constants(columns, config, vector)
+    return Variant(add_layer_norm_forward_kernel, (*types, "i32", "i32", "fp32"), constants, config.num_warps)
+
+
+@cache
+def backward_variant(
+    columns: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    with_dw: bool,
+    with_db: bool,
+    dropout: bool,
+    vector: int,
+) -> Variant:
+    """The program that takes all gradients in one pass; dtypes: of dy, dsum, x, residual, weight, dx and dresidual."""
+    config = ADD_LAYER_NORM_BACKWARD[block_of(columns)]
+    fp32 = torch.float32
+    sums = (fp32 if with_dw else None, fp32 if with_db else None)
+    tensors = (*dtypes[:5], torch.int64 if dropout else None, fp32, fp32, *dtypes[5:], *sums)
+    types = (*map(pointer, tensors), "i32", "i32", "i32", "i32", "i64", "i32", "i32", "i32", "fp32")
+    constants = row_constants(columns, config, vector)
+    return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps)
+
+
+def catalog_entries() -> Iterator[Entry]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    # columns, x's dtype, the residual's and y's, dropout, whether the sum is returned (pre-norm)
+    calls = (
+        (256, bf16, bf16, 0.1, False),
+        (256, bf16, fp32, 0.1, False),  # autocast
+        (256, bf16, bf16, 0.0, True),
+        (4096, fp32, fp32, 0.1, False),
+    )
+    for columns, x, residual, p, with_sum in calls:
+        example = partial(_example, columns, x, residual, p, with_sum)
+        suffix = f"c{columns}_{TRITON_TYPES[x]}" + ("_autocast" if x != residual else "") + ("_sum" if with_sum else "")
+        vector = 16 // x.itemsize
+        ahead = forward_variant(columns, x, residual, residual, residual, residual, with_sum, p > 0, vector)
+        read = (residual, residual, None) if with_sum else (None, x, residual)
+        dtypes = (residual, *read, residual, x if p else None, residual)
+        back = backward_variant(columns, dtypes, True, True, p > 0, vector)
+        for kind, variant, budget in (
+            ("forward", ahead, Budget(192, 128, 128, 128)),
+            ("backward", back, Budget(255, 8192, 256, 16384)),
+        ):
+            yield Entry(
+                "add_layer_norm", f"add_layer_norm_{kind}_{suffix}", variant, tile_elements(variant), budget, example
+            )
+
+    example = partial(_example, 10_000, bf16, bf16, 0.1, False)
+    three = (bf16,) * 3
+    for kind, variant in (
+        ("forward", wide_rows.forward_variant((*three, bf16, bf16, None), True, 8)),
+        ("backward", wide_rows.backward_variant((bf16, None, *three, bf16, bf16), True, 8)),
+        ("parameters", wide_rows.parameters_variant(three, True, True, True, 8)),
+    ):
+        budget = Budget(160, 8192, 128, 16384)
+        yield Entry("add_layer_norm", f"wide_{kind}_c10000_bf16", variant, tile_elements(variant), budget, example)
+
+
+def _example(
+    columns: int,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    p: float,
+    with_sum: bool,
+    device: torch.device,
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward over a few tiles."""
+    rows = 70 if columns <= 1024 else 3
+    x = torch.randn(rows, columns, device=device).to(x_dtype)
+    residual, dy = (torch.randn(rows, columns, device=device).to(residual_dtype) for _ in range(2))
+    weight, bias = (torch.randn(columns, device=device).to(residual_dtype) for _ in range(2))
+    dropout = Dropout(torch.ones(1, dtype=torch.int64, device=device), 2, p) if p else None
+
+    def call() -> tuple[Tensor, ...]:
+        y, total, mean, rstd = add_layer_norm_forward(x, residual, weight, bias, 1e-5, dropout, with_sum=with_sum)
+        gradients = add_layer_norm_backward(
+            dy,
+            dy if with_sum else None,
+            x if total is None else total,
+            residual if total is None else None,
+            weight,
+            mean,
+            rstd,
+            dropout,
+            dx_dtype=x_dtype if p else None,
+            dresidual_dtype=residual_dtype,
+        )
+        return tuple(t for t in (y, total, *gradients) if t is not None)
+
+    return call

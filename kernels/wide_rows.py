@@ -1,0 +1,358 @@
+# mypy: allow-incomplete-defs
+"""LayerNorm, and dropout + residual sum + LayerNorm, over rows of more than 8,192 columns: a loop over blocks of columns.
+
+The maths is that of layer_norm.py and add_layer_norm.py. A program takes one row and reads it twice, the second time from
+the cache: first for the row's statistics (mean and squares by Chan's update; in the backward the two means), then for the
+result. Weight and bias gradients take a kernel of their own, over blocks of columns, whose partial sums rows.py adds up.
+Source: Chan et al., 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+"""
+
+from __future__ import annotations
+
+from functools import cache, reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from .configs import WIDE_PARAMETERS, WIDE_ROWS
+from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
+from .launch import Variant, compile_variant, jit, launch, multiprocessors, pointer, tl
+from .rows import (
+    ParameterSums,
+    address_of,
+    aligned_run,
+    as_rows,
+    dtype_of,
+    load_parameters,
+    run_length,
+    run_pointers,
+    sum_partials_variant,
+)
+
+Dtypes = tuple[torch.dtype | None, ...]
+
+
+@jit
+def _load_sum(
+    x_ptr,
+    residual_ptr,
+    seed_ptr,
+    row,
+    start,
+    x_row_stride,
+    residual_row_stride,
+    C,
+    offset,
+    threshold,
+    scale,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Of rows `row` (ROWS, 1), int64, and BLOCK_C columns from `start`: the sum, 0 outside, and the kept elements."""
+    column = start + tl.arange(0, BLOCK_C)[None, :]
+    inside = (column // VEC < C // VEC) & (row >= 0)
+    total = tl.load(run_pointers(x_ptr, row * x_row_stride, column, VEC), mask=inside, other=0.0).to(tl.float32)
+    keep = inside
+    if seed_ptr is not None:
+        low, high = load_seed(seed_ptr)
+        keep = keep_rows(low, high, offset, threshold, row, start, BLOCK_C)
+        # Where the caller's x is the sum already, the mask is only for its gradient.
+        if residual_ptr is not None:
+            total = tl.where(keep, total * scale, 0.0)
+    if residual_ptr is not None:
+        pointers = run_pointers(residual_ptr, row * residual_row_stride, column, VEC)
+        total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    return total, keep, column, inside
+
+
+@jit
+def wide_forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    seed_ptr,
+    y_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    C: tl.int32,
+    eps: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
+    mean = tl.sum(tl.zeros((1, BLOCK_C), tl.float32), axis=1)[:, None]
+    squares = mean
+    for start in range(0, C, BLOCK_C):
+        total, _, column, inside = _load_sum(
+            x_ptr, residual_ptr, seed_ptr, row, start, x_row_stride, residual_row_stride, C, offset, threshold, scale,
+            BLOCK_C, VEC,
+        )  # fmt: skip
+        count = tl.minimum(C - start, BLOCK_C).to(tl.float32)
+        block_mean = tl.sum(total, axis=1)[:, None] / count
+        centred = tl.where(inside, total - block_mean, 0.0)
+        difference = block_mean - mean
+        share = count / (start + count)
+        mean += difference * share
+        squares += tl.sum(centred * centred, axis=1)[:, None] + difference * difference * (start * share)
+    rstd = tl.rsqrt(squares / C + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+    for start in range(0, C, BLOCK_C):
+        total, _, column, inside = _load_sum(
+            x_ptr, residual_ptr, seed_ptr, row, start, x_row_stride, residual_row_stride, C, offset, threshold, scale,
+            BLOCK_C, VEC,
+        )  # fmt: skip
+        if sum_ptr is not None:
+            tl.store(run_pointers(sum_ptr, row * C, column, VEC), total.to(sum_ptr.dtype.element_ty), mask=inside)
+        y = (total - mean) * rstd
+        if weight_ptr is not None:
+            y *= load_parameters(weight_ptr, column, column // VEC < C // VEC, VEC)
+        if bias_ptr is not None:
+            y += load_parameters(bias_ptr, column, column // VEC < C // VEC, VEC)
+        tl.store(run_pointers(y_ptr, row * C, column, VEC), y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def wide_backward_kernel(
+    dy_ptr,
+    dsum_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dy_row_stride: tl.int32,
+    dsum_row_stride: tl.int32,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    C: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
+    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    sum_g = tl.zeros((1, BLOCK_C), tl.float32)
+    sum_gx = tl.zeros((1, BLOCK_C), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        total, _, column, inside = _load_sum(
+            x_ptr, residual_ptr, seed_ptr, row, start, x_row_stride, residual_row_stride, C, offset, threshold, scale,
+            BLOCK_C, VEC,
+        )  # fmt: skip
+        g = tl.load(run_pointers(dy_ptr, row * dy_row_stride, column, VEC), mask=inside, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            g *= load_parameters(weight_ptr, column, column // VEC < C // VEC, VEC)
+        sum_g += g
+        sum_gx += g * ((total - mean) * rstd)
+    mean_g = tl.sum(sum_g, axis=1)[:, None] / C
+    mean_gx = tl.sum(sum_gx, axis=1)[:, None] / C
+    for start in range(0, C, BLOCK_C):
+        total, keep, column, inside = _load_sum(
+            x_ptr, residual_ptr, seed_ptr, row, start, x_row_stride, residual_row_stride, C, offset, threshold, scale,
+            BLOCK_C, VEC,
+        )  # fmt: skip
+        g = tl.load(run_pointers(dy_ptr, row * dy_row_stride, column, VEC), mask=inside, other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            g *= load_parameters(weight_ptr, column, column // VEC < C // VEC, VEC)
+        ds = (g - mean_g - (total - mean) * rstd * mean_gx) * rstd
+        if dsum_ptr is not None:
+            pointers = run_pointers(dsum_ptr, row * dsum_row_stride, column, VEC)
+            ds += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        if dresidual_ptr is not None:
+            pointers = run_pointers(dresidual_ptr, row * C, column, VEC)
+            tl.store(pointers, ds.to(dresidual_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:
+            if seed_ptr is not None:
+                ds = tl.where(keep, ds * scale, 0.0)
+            tl.store(run_pointers(dx_ptr, row * C, column, VEC), ds.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def wide_parameters_kernel(
+    dy_ptr,
+    x_ptr,
+    residual_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dy_row_stride: tl.int32,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    rows: tl.int64,
+    C: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """dweight and dbias are fp32 (programs along the rows, C)."""
+    start = tl.program_id(0) * BLOCK_C
+    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        exists = row < rows
+        row = tl.where(exists, row, -1)  # no such row
+        total, _, column, inside = _load_sum(
+            x_ptr, residual_ptr, seed_ptr, row, start, x_row_stride, residual_row_stride, C, offset, threshold, scale,
+            BLOCK_C, VEC,
+        )  # fmt: skip
+        dy = tl.load(run_pointers(dy_ptr, row * dy_row_stride, column, VEC), mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=exists, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)
+        dweight += dy * ((total - mean) * rstd)
+        dbias += dy
+    column = start + tl.arange(0, BLOCK_C)[None, :]
+    inside = column // VEC < C // VEC
+    place = tl.program_id(1).to(tl.int64) * C
+    if dweight_ptr is not None:
+        tl.store(run_pointers(dweight_ptr + place, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
+    if dbias_ptr is not None:
+        tl.store(run_pointers(dbias_ptr + place, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    total: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    dropout: Dropout | None,
+) -> None:
+    """Fill y, mean and rstd, and the sum where it is given; contiguous, the rest as in add_layer_norm.py."""
+    tensors = (x, residual, weight, bias, None if dropout is None else dropout.seed, y, total, mean, rstd)
+    strides = _strides(x, residual)
+    vector = _vector((x, residual), (y, total), (weight, bias), strides)
+    variant = forward_variant(tuple(map(dtype_of, (x, residual, weight, bias, y, total))), dropout is not None, vector)
+    launch(variant, (mean.shape[0],), *tensors, *strides, x.shape[-1], eps, *dropout_arguments(dropout))
+
+
+def backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dropout: Dropout | None,
+    with_dw: bool,
+    with_db: bool,
+    parameter_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill dx and dresidual where they are given; return dweight and dbias where they are wanted."""
+    rows, columns = mean.shape[0], x.shape[-1]
+    seed = None if dropout is None else dropout.seed
+    strides = _strides(dy, dsum, x, residual)
+    vector = _vector((dy, dsum, x, residual), (dx, dresidual), (weight,), strides)
+    numbers = dropout_arguments(dropout)
+    if dx is not None or dresidual is not None:
+        dtypes = tuple(map(dtype_of, (dy, dsum, x, residual, weight, dx, dresidual)))
+        variant = backward_variant(dtypes, dropout is not None, vector)
+        rest = (mean, rstd, dx, dresidual)
+        launch(variant, (rows,), dy, dsum, x, residual, weight, seed, *rest, *strides, columns, *numbers)
+    if not (with_dw or with_db):
+        return None, None
+    # The sum needs the mask only where it is formed here.
+    dropped = dropout is not None and residual is not None
+    variant = parameters_variant(tuple(map(dtype_of, (dy, x, residual))), dropped, with_dw, with_db, vector)
+    tiles, blocks = -(-rows // variant.constants["ROWS"]), -(-columns // variant.constants["BLOCK_C"])
+    programs = min(tiles, -(-multiprocessors(x.device) * WIDE_PARAMETERS.programs // blocks))
+    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
+    tensors = (dy, x, residual, seed if dropped else None, mean, rstd, sums.dw, sums.db)
+    launch(variant, (blocks, programs), *tensors, strides[0], *strides[2:], rows, columns, *numbers)
+    return sums.total(parameter_dtype)
+
+
+def compile_forward(dtypes: Dtypes, dropout: bool, columns: int, device: torch.device) -> None:
+    """Compile what `forward` launches for aligned tensors; dtypes: of x, residual, weight, bias, y and the sum."""
+    compile_variant(forward_variant(dtypes, dropout, aligned_run(columns, dtypes[:2] + dtypes[4:])), device)
+
+
+def compile_backward(
+    dtypes: Dtypes,
+    dropout: bool,
+    columns: int,
+    with_dw: bool,
+    with_db: bool,
+    parameter_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compile what `backward` launches; dtypes: of dy, dsum, x, residual, weight, dx and dresidual."""
+    vector = aligned_run(columns, dtypes[:4] + dtypes[5:])
+    compile_variant(backward_variant(dtypes, dropout, vector), device)
+    if with_dw or with_db:
+        dropped = dropout and dtypes[3] is not None
+        inputs = (dtypes[0], dtypes[2], dtypes[3])
+        compile_variant(parameters_variant(inputs, dropped, with_dw, with_db, vector), device)
+        compile_variant(sum_partials_variant(columns, parameter_dtype), device)
+
+
+@cache
+def forward_variant(dtypes: Dtypes, dropout: bool, vector: int) -> Variant:
+    x, residual, weight, bias, y, total = dtypes
+    seed = torch.int64 if dropout else None
+    tensors = (x, residual, weight, bias, seed, y, total, torch.float32, torch.float32)
+    types = (*map(pointer, tensors), "i32", "i32", "i32", "fp32", "i32", "i32", "fp32")
+    constants = {"BLOCK_C": WIDE_ROWS.columns, "VEC": vector}
+    return Variant(wide_forward_kernel, types, constants, WIDE_ROWS.num_warps)
+
+
+@cache
+def backward_variant(dtypes: Dtypes, dropout: bool, vector: int) -> Variant:
+    seed = torch.int64 if dropout else None
+    tensors = (*dtypes[:5], seed, torch.float32, torch.float32, *dtypes[5:])
+    types = (*map(pointer, tensors), *("i32",) * 7, "fp32")
+    constants = {"BLOCK_C": WIDE_ROWS.columns, "VEC": vector}
+    return Variant(wide_backward_kernel, types, constants, WIDE_ROWS.num_warps)
+
+
+@cache
+def parameters_variant(dtypes: Dtypes, dropout: bool, with_dw: bool, with_db: bool, vector: int) -> Variant:
+    """dtypes: of dy, x and residual."""
+    fp32 = torch.float32
+    sums = (fp32 if with_dw else None, fp32 if with_db else None)
+    tensors = (*dtypes, torch.int64 if dropout else None, fp32, fp32, *sums)
+    types = (*map(pointer, tensors), "i32", "i32", "i32", "i64", "i32", "i32", "i32", "fp32")
+    constants = {"ROWS": WIDE_PARAMETERS.rows, "BLOCK_C": WIDE_PARAMETERS.columns, "VEC": vector}
+    return Variant(wide_parameters_kernel, types, constants, WIDE_PARAMETERS.num_warps)
+
+
+def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else as_rows(tensor)[1] for tensor in tensors)
+
+
+def _vector(
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+    parameters: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+) -> int:
+    first = inputs[0]
+    assert first is not None
+    addresses = reduce(or_, map(address_of, inputs + parameters))
+    size = min(t.element_size() for t in inputs + outputs if t is not None)
+    return run_length(size, reduce(or_, strides) | first.shape[-1], addresses)
