@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detr_fast import dispatch, ops
+from detr_fast.dispatch import use_backend
+from detr_fast.testing import assert_as_accurate_as_eager
+from detr_fast.testing.counters import count
+
+module = sys.modules["detr_fast.ops.linear_cross_entropy"]
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """Blocks of five rows, or of that many columns where the vocabulary is cut."""
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 5 * 13)
+    with use_backend(linear_cross_entropy="chunked"):
+        yield
+
+
+def inputs(rows=17, features=6, classes=13, ignored=True):
+    target = torch.randint(0, classes, (rows,))
+    if ignored:
+        target[::4] = -100
+    return [torch.randn(rows, features), torch.randn(classes, features), torch.randn(classes), target]
+
+
+def reference(x, weight, bias, target, **options):
+    if "class_weight" in options:
+        options["weight"] = options.pop("class_weight").to(x.dtype)
+    return F.cross_entropy(F.linear(x, weight, bias), target, **options)
+
+
+OPTIONS = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1},
+    {"class_weight": torch.linspace(0.1, 2, 13)},
+    {"class_weight": torch.linspace(0.1, 2, 13), "label_smoothing": 0.3, "reduction": "none"},
+    {"class_weight": torch.linspace(0.1, 2, 13), "label_smoothing": 0.3},
+    {"ignore_index": 3, "label_smoothing": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "defaults")
+def test_losses_and_gradients_are_as_accurate_as_eager(chunked, options):
+    ignored = "ignore_index" not in options
+    assert_as_accurate_as_eager(
+        lambda *v: ops.linear_cross_entropy(*v, **options),
+        reference=lambda *v: reference(*v, **options),
+        inputs=inputs(ignored=ignored),
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_low_precision_and_large_logits_are_as_accurate_as_eager(chunked, dtype, scale):
+    x, *rest = inputs(rows=40, features=32)
+    assert_as_accurate_as_eager(ops.linear_cross_entropy, reference=reference, inputs=[x * scale, *rest], dtype=dtype)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 6])
+def test_any_number_of_rows_and_no_bias(chunked, rows):
+    x, weight, _, target = inputs(rows=rows, ignored=False)
+    assert_as_accurate_as_eager(
+        lambda x, w: ops.linear_cross_entropy(x, w, None, target, reduction="sum"),
+        reference=lambda x, w: reference(x, w, None, target, reduction="sum"),
+        inputs=[x, weight],
+        dtype=torch.float32,
+    )
+
+
+def test_leading_dimensions_are_kept_and_expanded_inputs_work(chunked):
+    x, weight, bias, target = inputs(rows=12)
+    x, target = x.view(3, 4, 6).transpose(0, 1), target.view(3, 4).T
+    loss = ops.linear_cross_entropy(x, weight[:1].expand(13, 6), bias, target, reduction="none")
+    expected = reference(x.flatten(0, 1), weight[:1].expand(13, 6), bias, target.flatten(), reduction="none")
+    torch.testing.assert_close(loss, expected.view(4, 3))
+
+
+def test_backward_keeps_one_number_a_row_and_never_the_logits(chunked):
+    x, weight, bias, target = inputs(rows=1000)
+    x.requires_grad_()
+    counts = count(lambda *v: ops.linear_cross_entropy(*v), x, weight, bias, target)
+    # per row: the label, the sum's logarithm, what the row counts; the logits would be 52 bytes
+    assert counts.saved_bytes <= 1000 * (8 + 4 + 4) + 64
+
+
+def test_the_double_backward_is_right(chunked):
+    x, weight, bias, target = inputs()
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+
+    def penalty(function):
+        first = torch.autograd.grad(function(*leaves, target, label_smoothing=0.1), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for one, other in zip(penalty(ops.linear_cross_entropy), penalty(reference)):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_gives_an_fp32_loss_and_gradients_in_the_parameters_dtype(chunked):
+    x, weight, bias, target = inputs()
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (f(x, weight, bias, target) for f in (ops.linear_cross_entropy, reference))
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=1e-2)
+
+
+def test_a_compiled_model_has_no_graph_break(chunked):
+    x, weight, bias, target = inputs()
+    weight.requires_grad_()
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    found, expected = (f(x, weight, bias, target, label_smoothing=0.1) for f in (compiled, reference))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, weight), torch.autograd.grad(expected, weight))
+
+
+def test_auto_materialises_small_logits_and_cuts_large_ones(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(module, "WHOLE_ELEMENTS", 100)
+    with dispatch.recording(lambda op, decision: chosen.append((decision.implementation.name, decision.reasons))):
+        for rows in (7, 8):
+            ops.linear_cross_entropy(*inputs(rows=rows))
+    assert chosen[0][0] == "eager"
+    assert "logits fit" in chosen[0][1]["chunked"]
+    assert chosen[1][0] == "chunked"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 3, 17])
+def test_linear_softmax_is_softmax_of_linear(chunked, rows, bias):
+    x, weight, b, _ = inputs(rows=rows)
+    b = b if bias else None
+    torch.testing.assert_close(ops.linear_softmax(x, weight, b), F.linear(x, weight, b).softmax(-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear_softmax(x, weight, b).dtype == F.linear(x, weight, b).softmax(-1).dtype
+
+
+@pytest.mark.parametrize("k", [1, 4, 13])
+def test_top_k_probabilities_are_softmaxs_without_writing_it(monkeypatch, k):
+    x, weight, bias, _ = inputs()
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 17 * 3)
+    probabilities, classes = ops.linear_softmax_topk(x.view(1, 17, 6), weight, bias, k=k)
+    expected = F.linear(x, weight, bias).softmax(-1).topk(k)
+    torch.testing.assert_close(probabilities[0], expected.values)
+    assert torch.equal(classes[0], expected.indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(13, 5)}, r"x \(\.\.\., E\) and weight \(V, E\).*\(17, 6\) and \(13, 5\)"),
+        ({"bias": torch.zeros(2)}, r"bias must be \(V,\) = \(13,\); got \(2,\)"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, r"target must be .*\(17,\); got \(3,\)"),
+        ({"class_weight": torch.zeros(3)}, r"class_weight must be \(V,\) = \(13,\); got \(3,\)"),
+        ({"reduction": "avg"}, r"got reduction 'avg'; expected 'mean', 'sum' or 'none'"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\]; got 2\.0"),
+    ],
+)
+def test_wrong_arguments_are_told_what_was_expected(change, message):
+    x, weight, bias, target = inputs()
+    with pytest.raises(ValueError, match=message):
+        ops.linear_cross_entropy(**{"x": x, "weight": weight, "bias": bias, "target": target, **change})
+
+
+def test_k_outside_the_classes_is_refused():
+    x, weight, bias, _ = inputs()
+    with pytest.raises(ValueError, match=r"k must lie in \[1, V\] = \[1, 13\]; got 14"):
+        ops.linear_softmax_topk(x, weight, bias, k=14)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_chunked_loss_is_as_accurate_as_eager(dtype):
+    x, weight, bias, target = inputs(rows=3000, features=64, classes=9000)
+    with use_backend(linear_cross_entropy="chunked"):
+        assert_as_accurate_as_eager(
+            ops.linear_cross_entropy,
+            reference=reference,
+            inputs=[x.cuda(), weight.cuda() / 8, bias.cuda(), target.cuda()],
+            dtype=dtype,
+        )
