@@ -203,7 +203,7 @@ class ChunkedLinearCrossEntropy(Implementation):
         if torch.is_autocast_enabled(x.device.type):
             # Once here, not in every block; the loss is fp32, as torch's own.
             low, out_dtype = torch.get_autocast_dtype(x.device.type), torch.float32
-            x, weight, bias = (t if t is None else t.to(low) for t in (x, weight, bias))
+            x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
         labels = target.flatten()
         ignored = labels == ignore_index
         labels = labels.masked_fill(ignored, 0)
@@ -306,8 +306,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, bias, lses, *labels = ctx.saved_tensors
-        of, wanted = _Labels(*labels, ctx.share), ctx.needs_input_grad[:3]
+        x, weight, bias, lses, labels, counts, class_weight, present = ctx.saved_tensors
+        of, wanted = _Labels(labels, counts, class_weight, present, ctx.share), ctx.needs_input_grad[:3]
         dtype = of.counts.dtype
         if torch.is_grad_enabled():  # a double backward will follow: through PyTorch's own ops
             logits = F.linear(x, weight, bias).to(dtype)

@@ -128,7 +128,7 @@ def test_inputs_and_gradients_may_have_dtypes_and_layouts_of_their_own(interpret
 @interpreted
 @pytest.mark.parametrize("columns", [64, 9000])
 def test_only_wanted_gradients_are_computed(interpreter, columns):
-    x, residual, weight, _, p, _ = inputs(9, columns, 0.2, False)
+    x, residual, weight, _, p, _ = inputs(9 if columns == 64 else 1, columns, 0.2, False)
     _, _, mean, rstd = kernels.add_layer_norm_forward(x, residual, weight, None, 1e-5, dropout(p))
     arguments = (x, None, x, residual, weight, mean, rstd, dropout(p))
     both = {"dx_dtype": x.dtype, "dresidual_dtype": x.dtype}
