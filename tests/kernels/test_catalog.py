@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from detr_fast.kernels import launch, layer_norm, offline
+from detr_fast.kernels import launch, layer_norm, offline, rows
 from detr_fast.kernels.analysis import analyse
 from detr_fast.kernels.catalog import CATALOG, TARGETS, Budget, Entry, entries, entry
 from detr_fast.kernels.offline import compile_catalog, compile_variant, occupancy, over_budget
@@ -105,9 +105,9 @@ def test_a_variant_over_its_budget_is_told_with_the_remedy():
 
 def _calls():
     """Calls with awkward arguments: rows, strides and addresses of 1, of multiples of 16 and of neither."""
-    for columns, rows, dtype in [(256, 16, torch.bfloat16), (1, 1, torch.float32), (96, 7, torch.float16)]:
+    for columns, count, dtype in [(256, 16, torch.bfloat16), (1, 1, torch.float32), (96, 7, torch.float16)]:
         for offset in (0, 1):
-            x = torch.zeros(rows * columns + offset, dtype=dtype)[offset:].view(rows, columns)
+            x = torch.zeros(count * columns + offset, dtype=dtype)[offset:].view(count, columns)
             yield x, torch.zeros(columns), torch.zeros(columns)
             yield x, None, None
     yield torch.zeros(1, 64).expand(5, 64), torch.zeros(64), None
@@ -121,7 +121,8 @@ def test_what_a_call_launches_is_specialised_on_nothing_but_the_variant(target, 
     from triton.runtime.jit import create_function_from_signature
 
     launched = []
-    monkeypatch.setattr(layer_norm, "launch", lambda variant, grid, *arguments: launched.append((variant, arguments)))
+    for module in (layer_norm, rows):
+        monkeypatch.setattr(module, "launch", lambda variant, grid, *arguments: launched.append((variant, arguments)))
     for x, weight, bias in _calls():
         _, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-5)
         affine = weight is not None, bias is not None
@@ -143,7 +144,8 @@ def test_what_a_call_launches_is_specialised_on_nothing_but_the_variant(target, 
 def test_compile_layer_norm_compiles_exactly_what_the_call_launches(monkeypatch):
     compiled, launched = [], []
     monkeypatch.setattr(layer_norm, "compile_variant", lambda variant, device: compiled.append(variant))
-    monkeypatch.setattr(layer_norm, "launch", lambda variant, grid, *arguments: launched.append(variant))
+    for module in (layer_norm, rows):
+        monkeypatch.setattr(module, "launch", lambda variant, grid, *arguments: launched.append(variant))
     for x, weight, bias in _calls():
         if x.data_ptr() % 16:
             continue
