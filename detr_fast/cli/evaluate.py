@@ -25,7 +25,7 @@ def evaluate(
     from rich.table import Table
 
     from detr_fast.cli.devices import pick_device
-    from detr_fast.cli.progress import progress_bar
+    from detr_fast.cli.progress import figure, progress_bar
     from detr_fast.data.batching import build_loader
     from detr_fast.data.coco import CocoDetection, CocoFolder
     from detr_fast.data.coco_eval import CocoEvaluator
@@ -37,7 +37,8 @@ def evaluate(
     where = pick_device(device)
     trained = load_trained_model(model, where)
     folder = data or Path(trained.config.data)
-    dataset = CocoDetection(CocoFolder.open(folder), split, eval_transforms(trained.config.transforms))
+    opened = CocoFolder.open(folder, bad_boxes="drop" if trained.config.drop_bad_boxes else "raise")
+    dataset = CocoDetection(opened, split, eval_transforms(trained.config.transforms))
     if dataset.names != trained.names:
         raise ConfigError(
             f"{folder} has the classes {', '.join(dataset.names)}, but the model knows {', '.join(trained.names)}; "
@@ -53,16 +54,12 @@ def evaluate(
     console = Console()
     console.print(f"{trained.path} on {folder}, {split}: {len(dataset)} images", highlight=False, soft_wrap=True)
     overall = Table("", "all", "small", "medium", "large", box=None, padding=(0, 2, 0, 0))
-    overall.add_row("AP", *(_figure(figures[k]) for k in ("AP", "APs", "APm", "APl")))
-    overall.add_row("AP50", _figure(figures["AP50"]))
-    overall.add_row("AP75", _figure(figures["AP75"]))
-    overall.add_row("AR, 100 boxes", *(_figure(figures[k]) for k in ("AR100", "ARs", "ARm", "ARl")))
+    overall.add_row("AP", *(figure(figures[k]) for k in ("AP", "APs", "APm", "APl")))
+    overall.add_row("AP50", figure(figures["AP50"]))
+    overall.add_row("AP75", figure(figures["AP75"]))
+    overall.add_row("AR, 100 boxes", *(figure(figures[k]) for k in ("AR100", "ARs", "ARm", "ARl")))
     console.print(overall)
     by_class = Table("class", "AP", "AP50", box=None, padding=(0, 2, 0, 0))
     for name in evaluator.names:
-        by_class.add_row(name, _figure(figures[f"AP/{name}"]), _figure(figures[f"AP50/{name}"]))
+        by_class.add_row(name, figure(figures[f"AP/{name}"]), figure(figures[f"AP50/{name}"]))
     console.print(by_class)
-
-
-def _figure(value: float) -> str:
-    return "–" if value < 0 else f"{value:.3f}"

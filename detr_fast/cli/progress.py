@@ -26,6 +26,11 @@ def _columns() -> list[ProgressColumn]:
     ]
 
 
+def figure(value: float) -> str:
+    """A precision as users read it; pycocotools says -1 where there is nothing to measure."""
+    return "–" if value < 0 else f"{value:.3f}"
+
+
 @contextmanager
 def progress_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for a callback of (done, total)."""
@@ -80,8 +85,8 @@ class ProgressReporter(Reporter):
     def evaluated(self, record: dict[str, Any]) -> None:
         loss = f"  loss {record['loss']:.3f}" if "loss" in record else ""
         self.console.print(
-            f"epoch {record['epoch']:>3}, step {record['step']}:{loss}  AP {record['AP']:.3f}  "
-            f"AP50 [bold]{record['AP50']:.3f}[/]",
+            f"epoch {record['epoch']:>3}, step {record['step']}:{loss}  AP {figure(record['AP'])}  "
+            f"AP50 [bold]{figure(record['AP50'])}[/]",
             highlight=False,
             soft_wrap=True,
         )

@@ -27,6 +27,14 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run folder's run.", rich_help_panel=_START)
     ] = False,
+    drop_bad_boxes: Annotated[
+        bool,
+        typer.Option(
+            "--drop-bad-boxes",
+            help="Leave out boxes without area or outside their image (COCO 2017 has two) rather than stop.",
+            rich_help_panel=_START,
+        ),
+    ] = False,
     model: Annotated[
         str, typer.Option("--model", help="small, resnet18, resnet34, resnet50 or resnet101.", rich_help_panel=_START)
     ] = "resnet50",
@@ -97,7 +105,7 @@ def train(
     from rich.console import Console
 
     from detr_fast.cli.presets import preset
-    from detr_fast.cli.progress import ProgressReporter
+    from detr_fast.cli.progress import ProgressReporter, figure
     from detr_fast.engine import trainer
     from detr_fast.engine.errors import ConfigError
 
@@ -136,12 +144,13 @@ def train(
             transforms=replace(
                 config.transforms, vertical_flip=0.5 if vertical_flip else 0.0, color_jitter=color_jitter
             ),
+            drop_bad_boxes=drop_bad_boxes,
             weights=None if weights is None else str(weights),
             weights_backbone=weights_backbone,
         )
         with ProgressReporter(console) as reporter:
             result = trainer.train(config, overwrite=overwrite, reporter=reporter)
-    figures = f"AP {result.metrics['AP']:.3f}, AP50 {result.metrics['AP50']:.3f}; " if result.metrics else ""
+    figures = f"AP {figure(result.metrics['AP'])}, AP50 {figure(result.metrics['AP50'])}; " if result.metrics else ""
     speed = f"{result.images_per_second:.1f} img/s; " if result.seconds else ""
     folder = result.run.path
     console.print(

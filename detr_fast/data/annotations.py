@@ -47,6 +47,7 @@ class Annotations:
     areas: np.ndarray  # (M,) float64, of the segment where the JSON has it, else of the box
     crowd: np.ndarray  # (M,) bool
     offsets: np.ndarray  # (N + 1,) int64
+    dropped: int = 0  # boxes left out because they are bad
 
     def of_image(self, index: int) -> slice:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
@@ -138,6 +139,7 @@ def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
     known = {category.id for category in categories}
     rows: list[tuple[int, int, float, bool]] = []
     boxes: list[Any] = []
+    dropped = 0
     for position, record in enumerate(raw["annotations"]):
         image = index_of.get(id_key(record.get("image_id")))
         category = as_integer_id(record.get("category_id"))
@@ -148,6 +150,7 @@ def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
         problem = box_problem(box, *sizes[image])
         if problem is not None:
             if bad_boxes == "drop" and problem.kind != "malformed":
+                dropped += 1
                 continue
             raise fail(f"{_name(record, position)} of image {file_names[image]!r}: its bbox {problem.message}")
         area = record.get("area")
@@ -171,6 +174,7 @@ def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
         areas=np.array([row[2] for row in rows], dtype=np.float64)[order],
         crowd=np.array([row[3] for row in rows], dtype=bool)[order],
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        dropped=dropped,
     )
 
 

@@ -27,6 +27,7 @@ class TrainConfig:
     run: str
     model: ModelConfig = field(default_factory=ModelConfig)
     transforms: TransformConfig = field(default_factory=TransformConfig)
+    drop_bad_boxes: bool = False  # leave out boxes without area or outside their image, rather than refuse the data
     weights: str | None = None  # a checkpoint to start from; a head of another size is left out
     weights_backbone: str | None = None  # torchvision's name for pre-trained backbone weights
 

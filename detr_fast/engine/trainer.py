@@ -129,7 +129,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         set_seed(config.seed)
-        folder = CocoFolder.open(config.data)
+        folder = CocoFolder.open(config.data, bad_boxes="drop" if config.drop_bad_boxes else "raise")
+        dropped = sum(folder.annotations(split).dropped for split in folder.splits)
+        if dropped:
+            reporter.message(f"{dropped} boxes without area or outside their image are left out")
         self.config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, num_classes=len(folder.categories))
         )

@@ -117,7 +117,7 @@ def test_modules_built_from_our_nn_are_not_restored():
         (["encoder.norm", "decoder.norm"], {"encoder.norm", "decoder.norm"}),
         (nn.TransformerEncoder, None),
     ],
-    ids=str,
+    ids=["a layer", "a pattern", "names", "a class"],
 )
 def test_modules_are_selected_by_name_pattern_or_class(selection, expected, option):
     everything = {one.name for one in detr_fast.accelerate(transformer()).switched}

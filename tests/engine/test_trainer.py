@@ -197,3 +197,20 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(tiny: Tiny, schedul
     run = train(tiny(schedule=schedule, warmup_steps=2, evaluate_every=2)).run
     rates = [record["lr"] / 1e-3 for record in run.read_metrics() if record["kind"] == "train"]
     assert rates == pytest.approx(expected)  # each record holds the rate of the step after it
+
+
+def test_bad_boxes_stop_a_run_or_are_left_out_by_request(tiny: Tiny, scenes: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    file = data / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][3] = 0
+    file.write_text(json.dumps(content))
+    messages: list[str] = []
+    reporter = Reporter()
+    reporter.message = messages.append  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="detr-fast doctor"):
+        train(tiny(data=str(data), epochs=1), reporter=reporter)
+    result = train(tiny(data=str(data), epochs=1, drop_bad_boxes=True), reporter=reporter)
+    assert result.steps == 3
+    assert "1 boxes without area or outside their image are left out" in messages
