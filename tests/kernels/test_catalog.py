@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -161,27 +162,29 @@ EXAMPLES = list({one.example: one for one in CATALOG}.values())
 
 
 def launched_by(example, device):
-    """Variants that an entry's example launches, and its outputs."""
+    """What an entry's example launches, and its outputs."""
     seen = []
     launch.observers.append(seen.append)
     try:
         outputs = example(torch.device(device))()
     finally:
         launch.observers.remove(seen.append)
-    return [one.variant for one in seen], outputs
+    return seen, outputs
 
 
 @pytest.mark.parametrize("one", CATALOG, ids=lambda one: one.name)
 def test_an_entrys_example_launches_exactly_its_variant(one):
-    launched, _ = launched_by(one.example, "meta")
+    launched = [seen.variant for seen in launched_by(one.example, "meta")[0]]
     assert one.variant in launched, f"{one.name} is in the catalog, but its example launches {launched}"
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("example", [one.example for one in EXAMPLES], ids=[one.name for one in EXAMPLES])
 def test_examples_run_in_the_interpreter_and_write_finite_outputs(example, interpreter):
-    launched, outputs = launched_by(example, "cpu")
     counted, shapes = launched_by(example, "meta")
+    if (programs := sum(math.prod(one.grid) for one in counted)) > 300:
+        pytest.skip(f"{programs} programs are too many for the interpreter; the kernel's own tests run smaller ones")
+    launched, outputs = launched_by(example, "cpu")
     assert len(launched) == len(counted)
     assert outputs
     for output, shape in zip(outputs, shapes):
