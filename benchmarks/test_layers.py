@@ -1,0 +1,90 @@
+"""Post-norm layers and their feed-forward block, forward and backward, beside their peers. A wrong result is never timed.
+
+python -m pytest benchmarks/test_layers.py          # needs a GPU
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn as torch_nn
+
+from detr_fast import nn, ops, use_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="timings need a GPU")]
+
+FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
+BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
+RECOMPUTING = FUSED | {"feed_forward": "triton_recompute"}
+
+
+def eager_block(x, w1, b1, w2, b2, norm_weight, norm_bias):
+    y = torch_nn.functional.linear(torch_nn.functional.linear(x, w1, b1).relu(), w2, b2)
+    return torch_nn.functional.layer_norm(x + y, (256,), norm_weight, norm_bias)
+
+
+def run_checked(benchmark, peer, step, reference):
+    """Compare one step's results with the reference's, then time it."""
+    for found, expected in zip(step(), reference()):
+        error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-6)
+        assert error < 3e-2, f"{peer} is wrong (relative error {error:.2e}): not timed"
+
+    def synchronised():
+        step()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(synchronised, rounds=30, iterations=4, warmup_rounds=5)
+
+
+@pytest.mark.parametrize("peer", [*BACKENDS, "triton_recompute"])
+@pytest.mark.parametrize("rows", [800, 6800, 27200])  # 8 images' queries; their tokens at stride 32; at stride 16
+def test_feed_forward_block(benchmark, rows, peer):
+    benchmark.group = f"feed-forward block ({rows}, 256) hidden 2048 bf16, forward and backward"
+    shapes = [(rows, 256), (2048, 256), (2048,), (256, 2048), (256,), (256,), (256,)]
+    tensors = [torch.randn(s, device="cuda", dtype=torch.bfloat16) * s[-1] ** -0.5 for s in shapes]
+    tensors = [t.requires_grad_() for t in tensors]
+    dy = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    block: Any = ops.feed_forward_add_layer_norm
+    if peer in ("eager", "torch.compile"):
+        block = torch.compile(eager_block) if peer == "torch.compile" else eager_block
+    backend = RECOMPUTING if peer == "triton_recompute" else BACKENDS[peer]
+
+    def step(function=block):
+        y = function(*tensors)
+        return y, *torch.autograd.grad(y, tensors, dy)
+
+    with use_backend(**backend):
+        run_checked(benchmark, peer, step, lambda: step(eager_block))
+
+
+@pytest.mark.parametrize("peer", [*BACKENDS, "triton_recompute"])
+@pytest.mark.parametrize("shape", [(8, 100), (8, 850)], ids=str)
+def test_encoder_layer(benchmark, shape, peer):
+    benchmark.group = f"encoder layer {shape} d 256 hidden 2048 bf16, forward and backward"
+    settings: dict[str, Any] = {
+        "d_model": 256,
+        "nhead": 8,
+        "batch_first": True,
+        "device": "cuda",
+        "dtype": torch.bfloat16,
+        "dropout": 0.0,
+    }
+    original = torch_nn.TransformerEncoderLayer(**settings)
+    layer: torch_nn.Module = original
+    if peer == "torch.compile":
+        layer = torch.compile(original)  # type: ignore[assignment]
+    elif peer != "eager":
+        layer = nn.TransformerEncoderLayer(**settings)
+        layer.load_state_dict(original.state_dict())
+    x = torch.randn(*shape, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn_like(x)
+    backend = RECOMPUTING if peer == "triton_recompute" else BACKENDS[peer]
+
+    def step(module=layer):
+        y = module(x)
+        return y, *torch.autograd.grad(y, (x, *module.parameters()), dy)
+
+    with use_backend(**backend):
+        run_checked(benchmark, peer, step, lambda: step(original))
