@@ -51,10 +51,11 @@ def test_outputs_and_gradients_are_as_before(name, training, assert_unchanged):
     report = assert_unchanged(model, look)
     assert not report.left
     norms = sum(isinstance(m, nn.LayerNorm) for m in model.modules())
-    assert len(report.switched) == norms + 2
+    assert len(report.switched) == norms + 4  # two attentions, two feed-forward blocks
     with explaining(model) as records:
         look(model)
     assert sum(r.op == "attention" for r in records) == 2
+    assert sum(r.op == "feed_forward" for r in records) == 2
     assert sum(r.calls for r in records if r.op == "layer_norm") == norms
 
 
@@ -96,7 +97,7 @@ def test_with_timms_fused_attention_switched_off_the_original_runs():
     detr_fast.accelerate(model)
     with explaining(model) as records:
         assert torch.equal(look(model)[0], expected)
-    assert {r.op for r in records} == {"layer_norm"}
+    assert {r.op for r in records} == {"layer_norm", "feed_forward"}
 
 
 def test_another_version_of_a_class_is_left_alone(monkeypatch):
@@ -116,3 +117,13 @@ def test_it_compiles_to_one_graph(name):
     expected = look(model)[0]
     detr_fast.accelerate(model)
     torch.testing.assert_close(look(torch.compile(model, fullgraph=True, backend="eager"))[0], expected)
+
+
+def test_a_block_whose_part_is_hooked_later_calls_it():
+    model, seen = timm_vit(), []
+    detr_fast.accelerate(model)
+    model.blocks[0].mlp.fc2.register_forward_hook(lambda *_: seen.append(1))
+    with explaining(model) as records:
+        look(model)
+    assert seen == [1]
+    assert [r.module for r in records if r.op == "feed_forward"] == ["blocks.1.mlp"]
