@@ -50,9 +50,13 @@ def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """The images moved by up to a pixel each way, as another hand might have placed them."""
-    top, left = torch.randint(3, (2,)).tolist()
-    return nn.functional.pad(images, (1, 1, 1, 1))[..., top : top + 8, left : left + 8]
+    """Half of the images moved by up to a pixel each way, as another hand might have placed them."""
+    count, _, height, width = images.shape
+    start = torch.randint(3, (2, count, 1), device=images.device)
+    start[:, torch.rand(count, device=images.device) < 0.5] = 1
+    row, column = (first + torch.arange(size, device=images.device) for first, size in zip(start, (height, width)))
+    image = torch.arange(count, device=images.device)[:, None, None]
+    return nn.functional.pad(images, (1, 1, 1, 1))[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 
 def train(model: DigitReader, images: Tensor, labels: Tensor, epochs: int, batch: int = 64) -> None:

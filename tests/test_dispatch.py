@@ -104,7 +104,7 @@ def test_what_is_slow_is_refused_by_auto_but_taken_by_name(op):
 
 def test_an_unknown_op_or_implementation_is_an_error_that_lists_the_known(op):
     with (
-        pytest.raises(ValueError, match=r"no op 'atention'; the ops are attention, doubling, layer_norm"),
+        pytest.raises(ValueError, match=r"no op 'atention'; the ops are .*attention, .*doubling, .*layer_norm"),
         use_backend(atention="eager"),
     ):
         pass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_softmax
+
 
 class LinearSoftmax(nn.Linear):
     """A linear map and a softmax: the transformer's last step.
@@ -19,7 +21,7 @@ class LinearSoftmax(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, C) -> probabilities (…, V), which sum to 1."""
-        return self.logits(x).softmax(-1)
+        return linear_softmax(x, self.weight, self.bias)
 
     def logits(self, x: Tensor) -> Tensor:
         """x (…, C) -> (…, V), before the softmax."""
@@ -43,16 +45,12 @@ class LinearSoftmax(nn.Linear):
         Raises:
             ValueError: targets whose shape is not x's without its last dimension.
         """
-        if targets.shape != x.shape[:-1]:
-            raise ValueError(
-                f"targets must be class indices of shape {tuple(x.shape[:-1])}, one for each row of x "
-                f"{tuple(x.shape)}; got {tuple(targets.shape)}"
-            )
-        rows = F.cross_entropy(
-            self.logits(x).reshape(-1, self.out_features),
-            targets.flatten(),
+        return linear_cross_entropy(
+            x,
+            self.weight,
+            self.bias,
+            targets,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             reduction=reduction,
         )
-        return rows.view(targets.shape) if reduction == "none" else rows

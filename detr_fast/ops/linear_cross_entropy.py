@@ -127,7 +127,7 @@ def _eager(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    logits = F.linear(x, weight, bias).flatten(0, -2)
+    logits = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
     if class_weight is not None:
         class_weight = class_weight.to(logits.dtype)
     loss = F.cross_entropy(
