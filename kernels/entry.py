@@ -16,7 +16,10 @@ Example = Callable[[torch.device], Callable[[], tuple[Tensor, ...]]]
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a variant may use, on any NVIDIA target and on any AMD one: registers a thread, bytes a program."""
+    """The most that a variant may use, on any NVIDIA target and on any AMD one: registers a thread, bytes a program.
+
+    large_shared: shared memory on sm_80, sm_90 and sm_100, which have 163 KiB a program or more; 0: as `shared`.
+    """
 
     registers: int
     shared: int
@@ -24,6 +27,7 @@ class Budget:
     amd_shared: int
     spills: int = 0
     amd_spills: int = 0
+    large_shared: int = 0
 
 
 @dataclass(frozen=True)

@@ -120,10 +120,13 @@ def over_budget(one: Entry, compiled: Compiled) -> list[str]:
         return []
     amd = not compiled.target.startswith("sm_")
     budget, used = one.budget, compiled.resources
+    shared = budget.amd_shared if amd else budget.shared
+    if compiled.target in ("sm_80", "sm_90", "sm_100"):
+        shared = max(shared, budget.large_shared)
     limits = (
         ("registers a thread", used.registers, budget.amd_registers if amd else budget.registers),
         ("bytes spilled a thread", used.spills, budget.amd_spills if amd else budget.spills),
-        ("bytes of shared memory", used.shared_memory, budget.amd_shared if amd else budget.shared),
+        ("bytes of shared memory", used.shared_memory, shared),
     )
     return [
         f"{one.name} for {compiled.target} uses {value} {what}, over its budget of {limit}: give it fewer rows a tile or "
