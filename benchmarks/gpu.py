@@ -54,19 +54,21 @@ def sections(out: Path) -> list[tuple[str, list[str], int]]:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
+    timed, step = [*pytest, "-m", "gpu"], "benchmarks/test_step.py"
     calls = [python, "benchmarks/kernel_calls.py"]
     # Without PyTorch's own pool of memory, an access outside a tensor is one outside an allocation.
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9", "--tool"]
     return [
         *([("wheels", [*install, *wheels], 20)] if wheels else []),
         ("install", [*install, "-e", "."], 40),
-        ("tests", [*pytest, "-m", "gpu", "tests"], 120),
+        ("tests", [*pytest, "-m", "gpu", "tests"], 110),
         ("graphs and host synchronisation", [*calls, "graphs"], 40),
-        ("benchmarks", [*pytest, "-m", "gpu", "benchmarks", f"--benchmark-json={out / 'benchmarks.json'}"], 150),
-        ("profile", [*calls, "profile", str(out)], 40),
-        ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 40),
-        ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 40),
-        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 50),
+        ("benchmarks", [*timed, "benchmarks", "--ignore", step, f"--benchmark-json={out / 'benchmarks.json'}"], 110),
+        ("training step", [*timed, step, f"--benchmark-json={out / 'benchmarks-step.json'}"], 70),
+        ("profile", [*calls, "profile", str(out)], 35),
+        ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 35),
+        ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 35),
+        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 45),
     ]
 
 
@@ -85,7 +87,7 @@ def run(parts: list[tuple[str, list[str], int]], out: Path, machine: str) -> int
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
         lines.append(f"- {name}: {status}, {time.monotonic() - start:.0f} s. {last.strip()[:160]}")
         lines += [f"    - {line[:200]}" for line in output.splitlines() if re.match(r"(FAILED|ERROR) ", line)][:12]
-        medians = medians_by_case(out / "benchmarks.json")
+        medians = medians_by_case(out)
         (out / "summary.md").write_text(
             "\n".join(lines + next_steps(failed, medians) + slower_than_a_peer(medians)) + "\n"
         )
@@ -148,16 +150,17 @@ def next_steps(failed: list[str], medians: dict[str, dict[str, float]]) -> list[
     )
 
 
-def medians_by_case(path: Path) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each peer in each benchmark that has peers."""
-    try:
-        benchmarks = json.loads(path.read_text())["benchmarks"]
-    except (OSError, ValueError, KeyError):
-        return {}
+def medians_by_case(out: Path) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each peer in each benchmark of `out` that has peers."""
     cases: dict[str, dict[str, float]] = {}
-    for entry in benchmarks:
-        if peer := (entry.get("params") or {}).get("peer"):
-            cases.setdefault(entry["group"], {})[peer] = entry["stats"]["median"] * 1e3
+    for path in sorted(out.glob("benchmarks*.json")):
+        try:
+            benchmarks = json.loads(path.read_text())["benchmarks"]
+        except (OSError, ValueError, KeyError):
+            continue
+        for entry in benchmarks:
+            if peer := (entry.get("params") or {}).get("peer"):
+                cases.setdefault(entry["group"], {})[peer] = entry["stats"]["median"] * 1e3
     return cases
 
 

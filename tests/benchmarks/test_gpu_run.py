@@ -60,8 +60,11 @@ def test_the_summary_names_where_auto_is_slower_than_a_peer(gpu, tmp_path):
         for peer, median in (("auto", 2e-3), ("eager", 1e-3))
     ]
     (tmp_path / "benchmarks.json").write_text(json.dumps({"benchmarks": entries}))
-    medians = gpu.medians_by_case(tmp_path / "benchmarks.json")
-    assert gpu.slower_than_a_peer(medians)[-1] == "| case | 2.00 | eager | eager 1.0000, auto 2.0000 |"
+    step = {"group": "step", "params": {"peer": "auto"}, "stats": {"median": 5e-3}}
+    (tmp_path / "benchmarks-step.json").write_text(json.dumps({"benchmarks": [step]}))
+    medians = gpu.medians_by_case(tmp_path)
+    assert medians["step"] == {"auto": 5.0}
+    assert gpu.slower_than_a_peer(medians)[3] == "| case | 2.00 | eager | eager 1.0000, auto 2.0000 |"
     assert gpu.next_steps(["tests"], medians)[2:] == [
         "1. mend tests: its output is in log.txt",
         "2. case: auto takes 2.00 × eager (a wrong choice: an entry in detr_fast/ops/regimes.py)",
