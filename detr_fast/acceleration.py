@@ -19,6 +19,8 @@ from detr_fast.adapters import adapters_for
 from detr_fast.adapters.base import MARK, Adapter, Mark, public_name, why_class_is_taken
 from detr_fast.explanation import Explanation, explain
 
+PACKS = "_detr_fast_packs"  # marks modules that `accelerate` told to pack
+
 Selection = str | type[Module] | Iterable[str | type[Module]] | None
 
 
@@ -91,6 +93,7 @@ def accelerate(
     *,
     only: Selection = None,
     skip: Selection = None,
+    packed: bool = False,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> Report:
     """Switch the class of each module that we can run faster, in place, and say what was switched and what not.
@@ -102,6 +105,8 @@ def accelerate(
     wrapped (LoRA) or hooked parts are left alone. Calling it again switches what is new.
 
     only, skip: which modules, as names or glob patterns ("encoder", "*.norm1", each with all below it) or classes.
+    packed: a detector of ours (`detr_fast.models.Detr`) also skips padding, where it gets its images as a list or a
+    NestedTensor with their sizes; the report says so where no module can.
     example_inputs: positional (a sequence) or keyword (a mapping) arguments of one call, for the report's explanation.
 
     Raises TypeError for a model that is no torch.nn.Module, ValueError where a pattern or class matches nothing.
@@ -116,6 +121,8 @@ def accelerate(
             report.already += 1
         elif name in wanted and name not in skipped:
             _consider(name, module, adapters, report)
+    if packed:
+        _pack(model, wanted - skipped, report)
     if example_inputs is not None:
         report.explanation = _explained(model, example_inputs)
     return report
@@ -131,6 +138,8 @@ def restore(model: Module) -> Report:
     for name, module in model.named_modules():
         if MARK in module.__dict__:
             _restore(name, module, report)
+        if PACKS in module.__dict__:
+            _unpack(name, module, report)
     return report
 
 
@@ -138,15 +147,15 @@ def restore(model: Module) -> Report:
 def accelerated(model: Module, **options: Any) -> Iterator[Report]:
     """`accelerate(model, **options)` while the block runs; what the block began with is there again afterwards."""
     _check(model)
-    before = {module for module in model.modules() if MARK in module.__dict__}
+    before = {(module, mark) for module in model.modules() for mark in (MARK, PACKS) if mark in module.__dict__}
     report = accelerate(model, **options)
-    switched = [module for module in model.modules() if MARK in module.__dict__ and module not in before]
     try:
         yield report
     finally:
-        for module in switched:
-            if MARK in module.__dict__:
-                _restore("", module, Report(report.model))
+        for module in model.modules():
+            for mark, undo in ((MARK, _restore), (PACKS, _unpack)):
+                if mark in module.__dict__ and (module, mark) not in before:
+                    undo("", module, Report(report.model))
 
 
 def _consider(name: str, module: Module, adapters: Sequence[type[Adapter]], report: Report) -> None:
@@ -176,6 +185,26 @@ def _restore(name: str, module: Module, report: Report) -> None:
     del module.__dict__[MARK]
     mark.adapter.restored(module)
     report.switched.append(Switched(name, now, public_name(mark.original)))
+
+
+def _pack(model: Module, names: set[str], report: Report) -> None:
+    able = [
+        (name, m) for name, m in model.named_modules() if name in names and isinstance(getattr(m, "packed", None), bool)
+    ]
+    if not able:
+        reason = "packed=True needs images' sizes on the host, which only detr_fast.models.Detr takes"
+        report.left.append(Left("", public_name(type(model)), reason))
+    for name, module in able:
+        if not module.packed:
+            module.packed = True  # type: ignore[assignment]
+            module.__dict__[PACKS] = True
+            report.switched.append(Switched(name, "padded tokens", "packed tokens"))
+
+
+def _unpack(name: str, module: Module, report: Report) -> None:
+    del module.__dict__[PACKS]
+    module.packed = False  # type: ignore[assignment]
+    report.switched.append(Switched(name, "packed tokens", "padded tokens"))
 
 
 def _explained(model: Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Explanation:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import detr_fast
 from detr_fast.models import ModelConfig, build_criterion, build_model, nested_tensor_from_list
 from detr_fast.models.packing import Packing
 from detr_fast.models.structures import NestedTensor
@@ -115,3 +116,23 @@ def test_the_packed_model_never_makes_the_host_wait_for_a_gpu():
         outputs = model(NestedTensor(images, mask, True, tuple(SIZES)))
     assert outputs["pred_boxes"].shape == (3, 7, 4)
     assert not counts.synchronisations
+
+
+def test_accelerate_turns_packing_on_and_restore_turns_it_off(pair):
+    padded, _ = pair
+    images = images_of()
+    expected = padded.eval()(images)["pred_logits"]
+    with detr_fast.accelerated(padded, packed=True) as report:
+        assert padded.packed
+        assert "padded tokens -> packed tokens" in str(report)
+        torch.testing.assert_close(padded(images)["pred_logits"], expected)
+    assert not padded.packed
+    detr_fast.accelerate(padded, packed=True)
+    assert padded.packed
+    detr_fast.restore(padded)
+    assert not padded.packed
+
+
+def test_accelerate_says_where_nothing_can_be_packed():
+    report = detr_fast.accelerate(torch.nn.Linear(2, 2), packed=True)
+    assert "packed=True needs images' sizes on the host" in str(report)
