@@ -114,6 +114,12 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
     return round(programs * warps / unit.warps, 3)
 
 
+def older_compiler() -> bool:
+    """Whether triton is older than 3.8, of which budgets and documented figures are; 3.6 needs somewhat more."""
+    launch.require_triton()
+    return tuple(int(number) for number in launch.triton.__version__.split(".")[:2]) < (3, 8)
+
+
 def over_budget(one: Entry, compiled: Compiled) -> list[str]:
     """One sentence for each budget that a compiled entry exceeds: what, where, and the remedy."""
     if compiled.resources is None:
@@ -123,9 +129,13 @@ def over_budget(one: Entry, compiled: Compiled) -> list[str]:
     shared = budget.amd_shared if amd else budget.shared
     if compiled.target in ("sm_80", "sm_90", "sm_100"):
         shared = max(shared, budget.large_shared)
+    registers = budget.amd_registers if amd else budget.registers
+    spills = budget.amd_spills if amd else budget.spills
+    if older_compiler():  # measured over the cover with triton 3.6: at most 220 registers for 184, 2 KiB, 16 bytes
+        registers, shared, spills = round(1.2 * registers), shared + 2048, spills + 16
     limits = (
-        ("registers a thread", used.registers, budget.amd_registers if amd else budget.registers),
-        ("bytes spilled a thread", used.spills, budget.amd_spills if amd else budget.spills),
+        ("registers a thread", used.registers, registers),
+        ("bytes spilled a thread", used.spills, spills),
         ("bytes of shared memory", used.shared_memory, shared),
     )
     return [

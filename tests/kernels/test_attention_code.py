@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from detr_fast.kernels import analysis
 from detr_fast.kernels.attention_catalog import catalog_entries
-from detr_fast.kernels.offline import compile_variant
+from detr_fast.kernels.offline import compile_variant, older_compiler
 
 
 # Cycles per score element in 16 bits at a head dimension of 32: (blocks without a mask, blocks with one), reached.
@@ -28,4 +28,4 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, kernel,
     for loop, cycles in zip(loops, most):
         found = analysis.analyse_loop(loop, int(target[3:]), one.elements / one.variant.num_warps)
         assert found.cycles["tensor"] > 0.03
-        assert found.cycles_per_element <= cycles
+        assert found.cycles_per_element <= cycles * (1.2 if older_compiler() else 1)

@@ -190,4 +190,4 @@ def test_the_elements_of_a_thread_share_philox_calls(target, variant, elements, 
         loop = analyse(binary, int(target.removeprefix("sm_")), elements / one.num_warps)
         instructions.append(loop.instructions_per_element)
         assert resources.spills == 0
-    assert instructions[1] - instructions[0] <= most, instructions
+    assert instructions[1] - instructions[0] <= most * (1.1 if offline.older_compiler() else 1), instructions
