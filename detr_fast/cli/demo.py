@@ -28,7 +28,7 @@ def demo(
 
     from detr_fast.cli.explain import summarize_choices
     from detr_fast.cli.progress import ProgressReporter, progress_bar
-    from detr_fast.engine.demo import compare_with_torch, demo_config, make_scenes
+    from detr_fast.engine.demo import compare_with_torch, demo_config, make_scenes, scene_counts
     from detr_fast.engine.trainer import train
 
     console = Console(width=None if os.isatty(1) else 120)
@@ -60,4 +60,6 @@ def demo(
     console.print()
     console.print(table, highlight=False)
     if quick:
-        console.print("This was the short look; without --quick it trains ten times as long.")
+        full = demo_config(out)
+        steps = full.epochs * (scene_counts(quick=False)[0] // full.batch_size)
+        console.print(f"This was the short look, of {result.steps} steps; without --quick it takes {steps:,}.")

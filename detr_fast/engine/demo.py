@@ -56,9 +56,14 @@ def demo_config(run: Path, *, quick: bool = False, seed: int = 0) -> TrainConfig
     )
 
 
+def scene_counts(quick: bool) -> tuple[int, int]:
+    """How many training and validation images the demo generates."""
+    return (480, 60) if quick else (2000, 200)
+
+
 def make_scenes(config: TrainConfig, quick: bool, progress: Callable[[int, int], None] | None = None) -> None:
-    """Generate the demo's data set: 2,000 training and 200 validation images, or fewer for `quick`."""
-    train, val = (480, 60) if quick else (2000, 200)
+    """Generate the demo's data set."""
+    train, val = scene_counts(quick)
     generate_scenes(config.data, train=train, val=val, seed=config.seed, progress=progress)
 
 

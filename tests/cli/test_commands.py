@@ -86,6 +86,21 @@ def test_a_users_error_is_one_line_and_status_2(
     assert error.count("\n") == 1
 
 
+def test_the_demo_trains_evaluates_and_says_how_much_longer_it_could(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from detr_fast.engine import demo
+
+    monkeypatch.setattr(demo, "scene_counts", lambda quick: (16, 2) if quick else (64, 2))
+    run = tmp_path / "demo"
+    assert status("demo", "--quick", "--out", run, "--device", "cpu") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "AP, AP50" in printed
+    assert "plain torch.nn layers" in printed
+    assert printed.endswith("This was the short look, of 5 steps; without --quick it takes 40.")
+    assert all((run / name).is_file() for name in ("checkpoint.pt", "curves.png", "predictions.png"))
+
+
 def test_a_trained_model_is_evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("evaluate", trained, "--json", "--device", "cpu") == 0
     figures = json.loads(capsys.readouterr().out)
