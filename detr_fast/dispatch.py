@@ -74,6 +74,10 @@ class Implementation(ABC):
         """Why this implementation, though able, should not be picked by `auto`: it was measured slower, or never."""
         return None
 
+    def why_not_instead(self, call: Any) -> str | None:
+        """The reason why this implementation can't stand in for a kernel that failed to compile."""
+        return None
+
     def note(self, call: Any) -> str | None:
         """A remark for `explain` when this implementation is chosen."""
         return None
@@ -303,18 +307,23 @@ class Op:
 
     def _decide(self, call: Call, requested: str | None, *, prepare: bool) -> _Decision:
         reasons: dict[str, str] = {}
+        failed = False  # a kernel that would have been chosen does not compile
         for implementation in self.implementations:
             name = implementation.name
             if requested is not None and name != requested:
                 reasons[name] = f"{requested} was asked for by name"
                 continue
-            reason = _why_not(implementation, call, requested is not None) or self._broken.get(
-                (name, implementation.compiled_key(call))
-            )
+            reason = _why_not(implementation, call, requested is not None)
+            if reason is None and failed:
+                reason = implementation.why_not_instead(call)
+            if reason is None:
+                reason = self._broken.get((name, implementation.compiled_key(call)))
+                failed = failed or reason is not None
             if reason is None and requested is None:
                 reason = implementation.advice(call)
             if reason is None and prepare:
                 reason = self._prepare(implementation, call, warn=requested is None)
+                failed = failed or reason is not None
             if reason is None:
                 note = None if call.situation.regime == "compiled" else implementation.note(call)
                 return _Decision(implementation, reasons, note, call.shapes())

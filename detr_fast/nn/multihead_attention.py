@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast import dispatch
-from detr_fast.dispatch import BackendError, Implementation, TritonImplementation
+from detr_fast.dispatch import BackendError, Implementation
 from detr_fast.nn.replacements import replaces
 from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
-from detr_fast.ops.attention import ATTENTION, attention_with_weights
+from detr_fast.ops.attention import ATTENTION, Sdpa, attention_with_weights
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -121,7 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = self._masks(query, key_padding_mask, attn_mask, is_causal and not need_weights, dtype)
         dropout_p = float(self.dropout) if self.training else 0.0
         choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *masks, dropout_p, None)
-        if requested is None and not isinstance(choice, TritonImplementation):
+        if requested is None and isinstance(choice, Sdpa):
             return None
         return _Plan(choice, *masks, dropout_p)
 

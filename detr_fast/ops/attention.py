@@ -16,8 +16,9 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Op
 from detr_fast.ops.attention_call import describe, misfit, signature
 from detr_fast.ops.attention_eager import EagerAttention as EagerAttention
-from detr_fast.ops.attention_eager import Sdpa, attention_weights, weighted_sum
+from detr_fast.ops.attention_eager import Sdpa, attention_weights, dropped, weighted_sum
 from detr_fast.ops.attention_triton import TritonAttention
+from detr_fast.ops.dropout import next_seed
 
 
 @overload
@@ -119,7 +120,11 @@ def attention_with_weights(
     _check(q, k, v, key_padding_mask, attn_mask, dropout_p)
     weights = attention_weights(q, k, key_padding_mask, attn_mask, is_causal, scale)
     if dropout_p > 0.0:
-        weights = F.dropout(weights, dropout_p)
+        chosen = ATTENTION.choose(q, k, v, key_padding_mask, attn_mask, is_causal, dropout_p, scale)
+        if isinstance(chosen, Sdpa):
+            weights = F.dropout(weights, dropout_p)
+        else:
+            weights = dropped(weights, dropout_p, *next_seed(q.device))
     return weighted_sum(weights, v), weights
 
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.dispatch import Implementation
+from detr_fast.kernels import dropout
 from detr_fast.ops.attention_call import AttentionCall
+from detr_fast.ops.dropout import keep_mask, next_seed
 
 
 def merged_mask(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -25,12 +27,19 @@ def merged_mask(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 class Sdpa(Implementation):
-    """`F.scaled_dot_product_attention`: PyTorch's own choice among flash, cuDNN, memory-efficient and math."""
+    """`F.scaled_dot_product_attention`: PyTorch's own choice among flash, cuDNN, memory-efficient and math.
+
+    Its dropout is torch's own, as in torch.nn, and differs from the kernels' for one seed.
+    """
 
     name = "sdpa"
 
     def why_not(self, call: AttentionCall) -> str | None:
         return "it does not return the log-sum-exp" if call.return_lse else None
+
+    def why_not_instead(self, call: AttentionCall) -> str | None:
+        # A checkpointed region may run on the kernel and fail to compile its backward only when it is recomputed.
+        return "its dropout is torch's own, not the kernel's that it would stand in for" if call.dropout else None
 
     def run(
         self,
@@ -55,7 +64,7 @@ class Sdpa(Implementation):
 
 
 class EagerAttention(Implementation):
-    """The definition, step by step, for the reader and the tests. Its dropout draws what nn.MultiheadAttention's does."""
+    """The definition, step by step, for the reader and the tests; with dropout, the kernels' twin: it drops what they drop."""
 
     name = "eager"
 
@@ -78,7 +87,9 @@ class EagerAttention(Implementation):
         if return_lse:
             scores, hidden = _scores(q, k, padding, mask, is_causal, scale)
             lse = (scores if hidden is None else scores.masked_fill(hidden, -math.inf)).float().logsumexp(-1)
-        out = weighted_sum(F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights, v)
+        if dropout_p > 0.0:
+            weights = dropped(weights, dropout_p, *next_seed(q.device))
+        out = weighted_sum(weights, v)
         return out if lse is None else (out, lse)
 
 
@@ -92,6 +103,13 @@ def attention_weights(
     # A finite fill and a second masking give rows with no visible key zeros, with zero gradients, instead of NaN.
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
+
+
+def dropped(weights: Tensor, dropout_p: float, seed: Tensor, offset: int) -> Tensor:
+    """weights (B, H, L, S) after the dropout that the kernels draw from this seed and offset."""
+    batch, heads, rows, columns = weights.shape
+    keep = keep_mask(seed, offset, dropout_p, batch * heads, rows, columns, tiles=True)
+    return weights * keep.view(weights.shape) * dropout.scale(dropout_p)
 
 
 def _scores(

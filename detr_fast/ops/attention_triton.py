@@ -10,14 +10,13 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
-from detr_fast.kernels import dropout as dropout_kernels
 from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem
 from detr_fast.kernels.launch import compile_variant
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, computed_dtype, tf32
-from detr_fast.ops.attention_eager import attention_weights, weighted_sum
+from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
 from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
-from detr_fast.ops.dropout import keep_mask, next_seed
+from detr_fast.ops.dropout import next_seed
 
 
 class TritonAttention(TritonImplementation):
@@ -181,11 +180,7 @@ def _reference(
     causal, dropout_p, scale, offset, _ = options
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
     weights = attention_weights(q, k, padding, mask, causal, scale)
-    if seed is not None:
-        batch, heads, rows, columns = weights.shape
-        keep = keep_mask(seed, offset, dropout_p, batch * heads, rows, columns, tiles=True)
-        weights = weights * keep.view(weights.shape) * dropout_kernels.scale(dropout_p)
-    return weighted_sum(weights, v)
+    return weighted_sum(weights if seed is None else dropped(weights, dropout_p, seed, offset), v)
 
 
 class _Forward(torch.autograd.Function):

@@ -8,7 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
+from detr_fast.explanation import explaining
 from detr_fast.ops.attention import ATTENTION, EagerAttention
+from detr_fast.ops.attention_triton import TritonAttention
 from detr_fast.testing import assert_as_accurate_as_eager
 
 interpreter = pytest.mark.interpreter
@@ -161,6 +163,39 @@ def test_a_failing_compilation_is_seen_before_the_forward_runs(monkeypatch):
     with use_backend(attention="triton"), pytest.raises(BackendError, match="no registers left"):
         ops.attention(*qkv())
     ATTENTION.forget()
+
+
+@pytest.mark.parametrize(("dropout_p", "stand_in"), [(0.0, "sdpa"), (0.5, "eager")])
+def test_what_stands_in_for_a_kernel_that_fails_to_compile_drops_the_same(monkeypatch, dropout_p, stand_in):
+    def fail(*_):
+        raise RuntimeError("no registers left")
+
+    for name in ("refusal", "advice"):
+        monkeypatch.setattr(TritonAttention, name, lambda *_: None)
+    monkeypatch.setattr(TritonAttention, "prepare", fail)
+    ATTENTION.forget()
+    with pytest.warns(RuntimeWarning, match="no registers left"), explaining() as records:
+        ops.attention(*qkv(), dropout_p=dropout_p)
+    assert records[0].chosen == stand_in
+    ATTENTION.forget()
+
+
+@interpreter
+@pytest.mark.parametrize("batch_heads", [(1, 1), (2, 3)])
+def test_the_eager_implementation_is_the_kernels_twin_in_dropout(batch_heads):
+    batch, heads = batch_heads
+    q, k, v = qkv(batch, 20, 35, heads, 16, requires_grad=True)
+    dout = torch.randn(batch, 20, heads, 16)
+    padding = end_padding(batch, 35)
+    results = []
+    for backend in ("triton", "eager"):
+        torch.manual_seed(11)
+        with use_backend(attention=backend):
+            out = [ops.attention(q, k, v, key_padding_mask=padding, dropout_p=0.3) for _ in range(2)]
+        assert not torch.equal(*out)
+        results.append([*out, *torch.autograd.grad(out[1], (q, k, v), dout)])
+    for ours, twin in zip(*results):
+        torch.testing.assert_close(ours, twin, atol=2e-5, rtol=1e-4)
 
 
 def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
