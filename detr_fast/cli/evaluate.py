@@ -9,7 +9,7 @@ import typer
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    model: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, the original's, or Hugging Face's.")],
     data: Annotated[
         Path | None, typer.Option("--data", help="A COCO-format folder; the one trained on by default.")
     ] = None,
@@ -30,24 +30,22 @@ def evaluate(
     from detr_fast.data.coco import CocoDetection, CocoFolder
     from detr_fast.data.coco_eval import CocoEvaluator
     from detr_fast.data.transforms import eval_transforms
-    from detr_fast.engine.checkpoints import load_trained_model
     from detr_fast.engine.errors import ConfigError
     from detr_fast.engine.evaluation import evaluate_model
+    from detr_fast.engine.trained import load_trained_model, match_labels
 
     where = pick_device(device)
     trained = load_trained_model(model, where)
+    if data is None and trained.published:
+        raise ConfigError(f"{model} does not say what it was trained on; give a COCO-format folder: --data DIR")
     folder = data or Path(trained.config.data)
     opened = CocoFolder.open(folder, bad_boxes="drop" if trained.config.drop_bad_boxes else "raise")
     dataset = CocoDetection(opened, split, eval_transforms(trained.config.transforms))
-    if dataset.names != trained.names:
-        raise ConfigError(
-            f"{folder} has the classes {', '.join(dataset.names)}, but the model knows {', '.join(trained.names)}; "
-            "evaluate on data with the same classes in the same order"
-        )
+    labels = match_labels(trained, dataset.names, dataset.category_ids, folder)
     loader = build_loader(dataset, batch_size, shuffle=False, pin_memory=where.type == "cuda")
     evaluator = CocoEvaluator(dataset)
     with progress_bar(Console(stderr=True), "evaluating") as progress:
-        figures = evaluate_model(trained.model, loader, evaluator, where, progress=progress)
+        figures = evaluate_model(trained.model, loader, evaluator, where, progress=progress, labels=labels)
     if as_json:
         print(json.dumps(figures, indent=1))
         return

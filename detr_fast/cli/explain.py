@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def explain(
     model: Annotated[
-        str, typer.Argument(help="A run folder, a checkpoint, or: small, resnet18, … resnet101.")
+        str, typer.Argument(help="A run folder, a checkpoint, published weights, or: small, resnet18, … resnet101.")
     ] = "resnet50",
     training: Annotated[bool, typer.Option("--training", help="A training step instead of inference.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = 2,
@@ -33,7 +33,7 @@ def explain(
 
     from detr_fast.cli.devices import pick_device
     from detr_fast.cli.presets import MODELS, preset
-    from detr_fast.engine.checkpoints import load_trained_model
+    from detr_fast.engine.trained import load_trained_model
     from detr_fast.models.build import build_model
 
     where = pick_device(device)

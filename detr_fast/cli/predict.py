@@ -9,7 +9,7 @@ import typer
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    model: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, the original's, or Hugging Face's.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", help="Gets predictions.json and one picture an image.")] = Path(
         "predictions"
@@ -26,8 +26,8 @@ def predict(
 
     from detr_fast.cli.devices import pick_device
     from detr_fast.cli.progress import progress_bar
-    from detr_fast.engine.checkpoints import load_trained_model
     from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, write_predictions
+    from detr_fast.engine.trained import load_trained_model
 
     paths = find_images(images)
     trained = load_trained_model(model, pick_device(device))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ import torch
 from detr_fast import __version__
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError
-from detr_fast.engine.run_folder import BEST, CHECKPOINT, RunFolder, atomic_write
-from detr_fast.models.build import build_model
-from detr_fast.models.detr import Detr
+from detr_fast.engine.run_folder import CHECKPOINT, RunFolder, atomic_write
 from detr_fast.models.weight_files import WeightsError, list_problems, unpickle, write_checkpoint
 
 FORMAT = "detr-fast"
@@ -45,48 +42,25 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = unpickle(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not is_checkpoint(state):
         raise CheckpointError(
             f"{path} is not a checkpoint of a detr-fast run; to fine-tune from it: detr-fast train --weights {path}"
         )
+    return checked(state, path)
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether that is what `save_checkpoint` writes."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The checkpoint itself; raises CheckpointError where a newer version wrote it."""
     if state["version"] > VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {state['version']}, this is detr-fast {__version__} which reads up to {VERSION}; upgrade detr-fast"
         )
     return state
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The file to predict or evaluate with: `path` itself, or the best checkpoint of the run folder `path`, else its last."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in (BEST, CHECKPOINT):
-        if (path / name).exists():
-            return path / name
-    raise CheckpointError(f"{path} holds neither {BEST} nor {CHECKPOINT}; give the folder of a run that has saved one")
-
-
-@dataclass
-class TrainedModel:
-    """A model in eval mode with what its labels mean and how its images are prepared."""
-
-    model: Detr
-    config: TrainConfig
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    path: Path
-
-
-def load_trained_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> TrainedModel:
-    """The model of a checkpoint file or run folder, with its averaged weights where it has them."""
-    file = find_checkpoint(path)
-    state = load_checkpoint(file)
-    config = TrainConfig.from_dict(state["config"])
-    model = build_model(config.model)
-    load_weights(model, state["ema"] or state["model"], file)
-    model = model.to(device).eval().requires_grad_(False)
-    return TrainedModel(model, config, tuple(state["names"]), tuple(state["category_ids"]), file)
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def evaluate_model(
     criterion: SetCriterion | None = None,
     progress: Progress | None = None,
     exchange: Callable[[dict[int, Any]], Mapping[int, Any]] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Run `model` over `loader`, fill `evaluator` and return its figures; the model's train or eval mode is kept.
 
@@ -38,6 +39,7 @@ def evaluate_model(
         evaluator: collects the predictions.
         criterion: adds "loss", the mean over the images of the weighted sum that training minimises.
         progress: called with (images done, images in all).
+        labels: the data set's label for each of the model's, -1 for none, where they differ.
         exchange: takes this process's predictions by image id and returns those of all processes.
 
     Returns:
@@ -50,6 +52,7 @@ def evaluate_model(
     model.eval()
     post_process = PostProcess(focal=bool(getattr(model, "focal", False)))
     total_loss = torch.zeros((), device=device)
+    translation = None if labels is None else torch.tensor(labels, device=device)
     done, total = 0, len(evaluator_images(loader))
     try:
         with torch.inference_mode():
@@ -61,6 +64,8 @@ def evaluate_model(
                     losses = criterion(outputs, on_device.targets)
                     total_loss += len(batch) * criterion.weighted_sum(losses)
                 results = post_process(outputs, sizes)
+                if translation is not None:
+                    results = [result | {"labels": translation[result["labels"]]} for result in results]
                 try:
                     evaluator.update({m["image_id"]: r for m, r in zip(batch.metadata, results)})
                 except NotFiniteError as error:

@@ -15,11 +15,11 @@ from torchvision import tv_tensors
 from detr_fast.data.errors import DataError
 from detr_fast.data.images import read_image
 from detr_fast.data.transforms import eval_transforms
-from detr_fast.engine.checkpoints import TrainedModel
 from detr_fast.engine.drawing import Box, Picture, draw_boxes
 from detr_fast.engine.errors import PredictionError
 from detr_fast.engine.evaluation import boxes_above
 from detr_fast.engine.run_folder import atomic_write, explained
+from detr_fast.engine.trained import TrainedModel
 from detr_fast.models.postprocess import PostProcess
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")

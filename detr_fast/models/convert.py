@@ -33,6 +33,7 @@ from detr_fast.models.weight_names import StateDict, from_huggingface, infer_con
 
 Format = Literal["original", "huggingface", "safetensors"]
 FORMATS: tuple[Format, ...] = ("original", "huggingface", "safetensors")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, the first that is there
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,12 @@ def read_weights(path: str | Path) -> Weights:
         return _read_folder(path)
     if not path.is_file():
         raise WeightsError(f"no weights at {path}; give a checkpoint file, a safetensors file or a Hugging Face folder")
+    if path.name in FOLDER_FILES and _is_huggingface_config(path.with_name("config.json")):
+        return _read_folder(path.parent)  # the file alone does not say how many heads there are
     if path.suffix == ".safetensors":
         state, about = read_safetensors(path)
         return _weights(state, about, path)
-    return _read_checkpoint(path)
+    return weights_in(unpickle(path), path)
 
 
 def _weights(state: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> Weights:
@@ -186,9 +189,15 @@ def _weights(state: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) 
     return Weights(dict(state), about.get("config") or {}, tuple(names) if names else None, str(path))
 
 
+def _is_huggingface_config(file: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return "model_type" in json.loads(file.read_text(encoding="utf-8"))
+    return False
+
+
 def _read_folder(folder: Path) -> Weights:
     config_file = folder / "config.json"
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    files = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
     if not config_file.is_file() or not files:
         raise WeightsError(f"{folder} is no Hugging Face folder; expected config.json and model.safetensors in it")
     try:
@@ -211,8 +220,8 @@ def _read_folder(folder: Path) -> Weights:
     return _weights(state, {"config": settings, "names": names}, folder)
 
 
-def _read_checkpoint(path: Path) -> Weights:
-    content = unpickle(path)
+def weights_in(content: Any, path: Path) -> Weights:
+    """The weights in what torch.save wrote into `path`; raises WeightsError where there are none."""
     about: dict[str, Any] = {}
     state = content
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -223,7 +232,7 @@ def _read_checkpoint(path: Path) -> Weights:
         elif CONFIG_KEY in content:
             about = content[CONFIG_KEY]
         else:
-            about = {"config": _original_settings(content.get("args"))}
+            about = {"config": _original_settings(content.get("args"), path)}
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds no weights; expected a state_dict, alone or under the key 'model'")
     if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel
@@ -231,8 +240,10 @@ def _read_checkpoint(path: Path) -> Weights:
     return _weights(state, about, path)
 
 
-def _original_settings(arguments: argparse.Namespace | None) -> dict[str, Any]:
-    """What the original's command line says beyond the weights' shapes."""
+def _original_settings(arguments: argparse.Namespace | None, path: Path) -> dict[str, Any]:
+    """What the original's command line says beyond the weights' shapes; of published files, which lack it, the name."""
+    if arguments is None:
+        return {"dilation": True} if "dc5" in path.stem.lower() else {}
     names = {"nheads": "heads", "dilation": "dilation", "dropout": "dropout", "aux_loss": "aux_loss"}
     return {own: getattr(arguments, name) for name, own in names.items() if hasattr(arguments, name)}
 

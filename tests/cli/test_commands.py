@@ -118,6 +118,31 @@ def test_predict_writes_json_and_pictures(trained: Path, scenes: Path, tmp_path:
     assert all((out / image["picture"]).is_file() for image in content["images"])
 
 
+def test_published_weights_are_evaluated_and_predicted_with_as_they_are(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from detr_fast.models.build import ModelConfig, build_model
+
+    sizes = {"num_queries": 4, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "feedforward": 16}
+    model = build_model(ModelConfig(backbone="conv", num_classes=91, backbone_width=4, backbone_stride=32, **sizes))  # type: ignore[arg-type]
+    weights = tmp_path / "detr.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    assert status("evaluate", weights, "--device", "cpu") == 2
+    assert "detr.pth does not say what it was trained on; give a COCO-format folder: --data" in capsys.readouterr().err
+    assert status("evaluate", weights, "--data", scenes, "--json", "--device", "cpu") == 0
+    assert "AP/ring" in json.loads(capsys.readouterr().out)
+    out = tmp_path / "out"
+    options = ("--out", out, "--threshold", "0", "--no-pictures", "--device", "cpu")
+    assert status("predict", weights, scenes / "images", *options) == 0
+    found = [d for image in json.loads((out / "predictions.json").read_text())["images"] for d in image["detections"]]
+    assert len(found) == 10 * 4
+    from detr_fast.engine.trained import COCO_NAMES
+
+    assert all(d["name"] == COCO_NAMES[d["category_id"]] for d in found)
+
+
 def test_explain_lists_ops_and_reasons(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("explain", trained, "--json", "--device", "cpu") == 0
     records = json.loads(capsys.readouterr().out)

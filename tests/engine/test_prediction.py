@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from detr_fast.data.coco import CocoFolder
-from detr_fast.engine.checkpoints import TrainedModel
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.demo import compare_with_torch, use_torch_layers
 from detr_fast.engine.errors import PredictionError
 from detr_fast.engine.prediction import find_images, predict_images, write_predictions
+from detr_fast.engine.trained import TrainedModel
 from detr_fast.models.build import build_model
 
 

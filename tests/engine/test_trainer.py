@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detr_fast.engine.checkpoints import load_checkpoint, load_trained_model
+from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
 from detr_fast.engine.run_folder import RunFolder
+from detr_fast.engine.trained import load_trained_model
 from detr_fast.engine.trainer import Reporter, resume, train
 from detr_fast.models import PostProcess, TargetError, Targets
 
