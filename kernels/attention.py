@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_program import at, keys_to_visit, own_queries
 from .attention_tiles import (
     COMMON_TYPES,
     PLACE_TYPES,
@@ -26,7 +27,6 @@ from .attention_tiles import (
     Problem,
     dot,
     kept,
-    key_range,
     load_tile,
     masked_scores,
     places,
@@ -43,59 +43,37 @@ def _attend(
     highest,
     q,
     k_ptr,
-    v_ptr,
-    padding_ptr,
-    mask_ptr,
-    seed_ptr,
     k_row,
+    v_ptr,
     v_row,
-    padding_column,
-    mask_row,
-    mask_column,
+    hiding,
+    drop,
     row_start,
     start_key,
     end_key,
     L,
     S,
     scale,
-    head,
-    offset,
-    threshold,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    E: tl.constexpr,
-    EV: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_EV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    VEC: tl.constexpr,
-    MASK_VEC: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Pass over the keys of [start_key, end_key), a multiple of BLOCK_N to start with. scale: positive, times log2(e)."""
+    E: tl.constexpr = FORM[0]
+    EV: tl.constexpr = FORM[1]
+    BLOCK_E: tl.constexpr = FORM[2]
+    BLOCK_EV: tl.constexpr = FORM[3]
+    PRECISION: tl.constexpr = FORM[5]
+    VEC: tl.constexpr = FORM[6]
     for start in range(start_key, end_key, BLOCK_N):
         visible = None
         if MASKED:
-            visible = visible_keys(padding_ptr, padding_column, start, S, BLOCK_N)
+            visible = visible_keys(hiding, start, S, BLOCK_N)
         k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
-            scores = masked_scores(
-                scores * scale,
-                mask_ptr,
-                mask_row,
-                mask_column,
-                row_start,
-                start,
-                L,
-                S,
-                visible,
-                BLOCK_M,
-                BLOCK_N,
-                CAUSAL,
-                MASK_VEC,
-            )
+            scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
             higher = tl.maximum(highest, tl.max(scores, 1))
             # A row that has seen no visible key yet: -inf less -inf would be NaN.
             shift = tl.where(higher == -float("inf"), 0.0, higher)
@@ -107,9 +85,8 @@ def _attend(
             shrink = tl.exp2(highest - higher)
         highest = higher
         total = total * shrink + tl.sum(weights, 1)
-        if seed_ptr is not None:
-            keep = kept(seed_ptr, offset, threshold, head, row_start, start, BLOCK_M, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
+        if drop[0] is not None:
+            weights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), weights, 0.0)
         v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_row, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
         accumulator = dot(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
     return accumulator, total, highest
@@ -163,33 +140,28 @@ def attention_forward_kernel(
     MASK_VEC: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
-    tiles = tl.cdiv(L, BLOCK_M)
-    row_start = tl.program_id(0) % tiles * BLOCK_M
-    head_index = tl.program_id(0) // tiles
-    batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
-    row = tl.arange(0, BLOCK_M)
-    exists = row < L - row_start
-
-    q_ptr += batch * q_batch + head * q_head + row_start.to(tl.int64) * q_row
-    k_ptr += batch * k_batch + head // group * k_head
-    v_ptr += batch * v_batch + head // group * v_head
-    if padding_ptr is not None:
-        padding_ptr += batch * padding_batch
-    if mask_ptr is not None:
-        mask_ptr += batch * mask_batch + head * mask_head
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
+    batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
+    q_ptr = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, 0)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, 0)
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
+    hiding = (
+        padding_ptr,
+        batch * padding_batch,
+        padding_column,
+        mask_ptr,
+        batch * mask_batch + head * mask_head,
+        mask_row,
+        mask_column,
+    )
+    drop = (seed_ptr, head_index, offset, threshold, rescale)
     q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
     # The maximum is taken before scaling: a negative scale changes q's sign instead (exactly).
     q = tl.where(scale < 0, -q, q)
     scale = tl.abs(scale)
 
-    first_masked, end = key_range(padding_ptr, padding_column, S)
-    if CAUSAL:
-        first_masked = tl.minimum(first_masked, row_start + 1)
-        end = tl.minimum(end, row_start + BLOCK_M)
-    first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
-    if mask_ptr is not None:
-        first_masked = 0
-
+    first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
     accumulator = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -201,43 +173,28 @@ def attention_forward_kernel(
                 highest,
                 q,
                 k_ptr,
-                v_ptr,
-                padding_ptr,
-                mask_ptr,
-                seed_ptr,
                 k_row,
+                v_ptr,
                 v_row,
-                padding_column,
-                mask_row,
-                mask_column,
+                hiding,
+                drop,
                 row_start,
                 first_masked if MASKED else 0,
                 end if MASKED else first_masked,
                 L,
                 S,
                 scale,
-                head_index,
-                offset,
-                threshold,
                 MASKED,
                 BLOCK_M,
                 BLOCK_N,
-                E,
-                EV,
-                BLOCK_E,
-                BLOCK_EV,
-                CAUSAL,
-                PRECISION,
-                VEC,
-                MASK_VEC,
+                FORM,
             )
 
     empty_row = total == 0.0
     accumulator = accumulator * (rescale / tl.where(empty_row, 1.0, total))[:, None]
     lse = tl.where(empty_row, -float("inf"), highest + tl.log2(tl.where(empty_row, 1.0, total)))
-    out_ptr += batch * out_batch + head * out_head + row_start.to(tl.int64) * out_row
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
-    tl.store(lse_ptr + head_index.to(tl.int64) * L + row_start + row, lse, mask=exists)
+    tl.store(lse_ptr + head_index.to(tl.int64) * L + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
 
 
 def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -264,8 +221,8 @@ def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> 
 
 @cache
 def forward_variant(form: Form) -> Variant:
-    config = form.config("forward")
     """The program of the forward."""
+    config = form.config("forward")
     tensors = (*(form.dtype,) * 4, torch.float32, *form.masks())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .attention_program import at, own_keys
 from .attention_tiles import dot, kept, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
@@ -14,38 +15,31 @@ def _pass_over_queries(
     k,
     v,
     q_ptr,
+    q_row,
     dout_ptr,
+    dout_row,
     statistics_ptr,
     all_rows,
-    mask_ptr,
-    seed_ptr,
-    q_row,
-    dout_row,
-    mask_row,
-    mask_column,
+    hiding,
+    drop,
     column_start,
     start_row,
     end_row,
     L,
     S,
     scale,
-    head,
-    offset,
-    threshold,
-    rescale,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    E: tl.constexpr,
-    EV: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_EV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    VEC: tl.constexpr,
-    MASK_VEC: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Tiles are (keys, queries). statistics_ptr: of the head's first row."""
+    E: tl.constexpr = FORM[0]
+    EV: tl.constexpr = FORM[1]
+    BLOCK_E: tl.constexpr = FORM[2]
+    BLOCK_EV: tl.constexpr = FORM[3]
+    PRECISION: tl.constexpr = FORM[5]
+    VEC: tl.constexpr = FORM[6]
     row = tl.arange(0, BLOCK_M)
     for start in range(start_row, end_row, BLOCK_M):
         exists = row < L - start
@@ -56,28 +50,15 @@ def _pass_over_queries(
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(
-                scores * scale,
-                mask_ptr,
-                mask_row,
-                mask_column,
-                start,
-                column_start,
-                L,
-                S,
-                None,
-                BLOCK_M,
-                BLOCK_N,
-                CAUSAL,
-                MASK_VEC,
-                True,
+                scores * scale, hiding, start, column_start, L, S, None, BLOCK_M, BLOCK_N, FORM, True
             )
             weights = tl.exp2(scores - lse[None, :])
         else:
             weights = tl.exp2(scores * scale - lse[None, :])
         dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
-        if seed_ptr is not None:
-            keep = kept(seed_ptr, offset, threshold, head, start, column_start, BLOCK_M, BLOCK_N, True)
-            dweights = tl.where(keep, dweights * rescale, 0.0)
+        if drop[0] is not None:
+            keep = kept(drop, start, column_start, BLOCK_M, BLOCK_N, True)
+            dweights = tl.where(keep, dweights * drop[4], 0.0)
             dscores = weights * (dweights - delta[None, :])
             weights = tl.where(keep, weights, 0.0)
         else:
@@ -144,17 +125,15 @@ def attention_backward_keys_kernel(
     MASK_VEC: tl.constexpr,
 ):
     """One program for BLOCK_N keys of one key head, over all query heads of its group."""
-    tiles = tl.cdiv(S, BLOCK_N)
-    column_start = tl.program_id(0) % tiles * BLOCK_N
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
     key_heads = heads // group
-    batch = (tl.program_id(0) // tiles // key_heads).to(tl.int64)
-    key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
-    first = column_start.to(tl.int64)
-    if padding_ptr is not None:
-        padding_ptr += batch * padding_batch
-    visible = visible_keys(padding_ptr, padding_column, column_start, S, BLOCK_N)
-    k_ptr += batch * k_batch + key_head * k_head + first * k_row
-    v_ptr += batch * v_batch + key_head * v_head + first * v_row
+    batch, key_head, column_start, exists = own_keys(S, key_heads, BLOCK_N)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, key_head, column_start)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, key_head, column_start)
+    dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), batch, key_head, column_start)
+    dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), batch, key_head, column_start)
+    padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0)
+    visible = visible_keys(padding, column_start, S, BLOCK_N)
     k = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
     v = load_tile(v_ptr, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
 
@@ -168,15 +147,14 @@ def attention_backward_keys_kernel(
         end_masked = 0
     if mask_ptr is not None:
         end_masked = end
-    all_rows = (tl.num_programs(0) // tiles * group).to(tl.int64) * L
+    all_rows = (tl.num_programs(0) // tl.cdiv(S, BLOCK_N) * group).to(tl.int64) * L
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_EV), tl.float32)
     for member in range(group):
         head = key_head * group + member
         head_index = batch * heads + head
-        mask_here = mask_ptr
-        if mask_ptr is not None:
-            mask_here = mask_ptr + (batch * mask_batch + head * mask_head)
+        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column)
+        drop = (seed_ptr, head_index.to(tl.int32), offset, threshold, rescale)
         for MASKED in tl.static_range(1, -1, -1):
             if (mask_ptr is None) if not MASKED else (CAUSAL or mask_ptr is not None):
                 dk, dv = _pass_over_queries(
@@ -184,42 +162,26 @@ def attention_backward_keys_kernel(
                     dv,
                     k,
                     v,
-                    q_ptr + (batch * q_batch + head * q_head),
-                    dout_ptr + (batch * dout_batch + head * dout_head),
+                    at(q_ptr, (q_batch, q_head, q_row), batch, head, 0),
+                    q_row,
+                    at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, 0),
+                    dout_row,
                     statistics_ptr + head_index * L,
                     all_rows,
-                    mask_here,
-                    seed_ptr,
-                    q_row,
-                    dout_row,
-                    mask_row,
-                    mask_column,
+                    hiding,
+                    drop,
                     column_start,
                     start if MASKED else tl.maximum(start, end_masked),
                     end_masked if MASKED else end,
                     L,
                     S,
                     scale,
-                    head_index.to(tl.int32),
-                    offset,
-                    threshold,
-                    rescale,
                     MASKED,
                     BLOCK_M,
                     BLOCK_N,
-                    E,
-                    EV,
-                    BLOCK_E,
-                    BLOCK_EV,
-                    CAUSAL,
-                    PRECISION,
-                    VEC,
-                    MASK_VEC,
+                    FORM,
                 )
-    exists = tl.arange(0, BLOCK_N) < S - column_start
     dk = tl.where(visible[:, None], dk * scale_out, 0.0)
     dv = tl.where(visible[:, None], dv * rescale, 0.0)
-    dk_ptr += batch * dk_batch + key_head * dk_head + first * dk_row
-    dv_ptr += batch * dv_batch + key_head * dv_head + first * dv_row
     store_tile(dk_ptr, dk_row, exists, dk, BLOCK_N, E, BLOCK_E, VEC)
     store_tile(dv_ptr, dv_row, exists, dv, BLOCK_N, EV, BLOCK_EV, VEC)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .attention_program import at
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
 
@@ -64,6 +65,7 @@ def attention_backward_mask_kernel(
 
     Each element is written once, by sums in a fixed order, and no buffer larger than dmask is needed.
     """
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
     tiles_n = 1 if SHARED_COLUMNS else tl.cdiv(S, BLOCK_N)
     tiles_m = 1 if SHARED_ROWS else tl.cdiv(L, BLOCK_M)
     first_column = tl.program_id(0) % tiles_n * BLOCK_N
@@ -81,48 +83,40 @@ def attention_backward_mask_kernel(
         batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
         # Of the heads of a batch element, those from first_head to end_head.
         last_row = tl.where((head >= first_head) & (head < end_head), end_row, first_row)
-        padding_here = padding_ptr
-        if padding_ptr is not None:
-            padding_here = padding_ptr + batch * padding_batch
-        mask_here = mask_ptr + (batch * mask_batch + head * mask_head)
+        hiding = (
+            padding_ptr,
+            batch * padding_batch,
+            padding_column,
+            mask_ptr,
+            batch * mask_batch + head * mask_head,
+            mask_row,
+            mask_column,
+        )
+        drop = (seed_ptr, index, offset, threshold, rescale)
         for row_start in range(first_row, last_row, BLOCK_M):
-            start = tl.cast(row_start, tl.int64)
             exists = row < L - row_start
-            q_here = q_ptr + (batch * q_batch + head * q_head + start * q_row)
-            dout_here = dout_ptr + (batch * dout_batch + head * dout_head + start * dout_row)
+            q_here = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
+            dout_here = at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, row_start)
             q = load_tile(q_here, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
             dout = load_tile(dout_here, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
-            rows = tl.cast(index, tl.int64) * L + start + row
+            rows = tl.cast(index, tl.int64) * L + row_start + row
             lse = tl.load(statistics_ptr + rows, mask=exists, other=float("inf"))
             all_rows = tl.cast(batches, tl.int64) * heads * L
             delta = tl.load(statistics_ptr + all_rows + rows, mask=exists, other=0.0)
             for column_start in range(first_column, end_column, BLOCK_N):
-                visible = visible_keys(padding_here, padding_column, column_start, S, BLOCK_N)
-                first = tl.cast(column_start, tl.int64)
-                k_here = k_ptr + (batch * k_batch + head // group * k_head + first * k_row)
-                v_here = v_ptr + (batch * v_batch + head // group * v_head + first * v_row)
+                visible = visible_keys(hiding, column_start, S, BLOCK_N)
+                k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
+                v_here = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, column_start)
                 k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
                 v = load_tile(v_here, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
                 scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 scores = masked_scores(
-                    scores * scale,
-                    mask_here,
-                    mask_row,
-                    mask_column,
-                    row_start,
-                    column_start,
-                    L,
-                    S,
-                    visible,
-                    BLOCK_M,
-                    BLOCK_N,
-                    CAUSAL,
-                    MASK_VEC,
+                    scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM
                 )
                 weights = tl.exp2(scores - lse[:, None])
                 dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 if seed_ptr is not None:
-                    keep = kept(seed_ptr, offset, threshold, index, row_start, column_start, BLOCK_M, BLOCK_N)
+                    keep = kept(drop, row_start, column_start, BLOCK_M, BLOCK_N)
                     dweights = tl.where(keep, dweights * rescale, 0.0)
                 dmask += weights * (dweights - delta[:, None])
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .attention_tiles import dot, kept, key_range, load_tile, masked_scores, store_tile, visible_keys
+from .attention_program import at, keys_to_visit, own_queries
+from .attention_tiles import dot, kept, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
 
@@ -15,67 +16,43 @@ def _pass_over_keys(
     lse,
     delta,
     k_ptr,
-    v_ptr,
-    padding_ptr,
-    mask_ptr,
-    seed_ptr,
     k_row,
+    v_ptr,
     v_row,
-    padding_column,
-    mask_row,
-    mask_column,
+    hiding,
+    drop,
     row_start,
     start_key,
     end_key,
     L,
     S,
     scale,
-    head,
-    offset,
-    threshold,
-    rescale,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    E: tl.constexpr,
-    EV: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_EV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    VEC: tl.constexpr,
-    MASK_VEC: tl.constexpr,
+    FORM: tl.constexpr,
 ):
+    E: tl.constexpr = FORM[0]
+    EV: tl.constexpr = FORM[1]
+    BLOCK_E: tl.constexpr = FORM[2]
+    BLOCK_EV: tl.constexpr = FORM[3]
+    PRECISION: tl.constexpr = FORM[5]
+    VEC: tl.constexpr = FORM[6]
     for start in range(start_key, end_key, BLOCK_N):
         visible = None
         if MASKED:
-            visible = visible_keys(padding_ptr, padding_column, start, S, BLOCK_N)
+            visible = visible_keys(hiding, start, S, BLOCK_N)
         k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
         v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_row, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
-            scores = masked_scores(
-                scores * scale,
-                mask_ptr,
-                mask_row,
-                mask_column,
-                row_start,
-                start,
-                L,
-                S,
-                visible,
-                BLOCK_M,
-                BLOCK_N,
-                CAUSAL,
-                MASK_VEC,
-            )
+            scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
             weights = tl.exp2(scores - lse[:, None])
         else:
             weights = tl.exp2(scores * scale - lse[:, None])
         dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        if seed_ptr is not None:
-            keep = kept(seed_ptr, offset, threshold, head, row_start, start, BLOCK_M, BLOCK_N)
-            dweights = tl.where(keep, dweights * rescale, 0.0)
+        if drop[0] is not None:
+            dweights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), dweights * drop[4], 0.0)
         dscores = weights * (dweights - delta[:, None])
         dq = dot(dscores.to(k.dtype), k, dq, PRECISION)
     return dq
@@ -140,42 +117,38 @@ def attention_backward_queries_kernel(
     MASK_VEC: tl.constexpr,
 ):
     """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e)."""
-    tiles = tl.cdiv(L, BLOCK_M)
-    row_start = tl.program_id(0) % tiles * BLOCK_M
-    head_index = tl.program_id(0) // tiles
-    batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
-    row = tl.arange(0, BLOCK_M)
-    exists = row < L - row_start
-    first = row_start.to(tl.int64)
-
-    k_ptr += batch * k_batch + head // group * k_head
-    v_ptr += batch * v_batch + head // group * v_head
-    if padding_ptr is not None:
-        padding_ptr += batch * padding_batch
-    if mask_ptr is not None:
-        mask_ptr += batch * mask_batch + head * mask_head
-    q = load_tile(q_ptr + batch * q_batch + head * q_head + first * q_row, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
-    out_ptr += batch * out_batch + head * out_head + first * out_row
-    dout_ptr += batch * dout_batch + head * dout_head + first * dout_row
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
+    batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
+    q_ptr = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, 0)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, 0)
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
+    dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, row_start)
+    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), batch, head, row_start)
+    hiding = (
+        padding_ptr,
+        batch * padding_batch,
+        padding_column,
+        mask_ptr,
+        batch * mask_batch + head * mask_head,
+        mask_row,
+        mask_column,
+    )
+    drop = (seed_ptr, head_index, offset, threshold, rescale)
+    q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
     out = load_tile(out_ptr, out_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    rows = head_index.to(tl.int64) * L + row_start + row
+    rows = head_index.to(tl.int64) * L + row_start + tl.arange(0, BLOCK_M)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
     lse = tl.load(lse_ptr + rows, mask=exists, other=-float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
     tl.store(statistics_ptr + rows, lse, mask=exists)
-    all_rows = (tl.num_programs(0) // tiles).to(tl.int64) * L
+    all_rows = (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64) * L
     tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
 
-    first_masked, end = key_range(padding_ptr, padding_column, S)
-    if CAUSAL:
-        first_masked = tl.minimum(first_masked, row_start + 1)
-        end = tl.minimum(end, row_start + BLOCK_M)
-    first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
-    if mask_ptr is not None:
-        first_masked = 0
+    first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for MASKED in tl.static_range(2):
         if MASKED or mask_ptr is None:
@@ -186,36 +159,20 @@ def attention_backward_queries_kernel(
                 lse,
                 delta,
                 k_ptr,
-                v_ptr,
-                padding_ptr,
-                mask_ptr,
-                seed_ptr,
                 k_row,
+                v_ptr,
                 v_row,
-                padding_column,
-                mask_row,
-                mask_column,
+                hiding,
+                drop,
                 row_start,
                 first_masked if MASKED else 0,
                 end if MASKED else first_masked,
                 L,
                 S,
                 scale,
-                head_index,
-                offset,
-                threshold,
-                rescale,
                 MASKED,
                 BLOCK_M,
                 BLOCK_N,
-                E,
-                EV,
-                BLOCK_E,
-                BLOCK_EV,
-                CAUSAL,
-                PRECISION,
-                VEC,
-                MASK_VEC,
+                FORM,
             )
-    dq_ptr += batch * dq_batch + head * dq_head + first * dq_row
     store_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)

@@ -248,31 +248,13 @@ def store_tile(
 
 
 @jit
-def key_range(padding_ptr, padding_column, S):
-    """(first, end): all keys before `first` are visible, none from `end` on. padding_ptr: of one batch, or None."""
-    first, end = S, S
-    if padding_ptr is not None:
-        column = tl.arange(0, 1024)
-        first_hidden = tl.full((1024,), S, tl.int32)
-        end_visible = tl.zeros((1024,), tl.int32)
-        for start in range(0, S, 1024):
-            here = start + column
-            hidden = tl.load(
-                padding_ptr + tl.cast(start, tl.int64) * padding_column + column * padding_column, here < S, True
-            )
-            first_hidden = tl.minimum(first_hidden, tl.where(hidden, here, S))
-            end_visible = tl.maximum(end_visible, tl.where(hidden, 0, here + 1))
-        first, end = tl.min(first_hidden, 0), tl.max(end_visible, 0)
-    return first, end
-
-
-@jit
-def visible_keys(padding_ptr, padding_column, start, S, BLOCK_N: tl.constexpr):
+def visible_keys(hiding, start, S, BLOCK_N: tl.constexpr):
     """Which of the keys start ... start + BLOCK_N - 1 are there and not padding."""
+    padding_ptr, padding_start, padding_column, _, _, _, _ = hiding
     column = tl.arange(0, BLOCK_N)
     visible = column < S - start
     if padding_ptr is not None:
-        place = padding_ptr + tl.cast(start, tl.int64) * padding_column
+        place = padding_ptr + (padding_start + tl.cast(start, tl.int64) * padding_column)
         hidden = tl.load(place + column * padding_column, mask=visible, other=True)
         visible = visible & (hidden == 0)
     return visible
@@ -281,9 +263,7 @@ def visible_keys(padding_ptr, padding_column, start, S, BLOCK_N: tl.constexpr):
 @jit
 def masked_scores(
     scores,
-    mask_ptr,
-    mask_row,
-    mask_column,
+    hiding,
     row_start,
     column_start,
     L,
@@ -291,20 +271,23 @@ def masked_scores(
     visible,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK_VEC: tl.constexpr,
+    FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
     """Scores of a tile, (ROWS, COLUMNS) or transposed, -inf where a key is hidden.
 
-    visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere. mask_ptr: at batch and head.
+    visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere.
     """
+    CAUSAL: tl.constexpr = FORM[4]
+    MASK_VEC: tl.constexpr = FORM[7]
+    _, _, _, mask_ptr, mask_start, mask_row, mask_column = hiding
     if TRANSPOSED:
         row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
     else:
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     if mask_ptr is not None:
-        base = mask_ptr + tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
+        mask_start += tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
+        base = mask_ptr + mask_start
         exists = (row < L - row_start) & (column // MASK_VEC < (S - column_start) // MASK_VEC)
         if MASK_VEC == 1:
             pointers = base + (row * mask_row + column * mask_column)
@@ -326,17 +309,8 @@ def masked_scores(
 
 
 @jit
-def kept(
-    seed_ptr,
-    offset,
-    threshold,
-    head,
-    row_start,
-    column_start,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TRANSPOSED: tl.constexpr = False,
-):
-    """Which weights of a tile dropout keeps; head is batch * heads + head."""
+def kept(drop, row_start, column_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Which weights of a tile dropout keeps."""
+    seed_ptr, head_index, offset, threshold, _ = drop
     low, high = load_seed(seed_ptr)
-    return keep_tile(low, high, offset, threshold, head, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)
+    return keep_tile(low, high, offset, threshold, head_index, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)

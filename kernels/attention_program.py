@@ -1,0 +1,77 @@
+# mypy: allow-incomplete-defs
+"""What an attention kernel does before its loop: which queries or keys its program owns, where they lie, which keys it visits.
+
+Tuples that travel together, here and in `attention_tiles` (triton takes None in one that is passed, not in one
+that is returned):
+    place = (batch stride, head stride, row stride) of a (B, L, H, E) tensor
+    hiding = (padding, offset, column stride, mask, offset, row stride, column stride): pointers or None, offsets of a batch
+        element and head
+    drop = (seed pointer or None, batch * heads + head, offset, threshold, rescale) of dropout: see `dropout`
+    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC), constants: see `Form.constants`
+"""
+
+from __future__ import annotations
+
+from .launch import jit, tl
+
+
+@jit
+def own_queries(L, heads, BLOCK_M: tl.constexpr):
+    """(batch, head, batch * heads + head, first row, which rows exist) of a program for BLOCK_M queries of one head."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    row_start = tl.program_id(0) % tiles * BLOCK_M
+    head_index = tl.program_id(0) // tiles
+    batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    return batch, head, head_index, row_start, tl.arange(0, BLOCK_M) < L - row_start
+
+
+@jit
+def own_keys(S, key_heads, BLOCK_N: tl.constexpr):
+    """(batch, key head, first key, which keys exist) of a program for BLOCK_N keys of one key head."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    column_start = tl.program_id(0) % tiles * BLOCK_N
+    batch = (tl.program_id(0) // tiles // key_heads).to(tl.int64)
+    key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
+    return batch, key_head, column_start, tl.arange(0, BLOCK_N) < S - column_start
+
+
+@jit
+def at(pointer, place, batch, head, row):
+    """Where a row of a head lies."""
+    batch_stride, head_stride, row_stride = place
+    return pointer + (batch * batch_stride + head * head_stride + tl.cast(row, tl.int64) * row_stride)
+
+
+@jit
+def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(first_masked, end): up to first_masked, a multiple of BLOCK_N, all keys are visible to all rows; none is from end on."""
+    first_masked, end = _visible_range(hiding, S)
+    if CAUSAL:
+        first_masked = tl.minimum(first_masked, row_start + 1)
+        end = tl.minimum(end, row_start + BLOCK_M)
+    first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
+    if hiding[3] is not None:
+        first_masked = 0
+    return first_masked, end
+
+
+@jit
+def _visible_range(hiding, S):
+    """(first, end): padding hides no key before `first`, and all from `end` on."""
+    padding_ptr, padding_start, padding_column, _, _, _, _ = hiding
+    first, end = S, S
+    if padding_ptr is not None:
+        column = tl.arange(0, 1024)
+        first_hidden = tl.full((1024,), S, tl.int32)
+        end_visible = tl.zeros((1024,), tl.int32)
+        for start in range(0, S, 1024):
+            here = start + column
+            hidden = tl.load(
+                padding_ptr + (padding_start + tl.cast(start, tl.int64) * padding_column + column * padding_column),
+                here < S,
+                True,
+            )
+            first_hidden = tl.minimum(first_hidden, tl.where(hidden, here, S))
+            end_visible = tl.maximum(end_visible, tl.where(hidden, 0, here + 1))
+        first, end = tl.min(first_hidden, 0), tl.max(end_visible, 0)
+    return first, end
