@@ -93,7 +93,7 @@ def add_layer_norm_forward_kernel(
     if sum_ptr is not None:
         sum_pointers = run_pointers(sum_ptr + first * y_stride, y_start, column, VEC)
         tl.store(sum_pointers, x.to(sum_ptr.dtype.element_ty), mask=mask)
-    centred, mean, rstd = row_statistics(x, inside, inverse_c, eps, FULL)
+    centred, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= weight

@@ -73,7 +73,7 @@ def layer_norm_forward_kernel(
 
     x_start = row[:, None] * x_row_stride
     x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
-    centred, mean, rstd = row_statistics(x, inside, inverse_c, eps, FULL)
+    centred, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
     y = centred * rstd[:, None]
     if weight_ptr is not None:
         y *= weight

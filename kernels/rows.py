@@ -28,7 +28,8 @@ def column_block(C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr
     column = tl.arange(0, BLOCK_C)[None, :]
     if FULL:
         return column, tl.full((1, BLOCK_C), True, tl.int1), 1.0 / BLOCK_C
-    return column, column // VEC < C // VEC, 1.0 / C
+    # Plain division is approximate on GPUs, up to two units off: x of a large mean would inherit them.
+    return column, column // VEC < C // VEC, tl.div_rn(1.0, C.to(tl.float32))
 
 
 @jit
@@ -48,10 +49,13 @@ def load_parameters(base, column, inside, VEC: tl.constexpr):
 
 
 @jit
-def row_statistics(x, inside, inverse_c, eps, FULL: tl.constexpr):
+def row_statistics(x, inside, C, inverse_c, eps, FULL: tl.constexpr):
     """x (ROWS, BLOCK_C), fp32, 0 outside, without its mean; the mean and 1 / sqrt(var + eps), both (ROWS,)."""
     # Two passes over registers: the variance of large values with a small spread would drown in sum(x * x).
-    mean = tl.sum(x, axis=1) * inverse_c
+    if FULL:
+        mean = tl.sum(x, axis=1) * inverse_c  # exact: a power of two
+    else:
+        mean = tl.div_rn(tl.sum(x, axis=1), C.to(tl.float32))
     centred = x - mean[:, None]
     if not FULL:
         centred = tl.where(inside, centred, 0.0)

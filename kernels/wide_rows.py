@@ -96,7 +96,7 @@ def wide_forward_kernel(
             BLOCK_C, VEC,
         )  # fmt: skip
         count = tl.minimum(C - start, BLOCK_C).to(tl.float32)
-        block_mean = tl.sum(total, axis=1)[:, None] / count
+        block_mean = tl.div_rn(tl.sum(total, axis=1)[:, None], count)
         centred = tl.where(inside, total - block_mean, 0.0)
         difference = block_mean - mean
         share = count / (start + count)

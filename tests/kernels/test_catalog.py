@@ -83,6 +83,13 @@ def test_products_are_bound_by_the_tensor_cores(target, name):
 
 
 @offline_only
+def test_the_mean_of_any_number_of_columns_is_divided_exactly_on_gpus():
+    _, assembly, _ = compile_variant(entry("layer_norm_forward_c768_bf16").variant, "sm_90")
+    assert "div.rn.f32" in assembly
+    assert "div.full" not in assembly  # Triton's plain division, which the interpreter takes for an exact one
+
+
+@offline_only
 def test_a_failing_compilation_names_kernel_target_and_remedy(monkeypatch):
     one = entry("layer_norm_forward_c256_bf16")
     broken = dataclasses.replace(one.variant, constants={**one.variant.constants, "BLOCK_C": 100})
