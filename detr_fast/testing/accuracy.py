@@ -14,7 +14,7 @@ with eight columns.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -60,10 +60,11 @@ def assert_as_accurate_as_eager(
             found.append((_run(reference, near, near_arriving, grad), near_truth))
         return found
 
+    def near(name: str) -> list[tuple[Tensor, Tensor]]:
+        return [(eagers[name], truths[name]) for eagers, truths in neighbours()]
+
     for name, expected in truth.items():
-        assert_close_to_truth(
-            name, ours[name], eager[name], expected, lambda name=name: [(e[name], t[name]) for e, t in neighbours()]
-        )
+        assert_close_to_truth(name, ours[name], eager[name], expected, partial(near, name))
 
 
 def assert_close_to_truth(
