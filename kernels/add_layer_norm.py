@@ -13,20 +13,19 @@ wide_rows.py takes over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial, reduce
-from operator import or_
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from . import wide_rows
-from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD
+from .add_layer_norm_backward import add_layer_norm_backward, backward_variant
+from .configs import LAYER_NORM_FORWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .entry import Budget, Entry
-from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
+from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, pointer, tl
 from .rows import (
     MAX_BLOCK,
-    ParameterSums,
     address_of,
     aligned_run,
     as_rows,
@@ -34,7 +33,6 @@ from .rows import (
     column_block,
     dtype_of,
     load_parameters,
-    norm_gradient,
     row_constants,
     row_statistics,
     run_length,
@@ -104,96 +102,6 @@ def add_layer_norm_forward_kernel(
     tl.store(rstd_ptr + first + row, rstd, mask=exists)
 
 
-@jit
-def add_layer_norm_backward_kernel(
-    dy_ptr,
-    dsum_ptr,
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    seed_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dresidual_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dy_row_stride: tl.int32,
-    dsum_row_stride: tl.int32,
-    x_row_stride: tl.int32,
-    residual_row_stride: tl.int32,
-    rows: tl.int64,
-    C: tl.int32,
-    offset: tl.int32,
-    threshold: tl.int32,
-    scale: tl.float32,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FULL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """Without a residual, x is the sum. dweight and dbias are fp32 (programs, C), as in layer_norm.py."""
-    row = tl.arange(0, ROWS)
-    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
-    out_stride = BLOCK_C if FULL else C
-    if weight_ptr is not None:
-        weight = load_parameters(weight_ptr, column, inside, VEC)
-    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    if seed_ptr is not None:
-        low, high = load_seed(seed_ptr)
-
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tl.cast(tile, tl.int64) * ROWS
-        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
-        mask = exists[:, None] & inside
-        dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
-        dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
-        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
-        mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
-        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
-        if seed_ptr is not None:
-            keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
-        x = x.to(tl.float32)
-        if residual_ptr is not None:
-            residual_start = row[:, None] * residual_row_stride
-            pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
-            residual = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            if seed_ptr is not None:
-                x = tl.where(keep, x * scale, 0.0)
-            x += residual
-
-        # Where there is no element, dy = 0 takes xhat out of every sum.
-        xhat = (x - mean[:, None]) * rstd[:, None]
-        dy = dy.to(tl.float32)
-        if dweight_ptr is not None:
-            dweight += dy * xhat
-        if dbias_ptr is not None:
-            dbias += dy
-        if weight_ptr is not None:
-            dy *= weight
-        ds = norm_gradient(dy, xhat, rstd, inverse_c)
-        if dsum_ptr is not None:
-            dsum_start = row[:, None] * dsum_row_stride
-            pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
-            ds += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        out_start = row[:, None] * out_stride
-        if dresidual_ptr is not None:
-            pointers = run_pointers(dresidual_ptr + first * out_stride, out_start, column, VEC)
-            tl.store(pointers, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if dx_ptr is not None:
-            if seed_ptr is not None:
-                ds = tl.where(keep, ds * scale, 0.0)
-            pointers = run_pointers(dx_ptr + first * out_stride, out_start, column, VEC)
-            tl.store(pointers, ds.to(dx_ptr.dtype.element_ty), mask=mask)
-
-    partial = tl.program_id(0).to(tl.int64) * out_stride
-    if dweight_ptr is not None:
-        tl.store(run_pointers(dweight_ptr + partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
-    if dbias_ptr is not None:
-        tl.store(run_pointers(dbias_ptr + partial, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
-
-
 def add_layer_norm_forward(
     x: Tensor,
     residual: Tensor,
@@ -233,57 +141,6 @@ def add_layer_norm_forward(
     return y, total, mean, rstd
 
 
-def add_layer_norm_backward(
-    dy: Tensor,
-    dsum: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout: Dropout | None = None,
-    *,
-    dx_dtype: torch.dtype | None,
-    dresidual_dtype: torch.dtype | None,
-    with_dw: bool = True,
-    with_db: bool = True,
-    parameter_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `add_layer_norm_forward`: dx and dresidual (..., C), dweight and dbias (C,).
-
-    x, residual: the forward's; or the sum it returned and None. dy, dsum: (..., C), any layout. dx_dtype,
-    dresidual_dtype: None where that gradient is not wanted. parameter_dtype: of dweight and dbias; weight's where None.
-    Deterministic: sums are always taken in the same order on the same GPU.
-    """
-    dy, dy_stride = as_rows(dy)
-    x, x_stride = as_rows(x)
-    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
-    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
-    dx, dresidual = (
-        None if dtype is None else empty(x.shape, dtype, x.device) for dtype in (dx_dtype, dresidual_dtype)
-    )
-    if columns > MAX_BLOCK:
-        found = (dy, dsum, x, residual, weight, mean, rstd, dx, dresidual, dropout)
-        return (dx, dresidual, *wide_rows.backward(*found, with_dw, with_db, parameter_dtype))
-
-    strides = dy_stride | dsum_stride | x_stride | residual_stride | columns
-    addresses = reduce(or_, map(address_of, (dy, dsum, x, residual, weight)))
-    size = min(t.element_size() for t in (dy, dsum, x, residual, dx, dresidual) if t is not None)
-    vector = run_length(size, strides, addresses)
-    dtypes = tuple(map(dtype_of, (dy, dsum, x, residual, weight, dx, dresidual)))
-    variant = backward_variant(columns, dtypes, with_dw, with_db, dropout is not None, vector)
-    tiles = -(-rows // variant.constants["ROWS"])
-    programs = min(tiles, multiprocessors(x.device) * ADD_LAYER_NORM_BACKWARD[block_of(columns)].programs)
-    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
-    seed = None if dropout is None else dropout.seed
-    tensors = (dy, dsum, x, residual, weight, seed, mean, rstd, dx, dresidual, sums.dw, sums.db)
-    sizes = (dy_stride, dsum_stride, x_stride, residual_stride, rows, columns)
-    launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
-    return (dx, dresidual, *sums.total(parameter_dtype))
-
-
 def compile_add_layer_norm(
     columns: int,
     x_dtype: torch.dtype,
@@ -318,7 +175,7 @@ def compile_add_layer_norm(
         vector = aligned_run(columns, backward[:4] + backward[5:])
         compile_variant(backward_variant(columns, backward, affine, has_bias, dropout, vector), device)
         if affine or has_bias:
-            compile_variant(sum_partials_variant(columns, parameter_dtype), device)
+            compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (affine + has_bias)), device)
 
 
 @cache
@@ -340,25 +197,6 @@ def forward_variant(
     types = (*map(pointer, (*tensors, torch.float32, torch.float32)), "i32", "i32", "i64", "i32", "fp32")
     constants = row_constants(columns, config, vector)
     return Variant(add_layer_norm_forward_kernel, (*types, "i32", "i32", "fp32"), constants, config.num_warps)
-
-
-@cache
-def backward_variant(
-    columns: int,
-    dtypes: tuple[torch.dtype | None, ...],
-    with_dw: bool,
-    with_db: bool,
-    dropout: bool,
-    vector: int,
-) -> Variant:
-    """The program that takes all gradients in one pass; dtypes: of dy, dsum, x, residual, weight, dx and dresidual."""
-    config = ADD_LAYER_NORM_BACKWARD[block_of(columns)]
-    fp32 = torch.float32
-    sums = (fp32 if with_dw else None, fp32 if with_db else None)
-    tensors = (*dtypes[:5], torch.int64 if dropout else None, fp32, fp32, *dtypes[5:], *sums)
-    types = (*map(pointer, tensors), "i32", "i32", "i32", "i32", "i64", "i32", "i32", "i32", "fp32")
-    constants = row_constants(columns, config, vector)
-    return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps)
 
 
 def catalog_entries() -> Iterator[Entry]:

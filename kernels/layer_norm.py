@@ -239,7 +239,7 @@ def compile_layer_norm(
         backward = backward_variant(columns, out_dtype, x_dtype, weight_dtype, True, affine, has_bias, vector)
         compile_variant(backward, device)
         if affine or has_bias:
-            compile_variant(sum_partials_variant(columns, parameter_dtype), device)
+            compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (affine + has_bias)), device)
 
 
 @cache
@@ -303,7 +303,7 @@ def catalog_entries() -> Iterator[Entry]:
         ):
             yield Entry("layer_norm", f"layer_norm_{kind}_{suffix}", variant, tile_elements(variant), budget, example)
         if (columns, x, y) in ((256, bf16, bf16), (8192, fp32, fp32)):
-            total = sum_partials_variant(columns, x)
+            total = sum_partials_variant(columns, x, x)
             name = f"layer_norm_sum_partials_{suffix}"
             yield Entry("layer_norm", name, total, tile_elements(total), Budget(96, 512, 56, 1024), example)
 

@@ -12,16 +12,18 @@ it was active and kept), pre, the product before the activation, for the others,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import or_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configs import LINEAR
-from .dropout import keep_tile, load_seed
+from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
-from .product_tiles import Dropout, Form, activate, drawn, precision, product, store_tile, sum_rows, tile_of
+from .product_tiles import Form, activate, drawn, precision, product, store_tile, tile_of
 from .rows import address_of, as_rows, dtype_of, run_length, run_pointers
 
 
@@ -92,15 +94,21 @@ def linear_backward_kernel(
     dy_ptr,
     w_ptr,
     saved_ptr,
+    x_ptr,
+    own_w_ptr,
+    own_bias_ptr,
     dpre_ptr,
     y_ptr,
     dbias_ptr,
     seed_ptr,
     dy_row_stride: tl.int32,
     w_stride: tl.int32,
+    x_row_stride: tl.int32,
+    own_w_stride: tl.int32,
     M: tl.int32,
     N: tl.int32,
     K: tl.int32,
+    own_K: tl.int32,
     offset: tl.int32,
     threshold: tl.int32,
     scale: tl.float32,
@@ -113,32 +121,35 @@ def linear_backward_kernel(
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dy (M, K), w (K, N), saved (M, N). dbias is fp32 (tiles of rows, N): each tile's sum over its rows."""
+    """dy (M, K), w (K, N), saved (M, N), or None: then pre is computed again, from x (M, own_K) and own_w (N, own_K).
+
+    dbias is fp32 (tiles of rows, N): each tile's sum over its rows.
+    """
     first_m, first_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows, columns = M - first_m, N - first_n
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
-    dy_base, dy_start = dy_ptr + first_m.to(tl.int64) * dy_row_stride, row * dy_row_stride
-    w_base = w_ptr + first_n
-    dh = product(
-        dy_base,
-        dy_start,
-        w_base,
-        w_stride,
-        columns,
-        K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_K,
-        VEC,
-        PRECISION,
-        BY_ROWS=False,
-    )
     m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     exists = (m < rows) & (n // VEC < columns // VEC)
     place = first_m.to(tl.int64) * N + first_n
-    saved = tl.load(run_pointers(saved_ptr + place, m * N, n, VEC), mask=exists, other=0.0).to(tl.float32)
-    if ACTIVATION == "relu":  # saved is y: positive where active and kept
+    if saved_ptr is None:
+        base, start = x_ptr + first_m.to(tl.int64) * x_row_stride, row * x_row_stride
+        own_w_base = own_w_ptr + first_n.to(tl.int64) * own_w_stride
+        saved = product(
+            *(base, start, own_w_base, own_w_stride, columns, own_K),
+            *(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
+        )
+        if own_bias_ptr is not None:
+            column = tl.arange(0, BLOCK_N)
+            saved += tl.load(own_bias_ptr + first_n + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    dy_base, dy_start = dy_ptr + first_m.to(tl.int64) * dy_row_stride, row * dy_row_stride
+    dh = product(
+        *(dy_base, dy_start, w_ptr + first_n, w_stride, columns, K),
+        *(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
+        BY_ROWS=False,
+    )
+    if saved_ptr is not None:
+        saved = tl.load(run_pointers(saved_ptr + place, m * N, n, VEC), mask=exists, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu" and saved_ptr is not None:  # saved is y: positive where active and kept
         dpre = tl.where(saved > 0, dh * scale, 0.0)
     else:
         y, slope = activate(saved, ACTIVATION)
@@ -188,30 +199,49 @@ def linear_forward(
     return y, pre
 
 
+class Recomputed(NamedTuple):
+    """What `linear_forward` got, for a backward to which it left nothing: x (..., K), w (N, K), bias (N,) or None."""
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+
+
 def linear_backward(
-    dy: Tensor, w: Tensor, saved: Tensor, *, activation: str, dropout: Dropout | None = None, with_dbias: bool = True
+    dy: Tensor,
+    w: Tensor,
+    saved: Tensor | Recomputed,
+    *,
+    activation: str,
+    dropout: Dropout | None = None,
+    with_dbias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """From the gradient dy (..., K) behind y @ w^T, w (K, N), back through y = dropout(activation(pre)).
 
-    saved: y for ReLU, else pre, (..., N), contiguous. Returns dpre (..., N), y (..., N), and the sum of dpre over rows in
-    w's dtype, or None. Deterministic.
+    saved: y for ReLU, else pre, (..., N), contiguous; or what to compute them from once more. Returns dpre (..., N),
+    y (..., N), and dpre's sums over the rows of each tile, fp32 (tiles, N), for `sum_partials`, or None. Deterministic.
     """
     dy, dy_stride = as_rows(dy)
     w, w_stride = as_rows(w)
     rows, N, K = dy.shape[:-1].numel(), w.shape[1], dy.shape[-1]
-    dpre = empty(saved.shape, saved.dtype, saved.device)
-    y = saved if activation == "relu" else empty(saved.shape, saved.dtype, saved.device)
-    vector = run_length(
-        dy.element_size(), dy_stride | w_stride | N | K, dy.data_ptr() | w.data_ptr() | saved.data_ptr()
-    )
-    form = Form(dy.dtype, activation, K % 64 == 0, vector, precision(dy.dtype))
-    variant = backward_variant(form, dropout is not None and activation != "relu", with_dbias)
+    x, own_w, bias, kept = (*saved, None) if isinstance(saved, Recomputed) else (None, None, None, saved)
+    x, x_stride = (None, 0) if x is None else as_rows(x)
+    own_w, own_stride = (None, 0) if own_w is None else as_rows(own_w)
+    own_K = 0 if x is None else x.shape[-1]
+    dpre = empty((*dy.shape[:-1], N), dy.dtype, dy.device)
+    active = activation == "relu" and kept is not None  # and so y itself
+    y = kept if active and kept is not None else empty(dpre.shape, dy.dtype, dy.device)
+    addresses = reduce(or_, map(address_of, (dy, w, kept, x, own_w)))
+    strides = dy_stride | w_stride | x_stride | own_stride
+    vector = run_length(dy.element_size(), strides | N | K | own_K, addresses)
+    form = Form(dy.dtype, activation, (K | own_K) % 64 == 0, vector, precision(dy.dtype))
+    variant = backward_variant(form, dropout is not None and not active, with_dbias, kept is not None, dtype_of(bias))
     tiles = -(-rows // variant.constants["BLOCK_M"])
     partial = empty((tiles, N), torch.float32, dy.device) if with_dbias else None
-    written = None if activation == "relu" else y
-    drop = drawn(dropout, (dy_stride, w_stride, rows, N, K), masks=activation != "relu")
-    launch(variant, grid_of(variant, rows, N), dy, w, saved, dpre, written, partial, *drop)
-    return dpre, y, None if partial is None else sum_rows(partial, w.dtype)
+    sizes = (dy_stride, w_stride, x_stride, own_stride, rows, N, K, own_K)
+    tensors = (dy, w, kept, x, own_w, bias, dpre, None if active else y, partial)
+    launch(variant, grid_of(variant, rows, N), *tensors, *drawn(dropout, sizes, masks=not active))
+    return dpre, y, partial
 
 
 def grid_of(variant: Variant, rows: int, columns: int) -> tuple[int]:
@@ -240,12 +270,17 @@ def forward_variant(
 
 
 @cache
-def backward_variant(form: Form, dropout: bool, with_dbias: bool) -> Variant:
-    """The program of `linear_backward`."""
-    config = LINEAR[form.dtype.itemsize, form.activation != "relu" or form.vector == 1]
+def backward_variant(
+    form: Form, dropout: bool, with_dbias: bool, kept: bool = True, bias_dtype: torch.dtype | None = None
+) -> Variant:
+    """The program of `linear_backward`; kept: the forward kept y or pre; else bias_dtype is of what pre comes from."""
+    active = form.activation == "relu" and kept
+    config = LINEAR[form.dtype.itemsize, not active or form.vector == 1]
     dtype = form.dtype
-    y, dbias = (None if form.activation == "relu" else dtype), (torch.float32 if with_dbias else None)
-    types = (*map(pointer, (dtype, dtype, dtype, dtype, y, dbias)), "*i64" if dropout else None, *["i32"] * 7, "fp32")
+    again = None if kept else dtype
+    read = (dtype, dtype, dtype if kept else None, again, again, bias_dtype)
+    written = (dtype, None if active else dtype, torch.float32 if with_dbias else None)
+    types = (*map(pointer, (*read, *written)), "*i64" if dropout else None, *["i32"] * 10, "fp32")
     return Variant(linear_backward_kernel, types, form.constants(config), config.num_warps, config.num_stages)
 
 
@@ -267,10 +302,13 @@ def catalog_entries() -> Iterator[Entry]:
         yield Entry(
             "linear", f"linear_forward_{suffix}", ahead, _tile(ahead), Budget(184, 82 << 10, 256, 64 << 10), example
         )
+        budget = Budget(184, 66 << 10, 256, 64 << 10)
         if (dtype, activation) in ((bf16, "relu"), (fp16, "gelu")):
             back = backward_variant(form, drops and activation != "relu", True)
-            budget = Budget(184, 66 << 10, 256, 64 << 10)
             yield Entry("linear", f"linear_backward_{suffix}", back, _tile(back), budget, example)
+        if (dtype, activation) == (bf16, "relu"):
+            back = backward_variant(form, drops, True, False, dtype)
+            yield Entry("linear", f"linear_backward_{suffix}_recomputed", back, _tile(back), budget, example)
 
 
 def _tile(variant: Variant) -> int:
@@ -287,7 +325,7 @@ def _example(
     w, w2 = (torch.randn(N, K, device=device).to(dtype) / 16 for _ in range(2))
     bias = torch.randn(N, device=device).to(dtype)
     added = torch.randn(1, K, device=device).to(dtype) if position else None
-    dropout = Dropout(0.1, torch.ones(1, dtype=torch.int64, device=device), 3) if drops else None
+    dropout = Dropout(torch.ones(1, dtype=torch.int64, device=device), 3, 0.1) if drops else None
 
     def call() -> tuple[Tensor, ...]:
         keep_pre = activation not in ("none", "relu")
@@ -304,8 +342,10 @@ def _example(
         if activation == "none":
             return (y,)
         saved = y if pre is None else pre
-        dpre, again, dbias = linear_backward(dy, w2.t(), saved, activation=activation, dropout=dropout)
-        assert dbias is not None
-        return y, dpre, again, dbias
+        outputs = [y]
+        for kept in (saved, Recomputed(x, w, bias)):
+            found = linear_backward(dy, w2.t(), kept, activation=activation, dropout=dropout)
+            outputs += [t for t in found if t is not None]
+        return tuple(outputs)
 
     return call

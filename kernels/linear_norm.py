@@ -1,29 +1,28 @@
 # mypy: allow-incomplete-defs
-"""A matrix product whose result meets its residual and LayerNorm before it is written, forward and backward.
+"""A matrix product whose result meets its residual and LayerNorm before it is written, forward.
 
     s = residual + dropout(x @ w^T + bias),   y = xhat * norm_weight + norm_bias,   xhat = (s - mean(s)) * rstd(s)
 
-    g = dy * norm_weight,   ds = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dproduct = ds * kept / (1 - p)
-
 x is (M, K), w (C, K), residual and y (M, C) with C up to 256: whole rows lie in one tile. s stays in fp32 registers, so
-that it is finite where fp16 would not be; the backward keeps xhat, which is no larger than sqrt(C), and rstd.
+that it is finite where fp16 would not be; the backward, `residual_norm_backward`, gets xhat, which
+is no larger than sqrt(C), and rstd.
 Source: Ba et al., 2016, arXiv:1607.06450 (LayerNorm).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from .configs import FEW_ROWS, LAYER_NORM_BACKWARD, LINEAR_NORM
-from .dropout import keep_rows, load_seed
+from .add_layer_norm_backward import backward_variant, residual_norm_backward
+from .configs import FEW_ROWS, LINEAR_NORM
+from .dropout import Dropout, keep_rows, load_seed
 from .entry import Budget, Entry
-from .launch import TRITON_TYPES, Variant, empty, jit, launch, multiprocessors, pointer, tl
-from .product_tiles import Dropout, Form, drawn, precision, product, store_tile, sum_rows
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
+from .product_tiles import Form, drawn, precision, product, store_tile
 from .rows import (
     address_of,
     as_rows,
@@ -31,9 +30,10 @@ from .rows import (
     column_block,
     dtype_of,
     load_parameters,
-    row_constants,
     run_length,
     run_pointers,
+    sum_partials,
+    tile_elements,
 )
 
 MAX_COLUMNS = 256
@@ -134,71 +134,6 @@ def finish_rows(
     store_tile(y_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
 
 
-@jit
-def residual_norm_backward_kernel(
-    dy_ptr,
-    xhat_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    ds_ptr,
-    dproduct_ptr,
-    partial_ptr,
-    seed_ptr,
-    dy_row_stride: tl.int32,
-    rows: tl.int32,
-    C: tl.int32,
-    offset: tl.int32,
-    threshold: tl.int32,
-    scale: tl.float32,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FULL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """partial is fp32 (programs, 3, C): each program's sums over its rows for norm_weight, norm_bias and bias.
-
-    dproduct_ptr is None where it equals ds.
-    """
-    row = tl.arange(0, ROWS)
-    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
-    stride = BLOCK_C if FULL else C
-    weight = load_parameters(norm_weight_ptr, column, inside, VEC)
-    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    dproducts = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tl.cast(tile, tl.int64) * ROWS
-        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
-        mask = exists[:, None] & inside
-        dy_base, place = dy_ptr + first * dy_row_stride, first * stride
-        dy = tl.load(run_pointers(dy_base, row[:, None] * dy_row_stride, column, VEC), mask=mask, other=0.0)
-        xhat = tl.load(run_pointers(xhat_ptr + place, row[:, None] * stride, column, VEC), mask=mask, other=0.0)
-        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
-        dy, xhat = dy.to(tl.float32), xhat.to(tl.float32)
-        dweight += dy * xhat
-        dbias += dy
-        g = dy * weight
-        mean_g = tl.sum(g, axis=1) * (inverse_c * rstd)
-        mean_gx = tl.sum(g * xhat, axis=1) * (inverse_c * rstd)
-        ds = g * rstd[:, None] - (xhat * mean_gx[:, None] + mean_g[:, None])
-        ds_pointers = run_pointers(ds_ptr + place, row[:, None] * stride, column, VEC)
-        tl.store(ds_pointers, ds.to(ds_ptr.dtype.element_ty), mask=mask)
-        if seed_ptr is not None:
-            low, high = load_seed(seed_ptr)
-            kept = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
-            ds = tl.where(kept, ds * scale, 0.0)
-        ds = tl.where(mask, ds, 0.0)
-        dproducts += ds
-        if dproduct_ptr is not None:
-            pointers = run_pointers(dproduct_ptr + place, row[:, None] * stride, column, VEC)
-            tl.store(pointers, ds.to(dproduct_ptr.dtype.element_ty), mask=mask)
-
-    partial = partial_ptr + tl.program_id(0).to(tl.int64) * (3 * stride)
-    tl.store(run_pointers(partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
-    tl.store(run_pointers(partial + stride, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
-    tl.store(run_pointers(partial + 2 * stride, 0, column, VEC), tl.sum(dproducts, axis=0)[None, :], mask=inside)
-
-
 def linear_norm_forward(
     x: Tensor,
     w: Tensor,
@@ -236,38 +171,6 @@ def linear_norm_forward(
     return y, xhat, rstd
 
 
-def residual_norm_backward(
-    dy: Tensor,
-    xhat: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    *,
-    dropout: Dropout | None,
-    residual_dtype: torch.dtype,
-    product_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Back from y to the residual and the product.
-
-    dy, xhat: (..., C). Returns ds (..., C) in the residual's dtype, dproduct in the product's (None where it would equal
-    ds), and the gradients of norm_weight, norm_bias and bias, (3, C) in norm_weight's dtype. Deterministic.
-    """
-    dy, dy_stride = as_rows(dy)
-    rows, C = dy.shape[:-1].numel(), dy.shape[-1]
-    ds = empty(dy.shape, residual_dtype, dy.device)
-    separate = dropout is not None or product_dtype != residual_dtype
-    dproduct = empty(dy.shape, product_dtype, dy.device) if separate else None
-    size = min(t.element_size() for t in (dy, xhat, ds, dproduct) if t is not None)
-    vector = run_length(size, dy_stride | C, dy.data_ptr() | xhat.data_ptr() | norm_weight.data_ptr())
-    dtypes = tuple(map(dtype_of, (dy, xhat, norm_weight, ds, dproduct)))
-    variant = backward_variant(C, dtypes, dropout is not None, vector)
-    tiles = -(-rows // variant.constants["ROWS"])
-    programs = min(tiles, multiprocessors(dy.device) * LAYER_NORM_BACKWARD[block_of(C)].programs)
-    partial = empty((programs, 3 * C), torch.float32, dy.device)
-    drop = drawn(dropout, (dy_stride, rows, C))
-    launch(variant, (programs,), dy, xhat, rstd, norm_weight, ds, dproduct, partial, *drop)
-    return ds, dproduct, sum_rows(partial, norm_weight.dtype).view(3, C)
-
-
 @cache
 def forward_variant(
     form: Form, columns: int, few: bool, dtypes: tuple[torch.dtype | None, ...], dropout: bool
@@ -281,19 +184,6 @@ def forward_variant(
     kept = torch.float32 if dtypes[-1] is not None else None
     types = (*map(pointer, (form.dtype, form.dtype, *dtypes, kept)), "*i64" if dropout else None, *["i32"] * 8)
     return Variant(linear_norm_kernel, (*types, "fp32", "fp32"), constants, config.num_warps, config.num_stages)
-
-
-@cache
-def backward_variant(columns: int, dtypes: tuple[torch.dtype | None, ...], dropout: bool, vector: int) -> Variant:
-    """The program of `residual_norm_backward`; dtypes of dy, xhat, norm_weight, ds and dproduct."""
-    dy, xhat, weight, ds, dproduct = dtypes
-    config = LAYER_NORM_BACKWARD[block_of(columns)]
-    if torch.float32 in (dy, xhat):  # the third sum beside LayerNorm's two would make full tiles spill
-        config = replace(config, rows=config.rows // 2)
-    tensors = (dy, xhat, torch.float32, weight, ds, dproduct, torch.float32)
-    types = (*map(pointer, tensors), "*i64" if dropout else None, *["i32"] * 5, "fp32")
-    constants = row_constants(columns, config, vector)
-    return Variant(residual_norm_backward_kernel, types, constants, config.num_warps)
 
 
 def catalog_entries() -> Iterator[Entry]:
@@ -313,10 +203,11 @@ def catalog_entries() -> Iterator[Entry]:
         tile = int(ahead.constants["BLOCK_M"]) * int(ahead.constants["BLOCK_N"])
         yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
         if residual == dtype:
-            back = backward_variant(columns, (dtype,) * 5, True, vector)
-            tile = int(back.constants["ROWS"]) * int(back.constants["BLOCK_C"])
+            dtypes = (dtype, None, dtype, None, dtype, dtype, dtype)
+            back = backward_variant(columns, dtypes, True, True, True, vector, True)
             limit = Budget(255, 8192, 256, 8192)
-            yield Entry("linear_add_layer_norm", f"residual_norm_backward_{suffix}", back, tile, limit, example)
+            name = f"residual_norm_backward_{suffix}"
+            yield Entry("linear_add_layer_norm", name, back, tile_elements(back), limit, example)
 
 
 def _example(
@@ -327,16 +218,15 @@ def _example(
     bias = torch.randn(columns, device=device).to(dtype)
     residual, dy = (torch.randn(rows, columns, device=device).to(residual_dtype) for _ in range(2))
     weight, offset = (torch.randn(columns, device=device).to(residual_dtype) for _ in range(2))
-    dropout = Dropout(0.1, torch.ones(1, dtype=torch.int64, device=device), 3)
+    dropout = Dropout(torch.ones(1, dtype=torch.int64, device=device), 3, 0.1)
 
     def call() -> tuple[Tensor, ...]:
         y, xhat, rstd = linear_norm_forward(x, w, bias, residual, weight, offset, 1e-5, dropout=dropout)
         assert xhat is not None
         assert rstd is not None
-        ds, dproduct, sums = residual_norm_backward(
-            dy, xhat, rstd, weight, dropout=dropout, residual_dtype=residual_dtype, product_dtype=dtype
-        )
+        dtypes = {"dresidual_dtype": residual_dtype, "dx_dtype": dtype}
+        ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, weight, dropout, **dtypes)
         assert dproduct is not None
-        return y, xhat, rstd, ds, dproduct, sums
+        return y, xhat, rstd, ds, dproduct, *sum_partials((partial, residual_dtype))
 
     return call

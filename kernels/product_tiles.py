@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import launch as launching
 from .attention_tiles import dot
 from .configs import MatmulConfig
-from .dropout import scale, threshold
-from .launch import empty, jit, launch, tl
-from .rows import run_pointers, sum_partials_variant
+from .dropout import Dropout, dropout_arguments
+from .launch import jit, tl
+from .rows import run_pointers
 
 GROUP = 8  # tiles of rows that share their columns' weights while these are in the L2 cache
 
@@ -122,14 +121,6 @@ def store_tile(base, row_stride, value, rows, columns, BLOCK_M: tl.constexpr, BL
     tl.store(run_pointers(base, m * row_stride, n, VEC), value.to(base.dtype.element_ty), mask=mask)
 
 
-class Dropout(NamedTuple):
-    """Probability, seed (an int64 tensor of one element) and the op's offset (see `kernels/dropout.py`)."""
-
-    p: float
-    seed: Tensor
-    offset: int
-
-
 class Form(NamedTuple):
     """What the programs of a product depend on, besides which tensors are there."""
 
@@ -162,16 +153,5 @@ def precision(dtype: torch.dtype) -> str:
 
 def drawn(dropout: Dropout | None, sizes: tuple[int, ...], masks: bool = True) -> tuple[object, ...]:
     """The arguments from the seed on: the seed, the sizes, and what dropout is."""
-    if dropout is None:
-        return (None, *sizes, 0, 0, 1.0)
-    seed = dropout.seed if masks else None
-    return (seed, *sizes, dropout.offset, threshold(dropout.p), scale(dropout.p))
-
-
-def sum_rows(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over programs of partial sums (programs, C), fp32, as (C,) in `dtype`, always taken in the same order."""
-    programs, columns = partial.shape
-    total = empty((columns,), dtype, partial.device)
-    variant = sum_partials_variant(columns, dtype)
-    launch(variant, (-(-columns // variant.constants["BLOCK_C"]), 1), partial, total, total, programs, columns)
-    return total
+    seed = dropout.seed if dropout is not None and masks else None
+    return (seed, *sizes, *dropout_arguments(dropout))

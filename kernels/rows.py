@@ -73,33 +73,58 @@ def norm_gradient(g, xhat, rstd, inverse_c):
 
 @jit
 def sum_partials_kernel(
-    partial_ptr,
     first_ptr,
     second_ptr,
-    programs: tl.int32,
-    C: tl.int32,
+    first_total_ptr,
+    second_total_ptr,
+    first_programs: tl.int32,
+    second_programs: tl.int32,
+    first_columns: tl.int32,
+    second_columns: tl.int32,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum partial (1 or 2, programs, C), fp32, over programs, always in one order, into first and second (C,)."""
-    which = tl.program_id(1)
-    total_ptr = first_ptr
-    if which == 1:
-        total_ptr = second_ptr
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    """Sum first (first_programs, first_columns), fp32, over its rows, always in one order; so second, or None."""
+    block = tl.program_id(0)
+    blocks = tl.cdiv(first_columns, BLOCK_C)
+    if block < blocks:
+        _sum_columns(first_ptr, first_total_ptr, first_programs, first_columns, block, ROWS, BLOCK_C)
+    elif second_ptr is not None:
+        _sum_columns(second_ptr, second_total_ptr, second_programs, second_columns, block - blocks, ROWS, BLOCK_C)
+
+
+@jit
+def _sum_columns(partial_ptr, total_ptr, programs, C, block, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    column = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for start in range(0, programs, ROWS):
         program = start + tl.arange(0, ROWS)[:, None]
-        partial = partial_ptr + (which.to(tl.int64) * programs + program) * C + column
+        partial = partial_ptr + program.to(tl.int64) * C + column
         total += tl.load(partial, mask=(program < programs) & (column < C), other=0.0)
     total = tl.sum(total, axis=0)[None, :].to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + column, total, mask=column < C)
 
 
+def sum_partials(
+    first: tuple[Tensor, torch.dtype], second: tuple[Tensor, torch.dtype] | None = None
+) -> tuple[Tensor, ...]:
+    """The sums over rows of one or two tensors (programs, C), fp32, each as (C,) of the dtype beside it. Deterministic."""
+    partials = [first] if second is None else [first, second]
+    totals = tuple(empty((t.shape[1],), dtype, t.device) for t, dtype in partials)
+    columns = [t.shape[1] for t, _ in partials]
+    variant = sum_partials_variant(max(columns), *(dtype for _, dtype in partials))
+    grid = (sum(-(-c // variant.constants["BLOCK_C"]) for c in columns),)
+    (one, _), (other, _) = first, second or (None, None)
+    sizes = [first[0].shape[0], 0 if other is None else other.shape[0], columns[0], columns[-1]]
+    launch(variant, grid, one, other, totals[0], None if other is None else totals[1], *sizes)
+    return totals
+
+
 @cache
-def sum_partials_variant(columns: int, dtype: torch.dtype) -> Variant:
-    """The program that adds up the partial weight and bias gradients."""
-    types = (pointer(torch.float32), pointer(dtype), pointer(dtype), "i32", "i32")
+def sum_partials_variant(columns: int, first: torch.dtype, second: torch.dtype | None = None) -> Variant:
+    """The program that adds up partial sums, into totals of these dtypes, the widest of `columns` columns."""
+    partial = None if second is None else torch.float32
+    types = (*map(pointer, (torch.float32, partial, first, second)), "i32", "i32", "i32", "i32")
     # Narrow blocks spread few columns over many multiprocessors; many columns do so with wide ones.
     block = 32 if columns <= 1024 else 128
     return Variant(sum_partials_kernel, types, {"ROWS": 32, "BLOCK_C": block}, num_warps=4)
@@ -117,13 +142,8 @@ class ParameterSums:
 
     def total(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Launch the sum over programs: dweight and dbias (C,), None where not wanted."""
-        if self.partial is None:
-            return None, None
-        count, programs, columns = self.partial.shape
-        sums = [empty((columns,), dtype, self.partial.device) for _ in range(count)]
-        variant = sum_partials_variant(columns, dtype)
-        grid = (-(-columns // variant.constants["BLOCK_C"]), count)
-        launch(variant, grid, self.partial, sums[0], sums[-1], programs, columns)
+        partials = [(partial, dtype) for partial in (self.dw, self.db) if partial is not None]
+        sums = sum_partials(*partials) if partials else ()
         return sums[0] if self.wanted[0] else None, sums[-1] if self.wanted[1] else None
 
 

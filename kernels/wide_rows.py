@@ -308,7 +308,7 @@ def compile_backward(
         dropped = dropout and dtypes[3] is not None
         inputs = (dtypes[0], dtypes[2], dtypes[3])
         compile_variant(parameters_variant(inputs, dropped, with_dw, with_db, vector), device)
-        compile_variant(sum_partials_variant(columns, parameter_dtype), device)
+        compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (with_dw + with_db)), device)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,32 +11,20 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
-from detr_fast.kernels import linear as kernels
-from detr_fast.kernels import linear_norm
-from detr_fast.kernels.dropout import scale
-from detr_fast.ops.boundary import below_autograd, define, wants_grad
-from detr_fast.ops.dropout import keep_mask, next_seed
-from detr_fast.ops.linear_add_layer_norm import norm_misfit, residual_norm_backward, result_dtype
+from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.feed_forward_autograd import ACTIVATIONS, forward, run_backward, run_forward
+from detr_fast.ops.linear_add_layer_norm import norm_misfit, result_dtype
 from detr_fast.ops.products import (
     ProductCall,
     TritonProduct,
     autocast,
     autocast_dtype,
-    dropout_of,
-    eager_gradients,
     exact_fp32,
-    flat,
     key,
     meta,
     shape_misfit,
 )
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def feed_forward(
@@ -197,15 +184,13 @@ class TritonFeedForward(TritonProduct):
         for seed in (None, *[meta(torch.int64, 1)] * call.dropout):
             p = 0.0 if seed is None else 0.5
             settings = (seed, call.activation, 0, p, p, 1e-5, out, grad, self.keeps_hidden)
-            y, saved, xhat, rstd = _run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)  # type: ignore[call-arg]
+            y, saved, xhat, rstd = run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)  # type: ignore[call-arg]
             if not grad:
                 continue
-            if not self.keeps_hidden:
-                saved = _run_hidden(x, w1, biases[0], seed, call.activation, 0, p)
-            dz = y
-            if call.norm:
-                dz = residual_norm_backward(y, xhat, rstd, norm[0], seed, 0, p, call.dtype, dtype)[1]
-            _run_hidden_backward(dz, w2, saved, seed, call.activation, 0, p, b1 is not None)
+            kept: Any = (xhat, rstd, norm[0]) if call.norm else (None, None, None)
+            hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, biases[0])
+            settled = (seed, call.activation, 0, p, p, call.dtype, b1 is not None)
+            run_backward(y, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
 
     def compiled_key(self, call: FeedForwardCall) -> Any:
         return super().compiled_key(call), call.hidden, call.activation, call.norm
@@ -234,11 +219,11 @@ class TritonFeedForward(TritonProduct):
         residual = x if norm_weight is not None and cast is not x else None
         norm = (norm_weight, norm_bias, residual)
         settings = (activation, offset, dropout_p, output_dropout_p, eps, out, keep, self.keeps_hidden)
-        return _forward(cast, *parameters, *norm, seed, *settings)[0]
+        return forward(cast, *parameters, *norm, seed, *settings)[0]
 
 
 class TritonRecomputingFeedForward(TritonFeedForward):
-    """Keeps nothing of the hidden activation, a block's largest: the backward computes it once more."""
+    """Keeps nothing of the hidden activation, a block's largest: the backward computes it once more, in the same launch."""
 
     name = "triton_recompute"
     keeps_hidden = False
@@ -259,217 +244,4 @@ FEED_FORWARD = Op(
     signature=_signature,
     describe=_describe,
     implementations=(TritonFeedForward(), TritonRecomputingFeedForward(), EagerFeedForward()),
-)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Registration. The backward's other products are torch's own, in sight of dispatch modes and compilers.
-
-
-def _run_forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    offset: int,
-    p: float,
-    output_p: float,
-    eps: float,
-    out_dtype: torch.dtype,
-    keep: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dropout = dropout_of(p, seed, offset) if p > 0.0 else None
-    keep_hidden &= keep
-    keep_pre = keep_hidden and activation != "relu"
-    h, pre = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
-    saved = pre if pre is not None else h if keep_hidden else h.new_empty(0)
-    if norm_weight is None:
-        y, _ = kernels.linear_forward(h, w2, b2)
-        return y, saved, y.new_empty(0), y.new_empty(0)
-    dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
-    residual = x if residual is None else residual
-    y, xhat, rstd = linear_norm.linear_norm_forward(
-        h, w2, b2, residual, norm_weight, norm_bias, eps, dropout=dropout, out_dtype=out_dtype, keep=keep
-    )
-    return y, saved, *(y.new_empty(0) if t is None else t for t in (xhat, rstd))  # type: ignore[return-value]
-
-
-def _fake_forward(
-    x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, norm_weight: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, out_dtype, keep, keep_hidden = rest
-    dtype = x.dtype if norm_weight is None else out_dtype
-    y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
-    saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
-    if norm_weight is None or not keep:
-        return y, saved, y.new_empty(0), y.new_empty(0)
-    return y, saved, torch.empty_like(y), y.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
-
-
-def _run_hidden(
-    x: Tensor, w1: Tensor, b1: Tensor | None, seed: Tensor | None, activation: str, offset: int, p: float
-) -> Tensor:
-    """What the forward would have kept: the hidden activation for ReLU, what it was applied to for the others."""
-    if activation != "relu":
-        return kernels.linear_forward(x, w1, b1)[0]
-    dropout = dropout_of(p, seed, offset) if p > 0.0 else None
-    return kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout)[0]
-
-
-def _fake_hidden(x: Tensor, w1: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], w1.shape[0]))
-
-
-def _run_hidden_backward(
-    dz: Tensor, w2: Tensor, saved: Tensor, seed: Tensor | None, activation: str, offset: int, p: float, with_db: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dropout = dropout_of(p, seed, offset) if p > 0.0 else None
-    dpre, h, db = kernels.linear_backward(dz, w2, saved, activation=activation, dropout=dropout, with_dbias=with_db)
-    return dpre, dz.new_empty(0) if activation == "relu" else h, dz.new_empty(0) if db is None else db
-
-
-def _fake_hidden_backward(
-    dz: Tensor, w2: Tensor, saved: Tensor, seed: Tensor | None, activation: str, offset: int, p: float, with_db: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    h = dz.new_empty(0) if activation == "relu" else torch.empty_like(saved)
-    return torch.empty_like(saved), h, w2.new_empty(w2.shape[1] if with_db else 0)
-
-
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        with below_autograd():
-            y, saved, xhat, rstd = _forward(*arguments)
-        ctx.save_for_backward(*arguments[:8], arguments[8], saved, xhat, rstd)
-        ctx.settings = arguments[9:14]
-        ctx.mark_non_differentiable(saved, xhat, rstd)
-        ctx.set_materialize_grads(False)
-        return y, saved, xhat, rstd
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        if dy is None:
-            return (None,) * 17
-        *inputs, seed, saved, xhat, rstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:8]
-        if torch.is_grad_enabled():
-            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 9)
-        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, dy, wanted), *(None,) * 9)
-
-
-def _gradients(
-    inputs: list[Any],
-    seed: Tensor | None,
-    saved: Tensor,
-    xhat: Tensor,
-    rstd: Tensor,
-    settings: tuple[Any, ...],
-    dy: Tensor,
-    wanted: Any,
-) -> tuple[Tensor | None, ...]:
-    x, w1, b1, w2, b2, norm_weight, norm_bias, residual = inputs
-    activation, offset, p, output_p, _ = settings
-    ds, sums = None, None
-    if norm_weight is None:
-        dz = flat(dy)
-        db2 = dz.sum(0) if wanted[4] else None
-    else:
-        dtype = x.dtype if residual is None else residual.dtype
-        dropped = seed if output_p > 0.0 else None
-        ds, dz, sums = residual_norm_backward(dy, xhat, rstd, norm_weight, dropped, offset, output_p, dtype, x.dtype)
-        dz, db2 = flat(dz), sums[2].to(b2.dtype) if wanted[4] else None
-    if saved.numel() == 0:
-        saved = _hidden(x, w1, b1, seed, activation, offset, p)
-    dpre, h, db1 = _hidden_backward(dz, w2, flat(saved), seed, activation, offset, p, wanted[2])
-    h = flat(saved) if activation == "relu" else h
-    dx = None
-    if wanted[0]:
-        adds = ds is not None and residual is None
-        dx = (torch.addmm(flat(ds), dpre, w1) if adds else torch.mm(dpre, w1)).view(x.shape)  # type: ignore[arg-type]
-    return (
-        dx,
-        torch.mm(dpre.t(), flat(x)) if wanted[1] else None,
-        db1 if wanted[2] else None,
-        torch.mm(dz.t(), h) if wanted[3] else None,
-        db2,
-        sums[0] if sums is not None and wanted[5] else None,
-        sums[1].to(norm_bias.dtype) if sums is not None and wanted[6] else None,
-        ds if wanted[7] else None,
-    )
-
-
-def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, output_p: float, eps: float) -> Any:
-    """The reference with the very elements dropped that the kernels drop."""
-
-    def dropped(y: Tensor, p: float, hidden: bool) -> Tensor:
-        if seed is None or p == 0.0:
-            return y
-        heads = 2 if hidden else 1
-        kept = keep_mask(seed, offset, p, heads, y.shape[:-1].numel(), y.shape[-1], tiles=hidden)[-1]
-        return torch.where(kept.view(y.shape), y * scale(p), 0.0)
-
-    def reference(
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor | None,
-        w2: Tensor,
-        b2: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:
-        y = F.linear(dropped(ACTIVATIONS[activation](F.linear(x, w1, b1)), p, True), w2, b2)
-        if norm_weight is None:
-            return y
-        y = (x if residual is None else residual) + dropped(y, output_p, False)
-        bias_of_norm = None if norm_bias is None else norm_bias.to(y.dtype)
-        return F.layer_norm(y, norm_weight.shape, norm_weight.to(y.dtype), bias_of_norm, eps)
-
-    return reference
-
-
-def _autograd_forward(*arguments: Any) -> Any:
-    if wants_grad(*arguments[:8]):
-        return _Forward.apply(*arguments)
-    with below_autograd():
-        return _forward(*arguments)
-
-
-def _autograd_hidden(*arguments: Any) -> Any:
-    with below_autograd():
-        return _hidden(*arguments)
-
-
-def _autograd_hidden_backward(*arguments: Any) -> Any:
-    with below_autograd():
-        return _hidden_backward(*arguments)
-
-
-_forward = define(
-    "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool keep, bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor)",
-    run=_run_forward,
-    fake=_fake_forward,
-    autograd=_autograd_forward,
-)
-_hidden = define(
-    "feed_forward_hidden(Tensor x, Tensor w1, Tensor? b1, Tensor? seed, str activation, int offset, float p) -> Tensor",
-    run=_run_hidden,
-    fake=_fake_hidden,
-    autograd=_autograd_hidden,
-)
-_hidden_backward = define(
-    "feed_forward_hidden_backward(Tensor dz, Tensor w2, Tensor saved, Tensor? seed, str activation, int offset, float p, "
-    "bool with_db) -> (Tensor, Tensor, Tensor)",
-    run=_run_hidden_backward,
-    fake=_fake_hidden_backward,
-    autograd=_autograd_hidden_backward,
 )

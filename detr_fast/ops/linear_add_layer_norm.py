@@ -11,7 +11,9 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels import linear_norm as kernels
+from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from detr_fast.kernels.dropout import scale
+from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import below_autograd, define, wants_grad
 from detr_fast.ops.dropout import keep_mask, next_seed
 from detr_fast.ops.products import (
@@ -225,15 +227,9 @@ def _run_backward(
     residual_dtype: torch.dtype,
     product_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ds, dproduct, sums = kernels.residual_norm_backward(
-        dy,
-        xhat,
-        rstd,
-        norm_weight,
-        dropout=dropout_of(p, seed, offset),
-        residual_dtype=residual_dtype,
-        product_dtype=product_dtype,
-    )
+    dtypes = {"dresidual_dtype": residual_dtype, "dx_dtype": product_dtype}
+    ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, dropout_of(p, seed, offset), **dtypes)
+    (sums,) = sum_partials((partial, norm_weight.dtype))
     return ds, dy.new_empty(0) if dproduct is None else dproduct, sums
 
 
@@ -250,14 +246,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     separate = seed is not None or residual_dtype != product_dtype
     dproduct = dy.new_empty(dy.shape, dtype=product_dtype) if separate else dy.new_empty(0)
-    sums = norm_weight.new_empty((3, dy.shape[-1]))
+    sums = norm_weight.new_empty(3 * dy.shape[-1])
     return dy.new_empty(dy.shape, dtype=residual_dtype), dproduct, sums
-
-
-def residual_norm_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """ds, the product's gradient (ds itself where nothing tells them apart), and sums (norm_weight, norm_bias, bias)."""
-    ds, dproduct, sums = _backward(*arguments)
-    return ds, dproduct if dproduct.shape == ds.shape else ds, sums
 
 
 class _Forward(torch.autograd.Function):
@@ -281,15 +271,15 @@ class _Forward(torch.autograd.Function):
             reference = with_mask(seed, ctx.offset, ctx.p, ctx.eps)
             return (*eager_gradients(reference, inputs, dy, wanted), *(None,) * 6)
         x, weight, bias, residual, norm_weight, norm_bias = inputs
-        ds, dproduct, sums = residual_norm_backward(
-            dy, xhat, rstd, norm_weight, seed, ctx.offset, ctx.p, residual.dtype, x.dtype
-        )
-        rows = flat(dproduct)
+        settings = (seed, ctx.offset, ctx.p, residual.dtype, x.dtype)
+        ds, dproduct, sums = _backward(dy, xhat, rstd, norm_weight, *settings)
+        rows = flat(dproduct if dproduct.numel() else ds)
+        d_norm_weight, d_norm_bias, db = sums.chunk(3)
         dx = torch.mm(rows, weight).view(x.shape) if wanted[0] else None
         dw = torch.mm(rows.t(), flat(x)) if wanted[1] else None
-        db = sums[2].to(bias.dtype) if wanted[2] else None
-        d_norm_bias = sums[1].to(norm_bias.dtype) if wanted[5] else None
-        return dx, dw, db, ds if wanted[3] else None, sums[0] if wanted[4] else None, d_norm_bias, *(None,) * 6
+        db = db.to(bias.dtype) if wanted[2] else None
+        d_norm_bias = d_norm_bias.to(norm_bias.dtype) if wanted[5] else None
+        return dx, dw, db, ds if wanted[3] else None, d_norm_weight if wanted[4] else None, d_norm_bias, *(None,) * 6
 
 
 def with_mask(seed: Tensor | None, offset: int, p: float, eps: float) -> Any:

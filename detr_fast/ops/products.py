@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detr_fast.dispatch import Call, TritonImplementation
 from detr_fast.kernels import launch
-from detr_fast.kernels.product_tiles import Dropout
+from detr_fast.kernels.dropout import Dropout
 from detr_fast.ops import regimes
 
 
@@ -126,7 +126,7 @@ def meta(dtype: torch.dtype | None, *shape: int) -> Any:
 
 
 def dropout_of(p: float, seed: Tensor | None, offset: int) -> Dropout | None:
-    return None if seed is None else Dropout(p, seed, offset)
+    return None if seed is None else Dropout(seed, offset, p)
 
 
 def eager_gradients(

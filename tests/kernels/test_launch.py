@@ -52,6 +52,7 @@ def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch
     variant = layer_norm.sum_partials_variant(256, torch.float32)
     broken = dataclasses.replace(variant, constants={**variant.constants, "BLOCK_C": 33})
     monkeypatch.setattr(layer_norm, "sum_partials_variant", lambda *_: broken)
-    with pytest.raises(Exception, match="power of 2"):
+    with pytest.raises(Exception, match="block < blocks") as failure:
         layer_norm.compile_layer_norm(256, torch.bfloat16, torch.bfloat16, True, True, torch.device("cuda"))
+    assert "power of 2" in str(failure.value.__cause__)
     assert stub_gpu.launched == []

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import linear as kernels
-from detr_fast.kernels.product_tiles import Dropout
+from detr_fast.kernels.dropout import Dropout
+from detr_fast.kernels.rows import sum_partials
 
 from detr_fast.testing import assert_as_accurate_as_eager, assert_close_to_truth
 from detr_fast.testing.interpreter import checked_interpreter
@@ -138,10 +139,29 @@ def test_the_bias_gradient_is_the_sum_of_rows_in_any_order_of_programs(activatio
     results = []
     for seed in range(2):
         with checked_interpreter(seed=seed, int32_limit=1 << 15):
-            dpre, _, dbias = kernels.linear_backward(dy, w, saved, activation=activation)
+            dpre, _, partial = kernels.linear_backward(dy, w, saved, activation=activation)
+            (dbias,) = sum_partials((partial, w.dtype))
         results.append(dbias)
         torch.testing.assert_close(dbias, dpre.sum(0), rtol=1e-5, atol=1e-4)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dropout", [None, Dropout(torch.tensor([7]), 3, 0.25)], ids=["", "dropout"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize(("rows", "hidden", "width", "outputs"), [(1, 8, 8, 8), (37, 20, 9, 16), (70, 136, 24, 8)])
+def test_a_backward_that_computes_pre_again_is_the_one_that_read_it(
+    interpreter, activation, rows, hidden, width, outputs, dropout
+):
+    x, w, b = torch.randn(rows, width), torch.randn(hidden, width), torch.randn(hidden)
+    dy, w2 = torch.randn(rows, outputs), torch.randn(outputs, hidden)
+    options = {"activation": activation, "dropout": dropout}
+    y, pre = kernels.linear_forward(x, w, b, keep_pre=True, **options)
+    expected = kernels.linear_backward(dy, w2, y if activation == "relu" else pre, **options)
+    for one, other in zip(kernels.linear_backward(dy, w2, kernels.Recomputed(x, w, b), **options), expected):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    without = kernels.linear_backward(dy, w2, kernels.Recomputed(x, w, None), with_dbias=False, **options)
+    torch.testing.assert_close(without[1], kernels.linear_forward(x, w, None, **options)[0], rtol=1e-5, atol=1e-5)
+    assert without[2] is None
 
 
 def test_pre_is_what_the_activation_was_applied_to(interpreter):
@@ -168,7 +188,7 @@ def test_nan_stays_in_its_row_and_passes_relu(interpreter):
 
 
 def test_dropout_scales_what_it_keeps_and_the_backward_drops_the_same(interpreter):
-    dropout = Dropout(0.25, torch.tensor([7]), 3)
+    dropout = Dropout(torch.tensor([7]), 3, 0.25)
     one = torch.ones(200, 16), torch.full((48, 16), 1 / 16)
     y, _ = kernels.linear_forward(*one, None, activation="relu", dropout=dropout)
     kept = y > 0

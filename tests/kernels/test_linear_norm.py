@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import linear_norm as kernels
-from detr_fast.kernels.product_tiles import Dropout
+from detr_fast.kernels.dropout import Dropout
+from detr_fast.kernels.rows import sum_partials
 
 from detr_fast.ops.dropout import keep_mask
 from detr_fast.testing import assert_as_accurate_as_eager
@@ -13,7 +14,12 @@ from detr_fast.testing.interpreter import checked_interpreter
 pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DROPOUT = Dropout(0.25, torch.tensor([11]), 5)
+DROPOUT = Dropout(torch.tensor([11]), 5, 0.25)
+
+
+def backward(dy, xhat, rstd, weight, dropout=None, **dtypes):
+    ds, dproduct, partial = kernels.residual_norm_backward(dy, xhat, rstd, weight, dropout, **dtypes)
+    return ds, dproduct, *sum_partials((partial, weight.dtype))
 
 
 class Fused(torch.autograd.Function):
@@ -27,11 +33,10 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w, b, norm_weight, norm_bias, xhat, rstd = ctx.saved_tensors
-        ds, dproduct, sums = kernels.residual_norm_backward(
-            dy, xhat, rstd, norm_weight, dropout=ctx.dropout, residual_dtype=ctx.residual_dtype, product_dtype=x.dtype
-        )
+        dtypes = {"dresidual_dtype": ctx.residual_dtype, "dx_dtype": x.dtype}
+        ds, dproduct, sums = backward(dy, xhat, rstd, norm_weight, ctx.dropout, **dtypes)
         dproduct = ds if dproduct is None else dproduct
-        d_norm_weight, d_norm_bias, db = sums
+        d_norm_weight, d_norm_bias, db = sums.chunk(3)
         flat = dproduct.flatten(0, -2)
         db, d_norm_bias = (None if p is None else g.to(p.dtype) for p, g in ((b, db), (norm_bias, d_norm_bias)))
         return dproduct @ w, flat.T @ x.flatten(0, -2), db, ds, d_norm_weight, d_norm_bias, None
@@ -103,9 +108,8 @@ def test_the_residual_may_be_fp32_as_under_autocast(interpreter):
     dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
     x, w, b, residual, norm_weight, norm_bias = (t.to(d) for t, d in zip(inputs((9,), 16, 24), dtypes))
     y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
-    ds, dproduct, sums = kernels.residual_norm_backward(
-        y, xhat, rstd, norm_weight, dropout=None, residual_dtype=torch.float32, product_dtype=torch.bfloat16
-    )
+    dtypes = {"dresidual_dtype": torch.float32, "dx_dtype": torch.bfloat16}
+    ds, dproduct, sums = backward(y, xhat, rstd, norm_weight, **dtypes)
     assert (y.dtype, ds.dtype, dproduct.dtype, sums.dtype) == (torch.float32,) * 2 + (torch.bfloat16, torch.float32)
     expected = eager()(*(t.double() for t in (x, w, b, residual, norm_weight, norm_bias)))
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
@@ -139,6 +143,5 @@ def test_without_a_backward_to_come_nothing_is_kept(interpreter):
 def test_no_rows_give_zero_parameter_gradients(interpreter):
     x, w, b, residual, norm_weight, norm_bias = inputs((0,), 16, 24)
     y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
-    options = {"dropout": None, "residual_dtype": y.dtype, "product_dtype": y.dtype}
-    _, _, sums = kernels.residual_norm_backward(y, xhat, rstd, norm_weight, **options)
-    assert torch.equal(sums, torch.zeros(3, 24))
+    _, _, sums = backward(y, xhat, rstd, norm_weight, dresidual_dtype=y.dtype, dx_dtype=y.dtype)
+    assert torch.equal(sums, torch.zeros(3 * 24))

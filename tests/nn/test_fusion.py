@@ -150,7 +150,7 @@ def step(layer, inputs, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "forward", "backward"), [("TransformerEncoderLayer", 5, 18), ("TransformerDecoderLayer", 9, 38)]
+    ("name", "forward", "backward"), [("TransformerEncoderLayer", 5, 17), ("TransformerDecoderLayer", 9, 37)]
 )
 def test_a_fused_layer_takes_few_launches_and_keeps_little(name, forward, backward):
     options = {"d_model": 256, "nhead": 8, "dim_feedforward": 2048, "dropout": 0.1, "batch_first": True}
@@ -160,7 +160,7 @@ def test_a_fused_layer_takes_few_launches_and_keeps_little(name, forward, backwa
     eager, fused = step(original, inputs, {}), step(ours, inputs, backend)
     recomputing = step(ours, inputs, backend | {"feed_forward": "triton_recompute"})
     assert fused[:2] == (forward, backward)
-    assert recomputing[:2] == (forward, backward + 1)
+    assert recomputing[:2] == (forward, backward)
     assert forward + backward < 0.55 * sum(eager[:2])
     assert fused[2] <= 0.60 * eager[2]
     assert recomputing[2] <= 0.40 * eager[2]

@@ -118,7 +118,7 @@ def test_one_launch_forward_and_four_backward():
         )
     assert forward.launches == {"linear_norm_kernel": 1, "aten.randint.low": 1}
     backward = both.launches - forward.launches
-    assert backward == {"residual_norm_backward_kernel": 1, "sum_partials_kernel": 1, "aten.mm.default": 2}
+    assert backward == {"add_layer_norm_backward_kernel": 1, "sum_partials_kernel": 1, "aten.mm.default": 2}
 
 
 def test_auto_stays_eager_until_measured():

@@ -1,0 +1,276 @@
+"""The feed-forward block's kernels as ops, and its gradients. Products that no kernel fuses are torch's own.
+
+Forward: the contract of `feed_forward`. Backward: one op takes the gradients from y to the hidden activation, through
+LayerNorm where there is one, in three launches; four products of torch's follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast.kernels import linear as kernels
+from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
+from detr_fast.kernels.dropout import scale
+from detr_fast.kernels.linear_norm import linear_norm_forward
+from detr_fast.kernels.rows import sum_partials
+from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.dropout import keep_mask
+from detr_fast.ops.products import dropout_of, eager_gradients, flat
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def run_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    offset: int,
+    p: float,
+    output_p: float,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep: bool,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dropout = dropout_of(p, seed, offset) if p > 0.0 else None
+    keep_hidden &= keep
+    keep_pre = keep_hidden and activation != "relu"
+    h, pre = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
+    saved = pre if pre is not None else h if keep_hidden else h.new_empty(0)
+    if norm_weight is None:
+        y, _ = kernels.linear_forward(h, w2, b2)
+        return y, saved, y.new_empty(0), y.new_empty(0)
+    dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
+    residual = x if residual is None else residual
+    y, xhat, rstd = linear_norm_forward(
+        h, w2, b2, residual, norm_weight, norm_bias, eps, dropout=dropout, out_dtype=out_dtype, keep=keep
+    )
+    return y, saved, *(y.new_empty(0) if t is None else t for t in (xhat, rstd))  # type: ignore[return-value]
+
+
+def _fake_forward(
+    x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, norm_weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, out_dtype, keep, keep_hidden = rest
+    dtype = x.dtype if norm_weight is None else out_dtype
+    y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
+    saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
+    if norm_weight is None or not keep:
+        return y, saved, y.new_empty(0), y.new_empty(0)
+    return y, saved, torch.empty_like(y), y.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def run_backward(
+    dy: Tensor,
+    xhat: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    w2: Tensor,
+    saved: Tensor | None,
+    x: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    offset: int,
+    p: float,
+    output_p: float,
+    residual_dtype: torch.dtype,
+    with_db1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From y's gradient to the residual's, to those behind and before the hidden activation, and to that activation.
+
+    saved: what the forward kept of it; without it, x, w1 and b1 compute it again. Returns ds, dz, dpre, h, the sums for
+    norm_weight, norm_bias and b2, (3 * D,), and for b1; each empty where it is another one (dz is ds or dy, h is saved)
+    or there is none.
+    """
+    none = dy.new_empty(0)
+    ds = separate = partial = None
+    dz = dy
+    if xhat is not None and rstd is not None and norm_weight is not None:
+        drop = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
+        dtypes = {"dresidual_dtype": residual_dtype, "dx_dtype": w2.dtype}
+        ds, separate, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, drop, **dtypes)
+        dz = ds if separate is None else separate
+    kept: Any = saved if saved is not None else kernels.Recomputed(x, w1, b1)  # type: ignore[arg-type]
+    drop = dropout_of(p, seed, offset) if p > 0.0 else None
+    dpre, h, hidden_partial = kernels.linear_backward(
+        dz, w2, kept, activation=activation, dropout=drop, with_dbias=with_db1
+    )
+    sums, db1 = none, none
+    if partial is not None and norm_weight is not None:
+        more = None if hidden_partial is None else (hidden_partial, w2.dtype)
+        sums, *rest = sum_partials((partial, norm_weight.dtype), more)
+        db1 = rest[0] if rest else none
+    elif hidden_partial is not None:
+        (db1,) = sum_partials((hidden_partial, w2.dtype))
+    found = (ds, separate, dpre, None if h is saved else h)
+    return *(dy.new_empty(0) if t is None else t for t in found), sums, db1  # type: ignore[return-value]
+
+
+def _fake_backward(
+    dy: Tensor,
+    xhat: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    w2: Tensor,
+    saved: Tensor | None,
+    x: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    offset: int,
+    p: float,
+    output_p: float,
+    residual_dtype: torch.dtype,
+    with_db1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = (*dy.shape[:-1], w2.shape[1])
+    separate = (seed is not None and output_p > 0.0) or residual_dtype != w2.dtype
+    return (
+        dy.new_empty(0) if norm_weight is None else dy.new_empty(dy.shape, dtype=residual_dtype),
+        dy.new_empty(dy.shape, dtype=w2.dtype) if norm_weight is not None and separate else dy.new_empty(0),
+        w2.new_empty(hidden),
+        dy.new_empty(0) if saved is not None and activation == "relu" else w2.new_empty(hidden),
+        dy.new_empty(0) if norm_weight is None else norm_weight.new_empty(3 * dy.shape[-1]),
+        w2.new_empty(w2.shape[1]) if with_db1 else dy.new_empty(0),
+    )
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with below_autograd():
+            y, saved, xhat, rstd = forward(*arguments)
+        ctx.save_for_backward(*arguments[:8], arguments[8], saved, xhat, rstd)
+        ctx.settings, ctx.kept = arguments[9:14], arguments[16]
+        ctx.mark_non_differentiable(saved, xhat, rstd)
+        ctx.set_materialize_grads(False)
+        return y, saved, xhat, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        if dy is None:
+            return (None,) * 17
+        *inputs, seed, saved, xhat, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:8]
+        if torch.is_grad_enabled():
+            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 9)
+        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, ctx.kept, dy, wanted), *(None,) * 9)
+
+
+def _gradients(
+    inputs: list[Any],
+    seed: Tensor | None,
+    saved: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    settings: tuple[Any, ...],
+    kept: bool,
+    dy: Tensor,
+    wanted: Any,
+) -> tuple[Tensor | None, ...]:
+    x, w1, b1, w2, b2, norm_weight, norm_bias, residual = inputs
+    activation, offset, p, output_p, _ = settings
+    norm = (None, None, None) if norm_weight is None else (xhat, rstd, norm_weight)
+    hidden = (saved, None, None, None) if kept else (None, x, w1, b1)
+    dtype = x.dtype if residual is None else residual.dtype
+    settings = (seed, activation, offset, p, output_p, dtype, wanted[2])
+    ds, dz, dpre, h, sums, db1 = _backward(dy, *norm, w2, *hidden, *settings)
+    dz = flat(dz if dz.numel() else ds if norm_weight is not None else dy)
+    h, dpre = flat(saved if kept and activation == "relu" else h), flat(dpre)
+    dx = db2 = None
+    d_norm: Any = sums.chunk(3)  # of nothing where there is no norm
+    if wanted[4]:
+        db2 = dz.sum(0) if norm_weight is None else d_norm[2].to(b2.dtype)
+    if wanted[0]:
+        adds = norm_weight is not None and residual is None
+        dx = (torch.addmm(flat(ds), dpre, w1) if adds else torch.mm(dpre, w1)).view(x.shape)
+    return (
+        dx,
+        torch.mm(dpre.t(), flat(x)) if wanted[1] else None,
+        db1 if wanted[2] else None,
+        torch.mm(dz.t(), h) if wanted[3] else None,
+        db2,
+        d_norm[0] if wanted[5] else None,
+        d_norm[1].to(norm_bias.dtype) if wanted[6] else None,
+        ds if wanted[7] else None,
+    )
+
+
+def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, output_p: float, eps: float) -> Any:
+    """The reference with the very elements dropped that the kernels drop."""
+
+    def dropped(y: Tensor, p: float, hidden: bool) -> Tensor:
+        if seed is None or p == 0.0:
+            return y
+        heads = 2 if hidden else 1
+        kept = keep_mask(seed, offset, p, heads, y.shape[:-1].numel(), y.shape[-1], tiles=hidden)[-1]
+        return torch.where(kept.view(y.shape), y * scale(p), 0.0)
+
+    def reference(
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        y = F.linear(dropped(ACTIVATIONS[activation](F.linear(x, w1, b1)), p, True), w2, b2)
+        if norm_weight is None:
+            return y
+        y = (x if residual is None else residual) + dropped(y, output_p, False)
+        bias_of_norm = None if norm_bias is None else norm_bias.to(y.dtype)
+        return F.layer_norm(y, norm_weight.shape, norm_weight.to(y.dtype), bias_of_norm, eps)
+
+    return reference
+
+
+def _autograd_forward(*arguments: Any) -> Any:
+    if wants_grad(*arguments[:8]):
+        return _Forward.apply(*arguments)
+    with below_autograd():
+        return forward(*arguments)
+
+
+def _autograd_backward(*arguments: Any) -> Any:
+    with below_autograd():
+        return _backward(*arguments)
+
+
+forward = define(
+    "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
+    "bool keep, bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor)",
+    run=run_forward,
+    fake=_fake_forward,
+    autograd=_autograd_forward,
+)
+_backward = define(
+    "feed_forward_backward(Tensor dy, Tensor? xhat, Tensor? rstd, Tensor? norm_weight, Tensor w2, Tensor? saved, Tensor? x, "
+    "Tensor? w1, Tensor? b1, Tensor? seed, str activation, int offset, float p, float output_p, ScalarType residual_dtype, "
+    "bool with_db1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run=run_backward,
+    fake=_fake_backward,
+    autograd=_autograd_backward,
+)

@@ -1,0 +1,250 @@
+# mypy: allow-incomplete-defs
+"""Dropout, residual sum and LayerNorm in one pass, backward. The maths are in add_layer_norm.py.
+
+One kernel for what the forward may have kept: x and the residual, their sum, or xhat, what was normalised (in
+linear_norm.py, whose sum never leaves its registers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from . import wide_rows
+from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD
+from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
+from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
+from .rows import (
+    MAX_BLOCK,
+    ParameterSums,
+    address_of,
+    as_rows,
+    block_of,
+    column_block,
+    dtype_of,
+    load_parameters,
+    norm_gradient,
+    row_constants,
+    run_length,
+    run_pointers,
+)
+
+
+@jit
+def add_layer_norm_backward_kernel(
+    dy_ptr,
+    dsum_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    seed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    dx_sum_ptr,
+    dy_row_stride: tl.int32,
+    dsum_row_stride: tl.int32,
+    x_row_stride: tl.int32,
+    residual_row_stride: tl.int32,
+    sums_row_stride: tl.int32,
+    rows: tl.int64,
+    C: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Without a residual, x is the sum; without mean it is xhat.
+
+    dweight, dbias and dx_sum, which is summed from dx, are fp32 (programs, C): each program's sums over its rows.
+    """
+    row = tl.arange(0, ROWS)
+    column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
+    out_stride = BLOCK_C if FULL else C
+    if weight_ptr is not None:
+        weight = load_parameters(weight_ptr, column, inside, VEC)
+    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dx_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    if seed_ptr is not None:
+        low, high = load_seed(seed_ptr)
+
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        first = tl.cast(tile, tl.int64) * ROWS
+        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+        mask = exists[:, None] & inside
+        dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
+        dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
+        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
+        if seed_ptr is not None:
+            keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
+        x = x.to(tl.float32)
+        if residual_ptr is not None:
+            residual_start = row[:, None] * residual_row_stride
+            pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
+            residual = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            if seed_ptr is not None:
+                x = tl.where(keep, x * scale, 0.0)
+            x += residual
+
+        # Where there is no element, dy = 0 takes xhat out of every sum.
+        xhat = x
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
+            xhat = (x - mean[:, None]) * rstd[:, None]
+        dy = dy.to(tl.float32)
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
+        if weight_ptr is not None:
+            dy *= weight
+        ds = norm_gradient(dy, xhat, rstd, inverse_c)
+        if dsum_ptr is not None:
+            dsum_start = row[:, None] * dsum_row_stride
+            pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
+            ds += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        out_start = row[:, None] * out_stride
+        if dresidual_ptr is not None:
+            pointers = run_pointers(dresidual_ptr + first * out_stride, out_start, column, VEC)
+            tl.store(pointers, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if seed_ptr is not None:
+            ds = tl.where(keep, ds * scale, 0.0)
+        if dx_sum_ptr is not None:
+            dx_sum += ds
+        if dx_ptr is not None:
+            pointers = run_pointers(dx_ptr + first * out_stride, out_start, column, VEC)
+            tl.store(pointers, ds.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    partial = tl.program_id(0).to(tl.int64) * sums_row_stride
+    if dweight_ptr is not None:
+        tl.store(run_pointers(dweight_ptr + partial, 0, column, VEC), tl.sum(dweight, axis=0)[None, :], mask=inside)
+    if dbias_ptr is not None:
+        tl.store(run_pointers(dbias_ptr + partial, 0, column, VEC), tl.sum(dbias, axis=0)[None, :], mask=inside)
+    if dx_sum_ptr is not None:
+        tl.store(run_pointers(dx_sum_ptr + partial, 0, column, VEC), tl.sum(dx_sum, axis=0)[None, :], mask=inside)
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: Dropout | None = None,
+    *,
+    dx_dtype: torch.dtype | None,
+    dresidual_dtype: torch.dtype | None,
+    with_dw: bool = True,
+    with_db: bool = True,
+    parameter_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `add_layer_norm_forward`: dx and dresidual (..., C), dweight and dbias (C,).
+
+    x, residual: the forward's; or the sum it returned and None. dy, dsum: (..., C), any layout. dx_dtype,
+    dresidual_dtype: None where that gradient is not wanted. parameter_dtype: of dweight and dbias; weight's where None.
+    Deterministic: sums are always taken in the same order on the same GPU.
+    """
+    dy, dy_stride = as_rows(dy)
+    x, x_stride = as_rows(x)
+    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
+    dx, dresidual = (
+        None if dtype is None else empty(x.shape, dtype, x.device) for dtype in (dx_dtype, dresidual_dtype)
+    )
+    if columns > MAX_BLOCK:
+        found = (dy, dsum, x, residual, weight, mean, rstd, dx, dresidual, dropout)
+        return (dx, dresidual, *wide_rows.backward(*found, with_dw, with_db, parameter_dtype))
+
+    strides = dy_stride | dsum_stride | x_stride | residual_stride | columns
+    addresses = reduce(or_, map(address_of, (dy, dsum, x, residual, weight)))
+    size = min(t.element_size() for t in (dy, dsum, x, residual, dx, dresidual) if t is not None)
+    vector = run_length(size, strides, addresses)
+    dtypes = tuple(map(dtype_of, (dy, dsum, x, residual, weight, dx, dresidual)))
+    variant = backward_variant(columns, dtypes, with_dw, with_db, dropout is not None, vector)
+    programs = _programs(variant, rows, x.device)
+    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
+    seed = None if dropout is None else dropout.seed
+    tensors = (dy, dsum, x, residual, weight, seed, mean, rstd, dx, dresidual, sums.dw, sums.db, None)
+    sizes = (dy_stride, dsum_stride, x_stride, residual_stride, columns, rows, columns)
+    launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
+    return (dx, dresidual, *sums.total(parameter_dtype))
+
+
+def residual_norm_backward(
+    dy: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    dropout: Dropout | None = None,
+    *,
+    dresidual_dtype: torch.dtype,
+    dx_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Back from y = LayerNorm(residual + dropout(x)), of which the forward kept xhat (..., C) and rstd, fp32 (rows,).
+
+    Returns dresidual, dx (None where it would equal dresidual), both (..., C), and the sums over each program's rows for
+    weight, bias and the bias inside x, fp32 (programs, 3 * C), for `sum_partials`. C up to 8,192. Deterministic.
+    """
+    dy, dy_stride = as_rows(dy)
+    rows, columns = dy.shape[:-1].numel(), dy.shape[-1]
+    dresidual = empty(dy.shape, dresidual_dtype, dy.device)
+    separate = dropout is not None or dx_dtype != dresidual_dtype
+    dx = empty(dy.shape, dx_dtype, dy.device) if separate else None
+    size = min(t.element_size() for t in (dy, xhat, dresidual, dx) if t is not None)
+    vector = run_length(size, dy_stride | columns, dy.data_ptr() | xhat.data_ptr() | weight.data_ptr())
+    dtypes = (dy.dtype, None, xhat.dtype, None, weight.dtype, dtype_of(dx), dresidual_dtype)
+    variant = backward_variant(columns, dtypes, True, True, dropout is not None, vector, True)
+    programs = _programs(variant, rows, dy.device)
+    partial = empty((programs, 3 * columns), torch.float32, dy.device)
+    seed = None if dropout is None else dropout.seed
+    tensors = (dy, None, xhat, None, weight, seed, None, rstd, dx, dresidual, *partial.split(columns, 1))
+    sizes = (dy_stride, 0, columns, 0, 3 * columns, rows, columns)
+    launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
+    return dresidual, dx, partial
+
+
+def _programs(variant: Variant, rows: int, device: torch.device) -> int:
+    tiles = -(-rows // variant.constants["ROWS"])
+    return min(tiles, multiprocessors(device) * LAYER_NORM_BACKWARD[variant.constants["BLOCK_C"]].programs)
+
+
+@cache
+def backward_variant(
+    columns: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    with_dw: bool,
+    with_db: bool,
+    dropout: bool,
+    vector: int,
+    xhat: bool = False,
+) -> Variant:
+    """The program that takes all gradients in one pass; dtypes: of dy, dsum, x, residual, weight, dx and dresidual.
+
+    xhat: x is what was normalised, and dx is summed up as well.
+    """
+    config = (LAYER_NORM_BACKWARD if xhat else ADD_LAYER_NORM_BACKWARD)[block_of(columns)]
+    if xhat and torch.float32 in dtypes[:3]:  # the third sum beside LayerNorm's two would make full tiles spill
+        config = replace(config, rows=max(1, config.rows // 2))
+    fp32 = torch.float32
+    sums = (fp32 if with_dw else None, fp32 if with_db else None, fp32 if xhat else None)
+    statistics = (None if xhat else fp32, fp32)
+    tensors = (*dtypes[:5], torch.int64 if dropout else None, *statistics, *dtypes[5:], *sums)
+    types = (*map(pointer, tensors), *["i32"] * 5, "i64", "i32", "i32", "i32", "fp32")
+    constants = row_constants(columns, config, vector)
+    return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps)
