@@ -12,7 +12,10 @@ from torch import Tensor
 from .attention import attention_forward, forward_variant
 from .attention_backward import attention_backward, keys_variant, mask_variant, queries_variant
 from .attention_tiles import Form, Problem
+from .attention_weights import attention_weights, weights_run, weights_variant
 from .entry import Budget, Entry
+
+EXAMPLE_KEYS = 72
 
 
 def catalog_entries() -> Iterator[Entry]:
@@ -46,20 +49,23 @@ def catalog_entries() -> Iterator[Entry]:
         if form.mask == bf16:
             variant = mask_variant(form, False, False)
             yield Entry("attention", f"attention_mask_{name}", variant, 32 * 16, budget, example)
+        if form.dropout:
+            variant = weights_variant(form, True, form.dtype, weights_run(EXAMPLE_KEYS, form.dtype))
+            yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example)
 
 
 def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of 40 queries and 72 keys; rows off 16 bytes where there are no vectors."""
     gap = 0 if form.vector > 1 else 1
-    dims = ((40, form.head_dim), (72, form.head_dim), (72, form.value_dim), (40, form.value_dim))
+    dims = ((40, form.head_dim), (EXAMPLE_KEYS, form.head_dim), (EXAMPLE_KEYS, form.value_dim), (40, form.value_dim))
     q, k, v, dout = (torch.randn(1, n, 1, dim + gap, device=device).to(form.dtype)[..., :dim] for n, dim in dims)
     padding = mask = None
     if form.padding:
-        padding = (torch.arange(72, device=device) > 50)[None]
+        padding = (torch.arange(EXAMPLE_KEYS, device=device) > 50)[None]
     if form.mask is not None:
-        mask = torch.randn(40, 72 + gap, device=device)
+        mask = torch.randn(40, EXAMPLE_KEYS + gap, device=device)
         mask = mask > 0 if form.mask == torch.bool else mask.to(form.mask)
-        mask = mask[:, :72]
+        mask = mask[:, :EXAMPLE_KEYS]
     problem = Problem(
         q,
         k,
@@ -76,6 +82,7 @@ def _example(form: Form, device: torch.device) -> Callable[[], tuple[Tensor, ...
         out, lse = attention_forward(problem)
         float_mask = form.mask is not None and form.mask.is_floating_point
         gradients = attention_backward(problem, out, lse, dout, with_mask=float_mask)
-        return (out, lse, *(gradient for gradient in gradients if gradient is not None))
+        weights = [attention_weights(problem, lse, True, form.dtype)] if form.dropout else []
+        return (out, lse, *weights, *(gradient for gradient in gradients if gradient is not None))
 
     return call

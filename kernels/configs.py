@@ -141,6 +141,9 @@ def attention_config(kernel: str, itemsize: int, block: int, heavy: bool) -> Til
     """
     if kernel == "mask":
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
+    if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
+        side = 64 if itemsize == 2 and block <= 128 else 32
+        return TileConfig(side, side, 4, 1)
     config = ATTENTION[kernel, itemsize, block]
     if heavy and kernel == "queries":
         return replace(config, rows=max(16, config.rows // 2))

@@ -14,19 +14,17 @@ from detr_fast import dispatch
 from detr_fast.dispatch import BackendError, Implementation
 from detr_fast.nn.replacements import replaces
 from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
-from detr_fast.ops.attention import ATTENTION, Sdpa, attention_with_weights
+from detr_fast.ops.attention import ATTENTION, Sdpa
+from detr_fast.ops.attention_call import Weights
 
 Output = tuple[Tensor, Tensor | None]
 
 
 class _Plan(NamedTuple):
-    """What runs a call, and its masks as ops take them."""
+    """What runs a call, and what it gets besides q, k and v: masks as ops take them, dropout and the weights asked for."""
 
     implementation: Implementation
-    padding: Tensor | None
-    mask: Tensor | None
-    is_causal: bool
-    dropout_p: float
+    options: tuple[Any, ...]
 
 
 @replaces(nn.MultiheadAttention)
@@ -58,9 +56,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             if is_traced(query) and is_whole(self):
                 options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
                 return as_leaf(self, query, key, value, *options)
-            plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights)
+            weights: Weights = ("mean" if average_attn_weights else "heads") if need_weights else None
+            plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, weights)
             if plan is not None:
-                return self._attend(plan, query, key, value, need_weights, average_attn_weights)
+                return self._attend(plan, query, key, value)
         return super().forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -78,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Raises BackendError (see `use_backend`).
         """
-        return self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights=False) is not None
+        return self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, None) is not None
 
     def heads(
         self,
@@ -90,8 +89,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> Tensor | None:
         """What the output projection would get, (..., C) as the query, or None where the original's forward is to run."""
-        plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights=False)
-        return None if plan is None else self._attend_heads(plan, query, key, value, False, False)[0]
+        plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, None)
+        return None if plan is None else self._attend_heads(plan, query, key, value)[0]
 
     def _plan(
         self,
@@ -101,7 +100,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        need_weights: bool,
+        weights: Weights,
     ) -> _Plan | None:
         requested = ATTENTION.requested()
         if query.is_nested or key.is_nested or value.is_nested:
@@ -113,44 +112,28 @@ class MultiheadAttention(nn.MultiheadAttention):
             return None
         dtype = self._computed_dtype(query)
         # Added to scores: of their dtype, or what SDPA takes besides; materialised weights are stricter.
-        mask_dtypes = {query.dtype, dtype} if need_weights else {query.dtype, dtype, torch.float32}
+        mask_dtypes = {query.dtype, dtype} if weights else {query.dtype, dtype, torch.float32}
         masks_fit = all(m is None or is_mask(m, mask_dtypes) for m in (key_padding_mask, attn_mask))
         if not masks_fit or not self._fits(query, key, value, key_padding_mask, attn_mask, is_causal):
             return None  # the original says what is wrong
         # Weights that are asked for are masked by the mask itself, whatever the hint says.
-        masks = self._masks(query, key_padding_mask, attn_mask, is_causal and not need_weights, dtype)
+        masks = self._masks(query, key_padding_mask, attn_mask, is_causal and not weights, dtype)
         dropout_p = float(self.dropout) if self.training else 0.0
-        choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *masks, dropout_p, None)
+        options = (*masks, dropout_p, None, False, False, weights)
+        choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *options)
         if requested is None and isinstance(choice, Sdpa):
             return None
-        return _Plan(choice, *masks, dropout_p)
+        return _Plan(choice, options)
 
-    def _attend(
-        self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
-    ) -> Output:
-        heads, weights = self._attend_heads(plan, query, key, value, need_weights, average_attn_weights)
+    def _attend(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor) -> Output:
+        heads, weights = self._attend_heads(plan, query, key, value)
         return F.linear(heads, self.out_proj.weight, self.out_proj.bias), weights
 
-    def _attend_heads(
-        self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average_attn_weights: bool
-    ) -> Output:
+    def _attend_heads(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor) -> Output:
         q, k, v = (self._heads(t, query.ndim) for t in self._project(query, key, value))
-        k, v = self._with_extra_keys(k, v)
-        weights = None
-        if need_weights:
-            y, weights = attention_with_weights(
-                q,
-                k,
-                v,
-                key_padding_mask=plan.padding,
-                attn_mask=plan.mask,
-                is_causal=plan.is_causal,
-                dropout_p=plan.dropout_p,
-            )
-            if average_attn_weights:
-                weights = weights.mean(dim=1)
-        else:
-            y = plan.implementation.run(q, k, v, plan.padding, plan.mask, plan.is_causal, plan.dropout_p, None)
+        y, weights = plan.implementation.run(q, *self._with_extra_keys(k, v), *plan.options), None
+        if isinstance(y, tuple):
+            y, weights = y
         if query.ndim == 2:
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
         elif not self.batch_first:

@@ -16,9 +16,8 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Op
 from detr_fast.ops.attention_call import describe, misfit, signature
 from detr_fast.ops.attention_eager import EagerAttention as EagerAttention
-from detr_fast.ops.attention_eager import Sdpa, attention_weights, dropped, weighted_sum
+from detr_fast.ops.attention_eager import Sdpa as Sdpa
 from detr_fast.ops.attention_triton import TritonAttention
-from detr_fast.ops.dropout import next_seed
 
 
 @overload
@@ -112,20 +111,17 @@ def attention_with_weights(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    average: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and its weights per head (B, H, L, S) after dropout, as nn.MultiheadAttention returns them.
+    """`attention`, and its weights after dropout, as nn.MultiheadAttention returns them: for inspection.
 
-    The weights are materialised: for inspection, and where a model asks for them.
+    The weights are (B, H, L, S), or with `average` their mean over the heads, (B, L, S), in q's dtype (under autocast its
+    dtype on a CPU, fp32 on a GPU). They are zero for a query without any visible key, and differentiable: their own
+    backward computes them again in plain PyTorch, and only where someone asks for that gradient.
     """
     _check(q, k, v, key_padding_mask, attn_mask, dropout_p)
-    weights = attention_weights(q, k, key_padding_mask, attn_mask, is_causal, scale)
-    if dropout_p > 0.0:
-        chosen = ATTENTION.choose(q, k, v, key_padding_mask, attn_mask, is_causal, dropout_p, scale)
-        if isinstance(chosen, Sdpa):
-            weights = F.dropout(weights, dropout_p)
-        else:
-            weights = dropped(weights, dropout_p, *next_seed(q.device))
-    return weighted_sum(weights, v), weights
+    weights = "mean" if average else "heads"
+    return ATTENTION(q, k, v, key_padding_mask, attn_mask, is_causal, dropout_p, scale, False, False, weights)
 
 
 def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
 from detr_fast.kernels.attention_tiles import layout
 from detr_fast.ops.boundary import wants_grad
+
+Weights = Literal["heads", "mean"] | None  # whether the attention weights are returned too, and how
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class AttentionCall(Call):
     is_causal: bool
     dropout: bool
     return_lse: bool
+    weights: Weights
     one_dtype: bool  # of q, k and v, and of a float mask unless that is fp32
     misfit: str | None  # what does not fit, in words
     layouts: tuple[tuple[int, ...], ...]
@@ -45,6 +48,7 @@ class AttentionCall(Call):
                 ("causal", self.is_causal),
                 ("dropout", self.dropout),
                 ("log-sum-exp", self.return_lse),
+                ("weights", self.weights),
             )
             if present
         ]
@@ -117,6 +121,7 @@ def signature(
     scale: float | None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    weights: Weights = None,
 ) -> tuple[Any, ...]:
     tensors = [t for t in (q, k, v, padding, mask) if t is not None]
     return (
@@ -127,6 +132,7 @@ def signature(
         dropout_p > 0.0,
         enable_gqa,
         return_lse,
+        weights,
         q.dtype == torch.float32 and tf32(),
     )
 
@@ -142,6 +148,7 @@ def describe(
     scale: float | None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    weights: Weights = None,
     *,
     situation: Situation,
 ) -> AttentionCall:
@@ -171,6 +178,7 @@ def describe(
         is_causal=is_causal,
         dropout=dropout_p > 0.0,
         return_lse=return_lse,
+        weights=weights,
         one_dtype=len(set(dtypes)) == 1,
         misfit=misfit(q, k, v, padding, mask, dropout_p, enable_gqa)
         or (None if len({t.device for t in tensors}) == 1 else "q, k, v and the masks must lie on one device"),
@@ -181,3 +189,10 @@ def describe(
 def computed_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
     """What a tensor of `dtype` is cast to, as torch's SDPA casts its inputs under autocast."""
     return dtype if autocast is None or dtype == torch.float64 or not dtype.is_floating_point else autocast
+
+
+def weights_dtype(dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None) -> torch.dtype:
+    """Of the attention weights that are returned: as nn.MultiheadAttention's, whose softmax is fp32 in autocast on GPUs."""
+    if autocast is not None and device.type == "cuda" and dtype != torch.float64:
+        return torch.float32
+    return computed_dtype(dtype, autocast)

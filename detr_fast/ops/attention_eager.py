@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detr_fast.dispatch import Implementation
 from detr_fast.kernels import dropout
-from detr_fast.ops.attention_call import AttentionCall
+from detr_fast.ops.attention_call import AttentionCall, Weights, weights_dtype
 from detr_fast.ops.dropout import keep_mask, next_seed
 
 
@@ -53,7 +53,10 @@ class Sdpa(Implementation):
         scale: float | None,
         enable_gqa: bool = False,
         return_lse: bool = False,
-    ) -> Tensor:
+        weights: Weights = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if weights is not None:
+            return _materialised(q, k, v, padding, mask, is_causal, dropout_p, scale, enable_gqa, weights)
         merged = merged_mask(padding, mask)
         if is_causal and merged is not None:  # SDPA takes one or the other
             merged, is_causal = _with_causal(merged, q.shape[1], k.shape[1]), False
@@ -61,6 +64,26 @@ class Sdpa(Implementation):
         return F.scaled_dot_product_attention(
             q, k, v, merged, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         ).transpose(1, 2)
+
+
+def _materialised(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights as nn.MultiheadAttention computes both: SDPA returns none."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    factors = attention_weights(q, k, padding, mask, is_causal, scale)
+    factors = F.dropout(factors, dropout_p) if dropout_p > 0.0 else factors
+    return weighted_sum(factors, v), shown(factors, weights, q.dtype)
 
 
 class EagerAttention(Implementation):
@@ -80,17 +103,20 @@ class EagerAttention(Implementation):
         scale: float | None,
         enable_gqa: bool = False,
         return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        weights: Weights = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
-        weights, lse = attention_weights(q, k, padding, mask, is_causal, scale), None
+        factors = attention_weights(q, k, padding, mask, is_causal, scale)
+        if dropout_p > 0.0:
+            factors = dropped(factors, dropout_p, *next_seed(q.device))
+        results = [weighted_sum(factors, v)]
         if return_lse:
             scores, hidden = _scores(q, k, padding, mask, is_causal, scale)
-            lse = (scores if hidden is None else scores.masked_fill(hidden, -math.inf)).float().logsumexp(-1)
-        if dropout_p > 0.0:
-            weights = dropped(weights, dropout_p, *next_seed(q.device))
-        out = weighted_sum(weights, v)
-        return out if lse is None else (out, lse)
+            results.append((scores if hidden is None else scores.masked_fill(hidden, -math.inf)).float().logsumexp(-1))
+        if weights is not None:
+            results.append(shown(factors, weights, q.dtype))
+        return results[0] if len(results) == 1 else tuple(results)
 
 
 def attention_weights(
@@ -103,6 +129,14 @@ def attention_weights(
     # A finite fill and a second masking give rows with no visible key zeros, with zero gradients, instead of NaN.
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
+
+
+def shown(factors: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """Weights (B, H, L, S) as they are asked for, in the dtype that nn.MultiheadAttention returns them in."""
+    device = factors.device
+    autocasting = not factors.is_meta and torch.is_autocast_enabled(device.type)  # meta tensors know no autocast
+    wanted = weights_dtype(dtype, device, torch.get_autocast_dtype(device.type) if autocasting else None)
+    return (factors.mean(1) if weights == "mean" else factors).to(wanted)
 
 
 def dropped(weights: Tensor, dropout_p: float, seed: Tensor, offset: int) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
+from detr_fast.kernels import attention_weights as weights_kernels
 from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem
 from detr_fast.kernels.launch import compile_variant
 from detr_fast.ops import regimes
-from detr_fast.ops.attention_call import AttentionCall, computed_dtype, tf32
+from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype
 from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
-from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.boundary import below_autograd, define, double_backward, isolated, wants_grad
 from detr_fast.ops.dropout import next_seed
 
 
@@ -32,20 +33,24 @@ class TritonAttention(TritonImplementation):
         return None
 
     def advice(self, call: AttentionCall) -> str | None:
-        plain = not (call.key_padding or call.attn_mask or call.return_lse) and call.dtype != torch.float32
+        extras = call.key_padding or call.attn_mask or call.return_lse or call.weights
+        plain = not extras and call.dtype != torch.float32
         if plain and regimes.find("attention", call.architecture) is None:
             return (
                 "without masks PyTorch's own flash kernels take the call: unmeasured against them, run detr-fast tune"
             )
         size = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads) * call.head_dim
+        if call.weights is not None:  # which PyTorch writes and reads several times
+            size += call.batch * call.heads * call.queries * call.keys
         return regimes.advice("attention", call, size * call.dtype.itemsize)
 
     def note(self, call: AttentionCall) -> str | None:
         return regimes.note("attention", call)
 
     def compiled_key(self, call: AttentionCall) -> Any:
-        features = (call.key_padding, call.attn_mask, call.is_causal, call.dropout, call.needs_grad, call.return_lse)
-        return call.device, call.dtype, call.head_dim, call.value_dim, features
+        masks = (call.key_padding, call.attn_mask, call.is_causal, call.dropout)
+        wanted = (call.needs_grad, call.return_lse, call.weights)
+        return call.device, call.dtype, call.head_dim, call.value_dim, masks, wanted
 
     def prepare(self, call: AttentionCall) -> None:
         kernels_needed = [kernels.forward_variant]
@@ -57,6 +62,11 @@ class TritonAttention(TritonImplementation):
         if call.mask_grad:
             rows, columns = (1, 1, *call.mask_shape)[-2:]
             compile_variant(backward_kernels.mask_variant(form, rows == 1, columns == 1), call.device)
+        if call.weights is not None:
+            form = _meta_problem(call, of_weights=True).form()
+            dtype = weights_dtype(call.dtype, call.device, call.situation.autocast)
+            run = weights_kernels.weights_run(call.keys, dtype)
+            compile_variant(weights_kernels.weights_variant(form, call.weights == "mean", dtype, run), call.device)
 
     def run(
         self,
@@ -70,19 +80,26 @@ class TritonAttention(TritonImplementation):
         scale: float | None,
         enable_gqa: bool = False,
         return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        weights: Weights = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        autocast = None
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # meta tensors know no autocast
             autocast = torch.get_autocast_dtype(q.device.type)
             q, k, v = (t.to(computed_dtype(t.dtype, autocast)) for t in (q, k, v))
             mask = None if mask is None else mask.to(computed_dtype(mask.dtype, autocast))
         seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out, lse = _forward(q, k, v, padding, mask, seed, is_causal, dropout_p, scale, offset, tf32())
-        return (out, lse / LOG2_E) if return_lse else out
+        options = (is_causal, dropout_p, scale, offset, tf32())
+        out, lse = _forward(q, k, v, padding, mask, seed, *options)
+        results = [out, lse / LOG2_E] if return_lse else [out]
+        if weights is not None:
+            dtype = weights_dtype(q.dtype, q.device, autocast)
+            results.append(_weights(q, k, padding, mask, seed, lse, weights == "mean", dtype, *options))
+        return out if len(results) == 1 else tuple(results)
 
 
-def _meta_problem(call: AttentionCall) -> Problem:
-    """A problem like the call's, without memory."""
+def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
+    """A problem like the call's, without memory; of_weights: with k in place of v, which does not count for weights."""
     rows = (call.batch, call.queries, call.heads, call.head_dim), (call.batch, call.keys, call.key_heads, call.head_dim)
     shapes = (*rows, (*rows[1][:3], call.value_dim), call.mask_shape)
     dtypes = [call.dtype] * 4
@@ -94,8 +111,11 @@ def _meta_problem(call: AttentionCall) -> Problem:
     ]
     padding = torch.empty(call.batch, call.keys, dtype=torch.bool, device="meta") if call.key_padding else None
     seed = torch.empty(1, dtype=torch.int64, device="meta")
+    q, k, v = tensors[:3]
     return Problem(
-        *tensors[:3],
+        q,
+        k,
+        k if of_weights else v,
         padding,
         *tensors[3:],
         causal=call.is_causal,
@@ -177,10 +197,16 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> Tensor:
     """The same computation, eagerly, with the same dropout."""
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
+    return weighted_sum(_reference_weights(q, k, padding, mask, seed, options), v)
+
+
+def _reference_weights(
+    q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
+) -> Tensor:
     causal, dropout_p, scale, offset, _ = options
-    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
-    weights = attention_weights(q, k, padding, mask, causal, scale)
-    return weighted_sum(weights if seed is None else dropped(weights, dropout_p, seed, offset), v)
+    weights = attention_weights(q, k.repeat_interleave(q.shape[2] // k.shape[2], 2), padding, mask, causal, scale)
+    return weights if seed is None else dropped(weights, dropout_p, seed, offset)
 
 
 class _Forward(torch.autograd.Function):
@@ -244,6 +270,72 @@ class _Backward(torch.autograd.Function):
         return (d_dout, None, *d_qkv, None, d_mask, *(None,) * 9)
 
 
+def _run_weights(
+    q: Tensor,
+    k: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    averaged: bool,
+    dtype: torch.dtype,
+    *options: Any,
+) -> Tensor:
+    problem = _problem(q, k, k, padding, mask, seed, options)  # type: ignore[arg-type]
+    return weights_kernels.attention_weights(problem, lse, averaged, dtype)
+
+
+def _fake_weights(
+    q: Tensor,
+    k: Tensor,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    averaged: bool,
+    dtype: torch.dtype,
+    *options: Any,
+) -> Tensor:
+    heads = () if averaged else (q.shape[2],)
+    return q.new_empty((q.shape[0], *heads, q.shape[1], k.shape[1]), dtype=dtype)
+
+
+class _Weights(torch.autograd.Function):
+    """The weights' own node: their gradient is rarely asked for, and recomputes them eagerly, dropout included."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, padding: Any, mask: Any, seed: Any, lse: Tensor, averaged: bool, *rest: Any
+    ) -> Tensor:
+        with below_autograd():
+            weights = _weights(q, k, padding, mask, seed, lse, averaged, *rest)
+        ctx.save_for_backward(q, k, padding, mask, seed)
+        ctx.averaged, ctx.options = averaged, rest[1:]
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, dweights: Tensor) -> Any:
+        again = torch.is_grad_enabled()
+        q, k, padding, mask, seed = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[index] for index in (0, 1, 3)]
+        with torch.enable_grad():
+            q, k = isolated(q), isolated(k)
+            mask = isolated(mask) if wanted[2] else mask
+            weights = _reference_weights(q, k, padding, mask, seed, ctx.options)
+            weights = (weights.mean(1) if ctx.averaged else weights).to(dweights.dtype)
+            sources = [t for t, want in zip((q, k, mask), wanted) if want]
+            found = iter(torch.autograd.grad(weights, sources, dweights, create_graph=again))
+        dq, dk, dmask = (next(found) if want else None for want in wanted)
+        return (dq, dk, None, dmask, *(None,) * 9)
+
+
+def _autograd_weights(q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, *rest: Any) -> Any:
+    if wants_grad(q, k, mask):
+        return _Weights.apply(q, k, padding, mask, *rest)
+    with below_autograd():
+        return _weights(q, k, padding, mask, *rest)
+
+
 def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, *rest: Any) -> Any:
     if wants_grad(q, k, v, mask):
         return _Forward.apply(q, k, v, padding, mask, *rest)
@@ -271,4 +363,11 @@ _backward = define(
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,
+)
+_weights = define(
+    "attention_weights(Tensor q, Tensor k, Tensor? padding, Tensor? mask, Tensor? seed, Tensor lse, bool averaged, "
+    f"ScalarType dtype, {_OPTIONS}) -> Tensor",
+    run=_run_weights,
+    fake=_fake_weights,
+    autograd=_autograd_weights,
 )

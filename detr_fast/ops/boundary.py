@@ -56,6 +56,13 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def isolated(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as a node of its own, to differentiate by: a graph that it depends on is not walked."""
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 def double_backward(
     reference: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
@@ -69,14 +76,9 @@ def double_backward(
     the gradients that arrive for them. Returns the gradients for dy and for each of the inputs.
     """
 
-    def isolated(tensor: Tensor | None) -> Tensor | None:
-        # A node of its own: dy may depend on the inputs in the surrounding graph, which must not be walked here.
-        if tensor is None:
-            return None
-        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # dy may depend on the inputs in the surrounding graph.
         fresh_dy, *fresh = map(isolated, (dy, *inputs))
         sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
         first = torch.autograd.grad(reference(*fresh), sources, fresh_dy, create_graph=True)

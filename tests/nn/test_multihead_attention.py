@@ -352,3 +352,20 @@ def test_torch_nns_own_forward_runs_where_auto_chooses_pytorch(monkeypatch, twin
         ours(x, x, x)
     assert [r.chosen for r in records] == ["sdpa"]
     assert calls == [1]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+@pytest.mark.parametrize("average", [True, False])
+def test_the_kernels_output_and_weights_are_torch_nns(options, average, twins, assert_same_step):
+    ours, original = twins("MultiheadAttention", 8, 2, dtype=torch.float32, **options)
+    x = torch.randn(3, 4, 8)
+    shape = (3, 4) if options.get("batch_first") else (4, 3)
+    padding = torch.zeros(shape, dtype=torch.bool)
+    padding[0, -1] = True
+    kwargs = {"average_attn_weights": average, "key_padding_mask": padding, "backend": {"attention": "triton"}}
+    assert_same_step(ours, original, (x, x, x), rtol=1e-4, **kwargs)
+    with use_backend(attention="triton"), explaining(ours) as records:
+        ours(x, x, x)
+    assert [(r.op, r.chosen) for r in records] == [("attention", "triton")]
+    assert "weights" in records[0].shapes

@@ -86,7 +86,7 @@ def test_the_double_backward_is_right_also_with_dropout(triton):
 
 
 @interpreter
-def test_opcheck_accepts_both_ops():
+def test_opcheck_accepts_all_ops():
     q, k, v = qkv(requires_grad=True)
     seed = torch.tensor([7])
     options = (False, 0.5, 0.3, 2, False)
@@ -96,13 +96,20 @@ def test_opcheck_accepts_both_ops():
         out, lse = torch.ops.detr_fast.attention(q, k, v, *masks, *options)
     arguments = (torch.randn_like(out), None, q, k, v, *masks, out, lse, True, *options)
     torch.library.opcheck(torch.ops.detr_fast.attention_backward.default, arguments)
+    for averaged, dtype in ((True, torch.float32), (False, torch.float16)):
+        arguments = (q, k, *masks, lse, averaged, dtype, *options)
+        torch.library.opcheck(torch.ops.detr_fast.attention_weights.default, arguments)
 
 
 @interpreter
 def test_a_compiled_model_has_no_graph_break_and_equal_gradients(triton):
     q, k, v = qkv(requires_grad=True)
     padding = end_padding()
-    function = lambda q: ops.attention(q * 2, k, v, key_padding_mask=padding) + 1  # noqa: E731
+
+    def function(q):
+        out, weights = ops.attention_with_weights(q * 2, k, v, key_padding_mask=padding)
+        return out + ops.attention(q, k, v) + weights.square().sum()
+
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(*(torch.autograd.grad(f(q).square().sum(), (q, k, v)) for f in (compiled, function))):
         torch.testing.assert_close(ours, theirs)
@@ -114,7 +121,8 @@ def test_autocast_casts_as_sdpa_does(triton):
     mask = torch.randn(5, 7)
     with torch.autocast("cpu", torch.bfloat16):
         out = ops.attention(q, k, v, attn_mask=mask)
-    assert out.dtype == torch.bfloat16
+        _, weights = ops.attention_with_weights(q, k, v, attn_mask=mask)
+    assert out.dtype == weights.dtype == torch.bfloat16
     (gradient,) = torch.autograd.grad(out.float().sum(), q)
     assert gradient.dtype == torch.float32
 
@@ -131,6 +139,53 @@ def test_checkpointing_recomputes_with_the_same_dropout(triton):
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert not torch.equal(results[0][0], ops.attention(q, k, v))
+
+
+@interpreter
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_their_gradients_are_as_accurate_as_eager(triton, dtype, average):
+    padding, mask = end_padding(), torch.randn(5, 7)
+
+    def eager(q, k, v, mask):
+        weights = "mean" if average else "heads"
+        return EagerAttention().run(q, k, v, padding, mask, False, 0.0, None, False, False, weights)
+
+    assert_as_accurate_as_eager(
+        lambda q, k, v, mask: ops.attention_with_weights(
+            q, k, v, key_padding_mask=padding, attn_mask=mask, average=average
+        ),
+        reference=eager,
+        inputs=[*qkv(heads=2), mask],
+        dtype=dtype,
+    )
+
+
+@interpreter
+def test_weights_their_gradients_and_second_ones_are_the_twins_with_dropout():
+    q, k, v = qkv(2, heads=2, requires_grad=True)
+    dweights = torch.randn(2, 5, 7)
+    results = []
+    for backend in ("triton", "eager"):
+        torch.manual_seed(5)
+        with use_backend(attention=backend):
+            out, weights = ops.attention_with_weights(q, k, v, dropout_p=0.4, average=True)
+            first = torch.autograd.grad(weights, (q, k), dweights, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k))
+        results.append((out, weights, *first, *second))
+    for ours, twin in zip(*results):
+        torch.testing.assert_close(ours, twin, atol=1e-5, rtol=1e-4)
+
+
+@interpreter
+def test_weights_cost_one_more_launch_and_keep_nothing_of_their_size(triton):
+    from detr_fast.testing import counting
+
+    q, k, v = qkv(queries=40, keys=50, requires_grad=True)
+    with counting((q, k, v)) as counts:
+        ops.attention_with_weights(q, k, v, average=True)
+    assert counts.saved_bytes == 40 * 8 * 4 + 40 * 4  # the output and the log-sum-exp
+    assert counts.total_launches == 2
 
 
 @interpreter
@@ -234,7 +289,12 @@ def test_fake_cuda_tensors_trace_forward_without_a_gpu():
     with FakeTensorMode(), use_backend(attention="triton"):
         q, k, v = (t.transpose(0, 1) for t in qkv(7, 3, 7, device="cuda", dtype=torch.bfloat16))
         out = ops.attention(q, k[:3], v[:3])
-    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            _, weights = ops.attention_with_weights(q, k[:3], v[:3], average=True)
+            q, k, v = (t.transpose(1, 2) for t in (q, k[:3], v[:3]))
+            assert weights.dtype == (q @ k.mT).softmax(-1).dtype  # as torch.nn's weights
+    assert weights.shape == (3, 7, 7)
+    assert (out.shape, out.dtype, out.device.type) == ((3, 7, 1, 8), torch.bfloat16, "cuda")
     assert out.transpose(0, 1).is_contiguous()
 
 

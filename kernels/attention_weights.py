@@ -1,0 +1,159 @@
+# mypy: allow-incomplete-defs
+"""Attention's weights, for who asks to see them: computed again from the log-sum-exp that the forward left.
+
+    weights = dropout(exp(scale * q @ k^T + mask) / 2^lse)   per head, (B, H, L, S), or averaged over the heads, (B, L, S)
+
+One program owns a tile of queries and keys: of one head, or of all heads, one after the other, where they are averaged, so that
+nothing per head is ever stored. Dropout is the forward's, by position: these are the weights that the output was made with.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .attention_tiles import (
+    COMMON_TYPES,
+    PLACE_TYPES,
+    Form,
+    Problem,
+    dot,
+    kept,
+    load_tile,
+    masked_scores,
+    places,
+    visible_keys,
+)
+from .launch import Variant, empty, jit, launch, pointer, tl
+from .rows import run_pointers
+
+
+@jit
+def attention_weights_kernel(
+    q_ptr,
+    k_ptr,
+    weights_ptr,
+    lse_ptr,
+    padding_ptr,
+    mask_ptr,
+    seed_ptr,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int32,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int32,
+    padding_batch: tl.int64,
+    padding_column: tl.int32,
+    mask_batch: tl.int64,
+    mask_head: tl.int64,
+    mask_row: tl.int32,
+    mask_column: tl.int32,
+    L: tl.int32,
+    S: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    scale: tl.float32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    rescale: tl.float32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    OUT_VEC: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    MASK_VEC: tl.constexpr,
+):
+    """scale: times log2(e). rescale: what dropout multiplies a kept weight by. OUT_VEC: see `weights_run`."""
+    tiles_m, tiles_n = tl.cdiv(L, BLOCK_M), tl.cdiv(S, BLOCK_N)
+    column_start = tl.program_id(0) % tiles_n * BLOCK_N
+    row_start = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
+    which = tl.program_id(0) // (tiles_n * tiles_m)  # batch, or batch * heads + head
+    first_head = 0 if AVERAGED else which % heads
+    batch = (which if AVERAGED else which // heads).to(tl.int64)
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    exists = row < L - row_start
+
+    if padding_ptr is not None:
+        padding_ptr += batch * padding_batch
+    visible = visible_keys(padding_ptr, padding_column, column_start, S, BLOCK_N)
+    q_ptr += batch * q_batch + tl.cast(row_start, tl.int64) * q_row
+    k_ptr += batch * k_batch + tl.cast(column_start, tl.int64) * k_row
+    lse_ptr += batch * heads * L + row_start
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for head in range(first_head, heads if AVERAGED else first_head + 1):
+        head_offset = tl.cast(head, tl.int64)
+        q = load_tile(q_ptr + head_offset * q_head, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
+        k = load_tile(k_ptr + head_offset // group * k_head, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        mask_here = mask_ptr
+        if mask_ptr is not None:
+            mask_here = mask_ptr + (batch * mask_batch + head_offset * mask_head)
+        scores = masked_scores(
+            scores * scale,
+            mask_here,
+            mask_row,
+            mask_column,
+            row_start,
+            column_start,
+            L,
+            S,
+            visible,
+            BLOCK_M,
+            BLOCK_N,
+            CAUSAL,
+            MASK_VEC,
+        )
+        lse = tl.load(lse_ptr + head_offset * L + row, mask=exists, other=-float("inf"))
+        lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
+        weights = tl.exp2(scores - lse[:, None])
+        if seed_ptr is not None:
+            index = batch.to(tl.int32) * heads + head
+            keep = kept(seed_ptr, offset, threshold, index, row_start, column_start, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights * rescale, 0.0)
+        result += weights
+    if AVERAGED:
+        result /= heads
+    base = weights_ptr + (tl.cast(which, tl.int64) * L + row_start) * S + column_start
+    pointers = run_pointers(base, tl.cast(row, tl.int64)[:, None] * S, column[None, :], OUT_VEC)
+    inside = exists[:, None] & (column[None, :] // OUT_VEC < (S - column_start) // OUT_VEC)
+    tl.store(pointers, result.to(weights_ptr.dtype.element_ty), mask=inside)
+
+
+def attention_weights(problem: Problem, lse: Tensor, averaged: bool, dtype: torch.dtype) -> Tensor:
+    """(B, H, L, S), or averaged over the heads (B, L, S), of `dtype`; zeros for a query without any visible key.
+
+    problem: its q and k count, not its v. lse: what the forward returned.
+    """
+    q, k = problem.q, problem.k
+    heads = () if averaged else (problem.heads,)
+    weights = empty((problem.batch, *heads, problem.queries, problem.keys), dtype, q.device)
+    variant = weights_variant(problem.form(), averaged, dtype, weights_run(problem.keys, dtype))
+    tiles_m = -(-problem.queries // variant.constants["BLOCK_M"])
+    tiles_n = -(-problem.keys // variant.constants["BLOCK_N"])
+    grid = (tiles_m * tiles_n * problem.batch * (1 if averaged else problem.heads),)
+    strides = (*places(q), *places(k))
+    launch(variant, grid, q, k, weights, lse, *problem.tensors(), *strides, *problem.sizes())
+    return weights
+
+
+def weights_run(keys: int, dtype: torch.dtype) -> int:
+    """The longest run, up to 16 bytes, at whose multiples all rows of weights start and end."""
+    return min(16 // dtype.itemsize, keys & -keys) or 1
+
+
+@cache
+def weights_variant(form: Form, averaged: bool, dtype: torch.dtype, run: int) -> Variant:
+    """The program that computes weights of `dtype`, stored in runs of `run` elements."""
+    config = form.config("weights")
+    tensors = (form.dtype, form.dtype, dtype, torch.float32, *form.masks())
+    types = (*map(pointer, tensors), *PLACE_TYPES * 2, *COMMON_TYPES)
+    common = {name: value for name, value in form.constants().items() if name not in ("EV", "BLOCK_EV")}
+    tile = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "AVERAGED": averaged, "OUT_VEC": run}
+    return Variant(attention_weights_kernel, types, {**tile, **common}, config.num_warps, config.num_stages)
