@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_program import at
 from .attention_tiles import (
     COMMON_TYPES,
     PLACE_TYPES,
@@ -71,6 +72,8 @@ def attention_weights_kernel(
     MASK_VEC: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by. OUT_VEC: see `weights_run`."""
+    # Nothing here is of v: its dimensions stand for q's.
+    FORM: tl.constexpr = (E, E, BLOCK_E, BLOCK_E, CAUSAL, PRECISION, VEC, MASK_VEC)
     tiles_m, tiles_n = tl.cdiv(L, BLOCK_M), tl.cdiv(S, BLOCK_N)
     column_start = tl.program_id(0) % tiles_n * BLOCK_N
     row_start = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
@@ -80,42 +83,26 @@ def attention_weights_kernel(
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     exists = row < L - row_start
 
-    if padding_ptr is not None:
-        padding_ptr += batch * padding_batch
-    visible = visible_keys(padding_ptr, padding_column, column_start, S, BLOCK_N)
-    q_ptr += batch * q_batch + tl.cast(row_start, tl.int64) * q_row
-    k_ptr += batch * k_batch + tl.cast(column_start, tl.int64) * k_row
+    padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0)
+    visible = visible_keys(padding, column_start, S, BLOCK_N)
     lse_ptr += batch * heads * L + row_start
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for head in range(first_head, heads if AVERAGED else first_head + 1):
-        head_offset = tl.cast(head, tl.int64)
-        q = load_tile(q_ptr + head_offset * q_head, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
-        k = load_tile(k_ptr + head_offset // group * k_head, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        mask_here = mask_ptr
-        if mask_ptr is not None:
-            mask_here = mask_ptr + (batch * mask_batch + head_offset * mask_head)
-        scores = masked_scores(
-            scores * scale,
-            mask_here,
-            mask_row,
-            mask_column,
-            row_start,
-            column_start,
-            L,
-            S,
-            visible,
-            BLOCK_M,
-            BLOCK_N,
-            CAUSAL,
-            MASK_VEC,
+    for index in range(first_head, heads if AVERAGED else first_head + 1):
+        head = tl.cast(index, tl.int64)
+        q = load_tile(
+            at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start), q_row, exists, BLOCK_M, E, BLOCK_E, VEC
         )
-        lse = tl.load(lse_ptr + head_offset * L + row, mask=exists, other=-float("inf"))
+        k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
+        k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column)
+        scores = masked_scores(scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
+        lse = tl.load(lse_ptr + head * L + row, mask=exists, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
         weights = tl.exp2(scores - lse[:, None])
         if seed_ptr is not None:
-            index = batch.to(tl.int32) * heads + head
-            keep = kept(seed_ptr, offset, threshold, index, row_start, column_start, BLOCK_M, BLOCK_N)
+            drop = (seed_ptr, batch.to(tl.int32) * heads + index, offset, threshold, rescale)
+            keep = kept(drop, row_start, column_start, BLOCK_M, BLOCK_N)
             weights = tl.where(keep, weights * rescale, 0.0)
         result += weights
     if AVERAGED:

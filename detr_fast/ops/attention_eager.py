@@ -41,6 +41,9 @@ class Sdpa(Implementation):
         # A checkpointed region may run on the kernel and fail to compile its backward only when it is recomputed.
         return "its dropout is torch's own, not the kernel's that it would stand in for" if call.dropout else None
 
+    def note(self, call: AttentionCall) -> str | None:
+        return "weights and output by matmul and softmax, as torch.nn computes them" if call.weights else None
+
     def run(
         self,
         q: Tensor,

@@ -56,10 +56,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def isolated(tensor: Tensor | None) -> Tensor | None:
+def isolated(tensor: Tensor) -> Tensor:
     """The tensor as a node of its own, to differentiate by: a graph that it depends on is not walked."""
-    if tensor is None:
-        return None
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
@@ -79,7 +77,7 @@ def double_backward(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # dy may depend on the inputs in the surrounding graph.
-        fresh_dy, *fresh = map(isolated, (dy, *inputs))
+        fresh_dy, *fresh = (None if t is None else isolated(t) for t in (dy, *inputs))
         sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
         first = torch.autograd.grad(reference(*fresh), sources, fresh_dy, create_graph=True)
         arriving = [u for u, want, t in zip(upstream, wanted, fresh) if want and t is not None]
