@@ -168,22 +168,24 @@ def test_the_backward_is_deterministic_and_its_offsets_fit(columns):
     assert all(torch.equal(one, same) for one, same in zip(*results))
 
 
+BF16 = torch.bfloat16
+PRE_NORM = {
+    "forward": kernels.forward_variant(256, *(BF16,) * 5, True, False, 8),
+    "backward": kernels.backward_variant(256, (BF16, BF16, BF16, None, BF16, None, BF16), True, True, False, 8),
+}
+
+
 @pytest.mark.offline
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    ("name", "most", "streams"),
-    [
-        ("forward_c256_bf16", 23, 3),
-        ("forward_c256_bf16_sum", 17, 4),
-        ("backward_c256_bf16", 37, 5),
-        ("backward_c256_bf16_sum", 24, 4),
-    ],
+    ("kernel", "pre_norm", "most", "streams"),
+    [("forward", False, 23, 3), ("forward", True, 17, 4), ("backward", False, 37, 5), ("backward", True, 24, 4)],
 )
-def test_add_layer_norm_at_256_columns_is_bound_by_memory(target, name, most, streams):
-    one = entry(f"add_layer_norm_{name}")
+def test_add_layer_norm_at_256_columns_is_bound_by_memory(target, kernel, pre_norm, most, streams):
+    variant = PRE_NORM[kernel] if pre_norm else entry(f"add_layer_norm_{kernel}_c256_bf16").variant
     architecture = int(target.removeprefix("sm_"))
-    binary, _, _ = offline.compile_variant(one.variant, target)
-    loop = analyse(binary, architecture, one.elements / one.variant.num_warps)
+    binary, _, _ = offline.compile_variant(variant, target)
+    loop = analyse(binary, architecture, rows.tile_elements(variant) / variant.num_warps)
     assert loop.instructions_per_element <= most
     assert loop.dram_headroom(architecture, bytes_per_element=2 * streams) >= 2.0
     moves = [opcode for opcode in loop.opcodes if opcode.startswith(("LDG", "STG"))]

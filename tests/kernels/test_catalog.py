@@ -6,6 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -50,10 +51,9 @@ def test_variants_compile_in_several_processes_in_order():
 
 @offline_only
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(("kernel", "most", "streams"), [("forward", 14, 2), ("backward", 19, 3)])
-def test_layer_norm_at_256_columns_is_bound_by_memory(target, dtype, kernel, most, streams):
-    one = entry(f"layer_norm_{kernel}_c256_{dtype}")
+def test_layer_norm_at_256_columns_is_bound_by_memory(target, kernel, most, streams):
+    one = entry(f"layer_norm_{kernel}_c256_bf16")
     architecture = int(target.removeprefix("sm_"))
     binary, _, resources = compile_variant(one.variant, target)
     loop = analyse(binary, architecture, one.elements / one.variant.num_warps)
@@ -84,7 +84,7 @@ def test_products_are_bound_by_the_tensor_cores(target, name):
 
 @offline_only
 def test_the_mean_of_any_number_of_columns_is_divided_exactly_on_gpus():
-    _, assembly, _ = compile_variant(entry("layer_norm_forward_c768_bf16").variant, "sm_90")
+    _, assembly, _ = compile_variant(entry("layer_norm_forward_c768_fp16_autocast").variant, "sm_90")
     assert "div.rn.f32" in assembly
     assert "div.full" not in assembly  # Triton's plain division, which the interpreter takes for an exact one
 
@@ -198,6 +198,11 @@ def test_examples_run_in_the_interpreter_and_write_finite_outputs(example, inter
     for output, shape in zip(outputs, shapes):
         assert (output.shape, output.dtype) == (shape.shape, shape.dtype)
         assert not output.is_floating_point() or output.isfinite().all()
+
+
+def test_the_catalog_is_lean():
+    """Each entry is compiled for eight targets, in CI too: replace one before adding another."""
+    assert len(CATALOG) <= 60, Counter(one.op for one in CATALOG)
 
 
 def test_names_are_unique_and_targets_known():
