@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import add_layer_norm as kernels
-from detr_fast.kernels import offline, rows, wide_rows
+from detr_fast.kernels import add_layer_norm_backward, offline, rows, wide_rows
 from detr_fast.kernels.analysis import analyse
 from detr_fast.kernels.catalog import entry
 from detr_fast.kernels.dropout import Dropout, scale
@@ -199,7 +199,7 @@ def test_add_layer_norm_at_256_columns_is_bound_by_memory(target, kernel, pre_no
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_what_is_compiled_is_what_a_call_launches(monkeypatch, columns, p, with_sum, x_dtype):
     compiled, launched = [], []
-    for module in (kernels, wide_rows, rows):
+    for module in (kernels, add_layer_norm_backward, wide_rows, rows):
         monkeypatch.setattr(module, "launch", lambda variant, grid, *arguments: launched.append(variant))
     for module in (kernels, wide_rows):
         monkeypatch.setattr(module, "compile_variant", lambda variant, device: compiled.append(variant))
