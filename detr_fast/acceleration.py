@@ -156,6 +156,9 @@ def accelerated(model: Module, **options: Any) -> Iterator[Report]:
             for mark, undo in ((MARK, _restore), (PACKS, _unpack)):
                 if mark in module.__dict__ and (module, mark) not in before:
                     undo("", module, Report(report.model))
+        for module, mark in before:  # modules may share what an adapter has just put back, as a configuration
+            if mark == MARK and MARK in module.__dict__:
+                module.__dict__[MARK].adapter.switched(module)
 
 
 def _consider(name: str, module: Module, adapters: Sequence[type[Adapter]], report: Report) -> None:

@@ -290,6 +290,19 @@ class Op:
             recorder(self.name, decision)
         return decision.implementation
 
+    def kernel(self, *args: Any) -> Implementation | None:
+        """The Triton kernel chosen for what could also run in parts, or None where the parts are to run one by one.
+
+        Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
+        """
+        try:
+            chosen = self.choose(*args)
+        except BackendError:
+            if self.name in _requested:
+                raise
+            return None
+        return chosen if isinstance(chosen, TritonImplementation) else None
+
     def forget(self) -> None:
         """Drop all cached decisions, also the memory of kernels that failed to compile."""
         self._decisions.clear()

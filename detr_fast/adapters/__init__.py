@@ -11,8 +11,10 @@ from detr_fast.adapters.base import Adapter
 # In the order in which they are asked. An adapter for a package is imported where a model has a class of that package.
 _ADAPTERS = {
     "detr_fast.adapters.hugging_face.HuggingFaceAttention": "transformers",
+    "detr_fast.adapters.hugging_face_layers.HuggingFaceLayers": "transformers",
     "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
     "detr_fast.adapters.timm.Timm": "timm",
+    "detr_fast.adapters.torchvision.Torchvision": "torchvision",
     "detr_fast.adapters.feed_forward.FeedForwardBlocks": None,
     "detr_fast.adapters.original_detr.OriginalDetr": None,
     "detr_fast.adapters.torch_nn.TorchNN": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -104,12 +105,20 @@ def overriding(module: Module, base: type[Module]) -> type[Module] | None:
 
 def names_used(function: Any) -> frozenset[str]:
     """The globals and attributes that a function's code reads: whether it is still the function that we know."""
-    return frozenset(function.__code__.co_names)
+    return frozenset(inspect.unwrap(function).__code__.co_names)
 
 
 def names(text: str) -> frozenset[str]:
     """The same, written down."""
     return frozenset(text.split())
+
+
+def reads(function: Any) -> tuple[str, str]:
+    """A function's arguments, and what its code reads in the order of first use: one known by both is the one we know."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return "", ""
+    return " ".join(code.co_varnames[: code.co_argcount]), " ".join(code.co_names)
 
 
 _JOINED: dict[tuple[type[Module], ...], type[Module]] = {}

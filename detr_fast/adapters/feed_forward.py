@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast import dispatch
-from detr_fast.adapters.base import HOOKS, Adapter, joined, why_not_fuse, why_not_switch
-from detr_fast.ops.feed_forward import feed_forward
+from detr_fast.adapters.base import Adapter, joined, why_not_fuse, why_not_switch
+from detr_fast.adapters.blocks import (
+    FeedForwardParts,
+    activation_name,
+    feed_forward_of,
+    is_dispatched,
+    is_hooked,
+    is_plain,
+    probability,
+)
 
 
-class _Parts(NamedTuple):
+class _Names(NamedTuple):
     """The attributes that hold a block's parts; dropouts are modules, numbers, or None where there is none."""
 
     first: str
@@ -26,13 +33,13 @@ class _Parts(NamedTuple):
     output_dropout: str | None
 
 
-_DETR = _Parts("fc1", "activation_fn", "activation_dropout", "fc2", "dropout")
+_DETR = _Names("fc1", "activation_fn", "activation_dropout", "fc2", "dropout")
 _KNOWN = {
     "transformers.models.detr.modeling_detr.DetrMLP": _DETR,
     "transformers.models.conditional_detr.modeling_conditional_detr.ConditionalDetrMLP": _DETR,
-    "transformers.models.vit.modeling_vit.ViTMLP": _Parts("fc1", "activation_fn", None, "fc2", None),
-    "timm.layers.mlp.Mlp": _Parts("fc1", "act", "drop1", "fc2", "drop2"),
-    "torchvision.models.vision_transformer.MLPBlock": _Parts("0", "1", "2", "3", "4"),
+    "transformers.models.vit.modeling_vit.ViTMLP": _Names("fc1", "activation_fn", None, "fc2", None),
+    "timm.layers.mlp.Mlp": _Names("fc1", "act", "drop1", "fc2", "drop2"),
+    "torchvision.models.vision_transformer.MLPBlock": _Names("0", "1", "2", "3", "4"),
 }
 
 
@@ -41,42 +48,29 @@ class FeedForward(Module):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's, which runs for CPU tensors and where a part was wrapped or hooked since."""
-        order = type(self).__mro__
-        kind = order[order.index(FeedForward) + 1]  # the class that this is mixed into
-        parts = _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]
-        first, second = getattr(self, parts.first), getattr(self, parts.second)
-        activation = activation_name(getattr(self, parts.activation))
-        intact = _plain(first) and _plain(second) and not any(map(_is_hooked, self.children()))
-        if activation is None or not intact or not (dispatch.intervening or x.is_cuda is not False):
+        parts = parts_of(self) if is_dispatched(x) else None
+        if parts is None:
             return super().forward(x)  # type: ignore[misc]
-        inner, outer = (_probability(self, name) for name in (parts.dropout, parts.output_dropout))
-        y = feed_forward(x, first.weight, first.bias, second.weight, second.bias, activation, inner)
-        return F.dropout(y, outer) if outer else y
+        y = feed_forward_of(x, parts)
+        return F.dropout(y, parts.output_dropout_p) if parts.output_dropout_p else y
 
 
-def activation_name(activation: Any) -> str | None:
-    """The op's name for an activation module or function; None for another one."""
-    kind = type(activation).__name__
-    if kind == "GELU":
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if kind == "GELUActivation":  # transformers'
-        return "gelu" if activation.act is F.gelu else None
-    return {"ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}.get(kind)
-
-
-def _plain(linear: Module) -> bool:
-    return type(linear) is nn.Linear and "forward" not in linear.__dict__
-
-
-def _is_hooked(part: Module) -> bool:
-    return any(getattr(part, hooks) for hooks in HOOKS)
-
-
-def _probability(block: Module, name: str | None) -> float:
-    if name is None or not block.training:
-        return 0.0
-    value: Any = getattr(block, name)
-    return float(value.p if isinstance(value, nn.Dropout) else value)
+def parts_of(block: Any) -> FeedForwardParts | None:
+    """The parts of a switched block; None where it has to be called."""
+    if not isinstance(block, FeedForward) or any(map(is_hooked, block.children())):
+        return None
+    order = type(block).__mro__
+    kind = order[order.index(FeedForward) + 1]  # the class that this is mixed into
+    names = _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]
+    first, second = getattr(block, names.first), getattr(block, names.second)
+    activation = activation_name(getattr(block, names.activation))
+    if activation is None or not (is_plain(first) and is_plain(second)):
+        return None
+    inner, outer = (
+        0.0 if name is None else probability(getattr(block, name), block.training)
+        for name in (names.dropout, names.output_dropout)
+    )
+    return FeedForwardParts(first, activation, inner, second, outer)
 
 
 class FeedForwardBlocks(Adapter):

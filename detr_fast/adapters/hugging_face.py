@@ -93,7 +93,7 @@ def _split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A mask (B, 1, L, S), True = may attend, as padding (B, S), True = padding, where it is one for all queries."""
     if mask is None:
         return None, None
-    padding = None if torch.compiler.is_compiling() else getattr(mask, _PADDING, None)
+    padding = padding_of(mask)
     if padding is None and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.stride(2) == 0:
         padding = ~mask[:, 0, 0]
     return (None, mask) if padding is None else (padding, None)
@@ -121,14 +121,23 @@ def mask(
         visible: Tensor = attention_mask.to(torch.bool)  # type: ignore[union-attr]
         if allow_is_bidirectional_skip and not _must_not_look(visible) and visible.all():
             return None
-        expanded = visible[:, None, None].expand(batch_size, 1, q_length, kv_length)
-        if not torch.compiler.is_compiling():
-            setattr(expanded, _PADDING, ~visible)
-        return expanded
+        return with_padding(visible[:, None, None].expand(batch_size, 1, q_length, kv_length), ~visible)
     options = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip, "use_vmap": use_vmap, **kwargs}
     if mask_function is not None:
         options["mask_function"] = mask_function
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **options)
+
+
+def with_padding(mask: Tensor, padding: Tensor | None) -> Tensor:
+    """A mask that remembers the padding (B, S), True = padding, that it is made of, except where Dynamo traces."""
+    if not torch.compiler.is_compiling():
+        setattr(mask, _PADDING, padding)
+    return mask
+
+
+def padding_of(mask: Tensor | None) -> Tensor | None:
+    """The padding that a mask remembers."""
+    return None if torch.compiler.is_compiling() else getattr(mask, _PADDING, None)
 
 
 def _must_not_look(visible: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 Its layers throw the attention weights away, but don't tell nn.MultiheadAttention, which then writes them to memory, in
 fp32 and for each head, only to average and drop them. Here they are asked for only where a hook might look at them, as the
-repository's own visualisation does.
+repository's own visualisation does. Post-norm layers run on the same fused blocks as torch.nn's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, joined, names, names_used, why_not_switch
+from detr_fast.nn import fusion
+from detr_fast.ops.dropout import shared_seed
 
 # The code that we know: the names that forward, forward_post and forward_pre read.
 _FORWARD = frozenset({"normalize_before", "forward_pre", "forward_post"})
@@ -29,6 +31,17 @@ def attend(attention: Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     return attention(query, key, value, attn_mask=mask, key_padding_mask=padding, need_weights=seen)[0]
 
 
+def attend_add_norm(
+    attention: Module, dropout: Any, norm: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *masks: Any
+) -> Tensor:
+    """norm(x + dropout(attention(query, key, value)))."""
+    if attention._forward_hooks:
+        return norm(x + dropout(attend(attention, query, key, value, *masks)))
+    mask, padding = masks
+    fused = {"attn_mask": mask, "key_padding_mask": padding}
+    return fusion.attend_add_norm(attention, dropout, norm, x, query, key, value, **fused)
+
+
 class EncoderLayer(Module):
     """The forward of an encoder layer (L, N, E); everything else is the class's that this is mixed into."""
 
@@ -36,14 +49,16 @@ class EncoderLayer(Module):
         self: Any, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, pos: Any = None
     ) -> Tensor:
         """As the original's: positions are added to queries and keys, not to values."""
-        before = self.normalize_before
-        x = self.norm1(src) if before else src
-        q = self.with_pos_embed(x, pos)
-        x = src + self.dropout1(attend(self.self_attn, q, q, x, src_mask, src_key_padding_mask))
-        x = x if before else self.norm1(x)
-        y = self.norm2(x) if before else x
-        x = x + self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(y)))))
-        return x if before else self.norm2(x)
+        masks = (src_mask, src_key_padding_mask)
+        with shared_seed():
+            if not self.normalize_before:
+                q = self.with_pos_embed(src, pos)
+                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, q, q, src, *masks)
+                return _feed_forward_add_norm(self, x, self.dropout2, self.norm2)
+            x = self.norm1(src)
+            q = self.with_pos_embed(x, pos)
+            x = src + self.dropout1(attend(self.self_attn, q, q, x, *masks))
+            return x + self.dropout2(_feed_forward(self, self.norm2(x)))
 
 
 class DecoderLayer(Module):
@@ -61,18 +76,31 @@ class DecoderLayer(Module):
         query_pos: Any = None,
     ) -> Tensor:
         """As the original's: query positions are added to queries and self-attention's keys, positions to memory's keys."""
-        before = self.normalize_before
-        x = self.norm1(tgt) if before else tgt
-        q = self.with_pos_embed(x, query_pos)
-        x = tgt + self.dropout1(attend(self.self_attn, q, q, x, tgt_mask, tgt_key_padding_mask))
-        x = x if before else self.norm1(x)
-        q = self.with_pos_embed(self.norm2(x) if before else x, query_pos)
-        k = self.with_pos_embed(memory, pos)
-        x = x + self.dropout2(attend(self.multihead_attn, q, k, memory, memory_mask, memory_key_padding_mask))
-        x = x if before else self.norm2(x)
-        y = self.norm3(x) if before else x
-        x = x + self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(y)))))
-        return x if before else self.norm3(x)
+        own, cross = (tgt_mask, tgt_key_padding_mask), (memory_mask, memory_key_padding_mask)
+        memory_keys = self.with_pos_embed(memory, pos)
+        with shared_seed():
+            if not self.normalize_before:
+                q = self.with_pos_embed(tgt, query_pos)
+                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, q, q, tgt, *own)
+                q = self.with_pos_embed(x, query_pos)
+                memories = (memory_keys, memory)
+                x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, q, *memories, *cross)
+                return _feed_forward_add_norm(self, x, self.dropout3, self.norm3)
+            x = self.norm1(tgt)
+            q = self.with_pos_embed(x, query_pos)
+            x = tgt + self.dropout1(attend(self.self_attn, q, q, x, *own))
+            q = self.with_pos_embed(self.norm2(x), query_pos)
+            x = x + self.dropout2(attend(self.multihead_attn, q, memory_keys, memory, *cross))
+            return x + self.dropout3(_feed_forward(self, self.norm3(x)))
+
+
+def _feed_forward(layer: Any, x: Tensor) -> Tensor:
+    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+
+
+def _feed_forward_add_norm(layer: Any, x: Tensor, dropout: Any, norm: Any) -> Tensor:
+    parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
+    return fusion.feed_forward_add_norm(x, *parts, dropout, norm)
 
 
 _MIXINS = {"TransformerEncoderLayer": EncoderLayer, "TransformerDecoderLayer": DecoderLayer}

@@ -1,21 +1,49 @@
-"""Table Transformer in Hugging Face transformers: DETR with an attention class of its own, outside the registries."""
+"""Table Transformer in Hugging Face transformers: a pre-norm DETR whose attention and layers are its own.
+
+Its attention is outside the attention registry, but its masks come from the mask registry: one of our own there gives the
+values of transformers' eager mask through strides of 0, with the padding (B, S) that attention reads instead.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.models.table_transformer import modeling_table_transformer as theirs
 
 from detr_fast import dispatch
+from detr_fast.adapters import hugging_face
 from detr_fast.adapters.base import Adapter, names, names_used, why_not_switch
-from detr_fast.ops.attention import ATTENTION
-
-# What the forward that we know reads; another one computes something else.
-_KNOWN = names(
-    "size with_pos_embed q_proj scaling _shape k_proj v_proj num_heads head_dim view torch bmm transpose ValueError dtype bool "
-    "zeros_like masked_fill_ inf nn functional softmax dropout training reshape out_proj"
+from detr_fast.adapters.blocks import (
+    FeedForwardParts,
+    activation_name,
+    comes_apart,
+    feed_forward_of,
+    is_plain,
+    probability,
+    sum_and_norm,
 )
+from detr_fast.adapters.hugging_face import padding_of
+from detr_fast.adapters.hugging_face_layers import clamped
+from detr_fast.ops.attention import ATTENTION
+from detr_fast.ops.dropout import shared_seed
+
+NAME = "detr_fast_table"
+
+_LAYER = "self_attn_layer_norm self_attn nn functional dropout training final_layer_norm activation_fn fc1 activation_dropout fc2 "
+# What the forwards that we know read; another one computes something else.
+_KNOWN = {
+    theirs.TableTransformerEncoderLayer: names(_LAYER + "torch isfinite all finfo dtype max clamp"),
+    theirs.TableTransformerDecoderLayer: names(_LAYER + "encoder_attn_layer_norm encoder_attn"),
+    theirs.TableTransformerAttention: names(
+        "size with_pos_embed q_proj scaling _shape k_proj v_proj num_heads head_dim view torch bmm transpose ValueError dtype bool "
+        "zeros_like masked_fill_ inf nn functional softmax dropout training reshape out_proj"
+    ),
+}
 
 
 class TableTransformerAttention(theirs.TableTransformerAttention):
@@ -50,23 +78,128 @@ class TableTransformerAttention(theirs.TableTransformerAttention):
             projection(x).unflatten(-1, heads)
             for projection, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )
-        mask = attention_mask
-        if mask is not None:  # here True means hidden
+        mask, padding = attention_mask, padding_of(attention_mask)
+        if padding is not None:
+            mask = None
+        elif mask is not None:  # here True means hidden
             mask = ~mask if mask.dtype == torch.bool else mask.to(q.dtype)
-        y = ATTENTION(q, k, v, None, mask, False, self.dropout if self.training else 0.0, self.scaling)
+        y = ATTENTION(q, k, v, padding, mask, False, self.dropout if self.training else 0.0, self.scaling)
         return self.out_proj(y.flatten(2)), None  # type: ignore[return-value]  # they annotate three and return two
 
 
+class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer):
+    """The same layer with its sum and second norm in one op, and without asking the device whether all is finite."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        object_queries: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """As transformers'."""
+        parts = _parts(self) if comes_apart(hidden_states, self.final_layer_norm) else None
+        if parts is None:
+            return super().forward(hidden_states, attention_mask, object_queries, output_attentions)  # type: ignore[arg-type]
+        with shared_seed():
+            y = self.self_attn_layer_norm(hidden_states)
+            y, *weights = self.self_attn(y, attention_mask, object_queries, output_attentions=output_attentions)
+            x, y = sum_and_norm(y, hidden_states, self.final_layer_norm, parts.output_dropout_p)
+            x = x + F.dropout(feed_forward_of(y, parts), parts.output_dropout_p, self.training)
+        x = clamped(x) if self.training else x
+        return (x, *weights) if output_attentions else (x,)
+
+
+class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer):
+    """The same layer with its sums and norms in one op each."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        object_queries: Tensor | None = None,
+        query_position_embeddings: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[Tensor | None, ...]:
+        """As transformers'. Without an encoder's output, where transformers' adds up otherwise, the original runs."""
+        norms = (self.encoder_attn_layer_norm, self.final_layer_norm)
+        parts = _parts(self) if encoder_hidden_states is not None and comes_apart(hidden_states, *norms) else None
+        if parts is None:
+            positions = (object_queries, query_position_embeddings)
+            memory = (encoder_hidden_states, encoder_attention_mask)
+            return super().forward(hidden_states, attention_mask, *positions, *memory, output_attentions)
+        queries, p = query_position_embeddings, parts.output_dropout_p
+        weigh = {"output_attentions": bool(output_attentions)}
+        with shared_seed():
+            y, own = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, queries, **weigh)
+            x, y = sum_and_norm(y, hidden_states, norms[0], p)
+            memory = (encoder_hidden_states, object_queries)
+            y, cross = self.encoder_attn(y, encoder_attention_mask, queries, *memory, **weigh)
+            x, y = sum_and_norm(y, x, norms[1], p)
+            x = x + F.dropout(feed_forward_of(y, parts), p, self.training)
+        return (x, own, cross) if output_attentions else (x,)
+
+
+def _parts(layer: Any) -> FeedForwardParts | None:
+    activation = activation_name(layer.activation_fn)
+    if activation is None or not (is_plain(layer.fc1) and is_plain(layer.fc2)):
+        return None
+    inner, outer = (probability(p, layer.training) for p in (layer.activation_dropout, layer.dropout))
+    return FeedForwardParts(layer.fc1, activation, inner, layer.fc2, outer)
+
+
+def mask(batch_size: int, q_length: int, kv_length: int, *rest: Any, **options: Any) -> Tensor | None:
+    """transformers' eager mask (B, 1, L, S), 0 or the lowest number, kept as small as the padding that it is made of."""
+    visible = hugging_face.mask(batch_size, q_length, kv_length, *rest, **options)
+    if visible is None:
+        return None
+    padding = padding_of(visible)
+    if padding is None and visible.stride(2) != 0:
+        return eager_mask(batch_size, q_length, kv_length, *rest, **options)
+    dtype = options.get("dtype", torch.float32)
+    row = torch.where(visible[:, :, :1], torch.zeros((), device=visible.device, dtype=dtype), torch.finfo(dtype).min)
+    return hugging_face.with_padding(row.expand(visible.shape), padding)
+
+
 class TableTransformer(Adapter):
-    """transformers' TableTransformerAttention."""
+    """transformers' TableTransformerAttention and layers, and the masks that its encoder and decoder make."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        original = theirs.TableTransformerAttention
-        if not isinstance(module, original) or isinstance(module, TableTransformerAttention):
+        kind = type(module)
+        if kind in _STACKS:
+            ready = module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+            return kind if ready and why_not_switch(module) is None else None
+        original = next((one for one in _REPLACEMENTS if isinstance(module, one)), None)
+        if original is None or isinstance(module, _REPLACEMENTS[original]):
             return None
-        if type(module) is not original:
+        if kind is not original:
             return f"a subclass of {original.__name__}"
-        if unknown := names_used(original.forward) - _KNOWN:
+        if unknown := names_used(original.forward) - _KNOWN[original]:
             return f"this version of transformers computes it differently ({', '.join(sorted(unknown))})"
-        return why_not_switch(module) or TableTransformerAttention
+        return why_not_switch(module) or _REPLACEMENTS[original]
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return "padding as (batch, keys)" if replacement in _STACKS else super().describe(replacement)
+
+    @classmethod
+    def switched(cls, module: Module) -> None:
+        if type(module) in _STACKS:
+            module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+
+    @classmethod
+    def restored(cls, module: Module) -> None:
+        if type(module) in _STACKS:
+            module.config._attn_implementation_internal = "eager"  # type: ignore[union-attr]
+
+
+_STACKS = (theirs.TableTransformerEncoder, theirs.TableTransformerDecoder)
+_REPLACEMENTS: dict[type[Module], type[Module]] = {
+    theirs.TableTransformerAttention: TableTransformerAttention,
+    theirs.TableTransformerEncoderLayer: TableTransformerEncoderLayer,
+    theirs.TableTransformerDecoderLayer: TableTransformerDecoderLayer,
+}
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)

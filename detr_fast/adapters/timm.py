@@ -1,18 +1,19 @@
-"""timm's vision transformers: their attention and LayerNorm classes."""
+"""timm's vision transformers: their attention, block and LayerNorm classes."""
 
 from __future__ import annotations
 
 import timm.models.vision_transformer as theirs
 import torch.nn.functional as F
 from timm.layers import LayerNorm as TimmLayerNorm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast import dispatch
-from detr_fast.adapters.base import Adapter, names, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, names, names_used, reads, why_not_switch
+from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
 
+_BLOCK = ("self x attn_mask is_causal", "drop_path1 ls1 attn norm1 drop_path2 ls2 mlp norm2")
 # What the forwards that we know read; another one computes something else.
 _KNOWN = {
     theirs.Attention: names(
@@ -20,6 +21,7 @@ _KNOWN = {
         "scaled_dot_product_attention attn_drop p training scale transpose resolve_self_attn_mask maybe_add_mask softmax "
         "attn_dim norm proj proj_drop"
     ),
+    theirs.Block: names(_BLOCK[1]),
     TimmLayerNorm: names("_fast_norm fast_layer_norm normalized_shape weight bias eps F layer_norm"),
 }
 
@@ -30,7 +32,7 @@ class Attention(theirs.Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As timm's. CPU tensors, and models that have timm's fused attention switched off, take the original."""
         both = attn_mask is not None and is_causal
-        if both or not self.fused_attn or not (dispatch.intervening or x.is_cuda is not False):
+        if both or not self.fused_attn or not is_dispatched(x):
             return super().forward(x, attn_mask, is_causal)
         project_gate = getattr(self, "gate", None)  # newer versions have it
         gate = None if project_gate is None else project_gate(x).sigmoid()
@@ -48,22 +50,42 @@ class LayerNorm(TimmLayerNorm):
         """As timm's. With timm's fast norm switched on, which casts under autocast, the original runs."""
         if self._fast_norm:
             return super().forward(x)
-        if dispatch.intervening or x.is_cuda is not False:
+        if is_dispatched(x):
             return LAYER_NORM(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-_REPLACEMENTS: dict[type[Module], type[Module]] = {theirs.Attention: Attention, TimmLayerNorm: LayerNorm}
+class Block(theirs.Block):
+    """The same block; the sum behind attention and the second norm are one op."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As timm's, which runs where something scales or drops attention's output."""
+        direct = type(self.ls1) is nn.Identity and type(self.drop_path1) is nn.Identity
+        if not direct or not comes_apart(x, self.norm2, self.ls1, self.drop_path1):
+            return super().forward(x, attn_mask, is_causal)
+        y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x, y = sum_and_norm(y, x, self.norm2)
+        return x + self.drop_path2(self.ls2(self.mlp(y)))
+
+
+_REPLACEMENTS: dict[type[Module], type[Module]] = {
+    theirs.Attention: Attention,
+    theirs.Block: Block,
+    TimmLayerNorm: LayerNorm,
+}
+NORMS.update((TimmLayerNorm, LayerNorm))
 
 
 class Timm(Adapter):
-    """Exactly timm's Attention and LayerNorm."""
+    """Exactly timm's Attention, Block and LayerNorm."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
         replacement = _REPLACEMENTS.get(type(module))
         if replacement is None:
             return None
+        if type(module) is theirs.Block and reads(theirs.Block.forward) != _BLOCK:
+            return "this version of timm computes it differently"
         if unknown := names_used(type(module).forward) - _KNOWN[type(module)]:
             return f"this version of timm computes it differently ({', '.join(sorted(unknown))})"
         return why_not_switch(module) or replacement

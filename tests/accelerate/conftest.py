@@ -9,7 +9,8 @@ import detr_fast
 from detr_fast import use_backend
 
 EXACT = 1e-9  # in fp64, relative to the largest element: what differs is the order of sums
-BACKENDS = [None, {"attention": "sdpa", "layer_norm": "eager"}, {"attention": "eager", "layer_norm": "eager"}]
+# None: torch's own code; the rest: ours. Norms asked for by name are called, not computed with the sum before them.
+BACKENDS = [None, {"attention": "sdpa"}, {"attention": "eager", "layer_norm": "eager"}]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import detr_fast
 from detr_fast import nn as ours
 from detr_fast import use_backend
+from detr_fast.explanation import explaining
 
 
 class Layer(nn.Module):
@@ -158,6 +160,19 @@ def test_attention_weights_are_not_computed_unless_a_hook_may_look_at_them(monke
     padded(model)
     assert weights[0].shape == (3, 6, 6)
     assert asked[6:] == [False, True, False, False, False, False]
+
+
+def test_post_norm_layers_ask_for_the_fused_blocks_and_pre_norm_layers_for_norms():
+    counts = []
+    for normalize_before in (False, True):
+        model = Model(normalize_before)
+        detr_fast.accelerate(model)
+        with explaining(model) as records:
+            padded(model)
+        counts.append(Counter({op: sum(r.calls for r in records if r.op == op) for op in {r.op for r in records}}))
+    post, pre = counts
+    assert (post["linear_add_layer_norm"], post["feed_forward"]) == (6, 4)
+    assert (pre["linear_add_layer_norm"], pre["layer_norm"]) == (0, 10)
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

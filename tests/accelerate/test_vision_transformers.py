@@ -51,12 +51,14 @@ def test_outputs_and_gradients_are_as_before(name, training, assert_unchanged):
     report = assert_unchanged(model, look)
     assert not report.left
     norms = sum(isinstance(m, nn.LayerNorm) for m in model.modules())
-    assert len(report.switched) == norms + 4  # two attentions, two feed-forward blocks
+    assert len(report.switched) == norms + 6  # two blocks with an attention and a feed-forward block each
     with explaining(model) as records:
         look(model)
     assert sum(r.op == "attention" for r in records) == 2
     assert sum(r.op == "feed_forward" for r in records) == 2
-    assert sum(r.calls for r in records if r.op == "layer_norm") == norms
+    added = sum(r.calls for r in records if r.op == "add_layer_norm")
+    assert added == (0 if name == "timm, normalised queries and keys" else 2)  # whose outputs are scaled first
+    assert sum(r.calls for r in records if r.op == "layer_norm") == norms - added
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
@@ -97,7 +99,7 @@ def test_with_timms_fused_attention_switched_off_the_original_runs():
     detr_fast.accelerate(model)
     with explaining(model) as records:
         assert torch.equal(look(model)[0], expected)
-    assert {r.op for r in records} == {"layer_norm", "feed_forward"}
+    assert {r.op for r in records} == {"layer_norm", "add_layer_norm", "feed_forward"}
 
 
 def test_another_version_of_a_class_is_left_alone(monkeypatch):

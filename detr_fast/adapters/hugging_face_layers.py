@@ -1,0 +1,241 @@
+"""Hugging Face transformers' layers, known by the names and the order in which their code reads them.
+
+The residual sum with its dropout and norm is one op, and so is a post-norm feed-forward block with those behind it. DETR's
+encoder layer in training, too, asks the device whether all is finite, and the host waits: here it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Module
+
+from detr_fast.adapters.base import Adapter, joined, reads, why_not_fuse, why_not_switch
+from detr_fast.adapters.blocks import (
+    FeedForwardParts,
+    activation_name,
+    add_norm,
+    comes_apart,
+    feed_forward_add_norm,
+    is_hooked,
+    is_norm,
+    linear_add_norm,
+    probability,
+    sum_and_norm,
+)
+from detr_fast.adapters.feed_forward import parts_of
+from detr_fast.ops.dropout import shared_seed
+
+
+class BertOutput(Module):
+    """BertOutput and BertSelfOutput, and those of the models that copied them: norm(input + dropout(dense(x)))."""
+
+    def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if not comes_apart(hidden_states, self.dense, self.dropout, self.LayerNorm):
+            return super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        p = probability(self.dropout, self.training)
+        return linear_add_norm(hidden_states, self.dense, input_tensor, self.LayerNorm, p)
+
+
+class BertLayer(Module):
+    """BertLayer's feed-forward block, which is two modules: BertIntermediate and BertOutput."""
+
+    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
+        first, last = self.intermediate, self.output
+        activation = activation_name(getattr(first, "intermediate_act_fn", None))
+        known = activation is not None and isinstance(last, BertOutput) and _is_intermediate(first)
+        if (
+            not known
+            or is_hooked(last)
+            or not comes_apart(attention_output, first.dense, last.dense, last.dropout, last.LayerNorm)
+        ):
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        p = probability(last.dropout, last.training)
+        parts = FeedForwardParts(first.dense, str(activation), 0.0, last.dense, p)
+        return feed_forward_add_norm(attention_output, parts, last.LayerNorm)
+
+
+class DetrEncoderLayer(Module):
+    """DETR's and Conditional DETR's encoder layer."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        spatial_position_embeddings: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not comes_apart(hidden_states, self.self_attn_layer_norm, self.final_layer_norm):
+            return super().forward(hidden_states, attention_mask, spatial_position_embeddings, **kwargs)  # type: ignore[misc]
+        with shared_seed():
+            x = self.self_attn(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=spatial_position_embeddings,
+                **kwargs,
+            )[0]
+            p = probability(self.dropout, self.training)
+            x = _block_add_norm(
+                self.mlp, add_norm(x, hidden_states, self.self_attn_layer_norm, p), self.final_layer_norm
+            )
+        # What the original clamps can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight.
+        return clamped(x) if self.training and x.dtype == torch.float16 else x
+
+
+class DetrDecoderLayer(Module):
+    """DETR's decoder layer."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        object_queries_position_embeddings: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        positions = (spatial_position_embeddings, object_queries_position_embeddings)
+        if not _decoder_comes_apart(self, hidden_states):
+            masks = (encoder_hidden_states, encoder_attention_mask)
+            return super().forward(hidden_states, attention_mask, *positions, *masks, **kwargs)  # type: ignore[misc]
+        own = {"attention_mask": attention_mask, "position_embeddings": positions[1], **kwargs}
+        cross = {
+            "key_value_states": encoder_hidden_states,
+            "attention_mask": encoder_attention_mask,
+            "position_embeddings": positions[1],
+            "encoder_position_embeddings": positions[0],
+            **kwargs,
+        }
+        return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
+
+
+class ConditionalDetrDecoderLayer(Module):
+    """Conditional DETR's decoder layer."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        query_position_embeddings: Tensor | None = None,
+        query_sine_embed: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        is_first: bool | None = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        positions = (spatial_position_embeddings, query_position_embeddings, query_sine_embed)
+        if not _decoder_comes_apart(self, hidden_states):
+            rest = (encoder_hidden_states, encoder_attention_mask, is_first)
+            return super().forward(hidden_states, attention_mask, *positions, *rest, **kwargs)  # type: ignore[misc]
+        own = {"attention_mask": attention_mask, "query_position_embeddings": positions[1], **kwargs}
+        cross = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": encoder_attention_mask,
+            "query_sine_embed": query_sine_embed,
+            "encoder_position_embeddings": spatial_position_embeddings,
+            "query_position_embeddings": query_position_embeddings if is_first else None,
+            **kwargs,
+        }
+        return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
+
+
+class ViTLayer(Module):
+    """ViT's layer, which normalises first."""
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if not comes_apart(hidden_states, self.layernorm_after, self.dropout):
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        with shared_seed():
+            y = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)[0]
+            p = probability(self.dropout, self.training)
+            x, y = sum_and_norm(y, hidden_states, self.layernorm_after, p)
+            return x + self.dropout(self.mlp(y))
+
+
+def clamped(x: Tensor) -> Tensor:
+    """As the originals do in training where not all is finite, but without asking."""
+    limit = torch.finfo(x.dtype).max - 1000  # which only fp16 can tell from its largest number
+    inside = x.clamp(min=-limit, max=limit)
+    return inside if x.dtype != torch.float16 else torch.where(torch.isfinite(x).all(), x, inside)
+
+
+def _decoder_comes_apart(layer: Any, x: Tensor) -> bool:
+    return comes_apart(x, layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
+
+
+def _decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | None) -> Tensor:
+    p = probability(layer.dropout, layer.training)
+    with shared_seed():
+        x = add_norm(layer.self_attn(hidden_states=x, **own)[0], x, layer.self_attn_layer_norm, p)
+        if cross is not None:
+            x = add_norm(layer.encoder_attn(hidden_states=x, **cross)[0], x, layer.encoder_attn_layer_norm, p)
+        return _block_add_norm(layer.mlp, x, layer.final_layer_norm)
+
+
+def _block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
+    parts = None if is_hooked(block) else parts_of(block)
+    return add_norm(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
+
+
+def _is_intermediate(module: Module) -> bool:
+    known = reads(type(module).forward) == ("self hidden_states", "dense intermediate_act_fn")
+    return known and not is_hooked(module) and "forward" not in module.__dict__
+
+
+_ENCODER = "self_attn nn functional dropout training self_attn_layer_norm mlp final_layer_norm torch isfinite all finfo dtype max clamp"
+_DECODER = "self_attn nn functional dropout training self_attn_layer_norm encoder_attn encoder_attn_layer_norm mlp final_layer_norm"
+_SPATIAL = "self hidden_states attention_mask spatial_position_embeddings"
+# By the arguments of a forward and what it reads: our class. BertLayer is known by its feed_forward_chunk.
+_FORWARDS: dict[tuple[str, str], type[Module]] = {
+    ("self hidden_states input_tensor", "dense dropout LayerNorm"): BertOutput,
+    (_SPATIAL, _ENCODER): DetrEncoderLayer,
+    (
+        f"{_SPATIAL} object_queries_position_embeddings encoder_hidden_states encoder_attention_mask",
+        _DECODER,
+    ): DetrDecoderLayer,
+    (
+        f"{_SPATIAL} query_position_embeddings query_sine_embed encoder_hidden_states encoder_attention_mask is_first",
+        _DECODER,
+    ): ConditionalDetrDecoderLayer,
+    (
+        "self hidden_states attention_mask",
+        "layernorm_before attention dropout layernorm_after mlp",
+    ): ViTLayer,
+}
+_CHUNK = ("self attention_output", "intermediate output")
+_PARTS: dict[str, tuple[type[Module], ...]] = {"dense": (nn.Linear,), "dropout": (nn.Dropout,)}
+
+
+class HuggingFaceLayers(Adapter):
+    """Classes of transformers whose code is that of the layers above."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        kind = type(module)
+        ours = _ours(kind)
+        if ours is None or isinstance(module, ours):
+            return None
+        reason = why_not_switch(module) or (why_not_fuse(module, _PARTS) if ours is BertOutput else None)
+        if reason is not None:
+            return reason
+        strange = [n for n, child in module.named_children() if "norm" in n.lower() and not is_norm(child)]
+        if strange:
+            return f"{', '.join(strange)} is no LayerNorm over the last dimension"
+        return joined(ours, kind, kind)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return f"detr_fast.adapters.hugging_face_layers.{replacement.__mro__[1].__name__}"
+
+
+def _ours(kind: type[Module]) -> type[Module] | None:
+    if not kind.__module__.startswith("transformers."):
+        return None
+    chunk = getattr(kind, "feed_forward_chunk", None)
+    if chunk is not None:
+        return BertLayer if reads(chunk) == _CHUNK else None
+    return _FORWARDS.get(reads(kind.forward))
