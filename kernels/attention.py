@@ -5,9 +5,9 @@
 
 q is (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), out (B, L, H, Ev), all read and written through their
 strides; lse is fp32 (B, H, L). One program owns BLOCK_M queries of one head and passes over the keys in blocks, with a
-running maximum. Blocks that every query sees whole come first, in a loop without any mask; the blocks from the first
-hidden key on to the last visible one follow in a masked loop, and what lies behind is never read: padding at the end costs
-at most one masked block. Rows of hidden keys are never loaded, so that NaN there can't leak.
+running maximum. Whole blocks that every query sees come first, in a loop without any mask; those that need one follow. A key
+padding mask is first turned into a list of visible keys, through which k and v are read, unless a key's position matters (for
+dropout, causal order or an attn_mask). Rows of hidden keys are never loaded, so that NaN there can't leak.
 Sources: Dao, 2023, arXiv:2307.08691; Milakov and Gimelshein, 2018, arXiv:1805.02867.
 """
 
@@ -27,6 +27,7 @@ from .attention_tiles import (
     Problem,
     dot,
     kept,
+    load_keys,
     load_tile,
     masked_scores,
     places,
@@ -66,11 +67,11 @@ def _attend(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
-    for start in range(start_key, end_key, BLOCK_N):
+    for start in tl.range(start_key, end_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
         visible = None
         if MASKED:
-            visible = visible_keys(hiding, start, S, BLOCK_N)
-        k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+            visible = visible_keys(hiding, start, end_key, BLOCK_N)
+        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
@@ -87,7 +88,7 @@ def _attend(
         total = total * shrink + tl.sum(weights, 1)
         if drop[0] is not None:
             weights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), weights, 0.0)
-        v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_row, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC)
         accumulator = dot(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
     return accumulator, total, highest
 
@@ -99,6 +100,7 @@ def attention_forward_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
+    list_ptr,
     padding_ptr,
     mask_ptr,
     seed_ptr,
@@ -145,7 +147,6 @@ def attention_forward_kernel(
     q_ptr = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
     k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, 0)
     v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, 0)
-    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
     hiding = (
         padding_ptr,
         batch * padding_batch,
@@ -154,6 +155,8 @@ def attention_forward_kernel(
         batch * mask_batch + head * mask_head,
         mask_row,
         mask_column,
+        list_ptr,
+        batch * S,
     )
     drop = (seed_ptr, head_index, offset, threshold, rescale)
     q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
@@ -193,6 +196,7 @@ def attention_forward_kernel(
     empty_row = total == 0.0
     accumulator = accumulator * (rescale / tl.where(empty_row, 1.0, total))[:, None]
     lse = tl.where(empty_row, -float("inf"), highest + tl.log2(tl.where(empty_row, 1.0, total)))
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
     tl.store(lse_ptr + head_index.to(tl.int64) * L + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
 
@@ -207,7 +211,7 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     tensors = (q, problem.k, problem.v, out)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     grid = (tiles * problem.batch * problem.heads,)
-    launch(variant, grid, *tensors, lse, *problem.tensors(), *strides, *problem.sizes())
+    launch(variant, grid, *tensors, lse, problem.key_list(), *problem.tensors(), *strides, *problem.sizes())
     return out, lse
 
 
@@ -223,7 +227,7 @@ def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> 
 def forward_variant(form: Form) -> Variant:
     """The program of the forward."""
     config = form.config("forward")
-    tensors = (*(form.dtype,) * 4, torch.float32, *form.masks())
+    tensors = (*(form.dtype,) * 4, torch.float32, torch.int32 if form.listed else None, *form.masks())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

@@ -51,7 +51,7 @@ def attention_backward(
     tensors = (q, k, v, out, dout, dq)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     grid = (-(-problem.queries // variant.constants["BLOCK_M"]) * problem.batch * problem.heads,)
-    rows = (lse, dlse, statistics)
+    rows = (lse, dlse, statistics, problem.key_list())
     launch(variant, grid, *tensors, *rows, *problem.tensors(), *strides, *problem.sizes(), problem.scale)
 
     variant = keys_variant(form)
@@ -82,8 +82,10 @@ def _mask_gradient(problem: Problem, statistics: Tensor, dout: Tensor) -> Tensor
 @cache
 def queries_variant(form: Form, with_dlse: bool = False) -> Variant:
     """The program that takes dq and the rows' statistics."""
-    fp32 = torch.float32
-    return _variant(attention_backward_queries_kernel, "queries", form, (fp32, fp32 if with_dlse else None, fp32))
+    fp32, listed = torch.float32, torch.int32 if form.listed else None
+    return _variant(
+        attention_backward_queries_kernel, "queries", form, (fp32, fp32 if with_dlse else None, fp32, listed)
+    )
 
 
 @cache

@@ -132,7 +132,7 @@ def attention_backward_keys_kernel(
     v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, key_head, column_start)
     dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), batch, key_head, column_start)
     dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), batch, key_head, column_start)
-    padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0)
+    padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     visible = visible_keys(padding, column_start, S, BLOCK_N)
     k = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
     v = load_tile(v_ptr, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
@@ -153,7 +153,7 @@ def attention_backward_keys_kernel(
     for member in range(group):
         head = key_head * group + member
         head_index = batch * heads + head
-        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column)
+        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
         drop = (seed_ptr, head_index.to(tl.int32), offset, threshold, rescale)
         for MASKED in tl.static_range(1, -1, -1):
             if (mask_ptr is None) if not MASKED else (CAUSAL or mask_ptr is not None):

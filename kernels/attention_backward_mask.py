@@ -91,6 +91,8 @@ def attention_backward_mask_kernel(
             batch * mask_batch + head * mask_head,
             mask_row,
             mask_column,
+            None,
+            0,
         )
         drop = (seed_ptr, index, offset, threshold, rescale)
         for row_start in range(first_row, last_row, BLOCK_M):

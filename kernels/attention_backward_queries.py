@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .attention_program import at, keys_to_visit, own_queries
-from .attention_tiles import dot, kept, load_tile, masked_scores, store_tile, visible_keys
+from .attention_tiles import dot, kept, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
 
@@ -38,12 +38,12 @@ def _pass_over_keys(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
-    for start in range(start_key, end_key, BLOCK_N):
+    for start in tl.range(start_key, end_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
         visible = None
         if MASKED:
-            visible = visible_keys(hiding, start, S, BLOCK_N)
-        k = load_tile(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
-        v = load_tile(v_ptr + tl.cast(start, tl.int64) * v_row, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+            visible = visible_keys(hiding, start, end_key, BLOCK_N)
+        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC)
+        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
@@ -69,6 +69,7 @@ def attention_backward_queries_kernel(
     lse_ptr,
     dlse_ptr,
     statistics_ptr,
+    list_ptr,
     padding_ptr,
     mask_ptr,
     seed_ptr,
@@ -124,7 +125,6 @@ def attention_backward_queries_kernel(
     v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, 0)
     out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
     dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, row_start)
-    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), batch, head, row_start)
     hiding = (
         padding_ptr,
         batch * padding_batch,
@@ -133,6 +133,8 @@ def attention_backward_queries_kernel(
         batch * mask_batch + head * mask_head,
         mask_row,
         mask_column,
+        list_ptr,
+        batch * S,
     )
     drop = (seed_ptr, head_index, offset, threshold, rescale)
     q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
@@ -175,4 +177,5 @@ def attention_backward_queries_kernel(
                 BLOCK_N,
                 FORM,
             )
+    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), batch, head, row_start)
     store_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)

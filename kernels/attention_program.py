@@ -4,8 +4,8 @@
 Tuples that travel together, here and in `attention_tiles` (triton takes None in one that is passed, not in one
 that is returned):
     place = (batch stride, head stride, row stride) of a (B, L, H, E) tensor
-    hiding = (padding, offset, column stride, mask, offset, row stride, column stride): pointers or None, offsets of a batch
-        element and head
+    hiding = (padding, offset, column stride, mask, offset, row stride, column stride, list of keys, offset): pointers or
+        None, offsets of a batch element and head
     drop = (seed pointer or None, batch * heads + head, offset, threshold, rescale) of dropout: see `dropout`
     FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC), constants: see `Form.constants`
 """
@@ -44,8 +44,15 @@ def at(pointer, place, batch, head, row):
 
 @jit
 def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(first_masked, end): up to first_masked, a multiple of BLOCK_N, all keys are visible to all rows; none is from end on."""
-    first_masked, end = _visible_range(hiding, S)
+    """(first_masked, end): up to first_masked, a multiple of BLOCK_N, all keys are visible to all rows; none is from end on.
+
+    Keys are counted in the list of visible keys where there is one, which is then filled.
+    """
+    if hiding[7] is not None:
+        end = _list_visible(hiding, S)
+        first_masked = end
+    else:
+        first_masked, end = _visible_range(hiding, S)
     if CAUSAL:
         first_masked = tl.minimum(first_masked, row_start + 1)
         end = tl.minimum(end, row_start + BLOCK_M)
@@ -58,7 +65,7 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 @jit
 def _visible_range(hiding, S):
     """(first, end): padding hides no key before `first`, and all from `end` on."""
-    padding_ptr, padding_start, padding_column, _, _, _, _ = hiding
+    padding_ptr, padding_start, padding_column, _, _, _, _, _, _ = hiding
     first, end = S, S
     if padding_ptr is not None:
         column = tl.arange(0, 1024)
@@ -75,3 +82,23 @@ def _visible_range(hiding, S):
             end_visible = tl.maximum(end_visible, tl.where(hidden, 0, here + 1))
         first, end = tl.min(first_hidden, 0), tl.max(end_visible, 0)
     return first, end
+
+
+@jit
+def _list_visible(hiding, S):
+    """Write the numbers of the keys that are no padding, in order; return how many there are.
+
+    All programs of a batch element write the same numbers to the same place, and each reads what it wrote itself.
+    """
+    padding_ptr, padding_start, padding_column, _, _, _, _, list_ptr, list_start = hiding
+    column = tl.arange(0, 1024)
+    count = 0
+    for start in range(0, S, 1024):
+        here = start + column
+        place = padding_start + tl.cast(start, tl.int64) * padding_column + column * padding_column
+        visible = tl.load(padding_ptr + place, here < S, True) == 0
+        rank = tl.cumsum(visible.to(tl.int32), 0)
+        tl.store(list_ptr + (list_start + count + rank - 1), here, mask=visible)
+        count += tl.max(rank, 0)
+    tl.debug_barrier()
+    return count

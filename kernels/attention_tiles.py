@@ -15,7 +15,7 @@ from torch import Tensor
 from . import dropout, launch
 from .configs import TileConfig, attention_config
 from .dropout import keep_tile, load_seed
-from .launch import jit, tl
+from .launch import empty, jit, tl
 from .rows import run_pointers
 
 MAX_HEAD_DIM = 256
@@ -43,13 +43,18 @@ class Form:
     mask_vector: int = 1
 
     @property
+    def listed(self) -> bool:
+        """Whether visible keys are read through a list: not where a key's position decides on masks or dropout."""
+        return self.padding and self.mask is None and not self.causal and not self.dropout
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """E and Ev, rounded up to what a tensor core takes."""
         return block_of(self.head_dim), block_of(self.value_dim)
 
     def config(self, kernel: str) -> TileConfig:
         heavy = self.dropout or self.mask is not None
-        return attention_config(kernel, self.dtype.itemsize, max(self.blocks), heavy)
+        return attention_config(kernel, self.dtype.itemsize, max(self.blocks), heavy, self.listed)
 
     def masks(self) -> tuple[torch.dtype | None, ...]:
         """Dtypes of `Problem.tensors`."""
@@ -136,6 +141,10 @@ class Problem:
             mask_vector=1 if self.mask is None else mask_run(self.mask),
         )
 
+    def key_list(self) -> Tensor | None:
+        """Memory for the visible keys' numbers, where a kernel reads keys through a list."""
+        return empty((self.batch, self.keys), torch.int32, self.q.device) if self.form().listed else None
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.padding, self.mask, self.seed
 
@@ -212,8 +221,14 @@ def load_tile(
     VEC: tl.constexpr,
 ):
     """Rows base, base + row_stride, ... as (ROWS, BLOCK_C); zeros where a row (exists, or None) or column is not there."""
+    return load_rows(base, tl.arange(0, ROWS) * row_stride, exists, COLUMNS, BLOCK_C, VEC)
+
+
+@jit
+def load_rows(base, offsets, exists, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
+    """Rows at base + offsets (ROWS,) as (ROWS, BLOCK_C); zeros where a row (exists, or None) or column is not there."""
     column = tl.arange(0, BLOCK_C)[None, :]
-    pointers = run_pointers(base, tl.arange(0, ROWS)[:, None] * row_stride, column, VEC)
+    pointers = run_pointers(base, offsets[:, None], column, VEC)
     if exists is None and COLUMNS == BLOCK_C:
         tile = tl.load(pointers)
     else:
@@ -224,6 +239,28 @@ def load_tile(
         else:
             inside = exists[:, None] & (column // VEC < COLUMNS // VEC)
         tile = tl.load(pointers, mask=inside, other=0.0)
+    return tile
+
+
+@jit
+def load_keys(
+    base,
+    row_stride,
+    hiding,
+    start,
+    visible,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Rows of the keys start ... start + ROWS - 1, by their list where there is one; zeros where not visible (or None)."""
+    list_ptr, list_start = hiding[7], hiding[8]
+    if list_ptr is None:
+        tile = load_tile(base + tl.cast(start, tl.int64) * row_stride, row_stride, visible, ROWS, COLUMNS, BLOCK_C, VEC)
+    else:
+        numbers = tl.load(list_ptr + (list_start + start) + tl.arange(0, ROWS), mask=visible)
+        tile = load_rows(base, numbers.to(tl.int64) * row_stride, visible, COLUMNS, BLOCK_C, VEC)
     return tile
 
 
@@ -248,12 +285,12 @@ def store_tile(
 
 
 @jit
-def visible_keys(hiding, start, S, BLOCK_N: tl.constexpr):
-    """Which of the keys start ... start + BLOCK_N - 1 are there and not padding."""
-    padding_ptr, padding_start, padding_column, _, _, _, _ = hiding
+def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr):
+    """Which of the keys start ... start + BLOCK_N - 1 are before end and not padding."""
+    padding_ptr, padding_start, padding_column, _, _, _, _, list_ptr, _ = hiding
     column = tl.arange(0, BLOCK_N)
-    visible = column < S - start
-    if padding_ptr is not None:
+    visible = column < end - start
+    if padding_ptr is not None and list_ptr is None:
         place = padding_ptr + (padding_start + tl.cast(start, tl.int64) * padding_column)
         hidden = tl.load(place + column * padding_column, mask=visible, other=True)
         visible = visible & (hidden == 0)
@@ -280,7 +317,7 @@ def masked_scores(
     """
     CAUSAL: tl.constexpr = FORM[4]
     MASK_VEC: tl.constexpr = FORM[7]
-    _, _, _, mask_ptr, mask_start, mask_row, mask_column = hiding
+    _, _, _, mask_ptr, mask_start, mask_row, mask_column, _, _ = hiding
     if TRANSPOSED:
         row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
     else:

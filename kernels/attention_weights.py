@@ -83,7 +83,7 @@ def attention_weights_kernel(
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     exists = row < L - row_start
 
-    padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0)
+    padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     visible = visible_keys(padding, column_start, S, BLOCK_N)
     lse_ptr += batch * heads * L + row_start
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -95,7 +95,7 @@ def attention_weights_kernel(
         k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
         k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column)
+        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
         scores = masked_scores(scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
         lse = tl.load(lse_ptr + head * L + row, mask=exists, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero

@@ -134,10 +134,11 @@ ATTENTION = {
 }
 
 
-def attention_config(kernel: str, itemsize: int, block: int, heavy: bool) -> TileConfig:
+def attention_config(kernel: str, itemsize: int, block: int, heavy: bool, listed: bool) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
 
-    heavy: with dropout or an attn_mask, whose tiles need registers of their own in the backward.
+    heavy: with dropout or an attn_mask, whose tiles need registers of their own in the backward. listed: keys are read
+    through a list, whose loads take stages of their own.
     """
     if kernel == "mask":
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
@@ -145,6 +146,8 @@ def attention_config(kernel: str, itemsize: int, block: int, heavy: bool) -> Til
         side = 64 if itemsize == 2 and block <= 128 else 32
         return TileConfig(side, side, 4, 1)
     config = ATTENTION[kernel, itemsize, block]
+    if listed and kernel != "keys" and config.num_stages > 1:
+        config = replace(config, num_stages=2 * config.num_stages - 1)
     if heavy and kernel == "queries":
         return replace(config, rows=max(16, config.rows // 2))
     if heavy and kernel == "keys":

@@ -227,14 +227,15 @@ def test_dropout_is_the_twins(interpreter, transposed):
     if transposed:
         q, k, v = (LAYOUTS["sequence first"](t) for t in (q, k, v))
     seed, p = torch.tensor([1234567890123]), 0.25
-    problem = Problem(q, k, v, dropout_p=p, seed=seed, offset=3)
+    padding = padded("scattered", 1, 70)
+    problem = Problem(q, k, v, padding, dropout_p=p, seed=seed, offset=3)
     out, lse = kernels.attention_forward(problem)
     dout = torch.randn_like(out)
     found = (out, *attention_backward.attention_backward(problem, out, lse, dout))
 
     keep = keep_mask(seed, 3, p, 2, 40, 70, tiles=True)[None]
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    weights = attention_weights(*exact[:2], None, None, False, None) * keep * dropout.scale(p)
+    weights = attention_weights(*exact[:2], padding, None, False, None) * keep * dropout.scale(p)
     expected = torch.einsum("bhls,bshe->blhe", weights, exact[2])
     for ours, truth in zip(found, (expected, *torch.autograd.grad(expected, exact, dout.double()))):
         assert (ours - truth).norm() <= 2e-3 * truth.norm()
@@ -275,6 +276,12 @@ def test_keys_that_are_all_padding_are_never_read(interpreter):
     out, _ = kernels.attention_forward(Problem(q, k, v, padding))
     short, _ = kernels.attention_forward(Problem(q, k[:, :10], v[:, :10]))
     assert torch.equal(out, short)
+
+
+def test_a_list_of_visible_keys_may_be_longer_than_one_step_of_the_search(interpreter):
+    padding = torch.rand(2, 2100) > 0.03
+    padding[0, :1024], padding[1, 1024:] = True, True
+    check(FP16, qkv(2, 5, 2100, 1, 16), padding)
 
 
 def test_offsets_use_64_bits_where_tensors_are_large():
