@@ -103,23 +103,34 @@ def detr(library: Any) -> Counts:
 
 def detr_losses(library: Any) -> Counts:
     """Matching and losses of six decoder layers on a GPU."""
+    with FakeTensorMode():
+        return count(_losses("cuda"))
+
+
+def detr_losses_step(library: Any) -> Counts:
+    """The same with its backward, for which fake tensors want a driver."""
+    losses = _losses("meta", grad=True)
+    return count(lambda: losses().backward())
+
+
+def _losses(device: str, grad: bool = False) -> Callable[[], torch.Tensor]:
     from detr_fast.models.build import ModelConfig, build_criterion
     from detr_fast.models.structures import Targets
 
     criterion = build_criterion(ModelConfig(num_classes=91))
-    with FakeTensorMode():
-
-        def layer() -> dict[str, torch.Tensor]:
-            return {
-                "pred_logits": torch.empty(B, Q, 92, device="cuda"),
-                "pred_boxes": torch.empty(B, Q, 4, device="cuda"),
+    with torch.device(device):
+        layers = [
+            {
+                "pred_logits": torch.empty(B, Q, 92, requires_grad=grad),
+                "pred_boxes": torch.empty(B, Q, 4, requires_grad=grad),
             }
-
-        outputs = {**layer(), "aux_outputs": [layer() for _ in range(5)]}
-        boxes, labels = torch.empty(B, 20, 4, device="cuda"), torch.empty(B, 20, device="cuda", dtype=torch.int64)
-        targets = Targets(boxes, labels, torch.empty(B, device="cuda", dtype=torch.int64))
-
-        return count(lambda: criterion.weighted_sum(criterion(outputs, targets)))
+            for _ in range(6)
+        ]
+        targets = Targets(
+            torch.empty(B, 20, 4), torch.empty(B, 20, dtype=torch.int64), torch.empty(B, dtype=torch.int64)
+        )
+    outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+    return lambda: criterion.weighted_sum(criterion(outputs, targets))
 
 
 def _device_free(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -135,6 +146,7 @@ CASES: dict[str, Callable[[Any], Counts]] = {
     "Transformer, 6 + 6 layers": transformer,
     "DETR-R50, forward and backward": detr,
     "DETR losses, forward": detr_losses,
+    "DETR losses, forward and backward": detr_losses_step,
 }
 
 
@@ -150,9 +162,10 @@ def numbers(counts: Counts) -> dict[str, int]:
 def measure(library: Any) -> dict[str, dict[str, int]]:
     """All cases with `library`'s modules: detr_fast.nn with every op on its kernels, or torch.nn.
 
-    For torch.nn, DETR's own modules run PyTorch's operations (no kernel takes meta tensors unless asked), and the host matches.
+    For torch.nn, DETR's own modules run PyTorch's operations, and the host matches.
     """
-    with use_backend("triton") if library is nn else use_backend(linear_assignment="threads"):
+    eager = {"linear_assignment": "threads", "matching_cost": "eager", "detection_losses": "eager"}
+    with use_backend("triton") if library is nn else use_backend(**eager):
         return {name: numbers(case(library)) for name, case in CASES.items()}
 
 

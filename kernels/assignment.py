@@ -139,14 +139,9 @@ def assignment_variant(longest: int) -> Variant:
 
 
 def catalog_entries() -> Iterator[Entry]:
-    # DETR's 100 queries and 300, as many of its successors have: one warp and two. The most queries: four.
-    for queries, registers in ((100, 96), (300, 136), (1000, 136)):
-        variant = assignment_variant(queries)
-        name = f"linear_assignment_q{queries}"
-        budget = Budget(registers, 64, 96, 64)
-        yield Entry(
-            "linear_assignment", name, variant, int(variant.constants["BLOCK"]), budget, partial(_example, queries)
-        )
+    variant = assignment_variant(MAX_QUERIES)  # of all sizes the one with the most state a lane
+    elements, example = int(variant.constants["BLOCK"]), partial(_example, MAX_QUERIES)
+    yield Entry("linear_assignment", "linear_assignment_q1000", variant, elements, Budget(136, 64, 96, 64), example)
 
 
 def _example(queries: int, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:

@@ -8,11 +8,29 @@ To add a kernel: give its file a `catalog_entries()` and list the file in FAMILI
 
 from __future__ import annotations
 
-from . import add_layer_norm, assignment, attention_catalog, layer_norm, linear, linear_norm, matching_cost
+from . import (
+    add_layer_norm,
+    assignment,
+    attention_catalog,
+    detection_losses,
+    layer_norm,
+    linear,
+    linear_norm,
+    matching_cost,
+)
 from .entry import Budget as Budget
 from .entry import Entry as Entry
 
-FAMILIES = (layer_norm, add_layer_norm, assignment, matching_cost, linear, linear_norm, attention_catalog)
+FAMILIES = (
+    layer_norm,
+    add_layer_norm,
+    assignment,
+    matching_cost,
+    detection_losses,
+    linear,
+    linear_norm,
+    attention_catalog,
+)
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())
 
 # What Triton compiles for: backend, architecture, threads a warp.

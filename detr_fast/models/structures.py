@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BORDER_SLACK = 1e-5  # float32 rounding of a box that touches the border
+from detr_fast.ops.boxes import BORDER_SLACK
 
 
 class TargetError(ValueError):

@@ -8,6 +8,7 @@ from detr_fast.ops.attention import attention as attention
 from detr_fast.ops.attention import attention_with_weights as attention_with_weights
 from detr_fast.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from detr_fast.ops.attention_varlen import attention_varlen as attention_varlen
+from detr_fast.ops.detection_losses import detection_losses as detection_losses
 from detr_fast.ops.feed_forward import feed_forward as feed_forward
 from detr_fast.ops.feed_forward import feed_forward_add_layer_norm as feed_forward_add_layer_norm
 from detr_fast.ops.layer_norm import layer_norm as layer_norm

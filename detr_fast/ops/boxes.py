@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BORDER_SLACK = 1e-5  # float32 rounding of a box that touches the border
+
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised intersection over union of center boxes: (..., 4) with (..., 4), broadcast, -> (...).
