@@ -60,11 +60,14 @@ class InterpreterChecks:
 
 
 @contextmanager
-def checked_interpreter(*, seed: int = 0, int32_limit: int = INT32_LIMIT) -> Iterator[InterpreterChecks]:
+def checked_interpreter(
+    *, seed: int = 0, int32_limit: int = INT32_LIMIT, ordered: bool = False
+) -> Iterator[InterpreterChecks]:
     """Run kernels inside the block under all checks of this module.
 
     seed: of the order in which programs run. int32_limit: at least the elements of a tile, well under those of the test's
-    tensors. Raises RuntimeError where kernels are not interpreted.
+    tensors. ordered: matrix products in fp32 add up in the order of K, as a GPU's multiply-adds do, which is slower: BLAS's
+    order depends on the shapes, so that a backward recomputes other scores than the forward had. Raises RuntimeError where kernels are not interpreted.
     """
     if launch.triton is None or not launch.triton.knobs.runtime.interpret:
         raise RuntimeError("kernels are not interpreted: set TRITON_INTERPRET=1 before Python starts")
@@ -72,6 +75,8 @@ def checked_interpreter(*, seed: int = 0, int32_limit: int = INT32_LIMIT) -> Ite
 
     checks = InterpreterChecks(int32_limit)
     patches = {**_memory_patches(checks), **_arithmetic_patches(checks), **_order_patches(random.Random(seed))}
+    if ordered:
+        patches["create_dot"] = _ordered_dot
     with ExitStack() as stack:
         for name, patch in patches.items():
             original = getattr(module.InterpreterBuilder, name)
@@ -152,6 +157,18 @@ def _arithmetic_patches(checks: InterpreterChecks) -> dict[str, Patch]:
         "cast_impl": rounded,
         "create_fp_to_fp": rounded,
     }
+
+
+def _ordered_dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    def dot(builder: Any, a: Any, b: Any, accumulator: Any, *options: Any) -> Any:
+        if a.data.dtype != np.float32 or a.data.ndim != 2:
+            return original(builder, a, b, accumulator, *options)
+        total = accumulator.data.copy()
+        for column, row in zip(a.data.T, b.data):
+            total += column[:, None] * row
+        return type(accumulator)(total, accumulator.dtype.scalar)
+
+    return dot
 
 
 def _order_patches(order: random.Random) -> dict[str, Patch]:

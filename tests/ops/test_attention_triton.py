@@ -10,6 +10,7 @@ from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
 from detr_fast.ops.attention import ATTENTION, EagerAttention
+from detr_fast.ops.attention_call import weights_dtype
 from detr_fast.ops.attention_triton import TritonAttention
 from detr_fast.testing import assert_as_accurate_as_eager
 
@@ -289,13 +290,18 @@ def test_fake_cuda_tensors_trace_forward_without_a_gpu():
     with FakeTensorMode(), use_backend(attention="triton"):
         q, k, v = (t.transpose(0, 1) for t in qkv(7, 3, 7, device="cuda", dtype=torch.bfloat16))
         out = ops.attention(q, k[:3], v[:3])
-        with torch.autocast("cuda", torch.bfloat16):
-            _, weights = ops.attention_with_weights(q, k[:3], v[:3], average=True)
-            q, k, v = (t.transpose(1, 2) for t in (q, k[:3], v[:3]))
-            assert weights.dtype == (q @ k.mT).softmax(-1).dtype  # as torch.nn's weights
-    assert weights.shape == (3, 7, 7)
+        _, weights = ops.attention_with_weights(q, k[:3], v[:3], average=True)
+    assert (weights.shape, weights.dtype) == ((3, 7, 7), torch.bfloat16)
     assert (out.shape, out.dtype, out.device.type) == ((3, 7, 1, 8), torch.bfloat16, "cuda")
     assert out.transpose(0, 1).is_contiguous()
+
+
+def test_weights_under_autocast_are_fp32_on_a_gpu_as_torch_nns():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert weights_dtype(torch.float16, cuda, torch.float16) == torch.float32
+    assert weights_dtype(torch.float16, cuda, None) == torch.float16
+    assert weights_dtype(torch.float32, cpu, torch.bfloat16) == torch.bfloat16
+    assert weights_dtype(torch.float64, cuda, torch.bfloat16) == torch.float64
 
 
 def test_auto_on_a_gpu_is_careful_where_nothing_was_measured():
