@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention_program import at, keys_to_visit, own_queries
+from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import (
     COMMON_TYPES,
     PLACE_TYPES,
@@ -164,7 +165,7 @@ def attention_forward_kernel(
     q = tl.where(scale < 0, -q, q)
     scale = tl.abs(scale)
 
-    first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
+    start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
     accumulator = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -182,7 +183,7 @@ def attention_forward_kernel(
                 hiding,
                 drop,
                 row_start,
-                first_masked if MASKED else 0,
+                first_masked if MASKED else start,
                 end if MASKED else first_masked,
                 L,
                 S,
@@ -196,9 +197,10 @@ def attention_forward_kernel(
     empty_row = total == 0.0
     accumulator = accumulator * (rescale / tl.where(empty_row, 1.0, total))[:, None]
     lse = tl.where(empty_row, -float("inf"), highest + tl.log2(tl.where(empty_row, 1.0, total)))
-    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
+    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64)  # in batch elements * heads
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + batch, head, row_start)
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
-    tl.store(lse_ptr + head_index.to(tl.int64) * L + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
+    tl.store(lse_ptr + (part + head_index) * L + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
 
 
 def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -206,13 +208,26 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q = problem.q
     out = empty_rows(problem.given[0], problem.value_dim)
     lse = empty((problem.batch, problem.heads, problem.queries), torch.float32, q.device)
-    variant = forward_variant(problem.form())
-    tiles = -(-problem.queries // variant.constants["BLOCK_M"])
-    tensors = (q, problem.k, problem.v, out)
+    form = problem.form()
+    rows = form.config("forward").rows
+    parts = key_parts(problem, rows, q.device)
+    split = Parts(parts, out, lse) if parts > 1 else None
+    to, to_lse = (out, lse) if split is None else (split.tensor, split.lse)
+    tensors = (q, problem.k, problem.v, to)
     strides = [stride for tensor in tensors for stride in places(tensor)]
-    grid = (tiles * problem.batch * problem.heads,)
-    launch(variant, grid, *tensors, lse, problem.key_list(), *problem.tensors(), *strides, *problem.sizes())
+    arguments = (*tensors, to_lse, problem.key_list(), *problem.tensors(), *strides, *problem.sizes())
+    launch(forward_variant(form, parts > 1), (problem.tiles(rows), parts), *arguments)
+    if split is not None:
+        split.combine(form)
     return out, lse
+
+
+def forward_variants(problem: Problem, device: torch.device) -> list[Variant]:
+    """All that `attention_forward` launches on `device`."""
+    form = problem.form()
+    if key_parts(problem, form.config("forward").rows, device) == 1:
+        return [forward_variant(form)]
+    return [forward_variant(form, True), combine_variant(form, problem.value_dim, True)]
 
 
 def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> Tensor:
@@ -224,10 +239,11 @@ def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> 
 
 
 @cache
-def forward_variant(form: Form) -> Variant:
-    """The program of the forward."""
+def forward_variant(form: Form, split: bool = False) -> Variant:
+    """The program of the forward; split: with parts of the output as its result."""
     config = form.config("forward")
-    tensors = (*(form.dtype,) * 4, torch.float32, torch.int32 if form.listed else None, *form.masks())
+    out = torch.float32 if split else form.dtype
+    tensors = (*(form.dtype,) * 3, out, torch.float32, torch.int32 if form.listed else None, *form.masks())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

@@ -22,6 +22,7 @@ from .attention import empty_rows
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_mask import attention_backward_mask_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
+from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import COMMON_TYPES, PLACE_TYPES, Form, Problem, places, readable
 from .launch import Variant, empty, launch, pointer
 
@@ -47,12 +48,16 @@ def attention_backward(
     statistics = empty((2, *lse.shape), torch.float32, q.device)
     form = problem.form(out, dout)
 
-    variant = queries_variant(form, dlse is not None)
-    tensors = (q, k, v, out, dout, dq)
+    rows = form.config("queries").rows
+    parts = key_parts(problem, rows, q.device)
+    split = Parts(parts, dq) if parts > 1 else None
+    tensors = (q, k, v, out, dout, dq if split is None else split.tensor)
     strides = [stride for tensor in tensors for stride in places(tensor)]
-    grid = (-(-problem.queries // variant.constants["BLOCK_M"]) * problem.batch * problem.heads,)
-    rows = (lse, dlse, statistics, problem.key_list())
-    launch(variant, grid, *tensors, *rows, *problem.tensors(), *strides, *problem.sizes(), problem.scale)
+    of_rows = (lse, dlse, statistics, problem.key_list())
+    arguments = (*tensors, *of_rows, *problem.tensors(), *strides, *problem.sizes(), problem.scale)
+    launch(queries_variant(form, dlse is not None, parts > 1), (problem.tiles(rows), parts), *arguments)
+    if split is not None:
+        split.combine(form)
 
     variant = keys_variant(form)
     tensors = (q, k, v, dout, dk, dv)
@@ -79,24 +84,38 @@ def _mask_gradient(problem: Problem, statistics: Tensor, dout: Tensor) -> Tensor
     return dmask
 
 
+def backward_variants(problem: Problem, device: torch.device) -> list[Variant]:
+    """All that `attention_backward` launches on `device`, without the gradient of a mask."""
+    form = problem.form()
+    if key_parts(problem, form.config("queries").rows, device) == 1:
+        return [queries_variant(form), keys_variant(form)]
+    return [queries_variant(form, split=True), combine_variant(form, problem.head_dim, False), keys_variant(form)]
+
+
 @cache
-def queries_variant(form: Form, with_dlse: bool = False) -> Variant:
-    """The program that takes dq and the rows' statistics."""
+def queries_variant(form: Form, with_dlse: bool = False, split: bool = False) -> Variant:
+    """The program that takes dq and the rows' statistics; split: with parts of dq as its result."""
     fp32, listed = torch.float32, torch.int32 if form.listed else None
-    return _variant(
-        attention_backward_queries_kernel, "queries", form, (fp32, fp32 if with_dlse else None, fp32, listed)
-    )
+    rows = (fp32, fp32 if with_dlse else None, fp32, listed)
+    return _variant(attention_backward_queries_kernel, "queries", form, rows, fp32 if split else form.dtype)
 
 
 @cache
 def keys_variant(form: Form) -> Variant:
     """The program that takes dk and dv."""
-    return _variant(attention_backward_keys_kernel, "keys", form, (torch.float32,))
+    return _variant(attention_backward_keys_kernel, "keys", form, (torch.float32,), form.dtype)
 
 
-def _variant(kernel: object, name: str, form: Form, rows: tuple[torch.dtype | None, ...]) -> Variant:
+def _variant(
+    kernel: object, name: str, form: Form, rows: tuple[torch.dtype | None, ...], result: torch.dtype
+) -> Variant:
     config = form.config(name)
-    types = (*map(pointer, ((form.dtype,) * 6 + rows + form.masks())), *PLACE_TYPES * 6, *COMMON_TYPES, "fp32")
+    types = (
+        *map(pointer, ((form.dtype,) * 5 + (result,) + rows + form.masks())),
+        *PLACE_TYPES * 6,
+        *COMMON_TYPES,
+        "fp32",
+    )
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
     return Variant(kernel, types, constants, config.num_warps, config.num_stages)
 

@@ -150,7 +150,7 @@ def attention_backward_queries_kernel(
     all_rows = (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64) * L
     tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
 
-    first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
+    start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for MASKED in tl.static_range(2):
         if MASKED or mask_ptr is None:
@@ -167,7 +167,7 @@ def attention_backward_queries_kernel(
                 hiding,
                 drop,
                 row_start,
-                first_masked if MASKED else 0,
+                first_masked if MASKED else start,
                 end if MASKED else first_masked,
                 L,
                 S,
@@ -177,5 +177,7 @@ def attention_backward_queries_kernel(
                 BLOCK_N,
                 FORM,
             )
-    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), batch, head, row_start)
+    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(L, BLOCK_M) // heads).to(tl.int64)  # in batch elements
+    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), part + batch, head, row_start)
+    exists = row_start + tl.arange(0, BLOCK_M) < L  # said anew: kept over the loop, it would be spilled
     store_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)

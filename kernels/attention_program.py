@@ -44,9 +44,10 @@ def at(pointer, place, batch, head, row):
 
 @jit
 def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(first_masked, end): up to first_masked, a multiple of BLOCK_N, all keys are visible to all rows; none is from end on.
+    """(start, first_masked, end): before first_masked all keys are visible to all rows; start and it are multiples of BLOCK_N.
 
-    Keys are counted in the list of visible keys where there is one, which is then filled.
+    Keys are counted in the list of visible keys where there is one, which is then filled. Of all keys that are worth it a
+    program visits one share of as many as there are programs along axis 1.
     """
     if hiding[7] is not None:
         end = _list_visible(hiding, S)
@@ -59,7 +60,10 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
     if hiding[3] is not None:
         first_masked = 0
-    return first_masked, end
+    share = tl.cdiv(tl.cdiv(end, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    start = tl.program_id(1) * share
+    end = tl.minimum(end, start + share)
+    return start, tl.maximum(start, tl.minimum(first_masked, end)), end
 
 
 @jit

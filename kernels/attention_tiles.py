@@ -141,6 +141,10 @@ class Problem:
             mask_vector=1 if self.mask is None else mask_run(self.mask),
         )
 
+    def tiles(self, rows: int) -> int:
+        """Tiles of so many queries, over all heads of all batch elements."""
+        return -(-self.queries // rows) * self.batch * self.heads
+
     def key_list(self) -> Tensor | None:
         """Memory for the visible keys' numbers, where a kernel reads keys through a list."""
         return empty((self.batch, self.keys), torch.int32, self.q.device) if self.form().listed else None

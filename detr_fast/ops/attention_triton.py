@@ -53,15 +53,15 @@ class TritonAttention(TritonImplementation):
         return call.device, call.dtype, call.head_dim, call.value_dim, masks, wanted
 
     def prepare(self, call: AttentionCall) -> None:
-        kernels_needed = [kernels.forward_variant]
+        problem = _meta_problem(call)
+        variants = kernels.forward_variants(problem, call.device)
         if call.needs_grad:
-            kernels_needed += [backward_kernels.queries_variant, backward_kernels.keys_variant]
-        form = _meta_problem(call).form()
-        for variant in kernels_needed:
-            compile_variant(variant(form), call.device)
+            variants += backward_kernels.backward_variants(problem, call.device)
         if call.mask_grad:
             rows, columns = (1, 1, *call.mask_shape)[-2:]
-            compile_variant(backward_kernels.mask_variant(form, rows == 1, columns == 1), call.device)
+            variants.append(backward_kernels.mask_variant(problem.form(), rows == 1, columns == 1))
+        for variant in variants:
+            compile_variant(variant, call.device)
         if call.weights is not None:
             form = _meta_problem(call, of_weights=True).form()
             dtype = weights_dtype(call.dtype, call.device, call.situation.autocast)

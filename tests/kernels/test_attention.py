@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from detr_fast.kernels import attention as kernels
-from detr_fast.kernels import attention_backward, dropout
+from detr_fast.kernels import attention_backward, attention_split, dropout
 from detr_fast.kernels.attention_tiles import Problem, mask_run, readable, tile_run
 
 from detr_fast.ops.attention_eager import EagerAttention, attention_weights
@@ -278,6 +278,54 @@ def test_one_launch_forward_and_two_backward(interpreter):
     assert len(interpreter.launches) == 3
 
 
+@pytest.fixture
+def many_multiprocessors(monkeypatch):
+    monkeypatch.setattr(attention_split, "multiprocessors", lambda device: 64)
+
+
+# Parts of 128 keys: one key more than two parts and than a block; parts that are all padding; a row without visible keys.
+@pytest.mark.parametrize(
+    ("dtype", "shape", "padding", "mask", "causal"),
+    [
+        (FP16, (1, 20, 257, 1, 32), None, None, False),
+        (BF16, (2, 3, 450, 1, 20), "scattered", None, False),
+        (FP32, (2, 1, 385, 2, 16), "end", None, False),
+        (FP16, (2, 2, 300, 1, 16), "all", "float keys", False),
+        (FP16, (1, 66, 129, 1, 16), "scattered", None, True),
+    ],
+)
+def test_split_keys_are_as_accurate_as_eager(interpreter, many_multiprocessors, dtype, shape, padding, mask, causal):
+    batch, _, keys, *_ = shape
+    mask = None if mask is None else torch.randn(keys).masked_fill(torch.rand(keys) > 0.7, -torch.inf)
+    check(dtype, qkv(*shape), None if padding is None else padded(padding, batch, keys), mask, causal)
+    assert interpreter.counts()["attention_combine_kernel"] >= 2
+
+
+def test_split_keys_drop_the_same_weights_and_add_one_launch_each_way(interpreter, monkeypatch):
+    q, k, v = qkv(1, 20, 300, 1, 16)
+    problem = Problem(q, k, v, padded("scattered", 1, 300), dropout_p=0.5, seed=torch.tensor([5]), offset=1)
+    results = []
+    for multiprocessors, launches in ((64, (2, 3)), (1, (1, 2))):
+        monkeypatch.setattr(attention_split, "multiprocessors", lambda device, count=multiprocessors: count)
+        out, lse = kernels.attention_forward(problem)
+        forward = len(interpreter.launches)
+        gradients = attention_backward.attention_backward(problem, out, lse, out)[:3]
+        assert (forward, len(interpreter.launches) - forward) == launches
+        results.append((out, lse, *gradients))
+        interpreter.launches.clear()
+    for split, whole in zip(*results):
+        torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "keys", "parts"),
+    [(16, 1000, 8), (16, 200, 2), (16, 100, 1), (66, 4000, 2), (67, 4000, 1), (1, 4000, 32), (0, 4000, 1), (16, 0, 1)],
+)
+def test_keys_are_split_until_an_h100_is_busy_but_not_below_128(tiles, keys, parts):
+    q, k = torch.empty(tiles, 100, 1, 32, device="meta"), torch.empty(tiles, keys, 1, 32, device="meta")
+    assert attention_split.key_parts(Problem(q, k, k), 128, q.device) == parts
+
+
 def test_keys_that_are_all_padding_are_never_read(interpreter):
     q, k, v = (t.half() for t in qkv(1, 10, 200, 1, 16))
     padding = torch.ones(1, 200, dtype=torch.bool)
@@ -303,8 +351,8 @@ def test_offsets_use_64_bits_where_tensors_are_large():
     torch.testing.assert_close(out, eager(q, k, k, None, None, False, None))
 
 
-def test_the_backward_is_deterministic_whatever_order_programs_run_in():
-    problem = Problem(*(t.half() for t in qkv(1, 70, 70, 1, 16)), padded("scattered", 1, 70))
+def test_the_backward_is_deterministic_whatever_order_programs_run_in(many_multiprocessors):
+    problem = Problem(*(t.half() for t in qkv(1, 70, 270, 1, 16)), padded("scattered", 1, 270))
     results = []
     for seed in range(2):
         with checked_interpreter(seed=seed):

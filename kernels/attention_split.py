@@ -1,0 +1,105 @@
+# mypy: allow-incomplete-defs
+"""Split keys: where few queries make few programs, several share a tile's keys, and one more launch combines their parts.
+
+    lse = log2(sum over parts of 2^lse_i),   out = sum over parts of 2^(lse_i - lse) * out_i,   dq = sum over parts of dq_i
+
+Parts are fp32, (parts, B, H, L, dim), and added in order: results are deterministic, and the same on every GPU that has the
+same number of multiprocessors. Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .attention_program import at, own_queries
+from .attention_tiles import PLACE_TYPES, Form, Problem, load_tile, places, store_tile
+from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
+
+LEAST_KEYS = 128  # a part: fewer don't pay for another program's start and for combining
+
+
+@jit
+def attention_combine_kernel(
+    part_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    out_batch: tl.int64,
+    out_head: tl.int64,
+    out_row: tl.int32,
+    parts: tl.int32,
+    L: tl.int32,
+    heads: tl.int32,
+    BLOCK_M: tl.constexpr,
+    EV: tl.constexpr,
+    BLOCK_EV: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """One program for BLOCK_M rows of one head. Without part_lse_ptr parts are just added."""
+    batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
+    all_rows = (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64) * L
+    first = head_index.to(tl.int64) * L + row_start
+    rows = first + tl.arange(0, BLOCK_M)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
+    if part_lse_ptr is not None:
+        highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        for part in range(parts):
+            highest = tl.maximum(highest, tl.load(part_lse_ptr + part * all_rows + rows, mask=exists, other=0.0))
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for part in range(parts):
+            weight = tl.exp2(tl.load(part_lse_ptr + part * all_rows + rows, mask=exists, other=0.0) - shift)
+            total += weight
+            tile = load_tile(part_ptr + (part * all_rows + first) * EV, EV, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+            accumulator += weight[:, None] * tile
+        total = tl.where(total == 0.0, 1.0, total)
+        accumulator = accumulator / total[:, None]
+        tl.store(lse_ptr + rows, highest + tl.log2(total), mask=exists)
+    else:
+        for part in range(parts):
+            accumulator += load_tile(part_ptr + (part * all_rows + first) * EV, EV, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
+    store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
+
+
+def key_parts(problem: Problem, rows: int, device: torch.device) -> int:
+    """How many programs share the keys of a tile of `rows` queries on `device`: 1 where tiles fill half of it."""
+    tiles = problem.tiles(rows)
+    available = multiprocessors(device)
+    if tiles == 0 or 2 * tiles > available:
+        return 1
+    return max(1, min(-(-available // tiles), -(-problem.keys // LEAST_KEYS)))
+
+
+class Parts:
+    """Where the parts of a result (B, L, H, dim) go, each a (B, L, H, dim) one after the other, and their log-sum-exps."""
+
+    def __init__(self, parts: int, like: Tensor, lse: Tensor | None = None) -> None:
+        batch, length, heads, dim = like.shape
+        self.parts = parts
+        self.result, self.result_lse = like, lse
+        part = empty((parts * batch, heads, length, dim), torch.float32, like.device)
+        self.tensor = part.transpose(1, 2)
+        self.lse = None if lse is None else empty((parts * batch, heads, length), torch.float32, like.device)
+
+    def combine(self, form: Form) -> None:
+        """Launch what writes the result, and its log-sum-exp where there is one."""
+        result = self.result
+        batch, length, heads, _ = result.shape
+        variant = combine_variant(form, result.shape[3], self.lse is not None)
+        grid = (-(-length // variant.constants["BLOCK_M"]) * batch * heads,)
+        sizes = (*places(result), self.parts, length, heads)
+        launch(variant, grid, self.tensor, self.lse, result, self.result_lse, *sizes)
+
+
+@cache
+def combine_variant(form: Form, dim: int, with_lse: bool) -> Variant:
+    """The program that combines parts of `dim` columns: outputs with their log-sum-exps, or gradients without."""
+    block = form.blocks[0] if dim == form.head_dim else form.blocks[1]
+    lse = pointer(torch.float32 if with_lse else None)
+    types = (pointer(torch.float32), lse, pointer(form.dtype), lse, *PLACE_TYPES, "i32", "i32", "i32")
+    constants = {"BLOCK_M": 16, "EV": dim, "BLOCK_EV": block, "VEC": form.vector}
+    return Variant(attention_combine_kernel, types, constants, num_warps=4)
