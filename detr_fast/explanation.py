@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -69,7 +70,7 @@ class Explanation(list[Record]):
 def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iterator[Explanation]:
     """Collect one record per module and op while the block runs; module names are those inside `model`.
 
-    counted: also count launches and bytes, which makes the run slower.
+    counted: also count launches and bytes, which makes the run slower. What torch.compile has compiled runs eagerly.
     """
     names = {module: name for name, module in model.named_modules()} if model is not None else {}
     path: list[str] = []
@@ -120,7 +121,8 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
     # Global hooks: a hook on a module itself would change what some layers do (torch's fast path, our fused layers).
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
-        with dispatch.recording(record), counting(known) if counted else nullcontext() as explanation.counts:
+        compiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with dispatch.recording(record), compiled, counting(known) if counted else nullcontext() as explanation.counts:
             yield explanation
             settle()
     finally:
@@ -128,7 +130,7 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
             handle.remove()
 
 
-def explain(model: nn.Module | Callable[..., Any], *inputs: Any, quiet: bool = False, **kwargs: Any) -> Explanation:
+def explain(model: nn.Module | Callable[..., Any], /, *inputs: Any, quiet: bool = False, **kwargs: Any) -> Explanation:
     """Run `model(*inputs)` without gradients and print one line per module: op, shapes, choice, cost, reasons.
 
     The cost is launches and bytes, and on a GPU the module's time (the median of some more runs). The runs use the
@@ -137,6 +139,7 @@ def explain(model: nn.Module | Callable[..., Any], *inputs: Any, quiet: bool = F
 
     Returns the records (a list). Raises what the model raises.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: the model itself
     module = model if isinstance(model, nn.Module) else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), _same_buffers(module):

@@ -10,6 +10,8 @@ from typing import Any
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
+from detr_fast.nn.replacements import as_class
+
 MARK = "_detr_fast_switched"  # in a switched module's __dict__
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -44,6 +46,14 @@ class Mark:
 
     original: type[Module]
     adapter: type[Adapter]
+
+
+class Scriptable(Module):
+    """Of what our classes are mixed into: TorchScript, which compiles no dispatcher, gets the class that there was before."""
+
+    def __prepare_scriptable__(self) -> Module:
+        mark = self.__dict__.get(MARK)
+        return self if mark is None else as_class(self, mark.original)
 
 
 def public_name(kind: type) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, joined, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import MARK, Adapter, Scriptable, joined, why_not_fuse, why_not_switch
 from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
@@ -43,7 +43,7 @@ _KNOWN = {
 }
 
 
-class FeedForward(Module):
+class FeedForward(Scriptable):
     """The forward of a block; everything else is the class's that this is mixed into."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -59,8 +59,7 @@ def parts_of(block: Any) -> FeedForwardParts | None:
     """The parts of a switched block; None where it has to be called."""
     if not isinstance(block, FeedForward) or any(map(is_hooked, block.children())):
         return None
-    order = type(block).__mro__
-    kind = order[order.index(FeedForward) + 1]  # the class that this is mixed into
+    kind = block.__dict__[MARK].original
     names = _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]
     first, second = getattr(block, names.first), getattr(block, names.second)
     activation = activation_name(getattr(block, names.activation))

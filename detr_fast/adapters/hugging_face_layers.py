@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, joined, reads, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, joined, reads, why_not_fuse, why_not_switch
 from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
@@ -29,7 +29,7 @@ from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.ops.dropout import shared_seed
 
 
-class BertOutput(Module):
+class BertOutput(Scriptable):
     """BertOutput and BertSelfOutput, and those of the models that copied them: norm(input + dropout(dense(x)))."""
 
     def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class BertOutput(Module):
         return linear_add_norm(hidden_states, self.dense, input_tensor, self.LayerNorm, p)
 
 
-class BertLayer(Module):
+class BertLayer(Scriptable):
     """BertLayer's feed-forward block, which is two modules: BertIntermediate and BertOutput."""
 
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class BertLayer(Module):
         return feed_forward_add_norm(attention_output, parts, last.LayerNorm)
 
 
-class DetrEncoderLayer(Module):
+class DetrEncoderLayer(Scriptable):
     """DETR's and Conditional DETR's encoder layer."""
 
     def forward(
@@ -84,7 +84,7 @@ class DetrEncoderLayer(Module):
         return clamped(x) if self.training and x.dtype == torch.float16 else x
 
 
-class DetrDecoderLayer(Module):
+class DetrDecoderLayer(Scriptable):
     """DETR's decoder layer."""
 
     def forward(
@@ -112,7 +112,7 @@ class DetrDecoderLayer(Module):
         return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
 
 
-class ConditionalDetrDecoderLayer(Module):
+class ConditionalDetrDecoderLayer(Scriptable):
     """Conditional DETR's decoder layer."""
 
     def forward(
@@ -143,7 +143,7 @@ class ConditionalDetrDecoderLayer(Module):
         return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
 
 
-class ViTLayer(Module):
+class ViTLayer(Scriptable):
     """ViT's layer, which normalises first."""
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

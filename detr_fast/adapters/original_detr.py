@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, joined, names, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, joined, names, names_used, why_not_switch
 from detr_fast.nn import fusion
 from detr_fast.ops.dropout import shared_seed
 
@@ -42,7 +42,7 @@ def attend_add_norm(
     return fusion.attend_add_norm(attention, dropout, norm, x, query, key, value, **fused)
 
 
-class EncoderLayer(Module):
+class EncoderLayer(Scriptable):
     """The forward of an encoder layer (L, N, E); everything else is the class's that this is mixed into."""
 
     def forward(
@@ -61,7 +61,7 @@ class EncoderLayer(Module):
             return x + self.dropout2(_feed_forward(self, self.norm2(x)))
 
 
-class DecoderLayer(Module):
+class DecoderLayer(Scriptable):
     """The forward of a decoder layer (L, N, E); everything else is the class's that this is mixed into."""
 
     def forward(

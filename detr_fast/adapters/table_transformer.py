@@ -17,7 +17,7 @@ from transformers.models.table_transformer import modeling_table_transformer as 
 
 from detr_fast import dispatch
 from detr_fast.adapters import hugging_face
-from detr_fast.adapters.base import Adapter, names, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, names, names_used, why_not_switch
 from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
@@ -46,7 +46,7 @@ _KNOWN = {
 }
 
 
-class TableTransformerAttention(theirs.TableTransformerAttention):
+class TableTransformerAttention(theirs.TableTransformerAttention, Scriptable):
     """The same attention on `ops.attention`: scores are neither written to memory nor read from it."""
 
     def forward(
@@ -87,7 +87,7 @@ class TableTransformerAttention(theirs.TableTransformerAttention):
         return self.out_proj(y.flatten(2)), None  # type: ignore[return-value]  # they annotate three and return two
 
 
-class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer):
+class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer, Scriptable):
     """The same layer with its sum and second norm in one op, and without asking the device whether all is finite."""
 
     def forward(
@@ -110,7 +110,7 @@ class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer):
         return (x, *weights) if output_attentions else (x,)
 
 
-class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer):
+class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer, Scriptable):
     """The same layer with its sums and norms in one op each."""
 
     def forward(

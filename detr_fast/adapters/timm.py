@@ -8,7 +8,7 @@ from timm.layers import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, names, names_used, reads, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, names, names_used, reads, why_not_switch
 from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
@@ -26,13 +26,12 @@ _KNOWN = {
 }
 
 
-class Attention(theirs.Attention):
+class Attention(theirs.Attention, Scriptable):
     """The same attention on `ops.attention`, in the layout that the projection leaves."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As timm's. CPU tensors, and models that have timm's fused attention switched off, take the original."""
-        both = attn_mask is not None and is_causal
-        if both or not self.fused_attn or not is_dispatched(x):
+        if not self.fused_attn or not is_dispatched(x) or (attn_mask is not None and is_causal):
             return super().forward(x, attn_mask, is_causal)
         project_gate = getattr(self, "gate", None)  # newer versions have it
         gate = None if project_gate is None else project_gate(x).sigmoid()
@@ -43,7 +42,7 @@ class Attention(theirs.Attention):
         return self.proj_drop(self.proj(y if gate is None else y * gate))
 
 
-class LayerNorm(TimmLayerNorm):
+class LayerNorm(TimmLayerNorm, Scriptable):
     """The same LayerNorm on `ops.layer_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class LayerNorm(TimmLayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class Block(theirs.Block):
+class Block(theirs.Block, Scriptable):
     """The same block; the sum behind attention and the second norm are one op."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

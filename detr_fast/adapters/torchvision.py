@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torchvision.models.vision_transformer as theirs
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, reads, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, reads, why_not_switch
 from detr_fast.adapters.blocks import comes_apart, probability, sum_and_norm
 
 _KNOWN = ("self input", "torch _assert dim shape ln_1 self_attention dropout ln_2 mlp")
 
 
-class EncoderBlock(theirs.EncoderBlock):
+class EncoderBlock(theirs.EncoderBlock, Scriptable):
     """The same block; dropout, the sum behind attention and the second norm are one op."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         """As torchvision's."""
         if not comes_apart(input, self.ln_2, self.dropout) or input.ndim != 3:
-            return super().forward(input)
+            return super().forward(input)  # type: ignore[no-any-return, misc]
         x = self.ln_1(input)
         x, _ = self.self_attention(x, x, x, need_weights=False)
         x, y = sum_and_norm(x, input, self.ln_2, probability(self.dropout, self.training))

@@ -22,17 +22,20 @@ def replaces(original: type[Module]) -> Callable[[M], M]:
 
         def prepare_scriptable(self: Any) -> Any:
             # TorchScript compiles neither super() nor the dispatcher: it gets the original, on the same parameters.
-            if type(self) is not ours:
-                return self
-            twin = copy.copy(self)
-            twin._modules = dict(self._modules)
-            twin.__class__ = original
-            return twin
+            return as_class(self, original) if type(self) is ours else self
 
         ours.__prepare_scriptable__ = prepare_scriptable  # type: ignore[attr-defined]
         return ours
 
     return register
+
+
+def as_class(module: Module, kind: type[Module]) -> Module:
+    """The same module, on the same parameters, as another class."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin.__class__ = kind
+    return twin
 
 
 def converts_children(container: M) -> M:

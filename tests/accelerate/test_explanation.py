@@ -30,6 +30,14 @@ def test_the_costs_of_calls_of_one_module_are_added_up():
     assert (record.calls, record.launches) == (2, 2)
 
 
+def test_a_models_arguments_may_have_any_name():
+    class Scale(nn.Module):
+        def forward(self, x, model):
+            return model * x
+
+    assert detr_fast.explain(Scale(), torch.ones(2), model=3.0, quiet=True).counts.total_launches == 1
+
+
 def test_explaining_a_step_counts_nothing_unless_asked():
     model = nn.Sequential(ours.LayerNorm(8))
     with explaining(model) as records:

@@ -121,6 +121,24 @@ def test_it_compiles_to_one_graph(name):
     torch.testing.assert_close(look(torch.compile(model, fullgraph=True, backend="eager"))[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_torchscript_and_torch_fx_get_what_they_got(name):
+    model = MODELS[name]().eval()
+    expected = look(model)[0]
+    detr_fast.accelerate(model)
+    for other in (torch.jit.script(model), torch.fx.symbolic_trace(model)):
+        torch.testing.assert_close(look(other)[0], expected)
+
+
+def test_a_compiled_model_is_accelerated_and_explained():
+    model = torch.compile(timm_vit().eval(), backend="eager")
+    expected = look(model)[0]
+    report = detr_fast.accelerate(model, example_inputs=(torch.randn(2, 3, 24, 24),))
+    assert sum(r.op == "attention" for r in report.explanation) == 2
+    torch.testing.assert_close(look(model)[0], expected)
+
+
 def test_a_block_whose_part_is_hooked_later_calls_it():
     model, seen = timm_vit(), []
     detr_fast.accelerate(model)
