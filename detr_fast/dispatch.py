@@ -128,23 +128,16 @@ class TritonImplementation(Implementation):
         return None
 
 
-@dataclass(frozen=True)
-class Record:
-    """One dispatched call, explained."""
+class Parts(Implementation):
+    """Stands in a record where an op's parts run one by one, each with a record of its own."""
 
-    module: str
-    op: str
-    shapes: str
-    chosen: str
-    reasons: Mapping[str, str]
-    note: str | None = None
-    calls: int = 1
+    name = "its parts"
 
-    def __str__(self) -> str:
-        against = "; ".join(f"not {name}: {reason}" for name, reason in self.reasons.items())
-        text = f"{self.module or '(call)'}: {self.op} {self.shapes} -> {self.chosen}"
-        text += f" ×{self.calls}" if self.calls > 1 else ""
-        return text + (f" ({self.note})" if self.note else "") + (f"  [{against}]" if against else "")
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("parts are run by whoever asked")
+
+
+PARTS = Parts()
 
 
 class _Decision(NamedTuple):
@@ -271,12 +264,38 @@ class Op:
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
+        decision = self._decision(*args)
+        self._record(decision)
+        return decision.implementation
+
+    def kernel(self, *args: Any) -> Implementation | None:
+        """The Triton kernel chosen for what could also run in parts, or None where the parts are to run one by one.
+
+        Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
+        """
+        try:
+            decision = self._decision(*args)
+        except BackendError:
+            if self.name in _requested:
+                raise
+            return None
+        if isinstance(decision.implementation, TritonImplementation):
+            self._record(decision)
+            return decision.implementation
+        self._record(decision._replace(implementation=PARTS))
+        return None
+
+    def _record(self, decision: _Decision) -> None:
+        if not torch.compiler.is_compiling():
+            for recorder in _recorders:
+                recorder(self.name, decision)
+
+    def _decision(self, *args: Any) -> _Decision:
         device_type = args[0].device.type
         now = situation(device_type)
-        if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
-            call = self._describe(*args, situation=now)
-            return self._decide(call, self.requested(), prepare=False).implementation
         requested = self.requested()  # once: another thread may enter use_backend at any time
+        if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
+            return self._decide(self._describe(*args, situation=now), requested, prepare=False)
         key = (self._signature(*args), now, requested)
         decision = self._decisions.get(key)
         if decision is None:
@@ -286,22 +305,7 @@ class Op:
                 if len(self._decisions) >= MAX_DECISIONS:  # shapes that vary for ever must not fill the memory
                     self._decisions.clear()
                 self._decisions[key] = decision
-        for recorder in _recorders:
-            recorder(self.name, decision)
-        return decision.implementation
-
-    def kernel(self, *args: Any) -> Implementation | None:
-        """The Triton kernel chosen for what could also run in parts, or None where the parts are to run one by one.
-
-        Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
-        """
-        try:
-            chosen = self.choose(*args)
-        except BackendError:
-            if self.name in _requested:
-                raise
-            return None
-        return chosen if isinstance(chosen, TritonImplementation) else None
+        return decision
 
     def forget(self) -> None:
         """Drop all cached decisions, also the memory of kernels that failed to compile."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +15,28 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from detr_fast import dispatch
-from detr_fast.dispatch import Record
 from detr_fast.testing.counters import Counts, counting
 
 TIMED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One dispatched call, explained."""
+
+    module: str
+    op: str
+    shapes: str
+    chosen: str
+    reasons: Mapping[str, str]
+    note: str | None = None
+    calls: int = 1
+
+    def __str__(self) -> str:
+        against = "; ".join(f"not {name}: {reason}" for name, reason in self.reasons.items())
+        text = f"{self.module or '(call)'}: {self.op} {self.shapes} -> {self.chosen}"
+        text += f" ×{self.calls}" if self.calls > 1 else ""
+        return text + (f" ({self.note})" if self.note else "") + (f"  [{against}]" if against else "")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,12 @@ def public_name(kind: type) -> str:
     return f"{package}.{kind.__name__}"
 
 
+def kind_of(module: Module) -> type[Module]:
+    """A module's class; where FSDP2 has put one of its own before it, the one behind."""
+    kind = type(module)
+    return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
+
+
 def why_class_is_taken(module: Module) -> str | None:
     """Why the module's class is not ours to switch: someone else has replaced it."""
     if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):

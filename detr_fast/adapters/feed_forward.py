@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import MARK, Adapter, Scriptable, joined, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import MARK, Adapter, Scriptable, joined, kind_of, why_not_fuse, why_not_switch
 from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
@@ -77,7 +77,7 @@ class FeedForwardBlocks(Adapter):
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        kind = type(module)
+        kind = kind_of(module)
         parts = _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")
         if parts is None or isinstance(module, FeedForward):
             return None

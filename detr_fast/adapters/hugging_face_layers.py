@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, joined, reads, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, joined, kind_of, reads, why_not_fuse, why_not_switch
 from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
@@ -215,7 +215,7 @@ class HuggingFaceLayers(Adapter):
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        kind = type(module)
+        kind = kind_of(module)
         ours = _ours(kind)
         if ours is None or isinstance(module, ours):
             return None

@@ -17,7 +17,7 @@ from transformers.models.table_transformer import modeling_table_transformer as 
 
 from detr_fast import dispatch
 from detr_fast.adapters import hugging_face
-from detr_fast.adapters.base import Adapter, Scriptable, names, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, kind_of, names, names_used, why_not_switch
 from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
@@ -168,7 +168,7 @@ class TableTransformer(Adapter):
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        kind = type(module)
+        kind = kind_of(module)
         if kind in _STACKS:
             ready = module.config._attn_implementation == "eager"  # type: ignore[union-attr]
             return kind if ready and why_not_switch(module) is None else None

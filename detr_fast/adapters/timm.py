@@ -8,7 +8,7 @@ from timm.layers import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, names, names_used, reads, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, kind_of, names, names_used, reads, why_not_switch
 from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
@@ -80,11 +80,12 @@ class Timm(Adapter):
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        replacement = _REPLACEMENTS.get(type(module))
+        kind = kind_of(module)
+        replacement = _REPLACEMENTS.get(kind)
         if replacement is None:
             return None
-        if type(module) is theirs.Block and reads(theirs.Block.forward) != _BLOCK:
+        if kind is theirs.Block and reads(theirs.Block.forward) != _BLOCK:
             return "this version of timm computes it differently"
-        if unknown := names_used(type(module).forward) - _KNOWN[type(module)]:
+        if unknown := names_used(kind.forward) - _KNOWN[kind]:
             return f"this version of timm computes it differently ({', '.join(sorted(unknown))})"
         return why_not_switch(module) or replacement

@@ -8,7 +8,7 @@ import torchvision.models.vision_transformer as theirs
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, reads, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, kind_of, reads, why_not_switch
 from detr_fast.adapters.blocks import comes_apart, probability, sum_and_norm
 
 _KNOWN = ("self input", "torch _assert dim shape ln_1 self_attention dropout ln_2 mlp")
@@ -32,7 +32,7 @@ class Torchvision(Adapter):
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        if type(module) is not theirs.EncoderBlock:
+        if kind_of(module) is not theirs.EncoderBlock:
             return None
         if reads(theirs.EncoderBlock.forward) != _KNOWN:
             return "this version of torchvision computes it differently"

@@ -145,3 +145,34 @@ def test_meta_tensors_give_shapes(name, pair):
     with use_backend(attention="sdpa"):
         y = fast.to("meta")(torch.empty(2, 3, 16, device="meta"))
     assert (y.shape, y.device.type) == ((2, 3, 16), "meta")
+
+
+def _sharded(name):
+    import torchvision
+    from transformers.models.bert.modeling_bert import BertLayer
+    from transformers.models.table_transformer.modeling_table_transformer import TableTransformerEncoderLayer
+
+    if name == "torchvision":
+        return torchvision.models.vision_transformer.EncoderBlock(2, 16, 24, 0.0, 0.0)
+    if name == "timm":
+        return timm.models.vision_transformer.Block(16, 2)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    if name == "Bert":
+        return BertLayer(transformers.BertConfig(vocab_size=5, **sizes, attn_implementation="sdpa"))
+    return TableTransformerEncoderLayer(transformers.TableTransformerConfig(d_model=16, encoder_attention_heads=2))
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm", "Bert", "TableTransformer"])
+def test_a_layer_that_fsdp2_has_sharded_is_left_alone_with_that_reason(name):
+    from torch.distributed.fsdp import FSDPModule
+
+    pytest.importorskip("torchvision")
+    layer = _sharded(name)
+    kind = type(layer)
+    layer.__class__ = type(f"FSDP{kind.__name__}", (FSDPModule, kind), {})  # as fully_shard does
+    report = detr_fast.accelerate(layer)
+    assert isinstance(layer, FSDPModule)
+    assert [one.reason for one in report.left if one.name == ""] == [
+        "fully_shard (FSDP2) has replaced its class: accelerate the model before it is sharded"
+    ]
+    assert report.switched
