@@ -19,10 +19,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .attention_program import at, keys_to_visit, own_queries
+from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence
 from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import (
     COMMON_TYPES,
+    PACKED_TYPES,
     PLACE_TYPES,
     Form,
     Problem,
@@ -105,6 +106,8 @@ def attention_forward_kernel(
     padding_ptr,
     mask_ptr,
     seed_ptr,
+    ends_q_ptr,
+    ends_k_ptr,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int32,
@@ -131,6 +134,8 @@ def attention_forward_kernel(
     offset: tl.int32,
     threshold: tl.int32,
     rescale: tl.float32,
+    tokens: tl.int32,
+    batches: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     E: tl.constexpr,
@@ -144,10 +149,15 @@ def attention_forward_kernel(
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
+    longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
-    q_ptr = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
-    k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, 0)
-    v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, 0)
+    index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
+    if ends_q_ptr is not None:
+        exists = tl.arange(0, BLOCK_M) < L - row_start
+        S = tl.where(row_start < L, S, 0)  # a tile behind its sequence's end has nothing to do
+    q_ptr = at(q_ptr, (q_batch, q_head, q_row), index, head, first_q + row_start)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, head // group, first_k)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, head // group, first_k)
     hiding = (
         padding_ptr,
         batch * padding_batch,
@@ -197,10 +207,18 @@ def attention_forward_kernel(
     empty_row = total == 0.0
     accumulator = accumulator * (rescale / tl.where(empty_row, 1.0, total))[:, None]
     lse = tl.where(empty_row, -float("inf"), highest + tl.log2(tl.where(empty_row, 1.0, total)))
-    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64)  # in batch elements * heads
-    out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + batch, head, row_start)
+    if ends_q_ptr is not None:
+        step = tl.cdiv(longest, BLOCK_M) * BLOCK_M
+        place = (out_batch, out_head, out_row)
+        clear_surplus(
+            out_ptr, place, head, ends_q_ptr, tokens, batch, batches, row_start, step, BLOCK_M, EV, BLOCK_EV, VEC
+        )
+    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(
+        tl.int64
+    )  # in batch elements * heads
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + index, head, first_q + row_start)
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
-    tl.store(lse_ptr + (part + head_index) * L + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
+    tl.store(lse_ptr + (part + head_index) * longest + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
 
 
 def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -215,7 +233,9 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     to, to_lse = (out, lse) if split is None else (split.tensor, split.lse)
     tensors = (q, problem.k, problem.v, to)
     strides = [stride for tensor in tensors for stride in places(tensor)]
-    arguments = (*tensors, to_lse, problem.key_list(), *problem.tensors(), *strides, *problem.sizes())
+    packed, counts = problem.packed(q)
+    inputs = (to_lse, problem.key_list(), *problem.tensors(), *packed)
+    arguments = (*tensors, *inputs, *strides, *problem.sizes(), *counts)
     launch(forward_variant(form, parts > 1), (problem.tiles(rows), parts), *arguments)
     if split is not None:
         split.combine(form)
@@ -243,7 +263,14 @@ def forward_variant(form: Form, split: bool = False) -> Variant:
     """The program of the forward; split: with parts of the output as its result."""
     config = form.config("forward")
     out = torch.float32 if split else form.dtype
-    tensors = (*(form.dtype,) * 3, out, torch.float32, torch.int32 if form.listed else None, *form.masks())
-    types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES)
+    tensors = (
+        *(form.dtype,) * 3,
+        out,
+        torch.float32,
+        torch.int32 if form.listed else None,
+        *form.masks(),
+        *form.ends(),
+    )
+    types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, *PACKED_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

@@ -23,7 +23,7 @@ from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_mask import attention_backward_mask_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
 from .attention_split import Parts, combine_variant, key_parts
-from .attention_tiles import COMMON_TYPES, PLACE_TYPES, Form, Problem, places, readable
+from .attention_tiles import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places, readable
 from .launch import Variant, empty, launch, pointer
 
 
@@ -54,7 +54,9 @@ def attention_backward(
     tensors = (q, k, v, out, dout, dq if split is None else split.tensor)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     of_rows = (lse, dlse, statistics, problem.key_list())
-    arguments = (*tensors, *of_rows, *problem.tensors(), *strides, *problem.sizes(), problem.scale)
+    packed, counts = problem.packed(q)
+    inputs = (*of_rows, *problem.tensors(), *packed)
+    arguments = (*tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
     launch(queries_variant(form, dlse is not None, parts > 1), (problem.tiles(rows), parts), *arguments)
     if split is not None:
         split.combine(form)
@@ -63,7 +65,9 @@ def attention_backward(
     tensors = (q, k, v, dout, dk, dv)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     grid = (-(-problem.keys // variant.constants["BLOCK_N"]) * problem.batch * k.shape[2],)
-    launch(variant, grid, *tensors, statistics, *problem.tensors(), *strides, *problem.sizes(), problem.scale)
+    packed, counts = problem.packed(k)
+    inputs = (statistics, *problem.tensors(), *packed)
+    launch(variant, grid, *tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
     return dq, dk, dv, _mask_gradient(problem, statistics, dout) if with_mask else None
 
 
@@ -110,12 +114,8 @@ def _variant(
     kernel: object, name: str, form: Form, rows: tuple[torch.dtype | None, ...], result: torch.dtype
 ) -> Variant:
     config = form.config(name)
-    types = (
-        *map(pointer, ((form.dtype,) * 5 + (result,) + rows + form.masks())),
-        *PLACE_TYPES * 6,
-        *COMMON_TYPES,
-        "fp32",
-    )
+    tensors = (*(form.dtype,) * 5, result, *rows, *form.masks(), *form.ends())
+    types = (*map(pointer, tensors), *PLACE_TYPES * 6, *COMMON_TYPES, "fp32", *PACKED_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
     return Variant(kernel, types, constants, config.num_warps, config.num_stages)
 

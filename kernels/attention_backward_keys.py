@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, own_keys
+from .attention_program import at, clear_surplus, own_keys, own_sequence
 from .attention_tiles import dot, kept, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
@@ -80,6 +80,8 @@ def attention_backward_keys_kernel(
     padding_ptr,
     mask_ptr,
     seed_ptr,
+    ends_q_ptr,
+    ends_k_ptr,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int32,
@@ -113,6 +115,8 @@ def attention_backward_keys_kernel(
     threshold: tl.int32,
     rescale: tl.float32,
     scale_out: tl.float32,
+    tokens: tl.int32,
+    batches: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     E: tl.constexpr,
@@ -127,11 +131,24 @@ def attention_backward_keys_kernel(
     """One program for BLOCK_N keys of one key head, over all query heads of its group."""
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
     key_heads = heads // group
+    longest_q, longest_k = L, S
     batch, key_head, column_start, exists = own_keys(S, key_heads, BLOCK_N)
-    k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, key_head, column_start)
-    v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, key_head, column_start)
-    dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), batch, key_head, column_start)
-    dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), batch, key_head, column_start)
+    index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
+    if ends_q_ptr is not None:
+        exists = tl.arange(0, BLOCK_N) < S - column_start
+        step = tl.cdiv(longest_k, BLOCK_N) * BLOCK_N
+        place = (dk_batch, dk_head, dk_row)
+        clear_surplus(
+            dk_ptr, place, key_head, ends_k_ptr, tokens, batch, batches, column_start, step, BLOCK_N, E, BLOCK_E, VEC
+        )
+        place = (dv_batch, dv_head, dv_row)
+        clear_surplus(
+            dv_ptr, place, key_head, ends_k_ptr, tokens, batch, batches, column_start, step, BLOCK_N, EV, BLOCK_EV, VEC
+        )
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, key_head, first_k + column_start)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, key_head, first_k + column_start)
+    dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
+    dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     visible = visible_keys(padding, column_start, S, BLOCK_N)
     k = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
@@ -147,7 +164,7 @@ def attention_backward_keys_kernel(
         end_masked = 0
     if mask_ptr is not None:
         end_masked = end
-    all_rows = (tl.num_programs(0) // tl.cdiv(S, BLOCK_N) * group).to(tl.int64) * L
+    all_rows = (tl.num_programs(0) // tl.cdiv(longest_k, BLOCK_N) * group).to(tl.int64) * longest_q
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_EV), tl.float32)
     for member in range(group):
@@ -162,11 +179,11 @@ def attention_backward_keys_kernel(
                     dv,
                     k,
                     v,
-                    at(q_ptr, (q_batch, q_head, q_row), batch, head, 0),
+                    at(q_ptr, (q_batch, q_head, q_row), index, head, first_q),
                     q_row,
-                    at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, 0),
+                    at(dout_ptr, (dout_batch, dout_head, dout_row), index, head, first_q),
                     dout_row,
-                    statistics_ptr + head_index * L,
+                    statistics_ptr + head_index * longest_q,
                     all_rows,
                     hiding,
                     drop,

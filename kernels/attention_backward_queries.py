@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, keys_to_visit, own_queries
+from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence
 from .attention_tiles import dot, kept, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
@@ -73,6 +73,8 @@ def attention_backward_queries_kernel(
     padding_ptr,
     mask_ptr,
     seed_ptr,
+    ends_q_ptr,
+    ends_k_ptr,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int32,
@@ -106,6 +108,8 @@ def attention_backward_queries_kernel(
     threshold: tl.int32,
     rescale: tl.float32,
     scale_out: tl.float32,
+    tokens: tl.int32,
+    batches: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     E: tl.constexpr,
@@ -119,12 +123,17 @@ def attention_backward_queries_kernel(
 ):
     """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e)."""
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
+    longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
-    q_ptr = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
-    k_ptr = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, 0)
-    v_ptr = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, 0)
-    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
-    dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, row_start)
+    index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
+    if ends_q_ptr is not None:
+        exists = tl.arange(0, BLOCK_M) < L - row_start
+        S = tl.where(row_start < L, S, 0)  # a tile behind its sequence's end has nothing to do
+    q_ptr = at(q_ptr, (q_batch, q_head, q_row), index, head, first_q + row_start)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, head // group, first_k)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, head // group, first_k)
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), index, head, first_q + row_start)
+    dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), index, head, first_q + row_start)
     hiding = (
         padding_ptr,
         batch * padding_batch,
@@ -141,13 +150,13 @@ def attention_backward_queries_kernel(
     out = load_tile(out_ptr, out_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    rows = head_index.to(tl.int64) * L + row_start + tl.arange(0, BLOCK_M)
+    rows = head_index.to(tl.int64) * longest + row_start + tl.arange(0, BLOCK_M)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
     lse = tl.load(lse_ptr + rows, mask=exists, other=-float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
     tl.store(statistics_ptr + rows, lse, mask=exists)
-    all_rows = (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64) * L
+    all_rows = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64) * longest
     tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
@@ -177,7 +186,15 @@ def attention_backward_queries_kernel(
                 BLOCK_N,
                 FORM,
             )
-    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(L, BLOCK_M) // heads).to(tl.int64)  # in batch elements
-    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), part + batch, head, row_start)
+    if ends_q_ptr is not None:
+        step = tl.cdiv(longest, BLOCK_M) * BLOCK_M
+        place = (dq_batch, dq_head, dq_row)
+        clear_surplus(
+            dq_ptr, place, head, ends_q_ptr, tokens, batch, batches, row_start, step, BLOCK_M, E, BLOCK_E, VEC
+        )
+    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M) // heads).to(
+        tl.int64
+    )  # in batch elements
+    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), part + index, head, first_q + row_start)
     exists = row_start + tl.arange(0, BLOCK_M) < L  # said anew: kept over the loop, it would be spilled
     store_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)

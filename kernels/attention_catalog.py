@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import attention_forward, forward_variant
 from .attention_backward import attention_backward, keys_variant, mask_variant, queries_variant
 from .attention_split import combine_variant
-from .attention_tiles import Form, Problem
+from .attention_tiles import Form, Problem, Sequences
 from .attention_weights import attention_weights, weights_run, weights_variant
 from .entry import Budget, Entry
 
@@ -27,6 +27,7 @@ def catalog_entries() -> Iterator[Entry]:
     forms = {
         "hd32_bf16_padding": padded,
         "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True),
+        "hd32_fp16_packed_dropout": Form(fp16, 32, 32, dropout=True, packed=True, vector=8),
         "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
         "hd64_bf16_causal": Form(bf16, 64, 64, causal=True, vector=8),
         SPLIT: Form(fp16, 128, 128, vector=8),
@@ -38,7 +39,12 @@ def catalog_entries() -> Iterator[Entry]:
     budget = Budget(255, 99 << 10, 512, 64 << 10, amd_spills=1024, large_shared=113 << 10)
     wide = replace(budget, spills=16)  # fp32 products by multiply-adds
     # Neighbours of these cover what they have: the catalog is kept short.
-    left_out = {"keys_hd64_bf16_causal", "forward_hd256_bf16", "queries_hd20_fp32_bool_mask_unaligned"}
+    left_out = {
+        "keys_hd32_fp16_padding_dropout",
+        "keys_hd64_bf16_causal",
+        "forward_hd256_bf16",
+        "queries_hd20_fp32_bool_mask_unaligned",
+    }
     for name, form in forms.items():
         split = name == SPLIT
         example = partial(_example, form, SPLIT_KEYS if split else EXAMPLE_KEYS)
@@ -58,7 +64,7 @@ def catalog_entries() -> Iterator[Entry]:
         if form.mask == bf16:
             variant = mask_variant(form, False, False)
             yield Entry("attention", f"attention_mask_{name}", variant, 32 * 16, budget, example)
-        if form.dropout:
+        if form.dropout and not form.packed:
             variant = weights_variant(form, True, form.dtype, weights_run(EXAMPLE_KEYS, form.dtype))
             yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example)
 
@@ -85,13 +91,21 @@ def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[
         dropout_p=0.1 if form.dropout else 0.0,
         seed=torch.zeros(1, dtype=torch.int64, device=device),
         tf32=form.tf32,
+        sequences=_sequences(device) if form.packed else None,
     )
 
     def call() -> tuple[Tensor, ...]:
         out, lse = attention_forward(problem)
         float_mask = form.mask is not None and form.mask.is_floating_point
         gradients = attention_backward(problem, out, lse, dout, with_mask=float_mask)
-        weights = [attention_weights(problem, lse, True, form.dtype)] if form.dropout else []
+        with_weights = form.dropout and not form.packed
+        weights = [attention_weights(problem, lse, True, form.dtype)] if with_weights else []
         return (out, lse, *weights, *(gradient for gradient in gradients if gradient is not None))
 
     return call
+
+
+def _sequences(device: torch.device) -> Sequences:
+    """Two sequences among the example's 40 queries and EXAMPLE_KEYS keys, and some tokens behind them."""
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 10, 35], [0, 40, 60]))
+    return Sequences(ends_q, ends_k, 25, 40)

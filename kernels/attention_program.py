@@ -6,12 +6,15 @@ that is returned):
     place = (batch stride, head stride, row stride) of a (B, L, H, E) tensor
     hiding = (padding, offset, column stride, mask, offset, row stride, column stride, list of keys, offset): pointers or
         None, offsets of a batch element and head
+    packed = (ends of queries, ends of keys), pointers or None: int32 (B + 1,), 0 and then the end of each sequence of a packed
+        batch, in which a batch element is a sequence of its own length
     drop = (seed pointer or None, batch * heads + head, offset, threshold, rescale) of dropout: see `dropout`
     FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC), constants: see `Form.constants`
 """
 
 from __future__ import annotations
 
+from .attention_tiles import store_tile
 from .launch import jit, tl
 
 
@@ -33,6 +36,47 @@ def own_keys(S, key_heads, BLOCK_N: tl.constexpr):
     batch = (tl.program_id(0) // tiles // key_heads).to(tl.int64)
     key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
     return batch, key_head, column_start, tl.arange(0, BLOCK_N) < S - column_start
+
+
+@jit
+def own_sequence(packed, batch, L, S):
+    """(batch element in memory, first query, L, first key, S) of a program, which a packed batch reads from its ends."""
+    ends_q_ptr, ends_k_ptr = packed
+    first_q, first_k = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    if ends_q_ptr is not None:
+        first_q, first_k = tl.load(ends_q_ptr + batch).to(tl.int64), tl.load(ends_k_ptr + batch).to(tl.int64)
+        L = (tl.load(ends_q_ptr + batch + 1) - first_q).to(tl.int32)
+        S = (tl.load(ends_k_ptr + batch + 1) - first_k).to(tl.int32)
+        batch = tl.cast(0, tl.int64)
+    return batch, first_q, L, first_k, S
+
+
+@jit
+def clear_surplus(
+    pointer,
+    place,
+    head,
+    ends_ptr,
+    tokens,
+    batch,
+    batches,
+    start,
+    step,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Zeros in a head's rows from the last sequence's end to `tokens`, shared by the programs of the last sequence.
+
+    start: of the program's own tile; step: from one of its tiles of ROWS rows to the next.
+    """
+    end = tl.load(ends_ptr + batches)
+    first = tl.where(batch == batches - 1, end + start, tokens)
+    for row in range(first, tokens, step):
+        exists = tl.arange(0, ROWS) < tokens - row
+        zeros = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        store_tile(at(pointer, place, 0, head, row), place[2], exists, zeros, ROWS, COLUMNS, BLOCK_C, VEC)
 
 
 @jit

@@ -67,6 +67,8 @@ def attention_combine_kernel(
 
 def key_parts(problem: Problem, rows: int, device: torch.device) -> int:
     """How many programs share the keys of a tile of `rows` queries on `device`: 1 where tiles fill half of it."""
+    if problem.sequences is not None:
+        return 1
     tiles = problem.tiles(rows)
     available = multiprocessors(device)
     if tiles == 0 or 2 * tiles > available:

@@ -8,6 +8,7 @@ bits; where a tile starts is computed in 64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Form:
     causal: bool = False
     dropout: bool = False
     tf32: bool = False
+    packed: bool = False
     vector: int = 1
     mask_vector: int = 1
 
@@ -59,6 +61,10 @@ class Form:
     def masks(self) -> tuple[torch.dtype | None, ...]:
         """Dtypes of `Problem.tensors`."""
         return torch.bool if self.padding else None, self.mask, torch.int64 if self.dropout else None
+
+    def ends(self) -> tuple[torch.dtype | None, ...]:
+        """Dtypes of a packed batch's ends of queries and of keys."""
+        return (torch.int32, torch.int32) if self.packed else (None, None)
 
     def constants(self) -> dict[str, int | bool | str]:
         """The constants that all attention kernels have in common."""
@@ -86,12 +92,24 @@ def block_of(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+class Sequences(NamedTuple):
+    """A packed batch: the ends of its sequences' queries and keys, int32 (B + 1,) from 0 on, and their largest lengths."""
+
+    ends_q: Tensor
+    ends_k: Tensor
+    max_q: int
+    max_k: int
+
+
 class Problem:
     """One call, ready for kernels: tensors that can be read in place, the form, and the arguments of every launch.
 
     q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
     mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
     given, given_mask: q, k and v, and the mask as they came.
+    sequences: of a packed batch, whose q, k and v have a batch of 1, and which has neither padding nor mask. What lies behind the
+    last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
+    largest lengths, and lse is (B, H, max_q), its surplus unwritten.
     """
 
     def __init__(
@@ -108,6 +126,7 @@ class Problem:
         seed: Tensor | None = None,
         offset: int = 0,
         tf32: bool = False,
+        sequences: Sequences | None = None,
     ) -> None:
         self.given = q, k, v
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
@@ -125,6 +144,11 @@ class Problem:
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.dropout_p = dropout_p
         self.causal, self.tf32 = causal, tf32
+        self.sequences = sequences
+        if sequences is not None:
+            self.batch = len(sequences.ends_q) - 1
+            # At least a tile each: its program writes the zeros of what is surplus.
+            self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
 
     def form(self, *others: Tensor) -> Form:
         """The form of launches that also read `others`, (B, L, H, E); what they write is allocated aligned."""
@@ -137,6 +161,7 @@ class Problem:
             causal=self.causal,
             dropout=self.seed is not None,
             tf32=self.tf32,
+            packed=self.sequences is not None,
             vector=tile_run(self.q, self.k, self.v, *others),
             mask_vector=1 if self.mask is None else mask_run(self.mask),
         )
@@ -152,6 +177,12 @@ class Problem:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.padding, self.mask, self.seed
 
+    def packed(self, tensor: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
+        """A packed batch's ends, how many tokens there are as in `tensor`, and how many sequences."""
+        if self.sequences is None:
+            return (None, None), (0, 0)
+        return (self.sequences.ends_q, self.sequences.ends_k), (tensor.shape[1], self.batch)
+
     def sizes(self) -> tuple[int | float, ...]:
         """What the kernels take after the strides of their own tensors: see COMMON_TYPES."""
         padding = (0, 0) if self.padding is None else self.padding.stride()
@@ -163,6 +194,7 @@ class Problem:
         return *padding, *mask, *numbers, *drop
 
 
+PACKED_TYPES = ("i32", "i32")  # tokens, batches
 PLACE_TYPES = ("i64", "i64", "i32")
 COMMON_TYPES = ("i64", "i32", "i64", "i64", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "i32", "i32", "fp32")
 
