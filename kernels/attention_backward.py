@@ -13,6 +13,7 @@ Source: Dao, 2023, arXiv:2307.08691.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -35,16 +36,18 @@ def attention_backward(
     dlse: Tensor | None = None,
     *,
     with_mask: bool = False,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk and dv, laid out over batch and rows as q, k and v are, and with_mask dmask, contiguous, else None.
 
     out, lse: what the forward returned; dout, dlse: the gradients that arrive for them, in any layout.
+    into: where to write dq, dk and dv, aligned as q, k and v are.
     """
     q, k, v = problem.q, problem.k, problem.v
     out, dout = readable(out), readable(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dims = (problem.head_dim, problem.head_dim, problem.value_dim)
-    dq, dk, dv = (empty_rows(t, dim) for t, dim in zip(problem.given, dims))
+    dq, dk, dv = into or (empty_rows(t, dim) for t, dim in zip(problem.given, dims))
     statistics = empty((2, *lse.shape), torch.float32, q.device)
     form = problem.form(out, dout)
 

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, joined, names, names_used, why_not_switch
 from detr_fast.nn import fusion
+from detr_fast.nn.multihead_attention import attention_inputs
 from detr_fast.ops.dropout import shared_seed
 
 # The code that we know: the names that forward, forward_post and forward_pre read.
@@ -32,14 +33,14 @@ def attend(attention: Module, query: Tensor, key: Tensor, value: Tensor, mask: A
 
 
 def attend_add_norm(
-    attention: Module, dropout: Any, norm: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *masks: Any
+    attention: Module, dropout: Any, norm: Any, x: Tensor, mask: Any, padding: Any, memory: Any = None, **sources: Any
 ) -> Tensor:
-    """norm(x + dropout(attention(query, key, value)))."""
+    """norm(x + dropout(attention(...))); sources: positions, as `fusion.attend_add_norm` takes them."""
     if attention._forward_hooks:
-        return norm(x + dropout(attend(attention, query, key, value, *masks)))
-    mask, padding = masks
-    fused = {"attn_mask": mask, "key_padding_mask": padding}
-    return fusion.attend_add_norm(attention, dropout, norm, x, query, key, value, **fused)
+        inputs = attention_inputs(x, memory, sources.get("position"), sources.get("memory_key"))
+        return norm(x + dropout(attend(attention, *inputs, mask, padding)))
+    masks = {"attn_mask": mask, "key_padding_mask": padding}
+    return fusion.attend_add_norm(attention, dropout, norm, x, memory, **sources, **masks)
 
 
 class EncoderLayer(Scriptable):
@@ -52,8 +53,7 @@ class EncoderLayer(Scriptable):
         masks = (src_mask, src_key_padding_mask)
         with shared_seed():
             if not self.normalize_before:
-                q = self.with_pos_embed(src, pos)
-                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, q, q, src, *masks)
+                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, *masks, position=pos)
                 return _feed_forward_add_norm(self, x, self.dropout2, self.norm2)
             x = self.norm1(src)
             q = self.with_pos_embed(x, pos)
@@ -80,11 +80,9 @@ class DecoderLayer(Scriptable):
         memory_keys = self.with_pos_embed(memory, pos)
         with shared_seed():
             if not self.normalize_before:
-                q = self.with_pos_embed(tgt, query_pos)
-                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, q, q, tgt, *own)
-                q = self.with_pos_embed(x, query_pos)
-                memories = (memory_keys, memory)
-                x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, q, *memories, *cross)
+                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, *own, position=query_pos)
+                sources = {"memory": memory, "memory_key": memory_keys, "position": query_pos}
+                x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, *cross, **sources)
                 return _feed_forward_add_norm(self, x, self.dropout3, self.norm3)
             x = self.norm1(tgt)
             q = self.with_pos_embed(x, query_pos)

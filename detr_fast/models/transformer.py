@@ -7,6 +7,7 @@ Source: Carion et al., 2020, arXiv:2005.12872, section A.3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +59,8 @@ class TransformerEncoderLayer(nn.Module):
         if self.pre_norm or packing is not None:
             source = _residual(source, attend, self.dropout1, self.norm1, self.pre_norm)
         else:
-            query = source + position
             parts = (self.self_attn, self.dropout1, self.norm1)
-            source = attend_add_norm(*parts, source, query, query, source, key_padding_mask=key_padding_mask)
+            source = attend_add_norm(*parts, source, position=position, key_padding_mask=key_padding_mask)
         if self.pre_norm:
             return _residual(source, self._feed_forward, self.dropout2, self.norm2, self.pre_norm)
         hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
@@ -125,14 +125,13 @@ class TransformerDecoderLayer(nn.Module):
         if self.pre_norm:
             target = _residual(target, attend_to_queries, self.dropout1, self.norm1, self.pre_norm)
         else:
-            query = target + query_position
-            target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, query, query, target)
+            target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, position=query_position)
         if self.pre_norm or packing is not None:
             target = _residual(target, attend_to_memory, self.dropout2, self.norm2, self.pre_norm)
         else:
-            inputs = (target, target + query_position, memory_key, memory)
+            keys: Any = {"memory_key": memory_key, "key_padding_mask": key_padding_mask}
             parts = (self.multihead_attn, self.dropout2, self.norm2)
-            target = attend_add_norm(*parts, *inputs, key_padding_mask=key_padding_mask)
+            target = attend_add_norm(*parts, target, memory, position=query_position, **keys)
         if self.pre_norm:
             return _residual(target, self._feed_forward, self.dropout3, self.norm3, self.pre_norm)
         hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)

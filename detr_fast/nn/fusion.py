@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import dispatch
 from detr_fast.dispatch import BackendError, Implementation, Op, TritonImplementation
-from detr_fast.nn.multihead_attention import MultiheadAttention
+from detr_fast.nn.multihead_attention import MultiheadAttention, Projected, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
@@ -26,26 +26,34 @@ _CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.Dropout, LayerNorm, n
 
 
 def attend_add_norm(
-    attention: Any, dropout: Any, norm: Any, residual: Tensor, query: Tensor, key: Tensor, value: Tensor, **masks: Any
+    attention: Any,
+    dropout: Any,
+    norm: Any,
+    x: Tensor,
+    memory: Tensor | None = None,
+    *,
+    position: Tensor | None = None,
+    memory_key: Tensor | None = None,
+    projected: Projected | None = None,
+    **masks: Any,
 ) -> Tensor:
-    """norm(residual + dropout(attention(query, key, value))), batch first or not as the attention is."""
-    if _may_fuse(query, attention, dropout, norm) and _plain(attention.out_proj):
-        projection = attention.out_proj
-        parameters = (
-            projection.weight,
-            projection.bias,
-            residual,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            _probability(dropout),
-        )
-        # What attention gives looks like the query; the choice is made before anything is computed.
-        fused = _chosen(LINEAR_ADD_LAYER_NORM, query, *parameters)
-        heads = None if fused is None else attention.heads(query, key, value, **masks)
-        if fused is not None and heads is not None:
-            return fused.run(heads, *parameters)
-    return norm(residual + dropout(attention(query, key, value, need_weights=False, **masks)[0]))
+    """norm(x + dropout(attention(x + position, key, value))), batch first or not as the attention is.
+
+    Key, value and projected: see `MultiheadAttention.heads`.
+    """
+    if _may_fuse(x, attention, dropout, norm) and _plain(attention.out_proj):
+        projection, p = attention.out_proj, _probability(dropout)
+        weights = (projection.weight, projection.bias)
+        # What attention gives looks like x; the choice is made before anything is computed.
+        fused = _chosen(LINEAR_ADD_LAYER_NORM, x, *weights, x, norm.weight, norm.bias, norm.eps, p)
+        if fused is not None:
+            sources: Any = {"position": position, "memory_key": memory_key, "projected": projected}
+            found = attention.heads(x, memory, **sources, **masks)
+            if found is not None:
+                heads, residual = found
+                return fused.run(heads, *weights, residual, norm.weight, norm.bias, norm.eps, p)
+    query, key, value = attention_inputs(x, memory, position, memory_key)
+    return norm(x + dropout(attention(query, key, value, need_weights=False, **masks)[0]))
 
 
 def feed_forward_add_norm(

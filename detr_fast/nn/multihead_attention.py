@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from detr_fast.nn.replacements import replaces
 from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
 from detr_fast.ops.attention import ATTENTION, Sdpa
 from detr_fast.ops.attention_call import Weights
+from detr_fast.ops.attention_packed import run_packed, unpacked
+from detr_fast.ops.qkv_projection import project
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -25,6 +27,27 @@ class _Plan(NamedTuple):
 
     implementation: Implementation
     options: tuple[Any, ...]
+
+
+class Projected(NamedTuple):
+    """One layer's share of a memory that was projected for all layers at once.
+
+    weight, bias: what remains to project queries with. packs: of k and v, (B, S, n, H, E) (see `run_packed`).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    packs: list[Tensor]
+
+
+def attention_inputs(
+    x: Tensor, memory: Tensor | None, position: Tensor | None, memory_key: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value of `MultiheadAttention.heads`."""
+    query = x if position is None else x + position
+    if memory is None:
+        return query, query, x
+    return query, memory if memory_key is None else memory_key, memory
 
 
 @replaces(nn.MultiheadAttention)
@@ -81,16 +104,34 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def heads(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        position: Tensor | None = None,
+        memory_key: Tensor | None = None,
+        projected: Projected | None = None,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-    ) -> Tensor | None:
-        """What the output projection would get, (..., C) as the query, or None where the original's forward is to run."""
-        plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, None)
-        return None if plan is None else self._attend_heads(plan, query, key, value)[0]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the output projection would get, (..., C) as x, of attention(x + position, key, value), and x.
+
+        Key and value are memory_key (memory where None) and memory, or x + position and x without a memory. projected:
+        what was made of them already, instead. The x returned is to serve as the residual of a fused kernel, and nothing
+        else. None where the original's forward is to run. Raises BackendError (see `use_backend`).
+        """
+        masks = (key_padding_mask, attn_mask, is_causal)
+        value = x if memory is None else memory
+        packable = self._qkv_same_embed_dim and not self._extra_keys
+        plan = self._plan(x, value, value, *masks, None) if packable else None
+        if plan is not None:
+            packs, x = self._stream_packs(x, memory, position, memory_key, projected)
+            return self._run_packs(plan, packs, x.ndim), x
+        if packable:
+            return None
+        query, key, value = attention_inputs(x, memory, position, memory_key)
+        plan = self._plan(query, key, value, *masks, None)
+        return None if plan is None else (self._attend_heads(plan, query, key, value)[0], x)
 
     def _plan(
         self,
@@ -130,15 +171,30 @@ class MultiheadAttention(nn.MultiheadAttention):
         return F.linear(heads, self.out_proj.weight, self.out_proj.bias), weights
 
     def _attend_heads(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor) -> Output:
-        q, k, v = (self._heads(t, query.ndim) for t in self._project(query, key, value))
+        packs = self._project(query, key, value)
+        if plan.options[-1] is None and not self._extra_keys:
+            return self._run_packs(plan, packs, query.ndim), None
+        q, k, v = unpacked([self._heads(pack, query.ndim) for pack in packs])
         y, weights = plan.implementation.run(q, *self._with_extra_keys(k, v), *plan.options), None
         if isinstance(y, tuple):
             y, weights = y
         if query.ndim == 2:
-            y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
+            weights = None if weights is None else weights.squeeze(0)
+        return self._in_layout(y, query.ndim), weights
+
+    def _run_packs(self, plan: _Plan, packs: list[Tensor], dims: int) -> Tensor:
+        """Attention over projections in the inputs' layout (..., n * C): (..., C)."""
+        heads = [self._heads(pack, dims) if pack.ndim <= 3 else pack for pack in packs]
+        y = run_packed(plan.implementation, heads, *plan.options[:4])
+        return self._in_layout(y, dims)
+
+    def _in_layout(self, y: Tensor, dims: int) -> Tensor:
+        """(B, L, H, E) -> (B, L, C), (L, B, C) or (L, C), as the inputs are."""
+        if dims == 2:
+            y = y.squeeze(0)
         elif not self.batch_first:
             y = y.transpose(0, 1)
-        return y.flatten(-2), weights
+        return y.flatten(-2)
 
     def _computed_dtype(self, query: Tensor) -> torch.dtype:
         """The projections' dtype."""
@@ -215,32 +271,59 @@ class MultiheadAttention(nn.MultiheadAttention):
             mask = ~mask if mask.dtype == torch.bool else mask.to(dtype)
         return padding, mask, causal
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v in the inputs' layout (…, C): one matrix product for inputs that are the same tensor."""
-        bias = self.in_proj_bias
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v in the inputs' layout (…, n * C): one matrix product, of n of them, for inputs that are one tensor."""
         if not self._qkv_same_embed_dim:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
+            biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            return tuple(map(F.linear, (query, key, value), weights, biases))  # type: ignore[return-value]
-        weight, width = self.in_proj_weight, self.embed_dim
-        if query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, -1)  # type: ignore[return-value]
-        first = 2 * width if query is key else width  # rows of the weight that the first product takes
-        biases = (None, None) if bias is None else (bias[:first], bias[first:])
-        if query is key:
-            q, k = F.linear(query, weight[:first], biases[0]).chunk(2, -1)
-            return q, k, F.linear(value, weight[first:], biases[1])
-        q = F.linear(query, weight[:first], biases[0])
-        if key is value:
-            k, v = F.linear(key, weight[first:], biases[1]).chunk(2, -1)
-            return q, k, v
-        second = 2 * width
-        k = F.linear(key, weight[first:second], None if bias is None else bias[first:second])
-        return q, k, F.linear(value, weight[second:], None if bias is None else bias[second:])
+            return list(map(F.linear, (query, key, value), weights, biases))
+        inputs, shares = [query], [1]
+        for tensor in (key, value):
+            if tensor is inputs[-1]:
+                shares[-1] += 1
+            else:
+                inputs.append(tensor)
+                shares.append(1)
+        return list(map(F.linear, inputs, *self.in_parameters(shares)))
+
+    def in_parameters(self, shares: list[int]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Weights and biases that project shares[i] of q, k and v each: by `split`, whose backward is one launch."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if len(shares) == 1:
+            return [weight], [bias]
+        rows = [share * self.embed_dim for share in shares]
+        return weight.split(rows), [None] * len(shares) if bias is None else bias.split(rows)
+
+    def _stream_packs(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        position: Tensor | None,
+        memory_key: Tensor | None,
+        projected: Projected | None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Projections for `_run_packs`, and x to go on with (see `project`)."""
+        width = self.embed_dim
+        if memory is None:
+            found = project(x, self.in_proj_weight, self.in_proj_bias, position, 2 * width)
+            if found is not None:
+                return [found[0]], found[1]
+            assert position is not None  # two products: of x + position, and of x
+            weights, biases = self.in_parameters([2, 1])
+            found = project(x, weights[1], biases[1])
+            assert found is not None
+            return [F.linear(x + position, weights[0], biases[0]), found[0]], found[1]
+        if projected is None:
+            inputs = [memory] if memory_key is None else [memory_key, memory]
+            weights, biases = self.in_parameters([1, 2] if memory_key is None else [1, 1, 1])
+            projected = Projected(weights[0], biases[0], list(map(F.linear, inputs, weights[1:], biases[1:])))
+        found = project(x, projected.weight, projected.bias, position, width)
+        assert found is not None  # its position is in all columns
+        return [found[0], *projected.packs], found[1]
 
     def _heads(self, projected: Tensor, dims: int) -> Tensor:
-        """(B, L, C), (L, B, C) or (L, C) -> (B, L, H, E), without a copy."""
-        heads = projected.unflatten(-1, (self.num_heads, self.head_dim))
+        """(B, L, n * C), (L, B, n * C) or (L, n * C) -> (B, L, n, H, E), without a copy."""
+        heads = projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
         if dims == 2:
             return heads.unsqueeze(0)
         return heads if self.batch_first else heads.transpose(0, 1)

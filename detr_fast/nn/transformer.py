@@ -6,6 +6,8 @@ as they were given; otherwise the originals run, with their inference fast path 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
@@ -36,9 +38,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first or _overrides(self, "_sa_block", "_ff_block"):
             return self._parts(src, src_mask, src_key_padding_mask, is_causal)
-        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        masks: Any = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         with shared_seed():
-            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, src, src, src, **masks)
+            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, **masks)
             return feed_forward_add_norm(
                 x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2
             )
@@ -118,11 +120,15 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             or _overrides(self, "_sa_block", "_mha_block", "_ff_block")
         ):
             return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
-        own = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        cross = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        own: Any = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
+        cross: Any = {
+            "attn_mask": memory_mask,
+            "key_padding_mask": memory_key_padding_mask,
+            "is_causal": memory_is_causal,
+        }
         with shared_seed():
-            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, tgt, tgt, tgt, **own)
-            x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, x, memory, memory, **cross)
+            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, **own)
+            x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, memory, **cross)
             return feed_forward_add_norm(
                 x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout3, self.norm3
             )

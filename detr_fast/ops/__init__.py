@@ -18,5 +18,6 @@ from detr_fast.ops.linear_cross_entropy import linear_cross_entropy as linear_cr
 from detr_fast.ops.linear_cross_entropy import linear_softmax as linear_softmax
 from detr_fast.ops.linear_cross_entropy import linear_softmax_topk as linear_softmax_topk
 from detr_fast.ops.matching_cost import matching_cost as matching_cost
+from detr_fast.ops.qkv_projection import qkv_projection as qkv_projection
 
 dispatch.read_environment()

@@ -82,20 +82,34 @@ class TritonAttention(TritonImplementation):
         return_lse: bool = False,
         weights: Weights = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        autocast = None
-        if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # meta tensors know no autocast
-            autocast = torch.get_autocast_dtype(q.device.type)
-            q, k, v = (t.to(computed_dtype(t.dtype, autocast)) for t in (q, k, v))
-            mask = None if mask is None else mask.to(computed_dtype(mask.dtype, autocast))
-        seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        options = (is_causal, dropout_p, scale, offset, tf32())
+        dtype = autocast_dtype(q)
+        q, k, v, mask = autocast(dtype, q, k, v, mask)
+        seed, *options = drawn(q, is_causal, dropout_p, scale)
         out, lse = _forward(q, k, v, padding, mask, seed, *options)
         results = [out, lse / LOG2_E] if return_lse else [out]
         if weights is not None:
-            dtype = weights_dtype(q.dtype, q.device, autocast)
+            dtype = weights_dtype(q.dtype, q.device, dtype)
             results.append(_weights(q, k, padding, mask, seed, lse, weights == "mean", dtype, *options))
         return out if len(results) == 1 else tuple(results)
+
+
+def autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """What autocast makes of attention's inputs, or None where it is off; meta tensors know no autocast."""
+    enabled = not q.is_meta and torch.is_autocast_enabled(q.device.type)
+    return torch.get_autocast_dtype(q.device.type) if enabled else None
+
+
+def autocast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors as torch's SDPA would take them under autocast to `dtype`."""
+    if dtype is None:
+        return tensors
+    return tuple(None if t is None else t.to(computed_dtype(t.dtype, dtype)) for t in tensors)
+
+
+def drawn(q: Tensor, is_causal: bool, dropout_p: float, scale: float | None) -> tuple[Any, ...]:
+    """What the registered forwards take after the masks: a seed, where something is dropped, and the options."""
+    seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
+    return seed, is_causal, dropout_p, q.shape[-1] ** -0.5 if scale is None else scale, offset, tf32()
 
 
 def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
@@ -131,7 +145,7 @@ def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
 Options = tuple[bool, float, float, int, bool]  # is_causal, dropout_p, scale, offset of the seed, tf32
 
 
-def _problem(
+def attention_problem(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> Problem:
     causal, dropout_p, scale, offset, tf32 = options
@@ -140,13 +154,13 @@ def _problem(
     )
 
 
-def _run_forward(
+def run_forward(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return kernels.attention_forward(_problem(q, k, v, padding, mask, seed, options))  # type: ignore[arg-type]
+    return kernels.attention_forward(attention_problem(q, k, v, padding, mask, seed, options))  # type: ignore[arg-type]
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     return _like_rows(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
 
@@ -169,7 +183,7 @@ def _run_backward(
     with_mask: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _problem(q, k, v, padding, mask, seed, options)  # type: ignore[arg-type]
+    problem = attention_problem(q, k, v, padding, mask, seed, options)  # type: ignore[arg-type]
     *gradients, dmask = backward_kernels.attention_backward(problem, out, lse, dout, dlse, with_mask=with_mask)
     dq, dk, dv = (g for g in gradients if g is not None)
     return dq, dk, dv, q.new_empty(0) if dmask is None else dmask
@@ -193,7 +207,7 @@ def _fake_backward(
     return _like_rows(q, q.shape[3]), _like_rows(k, k.shape[3]), _like_rows(v, v.shape[3]), dmask
 
 
-def _reference(
+def reference(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> Tensor:
     """The same computation, eagerly, with the same dropout."""
@@ -261,12 +275,12 @@ class _Backward(torch.autograd.Function):
             )
         dout, q, k, v, padding, mask, seed = ctx.saved_tensors
 
-        def reference(q: Tensor, k: Tensor, v: Tensor, differentiable: Tensor | None) -> Tensor:
-            return _reference(q, k, v, padding, mask if differentiable is None else differentiable, seed, ctx.options)
+        def recomputed(q: Tensor, k: Tensor, v: Tensor, differentiable: Tensor | None) -> Tensor:
+            return reference(q, k, v, padding, mask if differentiable is None else differentiable, seed, ctx.options)
 
         wanted = [True, True, True, ctx.with_mask]
         inputs = (q, k, v, mask if ctx.with_mask else None)
-        d_dout, (*d_qkv, d_mask) = double_backward(reference, inputs, dout, wanted, upstream)
+        d_dout, (*d_qkv, d_mask) = double_backward(recomputed, inputs, dout, wanted, upstream)
         return (d_dout, None, *d_qkv, None, d_mask, *(None,) * 9)
 
 
@@ -281,7 +295,7 @@ def _run_weights(
     dtype: torch.dtype,
     *options: Any,
 ) -> Tensor:
-    problem = _problem(q, k, k, padding, mask, seed, options)  # type: ignore[arg-type]
+    problem = attention_problem(q, k, k, padding, mask, seed, options)  # type: ignore[arg-type]
     return weights_kernels.attention_weights(problem, lse, averaged, dtype)
 
 
@@ -353,8 +367,8 @@ def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
 _OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
 _forward = define(
     f"attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)",
-    run=_run_forward,
-    fake=_fake_forward,
+    run=run_forward,
+    fake=fake_forward,
     autograd=_autograd_forward,
 )
 _backward = define(

@@ -201,14 +201,15 @@ def _gradients(
     d_norm: Any = sums.chunk(3)  # of nothing where there is no norm
     if wanted[4]:
         db2 = dz.sum(0) if norm_weight is None else d_norm[2].to(b2.dtype)
-    if wanted[0]:
+    dw2 = torch.mm(dz.t(), h) if wanted[3] else None
+    if wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
         adds = norm_weight is not None and residual is None
-        dx = (torch.addmm(flat(ds), dpre, w1) if adds else torch.mm(dpre, w1)).view(x.shape)
+        dx = (flat(ds).addmm_(dpre, w1) if adds else torch.mm(dpre, w1)).view(x.shape)
     return (
         dx,
         torch.mm(dpre.t(), flat(x)) if wanted[1] else None,
         db1 if wanted[2] else None,
-        torch.mm(dz.t(), h) if wanted[3] else None,
+        dw2,
         db2,
         d_norm[0] if wanted[5] else None,
         d_norm[1].to(norm_bias.dtype) if wanted[6] else None,

@@ -12,6 +12,7 @@ from detr_fast.nn.fusion import activation_name
 from detr_fast.testing import count
 
 FUSED = {"feed_forward": "triton", "linear_add_layer_norm": "triton", "attention": "sdpa"}
+KERNELS = {**FUSED, "attention": "triton", "qkv_projection": "triton"}
 interpreter = pytest.mark.interpreter
 PADDING = torch.tensor([[False] * 4, [False, False, True, True]])
 
@@ -53,11 +54,27 @@ def test_fused_layers_are_torch_nns(name, options):
 
 
 @interpreter
-def test_fused_detr_is_the_same_detr():
+@pytest.mark.parametrize(
+    ("name", "batch_first"), [("TransformerEncoderLayer", False), ("TransformerDecoderLayer", True)]
+)
+def test_layers_whose_attention_and_projections_are_kernels_are_torch_nns(name, batch_first):
+    ours, original = pair(name, batch_first=batch_first)
+    inputs = [torch.randn(2, 4, 16) if batch_first else torch.randn(4, 2, 16) for _ in range(1 + ("Decoder" in name))]
+    masks = {"src_key_padding_mask" if "Encoder" in name else "memory_key_padding_mask": PADDING}
+    y, found = gradients(ours, inputs, KERNELS, **masks)
+    expected, right = gradients(original, inputs, **masks)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@interpreter
+@pytest.mark.parametrize("backend", [FUSED, KERNELS], ids=["products", "kernels"])
+def test_fused_detr_is_the_same_detr(backend):
     torch.manual_seed(2)
-    model = Transformer(16, 2, 1, 2, 24, dropout=0.0)
-    inputs = [torch.randn(2, 4, 16), torch.randn(1, 4, 16), torch.randn(3, 16)]
-    y, found = gradients(model, inputs, FUSED, key_padding_mask=PADDING)
+    model = Transformer(64 if backend is KERNELS else 16, 2, 1, 2, 24, dropout=0.0)
+    inputs = [torch.randn(2, 4, model.d_model), torch.randn(1, 4, model.d_model), torch.randn(3, model.d_model)]
+    y, found = gradients(model, inputs, backend, key_padding_mask=PADDING)
     expected, right = gradients(model, inputs, key_padding_mask=PADDING)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     for one, other in zip(found, right):
@@ -150,7 +167,7 @@ def step(layer, inputs, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "forward", "backward"), [("TransformerEncoderLayer", 5, 17), ("TransformerDecoderLayer", 9, 37)]
+    ("name", "forward", "backward"), [("TransformerEncoderLayer", 5, 15), ("TransformerDecoderLayer", 9, 29)]
 )
 def test_a_fused_layer_takes_few_launches_and_keeps_little(name, forward, backward):
     options = {"d_model": 256, "nhead": 8, "dim_feedforward": 2048, "dropout": 0.1, "batch_first": True}

@@ -171,7 +171,7 @@ def test_output_and_weights_are_dropped_alike_by_the_eager_twin(twins):
         assert torch.equal(y, ours(x, x, x, need_weights=False)[0])
     share = (weights == 0).double().mean()
     assert 0.4 < share < 0.6
-    value = ours._heads(torch_nn.functional.linear(x, ours.in_proj_weight[16:], ours.in_proj_bias[16:]), 3)
+    value = torch_nn.functional.linear(x, ours.in_proj_weight[16:], ours.in_proj_bias[16:]).unflatten(-1, (2, 4))
     heads = torch.einsum("bhls,bshe->blhe", weights, value).flatten(2)
     torch.testing.assert_close(ours.out_proj(heads), y)
 

@@ -275,7 +275,7 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
             out = ops.attention(q, k, v, **options)
         assert out.shape == q.shape
         assert len(compiled) == 3
-        problem = attention_triton._problem(
+        problem = attention_triton.attention_problem(
             q, k, v, options.get("key_padding_mask"), options.get("attn_mask"),
             torch.zeros(1, device="meta") if "dropout_p" in options else None,
             (options.get("is_causal", False), options.get("dropout_p", 0.0), 1.0, 0, False),

@@ -1,0 +1,141 @@
+"""Attention over what projections give, before it is taken apart into q, k and v: gradients come packed as well.
+
+A pack is (B, L, n, H, E): n of q, k and v, in this order, from one product. The packs of a call hold all three: (qkv,),
+(q, kv), (qk, v) or (q, k, v). The kernels read and write them through their strides, so that no gradients are put together
+afterwards. The contract is otherwise that of `ops.attention`; a float mask gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.dispatch import Implementation
+from detr_fast.kernels.attention import empty_rows
+from detr_fast.kernels.attention_backward import attention_backward
+from detr_fast.kernels.launch import empty
+from detr_fast.ops.attention_triton import (
+    TritonAttention,
+    attention_problem,
+    autocast,
+    autocast_dtype,
+    drawn,
+    fake_forward,
+    reference,
+    run_forward,
+)
+from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.products import eager_gradients
+
+
+def run_packed(
+    implementation: Implementation,
+    packs: list[Tensor],
+    padding: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+) -> Tensor:
+    """Attention by that implementation, (B, L, H, E)."""
+    if not isinstance(implementation, TritonAttention) or wants_grad(mask):
+        return implementation.run(*unpacked(packs), padding, mask, is_causal, dropout_p, None)
+    *packs, mask = autocast(autocast_dtype(packs[0]), *packs, mask)
+    return _forward(packs, padding, mask, *drawn(packs[0], is_causal, dropout_p, None))[0]
+
+
+def unpacked(packs: list[Tensor]) -> list[Tensor]:
+    """q, k and v, each (B, L, H, E), as views."""
+    return [part for pack in packs for part in (pack.unbind(2) if pack.shape[2] > 1 else (pack.squeeze(2),))]
+
+
+def _run_forward(packs: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    return run_forward(*unpacked(packs), *rest)  # type: ignore[call-arg]
+
+
+def _fake_forward(packs: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    return fake_forward(*unpacked(packs), *rest)
+
+
+def _like(pack: Tensor, allocate: Any = empty) -> Tensor:
+    """An empty tensor laid out as the pack is, or contiguous where that has gaps."""
+    heads, dim = pack.shape[3:]
+    rows = empty_rows(pack.select(2, 0), pack.shape[2] * dim, allocate)
+    return rows.view(*pack.shape[:2], pack.shape[2], heads, dim)
+
+
+def _run_backward(
+    dout: Tensor,
+    packs: list[Tensor],
+    padding: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> list[Tensor]:
+    gradients = [_like(pack) for pack in packs]
+    problem = attention_problem(*unpacked(packs), padding, mask, seed, options)  # type: ignore[call-arg,arg-type]
+    attention_backward(problem, out, lse, dout, into=unpacked(gradients))
+    return gradients
+
+
+def _fake_backward(dout: Tensor, packs: list[Tensor], *rest: Any) -> list[Tensor]:
+    return [_like(pack, lambda shape, dtype, device, pack=pack: pack.new_empty(shape)) for pack in packs]
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, padding: Any, mask: Any, seed: Any, options: Any, *packs: Tensor) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            out, lse = _forward(list(packs), padding, mask, seed, *options)
+        ctx.save_for_backward(padding, mask, seed, out, lse, *packs)
+        ctx.options = options
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: Any) -> Any:
+        padding, mask, seed, out, lse, *packs = ctx.saved_tensors
+        if dout is None:
+            return (None,) * (4 + len(packs))
+        wanted = ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():
+
+            def again(*packs: Tensor) -> Tensor:
+                q, k, v = unpacked(list(packs))
+                return reference(q, k, v, padding, mask, seed, ctx.options)
+
+            return *(None,) * 4, *eager_gradients(again, packs, dout, wanted)
+        gradients = _backward(dout, packs, padding, mask, seed, out, lse, *ctx.options)
+        return *(None,) * 4, *(g if want else None for g, want in zip(gradients, wanted))
+
+
+def _autograd_forward(packs: list[Tensor], padding: Any, mask: Any, seed: Any, *options: Any) -> Any:
+    if wants_grad(*packs):
+        return _Forward.apply(padding, mask, seed, options, *packs)
+    with below_autograd():
+        return _forward(packs, padding, mask, seed, *options)
+
+
+def _autograd_backward(*arguments: Any) -> Any:
+    with below_autograd():
+        return _backward(*arguments)
+
+
+_OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
+_forward = define(
+    f"attention_packed(Tensor[] packs, Tensor? padding, Tensor? mask, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)",
+    run=_run_forward,
+    fake=_fake_forward,
+    autograd=_autograd_forward,
+)
+_backward = define(
+    "attention_packed_backward(Tensor dout, Tensor[] packs, Tensor? padding, Tensor? mask, Tensor? seed, Tensor out, "
+    f"Tensor lse, {_OPTIONS}) -> Tensor[]",
+    run=_run_backward,
+    fake=_fake_backward,
+    autograd=_autograd_backward,
+)
