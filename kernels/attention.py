@@ -218,6 +218,9 @@ def attention_forward_kernel(
     )  # in batch elements * heads
     out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + index, head, first_q + row_start)
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
+    if ends_q_ptr is not None:
+        lse = tl.where(exists, lse, -float("inf"))
+        exists = tl.arange(0, BLOCK_M) < longest - row_start
     tl.store(lse_ptr + (part + head_index) * longest + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
 
 

@@ -100,7 +100,8 @@ def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[
         gradients = attention_backward(problem, out, lse, dout, with_mask=float_mask)
         with_weights = form.dropout and not form.packed
         weights = [attention_weights(problem, lse, True, form.dtype)] if with_weights else []
-        return (out, lse, *weights, *(gradient for gradient in gradients if gradient is not None))
+        kept = [] if form.packed else [lse]  # -inf behind the end of a sequence
+        return (out, *kept, *weights, *(gradient for gradient in gradients if gradient is not None))
 
     return call
 

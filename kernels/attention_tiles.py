@@ -109,7 +109,7 @@ class Problem:
     given, given_mask: q, k and v, and the mask as they came.
     sequences: of a packed batch, whose q, k and v have a batch of 1, and which has neither padding nor mask. What lies behind the
     last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
-    largest lengths, and lse is (B, H, max_q), its surplus unwritten.
+    largest lengths, and lse is (B, H, max_q), -inf where a sequence has ended.
     """
 
     def __init__(

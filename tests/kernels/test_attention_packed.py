@@ -93,6 +93,7 @@ def test_sequences_may_be_empty_and_surplus_holds_anything(interpreter, lengths_
             tensor[sum(used) :] = torch.nan
     problem = problem_of(q.detach(), k.detach(), v.detach(), lengths_q, lengths_k)
     out, lse = attention_forward(problem)
+    assert (lse.isfinite().sum((1, 2)) == 2 * torch.tensor([q * (k > 0) for q, k in zip(lengths_q, lengths_k)])).all()
     found = (out[0], *(g[0] for g in attention_backward(problem, out, lse, dout[None])[:3]))
     clean = [t.detach()[: sum(used)].requires_grad_() for t, used in ((q, lengths_q), (k, lengths_k), (v, lengths_k))]
     expected = one_by_one(*clean, lengths_q, lengths_k, False)
