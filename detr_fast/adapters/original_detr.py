@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, joined, names, names_used, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, joined, names, names_used, reads, why_not_switch
 from detr_fast.nn import fusion
 from detr_fast.nn.multihead_attention import attention_inputs
 from detr_fast.ops.dropout import shared_seed
@@ -119,6 +119,7 @@ class OriginalDetr(Adapter):
         methods: Any = kind
         if names_used(methods.forward) != _FORWARD or not (
             names_used(methods.forward_post) == names_used(methods.forward_pre) == known
+            and reads(methods.with_pos_embed) == ("self tensor pos", "")
         ):
             return "its name is that of the original DETR's layer, its code is not"
         return why_not_switch(module) or joined(mixin, kind, kind)

@@ -99,7 +99,8 @@ class PixelEmbedding(nn.Module):
         return tokens.flatten(1, 2) if self.flatten else tokens
 
     def token_mask(self, mask: Tensor) -> Tensor:
-        """(N, H, W) bool, True = padding -> the tokens' mask, in the order of `forward`."""
+        """(N, H, W) bool, True = padding -> the tokens' mask, in the order of `forward`; ValueError for another mask."""
+        _check_mask(mask)
         return mask.flatten(1) if self.flatten else mask
 
 
@@ -160,10 +161,13 @@ class PatchEmbedding(nn.Module):
         return tokens.flatten(1, 2) if self.flatten else tokens
 
     def token_mask(self, mask: Tensor) -> Tensor:
-        """(N, H, W) bool, True = padding -> the tokens' mask, in the order of `forward`: padding is what sees no pixel."""
-        rows, columns = (
-            self.padding
-        )  # zeros around the image are no pixels; max_pool2d itself pads by half a window at most
+        """(N, H, W) bool, True = padding -> the tokens' mask, in the order of `forward`: padding is what sees no pixel.
+
+        Raises ValueError for another mask.
+        """
+        _check_mask(mask)
+        # Zeros around the image are no pixels; max_pool2d itself pads by half a window at most.
+        rows, columns = self.padding
         visible = F.pad((~mask).to(torch.float32), (columns, columns, rows, rows))
         pooled = F.max_pool2d(visible[:, None], self.projection.kernel_size, self.projection.stride)
         hidden = pooled.squeeze(1) == 0
@@ -179,4 +183,12 @@ def _check_images(module: PixelEmbedding | PatchEmbedding, images: Tensor) -> No
         raise ValueError(
             f"{type(module).__name__} takes (N, {module.in_channels}, H, W); got {tuple(images.shape)}"
             + (": add a batch dimension" if images.ndim == 3 and images.shape[0] == module.in_channels else "")
+        )
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.ndim != 3:
+        raise ValueError(
+            f"the mask must be bool of shape (N, H, W), True = padding; got {mask.dtype} {tuple(mask.shape)}: "
+            "of a mask with 1 = visible take mask == 0"
         )

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import dispatch
-from detr_fast.dispatch import BackendError, Implementation, Op, TritonImplementation
 from detr_fast.nn.multihead_attention import MultiheadAttention, Projected, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.feed_forward import FEED_FORWARD
@@ -45,7 +44,7 @@ def attend_add_norm(
         projection, p = attention.out_proj, _probability(dropout)
         weights = (projection.weight, projection.bias)
         # What attention gives looks like x; the choice is made before anything is computed.
-        fused = _chosen(LINEAR_ADD_LAYER_NORM, x, *weights, x, norm.weight, norm.bias, norm.eps, p)
+        fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x, norm.weight, norm.bias, norm.eps, p)
         if fused is not None:
             sources: Any = {"position": position, "memory_key": memory_key, "projected": projected}
             found = attention.heads(x, memory, **sources, **masks)
@@ -64,7 +63,7 @@ def feed_forward_add_norm(
     if name is not None and _may_fuse(x, linear1, dropout, linear2, output_dropout, norm):
         weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias, norm.weight, norm.bias)
         arguments = (x, *weights, norm.eps, name, _probability(dropout), _probability(output_dropout))
-        fused = _chosen(FEED_FORWARD, *arguments)
+        fused = FEED_FORWARD.kernel(*arguments)
         if fused is not None:
             return fused.run(*arguments)
     return norm(x + output_dropout(linear2(dropout(activation(linear1(x))))))
@@ -100,17 +99,3 @@ def _bare(part: Any) -> bool:
 
 def _probability(dropout: nn.Dropout) -> float:
     return float(dropout.p) if dropout.training else 0.0
-
-
-def _chosen(op: Op, *arguments: Any) -> Implementation | None:
-    """The kernel chosen for the fused block, or None where its parts are to run one by one.
-
-    Asking for all ops by name asks for the parts' kernels where the block has none; asking for this op insists on it.
-    """
-    try:
-        implementation = op.choose(*arguments)
-    except BackendError:
-        if op.name in dispatch._requested:
-            raise
-        return None
-    return implementation if isinstance(implementation, TritonImplementation) else None

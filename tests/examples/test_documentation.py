@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,8 +19,43 @@ def test_every_block_of_the_transformer_page_runs_in_order():
         exec(compile(block, "docs/transformer.md", "exec"), namespace)
 
 
-def test_links_of_the_transformer_page_lead_somewhere():
-    page = ROOT / "docs" / "transformer.md"
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-    assert links
-    assert not [link for link in links if not (page.parent / link).exists()]
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
+
+
+def test_the_readme_lists_every_op_and_no_implementation_that_there_is_not():
+    import detr_fast.ops  # noqa: F401
+    from detr_fast.dispatch import _ops
+
+    listed = {}
+    for names, implementations in re.findall(
+        r"^\| (`ops\..*?) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    ):
+        listed |= dict.fromkeys(re.findall(r"`ops\.(\w+)`", names), implementations.split(", "))
+    assert listed.keys() == _ops.keys()
+    for name, op in _ops.items():
+        assert set(listed[name]) <= {i.name for i in op.implementations}, name
+
+
+def test_every_command_that_the_pages_show_has_the_options_that_they_show():
+    from typer.main import get_command
+
+    from detr_fast.cli import app
+
+    commands = get_command(app).commands
+    shown = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"detr-fast ([a-z-]+)([^\n`#]*)", text):
+            if name not in commands:
+                continue
+            known = {
+                option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+            }
+            assert not [o for o in re.findall(r"(?<= )--[a-z-]+", rest) if o not in known], (page.name, name, rest)
+            shown += 1
+    assert shown > 10

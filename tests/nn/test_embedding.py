@@ -101,6 +101,13 @@ def test_a_pixels_mask_has_the_tokens_order():
     assert torch.equal(nn.PixelEmbedding(1, 1, flatten=False).token_mask(mask), mask)
 
 
+@pytest.mark.parametrize("embedding", [nn.PixelEmbedding(1, 4), nn.PatchEmbedding(1, 4, 2)])
+@pytest.mark.parametrize("mask", [torch.ones(2, 4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.bool)])
+def test_a_mask_of_numbers_is_refused_rather_than_read_as_no_padding(embedding, mask):
+    with pytest.raises(ValueError, match=r"must be bool of shape \(N, H, W\), True = padding; got torch\.\w+ \("):
+        embedding.token_mask(mask)
+
+
 def test_wrong_images_are_told_what_is_wrong():
     patches = nn.PatchEmbedding(3, 4, (4, 8))
     with pytest.raises(ValueError, match=r"PatchEmbedding takes \(N, 3, H, W\); got \(2, 1, 8, 8\)$"):
