@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_softmax
+from detr_fast.ops import linear_cross_entropy, linear_softmax
 
 
 class LinearSoftmax(nn.Linear):

@@ -15,8 +15,8 @@ from detr_fast.ops.layer_norm import layer_norm as layer_norm
 from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm as linear_add_layer_norm
 from detr_fast.ops.linear_assignment import linear_assignment as linear_assignment
 from detr_fast.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from detr_fast.ops.linear_cross_entropy import linear_softmax as linear_softmax
-from detr_fast.ops.linear_cross_entropy import linear_softmax_topk as linear_softmax_topk
+from detr_fast.ops.linear_probabilities import linear_softmax as linear_softmax
+from detr_fast.ops.linear_probabilities import linear_softmax_topk as linear_softmax_topk
 from detr_fast.ops.matching_cost import matching_cost as matching_cost
 from detr_fast.ops.qkv_projection import qkv_projection as qkv_projection
 

@@ -1,15 +1,16 @@
-"""The last linear layer of a classifier with its softmax: cross-entropy in training, probabilities in inference.
+"""The last linear layer of a classifier with its cross-entropy: the contract, by PyTorch's operations, by a Triton kernel.
 
-    logits = x @ weight.T + bias,   loss = cross_entropy(logits, target),   probabilities = softmax(logits)
+    logits = x @ weight.T + bias,   loss = cross_entropy(logits, target)
 
-Over large vocabularies the (N, V) logits are what fills the memory: here they exist a block of rows at a time, and what
-is kept for backward is one number a row, the logarithm of the softmax's sum; backward computes each block again.
-Source: Wijmans et al., 2024, arXiv:2411.09009, "Cut Your Losses in Large-Vocabulary Language Models".
+Over large vocabularies the (N, V) logits are what fills the memory: here they exist a block of rows at a time. The kernel
+turns each block into its gradient at once, and keeps the gradients of x and weight for backward; PyTorch's operations keep
+one number a row, and compute each block again.
+Sources: Hsu et al., 2024, arXiv:2410.10989, "Liger Kernel"; Wijmans et al., 2024, arXiv:2411.09009, "Cut Your Losses in
+Large-Vocabulary Language Models".
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast import dispatch
-from detr_fast.dispatch import Call, Implementation, Op, Situation
-from detr_fast.ops.boundary import wants_grad
+from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
+from detr_fast.kernels import cross_entropy as kernels
+from detr_fast.ops import linear_probabilities, regimes
+from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.linear_cross_entropy_chunked import Chunked
+from detr_fast.ops.linear_probabilities import check_linear, shape_of
 
-BLOCK_ELEMENTS = 1 << 24  # logits that exist at once: 64 MiB in fp32
 WHOLE_ELEMENTS = 1 << 26  # up to 256 MiB of fp32 logits are materialised: that saves backward a matmul
 
 
@@ -40,14 +44,17 @@ def linear_cross_entropy(
 
     Shapes: x (..., E), weight (V, E), bias (V,) or None, target (...) int64 with values in [0, V) or `ignore_index`,
     class_weight (V,) or None. reduction: "mean" (over the class weights of what is not ignored), "sum", or "none", which
-    gives (...). The loss is in x's dtype (fp32 under autocast); the softmax is computed in fp32 at least.
+    gives (...). The loss is in x's dtype (fp32 under autocast); the softmax is computed in fp32 at least. Another target
+    is an error of PyTorch's where it computes, and makes the kernel's loss NaN.
     Raises ValueError for shapes or a reduction that do not fit, BackendError as `use_backend` says.
     """
-    _check(x, weight, bias)
+    check_linear(x, weight, bias)
     if target.shape != x.shape[:-1]:
-        raise ValueError(f"target must be x's shape without the last dimension, {_shape(x)[:-1]}; got {_shape(target)}")
+        raise ValueError(
+            f"target must be x's shape without the last dimension, {shape_of(x)[:-1]}; got {shape_of(target)}"
+        )
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
-        raise ValueError(f"class_weight must be (V,) = ({weight.shape[0]},); got {_shape(class_weight)}")
+        raise ValueError(f"class_weight must be (V,) = ({weight.shape[0]},); got {shape_of(class_weight)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"got reduction {reduction!r}; expected 'mean', 'sum' or 'none'")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -56,65 +63,6 @@ def linear_cross_entropy(
     if not (dispatch.intervening or x.is_cuda or target.numel() * weight.shape[0] > WHOLE_ELEMENTS):
         return _eager(*arguments)
     return LINEAR_CROSS_ENTROPY(*arguments)
-
-
-def linear_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.softmax(F.linear(x, weight, bias), -1)` for inference, (..., V) in x's dtype: only the result is whole in memory.
-
-    Shapes: x (..., E), weight (V, E), bias (V,) or None. Differentiable by PyTorch's own ops, which keep more.
-    Raises ValueError for shapes that do not fit.
-    """
-    _check(x, weight, bias)
-    if wants_grad(x, weight, bias) or x.numel() == 0:
-        return F.softmax(F.linear(x, weight, bias), -1)
-    rows = x.reshape(-1, x.shape[-1])
-    size = max(1, BLOCK_ELEMENTS // weight.shape[0])
-    if rows.shape[0] <= size:
-        return F.softmax(F.linear(x, weight, bias), -1)
-    first = F.softmax(F.linear(rows[:size], weight, bias), -1)  # tells the dtype, which autocast decides
-    result = first.new_empty(rows.shape[0], weight.shape[0])
-    result[:size] = first
-    for start in range(size, rows.shape[0], size):
-        result[start : start + size] = F.softmax(F.linear(rows[start : start + size], weight, bias), -1)
-    return result.view(*x.shape[:-1], weight.shape[0])
-
-
-def linear_softmax_topk(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of `linear_softmax`'s probabilities and their classes, (..., k), in falling order.
-
-    The probabilities are never written: blocks of the vocabulary leave their k largest logits and the sum so far.
-    The probabilities are fp32 at least. Not differentiable. Raises ValueError for shapes that do not fit or k outside [1, V].
-    """
-    _check(x, weight, bias)
-    classes = weight.shape[0]
-    if not 1 <= k <= classes:
-        raise ValueError(f"k must lie in [1, V] = [1, {classes}]; got {k}")
-    with torch.no_grad():
-        rows = x.reshape(-1, x.shape[-1])
-        size = max(k, BLOCK_ELEMENTS // max(1, rows.shape[0]))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        best, index = rows.new_empty((rows.shape[0], 0), dtype=wide), torch.empty_like(rows[:, :0], dtype=torch.int64)
-        total = rows.new_full((rows.shape[0], 1), -math.inf, dtype=wide)
-        for start in range(0, classes, size):
-            block = slice(start, start + size)
-            logits = F.linear(rows, weight[block], None if bias is None else bias[block]).to(wide)
-            total = torch.logaddexp(total, logits.logsumexp(-1, keepdim=True))
-            values, places = logits.topk(min(k, logits.shape[-1]), -1)
-            best, chosen = torch.cat([best, values], -1).topk(k, -1)
-            index = torch.cat([index, places + start], -1).gather(-1, chosen)
-        shape = (*x.shape[:-1], k)
-        return (best - total).exp().view(shape), index.view(shape)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or x.ndim == 0 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"takes x (..., E) and weight (V, E) with V over 0; got {_shape(x)} and {_shape(weight)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},); got {_shape(bias)}")
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
 
 
 def _eager(
@@ -146,6 +94,10 @@ class LinearCrossEntropyCall(Call):
     rows: int
     classes: int
     features: int
+    one_dtype: bool  # x's, weight's and bias's, as autocast leaves them
+    weighted: bool
+    reduction: str
+    smoothed: bool
 
     def shapes(self) -> str:
         return f"({self.rows}, {self.features}) × {self.classes} classes {str(self.dtype).removeprefix('torch.')}"
@@ -153,7 +105,8 @@ class LinearCrossEntropyCall(Call):
 
 def _signature(x: Tensor, weight: Tensor, bias: Any, target: Tensor, class_weight: Any, *rest: Any) -> tuple[Any, ...]:
     tensors = (x, weight, bias, target, class_weight)
-    return tuple(None if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+    described = (None if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+    return *described, *rest
 
 
 def _describe(
@@ -169,7 +122,61 @@ def _describe(
         rows=target.numel(),
         classes=weight.shape[0],
         features=weight.shape[1],
+        one_dtype=situation.autocast is not None or {t.dtype for t in (x, weight, bias) if t is not None} == {x.dtype},
+        weighted=class_weight is not None,
+        reduction=rest[1],
+        smoothed=rest[2] > 0.0,
     )
+
+
+class TritonLinearCrossEntropy(TritonImplementation):
+    """PyTorch's matmuls on a block of rows at a time, and a kernel that turns its logits into their gradient."""
+
+    def why_not(self, call: LinearCrossEntropyCall) -> str | None:
+        if not call.one_dtype:
+            return "x, weight and bias are of different dtypes: give them one, or use autocast"
+        if call.reduction == "none" and call.needs_grad:
+            return "reduction 'none': the gradient of each loss is known in backward only"
+        return None
+
+    def advice(self, call: LinearCrossEntropyCall) -> str | None:
+        return regimes.advice("linear_cross_entropy", call, call.rows * call.classes * call.dtype.itemsize)
+
+    def note(self, call: LinearCrossEntropyCall) -> str | None:
+        return regimes.note("linear_cross_entropy", call)
+
+    def compiled_key(self, call: LinearCrossEntropyCall) -> Any:
+        return (
+            call.device,
+            call.dtype,
+            call.situation.autocast,
+            call.classes,
+            call.needs_grad,
+            call.weighted,
+            call.smoothed,
+        )
+
+    def prepare(self, call: LinearCrossEntropyCall) -> None:
+        dtype = call.situation.autocast or call.dtype
+        kernels.compile_cross_entropy(call.classes, dtype, call.weighted, call.needs_grad, call.smoothed, call.device)
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ) -> Tensor:
+        x, weight, bias, out_dtype = _as_autocast(x, weight, bias)
+        class_weight = None if class_weight is None else class_weight.float()
+        wanted = [wants_grad(t) for t in (x, weight, bias)]
+        arguments = (x.flatten(0, -2), weight, bias, target.flatten(), class_weight)
+        loss, *_ = _forward(*arguments, ignore_index, reduction, label_smoothing, wanted)
+        return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
 
 class ChunkedLinearCrossEntropy(Implementation):
@@ -199,11 +206,7 @@ class ChunkedLinearCrossEntropy(Implementation):
         reduction: str,
         label_smoothing: float,
     ) -> Tensor:
-        out_dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            # Once here, not in every block; the loss is fp32, as torch's own.
-            low, out_dtype = torch.get_autocast_dtype(x.device.type), torch.float32
-            x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
+        x, weight, bias, out_dtype = _as_autocast(x, weight, bias)
         labels = target.flatten()
         ignored = labels == ignore_index
         labels = labels.masked_fill(ignored, 0)
@@ -214,7 +217,7 @@ class ChunkedLinearCrossEntropy(Implementation):
             counts = class_weight[labels]
         counts = counts.masked_fill(ignored, 0.0)
         present = (~ignored).to(counts.dtype) if label_smoothing > 0.0 else None
-        loss = _Chunked.apply(x.flatten(0, -2), weight, bias, labels, counts, class_weight, present, label_smoothing)
+        loss = Chunked.apply(x.flatten(0, -2), weight, bias, labels, counts, class_weight, present, label_smoothing)
         if reduction == "none":
             return loss.view(target.shape).to(out_dtype)
         return (loss.sum() / counts.sum() if reduction == "mean" else loss.sum()).to(out_dtype)
@@ -233,106 +236,93 @@ LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     signature=_signature,
     describe=_describe,
-    implementations=(ChunkedLinearCrossEntropy(), EagerLinearCrossEntropy()),
+    implementations=(TritonLinearCrossEntropy(), ChunkedLinearCrossEntropy(), EagerLinearCrossEntropy()),
 )
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """What the rows are: labels and counts (N,), class_weight (V,) or None, present (N,), 0 where ignored, else 1.
-
-    share: the label smoothing; where it is 0, present is None.
-    """
-
-    labels: Tensor
-    counts: Tensor
-    class_weight: Tensor | None
-    present: Tensor | None
-    share: float
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    """The operands as autocast has them, once and not in every block; and the loss's dtype, as torch's own."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias, x.dtype
+    low = torch.get_autocast_dtype(x.device.type)
+    return x.to(low), weight.to(low), None if bias is None else bias.to(low), torch.float32
 
 
-def _losses(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> Tensor:
-    loss = (lse - logits.gather(1, of.labels[rows, None])[:, 0]) * of.counts[rows]
-    if of.present is None:
-        return loss
-    class_weight = of.class_weight
-    if class_weight is None:
-        everything = lse * logits.shape[1] - logits.sum(1)
-    else:
-        everything = lse * class_weight.sum() - logits @ class_weight
-    return loss * (1.0 - of.share) + everything * of.present[rows] * (of.share / logits.shape[1])
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration.
 
 
-def _logit_gradient(logits: Tensor, lse: Tensor, of: _Labels, rows: slice, g: Tensor) -> Tensor:
-    """Of the rows' losses, weighted with g (n,), for the logits, in whose memory it lies."""
-    probability = logits.sub_(lse[:, None]).exp_()
-    at_label = g * of.counts[rows]
-    if of.present is None:
-        return probability.mul_(at_label[:, None]).scatter_add_(1, of.labels[rows, None], -at_label[:, None])
-    class_weight = of.class_weight
-    at_label = at_label * (1.0 - of.share)
-    everywhere = g * of.present[rows] * (of.share / logits.shape[1])
-    total = float(logits.shape[1]) if class_weight is None else class_weight.sum()
-    probability.mul_((at_label + everywhere * total)[:, None])
-    probability.scatter_add_(1, of.labels[rows, None], -at_label[:, None])
-    return probability.sub_(everywhere[:, None] if class_weight is None else everywhere[:, None] * class_weight)
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    smoothing: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    at_once = max(1, linear_probabilities.BLOCK_ELEMENTS // weight.shape[0])
+    inputs = (x, weight, bias, target, class_weight, ignore_index, smoothing)
+    losses, counts, *gradients = kernels.linear_cross_entropy_forward(*inputs, (*wanted,), at_once)
+    scale = counts.sum().reciprocal() if reduction == "mean" else losses.new_ones(())
+    loss = losses if reduction == "none" else losses.sum() * scale
+    dx, dw, db = (x.new_empty(0) if d is None else d for d in gradients)
+    return loss, scale, dx, dw, db
 
 
-class _Chunked(torch.autograd.Function):
-    """Losses (N,) of rows x (N, E): fp32 at least, not yet divided."""
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, reduction, _, wanted = rest
+
+    def new(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    dx = new(x.shape if wanted[0] else 0, x.dtype)
+    dw, db = (new(s) if want else new(0, x.dtype) for s, want in zip((weight.shape, weight.shape[:1]), wanted[1:]))
+    return new(target.shape if reduction == "none" else ()), new(()), dx, dw, db
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with below_autograd():
+            loss, scale, dx, dw, db = _forward(*arguments)
+        ctx.save_for_backward(*arguments[:5], scale, dx, dw, db)
+        ctx.settings = arguments[5:8]
+        ctx.mark_non_differentiable(scale, dx, dw, db)
+        ctx.set_materialize_grads(False)
+        return loss, scale, dx, dw, db
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        counts: Tensor,
-        class_weight: Tensor | None,
-        present: Tensor | None,
-        share: float,
-    ) -> Tensor:
-        of = _Labels(labels, counts, class_weight, present, share)
-        losses, lses = torch.empty_like(counts), torch.empty_like(counts)
-        with torch.autocast(x.device.type, enabled=False):
-            for rows in _blocks(x, weight):
-                logits = F.linear(x[rows], weight, bias).to(counts.dtype)
-                lses[rows] = lse = logits.logsumexp(1)
-                losses[rows] = _losses(logits, lse, of, rows)
-        ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
-        ctx.share = share
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, bias, lses, labels, counts, class_weight, present = ctx.saved_tensors
-        of, wanted = _Labels(labels, counts, class_weight, present, ctx.share), ctx.needs_input_grad[:3]
-        dtype = of.counts.dtype
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+        if g is None:
+            return (None,) * 9
+        *inputs, scale, dx, dw, db = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a double backward will follow: through PyTorch's own ops
-            logits = F.linear(x, weight, bias).to(dtype)
-            losses = _losses(logits, logits.logsumexp(1), of, slice(None))
-            inputs = [t for t, want in zip((x, weight, bias), wanted) if want]
-            found = iter(torch.autograd.grad(losses, inputs, g, create_graph=True))
-            return (*(next(found) if want else None for want in wanted), None, None, None, None, None)
-
-        dx = torch.empty_like(x) if wanted[0] else None
-        dw = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
-        db = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
-        for rows in _blocks(x, weight):
-            logits = F.linear(x[rows], weight, bias).to(dtype)
-            gradient = _logit_gradient(logits, lses[rows], of, rows, g[rows])
-            if db is not None:
-                db += gradient.sum(0)
-            gradient = gradient.to(x.dtype)
-            if dx is not None:
-                dx[rows] = gradient @ weight
-            if dw is not None:
-                dw += gradient.mT @ x[rows]
-        dw, db = (None if d is None else d.to(x.dtype) for d in (dw, db))
-        return dx, dw, db, None, None, None, None, None
+            loss = _eager(*inputs, *ctx.settings)
+            leaves = [t for t, want in zip(inputs, wanted) if want]
+            found = iter(torch.autograd.grad(loss, leaves, g.to(loss.dtype), create_graph=True))
+            return (*(next(found) if want else None for want in wanted), *[None] * 6)
+        scale = g * scale
+        gradients = ((d * scale).to(of.dtype) if want else None for d, of, want in zip((dx, dw, db), inputs, wanted))
+        return (*gradients, *[None] * 6)
 
 
-def _blocks(x: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
+def _autograd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    if wants_grad(x, weight, bias):
+        return _Forward.apply(x, weight, bias, *rest)
+    with below_autograd():
+        return _forward(x, weight, bias, *rest)
+
+
+_forward = define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, int ignore_index, "
+    "str reduction, float smoothing, bool[3] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run=_run,
+    fake=_fake,
+    autograd=_autograd,
+)

@@ -10,15 +10,26 @@ from detr_fast import dispatch, ops
 from detr_fast.dispatch import use_backend
 from detr_fast.testing import assert_as_accurate_as_eager
 from detr_fast.testing.counters import count
+from detr_fast.testing.interpreter import checked_interpreter
 
 module = sys.modules["detr_fast.ops.linear_cross_entropy"]
+blocks = sys.modules["detr_fast.ops.linear_probabilities"]
+interpreter = pytest.mark.interpreter
 
 
 @pytest.fixture
 def chunked(monkeypatch):
     """Blocks of five rows, or of that many columns where the vocabulary is cut."""
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 5 * 13)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 5 * 13)
     with use_backend(linear_cross_entropy="chunked"):
+        yield
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """The kernel in the interpreter, on blocks of five rows of 13 classes."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 5 * 13)
+    with use_backend(linear_cross_entropy="triton"), checked_interpreter():
         yield
 
 
@@ -124,6 +135,128 @@ def test_a_compiled_model_has_no_graph_break(chunked):
     torch.testing.assert_close(torch.autograd.grad(found, weight), torch.autograd.grad(expected, weight))
 
 
+@interpreter
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "defaults")
+def test_the_kernels_losses_and_gradients_are_as_accurate_as_eager(triton, options):
+    assert_as_accurate_as_eager(
+        lambda *v: ops.linear_cross_entropy(*v, **options),
+        reference=lambda *v: reference(*v, **options),
+        inputs=inputs(rows=11, ignored="ignore_index" not in options),
+        dtype=torch.float32,
+        grad=options.get("reduction") != "none",
+    )
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_in_low_precision_and_with_large_logits_the_kernel_is_as_accurate_as_eager(triton, dtype, scale):
+    x, *rest = inputs(rows=12, features=32, classes=16)  # whole runs of 16 bytes
+    assert_as_accurate_as_eager(ops.linear_cross_entropy, reference=reference, inputs=[x * scale, *rest], dtype=dtype)
+
+
+@interpreter
+@pytest.mark.parametrize(("rows", "classes"), [(0, 13), (1, 2), (5, 13), (2, 4100)])
+def test_the_kernel_takes_any_number_of_rows_and_classes_and_no_bias(triton, rows, classes):
+    x, weight, _, target = inputs(rows=rows, classes=classes, ignored=False)
+    weight[: classes // 2] -= 30 * x[:1].sign().sum(0)  # classes of the first block that hardly count
+    assert_as_accurate_as_eager(
+        lambda x, w: ops.linear_cross_entropy(x, w, None, target, reduction="sum", label_smoothing=0.1),
+        reference=lambda x, w: reference(x, w, None, target, reduction="sum", label_smoothing=0.1),
+        inputs=[x, weight],
+        dtype=torch.float32,
+    )
+
+
+@interpreter
+def test_the_kernel_survives_classes_that_are_ruled_out(triton):
+    x, weight, bias, target = inputs(rows=2, classes=4200, ignored=False)
+    bias[:4096], target = -torch.inf, torch.tensor([4100, 4199])  # all of the first block
+    x.requires_grad_()
+    found, expected = (f(x, weight, bias, target) for f in (ops.linear_cross_entropy, reference))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+
+
+@interpreter
+def test_a_label_that_is_no_class_gives_nan_and_stays_inside_the_tensors(triton):
+    x, weight, bias, _ = inputs(rows=4)
+    x.requires_grad_()
+    loss = ops.linear_cross_entropy(x, weight, bias, torch.tensor([1, 13, -1, -100]), reduction="sum")
+    (dx,) = torch.autograd.grad(loss, x)
+    assert loss.isnan()
+    assert dx.isnan().all(-1).tolist() == [False, True, True, False]
+    assert not dx[3].any()
+
+
+@interpreter
+def test_the_kernels_double_backward_goes_through_eager(triton):
+    x, weight, bias, target = inputs(rows=6)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def penalty(function):
+        first = torch.autograd.grad(function(*leaves, target, label_smoothing=0.1), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for one, other in zip(penalty(ops.linear_cross_entropy), penalty(reference), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@interpreter
+def test_the_kernel_under_autocast_and_compile(triton):
+    x, weight, bias, target = inputs(rows=6, classes=16)
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.linear_cross_entropy(x, weight, bias, target)
+    assert loss.dtype == torch.float32
+    expected = reference(x, weight, bias, target)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    (dw,) = torch.autograd.grad(loss, weight)
+    assert dw.dtype == torch.float32
+    torch.testing.assert_close(dw, torch.autograd.grad(expected, weight)[0], rtol=3e-2, atol=1e-2)
+
+
+@interpreter
+def test_opcheck_accepts_the_kernel_and_a_compiled_model_has_no_graph_break():
+    x, weight, bias, target = inputs(rows=4)
+    op = torch.ops.detr_fast.linear_cross_entropy.default
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(op, (*leaves, target, None, -100, "mean", 0.0, [True, True, True]))
+    torch.library.opcheck(op, (x.detach(), weight.detach(), None, target.clamp(0), None, 2, "none", 0.1, [False] * 3))
+    with use_backend(linear_cross_entropy="triton"):
+        compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+        found, expected = (f(*leaves, target) for f in (compiled, reference))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept():
+    rows, features, classes = 4096, 64, 32000
+    x, weight = (torch.empty(n, features, device="meta", requires_grad=True) for n in (rows, classes))
+    target = torch.empty(rows, device="meta", dtype=torch.int64)
+
+    def step(x, weight, target):
+        ops.linear_cross_entropy(x, weight, None, target).backward()
+
+    with use_backend(linear_cross_entropy="triton"):
+        ours = count(step, x, weight, target)
+    chunks = -(-rows // (blocks.BLOCK_ELEMENTS // classes))
+    assert ours.launches["cross_entropy_kernel"] == chunks
+    products = {name: n for name, n in ours.launches.items() if "mm" in name}
+    assert sum(products.values()) == 3 * chunks, products
+    logits, both_gradients = 4 * rows * classes, 4 * (rows + classes) * features
+    assert ours.saved_bytes <= both_gradients + 8 * rows + 64 < logits / 20
+
+
+def test_what_the_kernel_does_not_take_is_told_with_the_reason():
+    x, weight, bias, target = (t.to("meta") for t in inputs())
+    with use_backend(linear_cross_entropy="triton"), pytest.raises(dispatch.BackendError, match="reduction 'none'"):
+        ops.linear_cross_entropy(x.requires_grad_(), weight, bias, target, reduction="none")
+    with use_backend(linear_cross_entropy="triton"), pytest.raises(dispatch.BackendError, match="give them one"):
+        ops.linear_cross_entropy(x.half(), weight, bias, target)
+
+
 def test_auto_materialises_small_logits_and_cuts_large_ones(monkeypatch):
     chosen = []
     monkeypatch.setattr(module, "WHOLE_ELEMENTS", 100)
@@ -148,11 +281,28 @@ def test_linear_softmax_is_softmax_of_linear(chunked, rows, bias):
 @pytest.mark.parametrize("k", [1, 4, 13])
 def test_top_k_probabilities_are_softmaxs_without_writing_it(monkeypatch, k):
     x, weight, bias, _ = inputs()
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 17 * 3)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 17 * 3)
     probabilities, classes = ops.linear_softmax_topk(x.view(1, 17, 6), weight, bias, k=k)
     expected = F.linear(x, weight, bias).softmax(-1).topk(k)
     torch.testing.assert_close(probabilities[0], expected.values)
     assert torch.equal(classes[0], expected.indices)
+
+
+def test_probabilities_are_written_once_and_top_k_never_writes_them_all():
+    x, weight = torch.empty(4096, 16, device="meta"), torch.empty(32000, 16, device="meta")
+    with torch.no_grad():
+        whole = count(lambda: ops.linear_softmax(x, weight))
+        best = count(lambda: ops.linear_softmax_topk(x, weight, k=5))
+    logits = 4 * 4096 * 32000
+    blocked = -(-4096 // (blocks.BLOCK_ELEMENTS // 32000))
+    assert whole.launches["aten.softmax.int_out"] == blocked  # straight into the result
+    assert whole.launches["aten._softmax.default"] == 1  # of no rows
+    assert not any("copy" in name for name in whole.launches)
+    assert (
+        whole.bytes_moved < 4.1 * logits
+    )  # the logits written and read, the result (operand and result of an `out=`) twice
+    assert best.bytes_moved < 4.1 * logits  # each block's logits are written, and read by logsumexp and top-k
+    assert "aten._softmax.default" not in best.launches
 
 
 @pytest.mark.parametrize(
@@ -180,9 +330,10 @@ def test_k_outside_the_classes_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_the_chunked_loss_is_as_accurate_as_eager(dtype):
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_on_a_gpu_the_loss_is_as_accurate_as_eager(dtype, backend):
     x, weight, bias, target = inputs(rows=3000, features=64, classes=9000)
-    with use_backend(linear_cross_entropy="chunked"):
+    with use_backend(linear_cross_entropy=backend):
         assert_as_accurate_as_eager(
             ops.linear_cross_entropy,
             reference=reference,
