@@ -109,11 +109,13 @@ def accelerate(
     NestedTensor with their sizes; the report says so where no module can.
     example_inputs: positional (a sequence) or keyword (a mapping) arguments of one call, for the report's explanation.
 
-    Raises TypeError for a model that is no torch.nn.Module, ValueError where a pattern or class matches nothing.
+    Raises TypeError for a model that is no torch.nn.Module, ValueError where a pattern or class matches nothing, and what the
+    model raises for the example inputs; the model is then as it was.
     """
     _check(model)
     wanted = _selected(model, only, "only", everything=True)
     skipped = _selected(model, skip, "skip", everything=False)
+    before = _marks(model)
     report = Report(type(model).__name__)
     adapters = adapters_for(model)
     for name, module in model.named_modules():
@@ -124,7 +126,11 @@ def accelerate(
     if packed:
         _pack(model, wanted - skipped, report)
     if example_inputs is not None:
-        report.explanation = _explained(model, example_inputs)
+        try:
+            report.explanation = _explained(model, example_inputs)
+        except BaseException:
+            _return_to(before, model)
+            raise
     return report
 
 
@@ -147,18 +153,26 @@ def restore(model: Module) -> Report:
 def accelerated(model: Module, **options: Any) -> Iterator[Report]:
     """`accelerate(model, **options)` while the block runs; what the block began with is there again afterwards."""
     _check(model)
-    before = {(module, mark) for module in model.modules() for mark in (MARK, PACKS) if mark in module.__dict__}
-    report = accelerate(model, **options)
+    before = _marks(model)
     try:
-        yield report
+        yield accelerate(model, **options)
     finally:
-        for module in model.modules():
-            for mark, undo in ((MARK, _restore), (PACKS, _unpack)):
-                if mark in module.__dict__ and (module, mark) not in before:
-                    undo("", module, Report(report.model))
-        for module, mark in before:  # modules may share what an adapter has just put back, as a configuration
-            if mark == MARK and MARK in module.__dict__:
-                module.__dict__[MARK].adapter.switched(module)
+        _return_to(before, model)
+
+
+def _marks(model: Module) -> set[tuple[Module, str]]:
+    """What `accelerate` has changed so far: modules and which mark they carry."""
+    return {(module, mark) for module in model.modules() for mark in (MARK, PACKS) if mark in module.__dict__}
+
+
+def _return_to(before: set[tuple[Module, str]], model: Module) -> None:
+    """Undo what was changed since."""
+    for module, mark in _marks(model) - before:
+        undo = _restore if mark == MARK else _unpack
+        undo("", module, Report(type(model).__name__))
+    for module, mark in before:  # modules may share what an adapter has just put back, as a configuration
+        if mark == MARK and MARK in module.__dict__:
+            module.__dict__[MARK].adapter.switched(module)
 
 
 def _consider(name: str, module: Module, adapters: Sequence[type[Adapter]], report: Report) -> None:

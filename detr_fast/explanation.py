@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -84,6 +85,14 @@ class Explanation(list[Record]):
         return [{**vars(record), "reasons": dict(record.reasons)} for record in self]
 
 
+class _Stack(threading.local):
+    """The modules that a thread is in, and for each the record that what runs now belongs to."""
+
+    def __init__(self) -> None:
+        self.path: list[str] = []
+        self.rows: list[int | None] = [None]
+
+
 @contextmanager
 def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iterator[Explanation]:
     """Collect one record per module and op while the block runs; module names are those inside `model`.
@@ -91,8 +100,7 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
     counted: also count launches and bytes, which makes the run slower. What torch.compile has compiled runs eagerly.
     """
     names = {module: name for name, module in model.named_modules()} if model is not None else {}
-    path: list[str] = []
-    open_rows: list[int | None] = [None]  # of each module entered: the record that what runs now belongs to
+    stack = _Stack()
     explanation = Explanation()
     index: dict[tuple[str, ...], int] = {}
     known = () if model is None else (*model.parameters(), *model.buffers())
@@ -106,7 +114,7 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
         new = [counts.total_launches, counts.bytes_moved]
         launches, moved = new[0] - seen[0], new[1] - seen[1]
         seen[:] = new
-        row = open_rows[-1]
+        row = stack.rows[-1]
         if row is not None and (launches or moved):
             old = explanation[row]
             assert isinstance(old, MeasuredRecord)
@@ -114,7 +122,7 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
 
     def record(op: str, decision: Any) -> None:
         settle()
-        module = path[-1] if path else ""
+        module = stack.path[-1] if stack.path else ""
         kind = MeasuredRecord if counted else Record
         new = kind(module, op, decision.shapes, decision.implementation.name, decision.reasons, decision.note)
         key = (module, op, new.shapes, new.chosen)
@@ -124,17 +132,18 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
         else:
             index[key] = len(explanation)
             explanation.append(new)
-        open_rows[-1] = index[key]
+        stack.rows[-1] = index[key]
 
     def enter(module: nn.Module, args: Any) -> None:
         settle()
-        path.append(names.get(module, path[-1] if path else type(module).__name__))
-        open_rows.append(None)
+        stack.path.append(names.get(module, stack.path[-1] if stack.path else type(module).__name__))
+        stack.rows.append(None)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         settle()
-        path.pop()
-        open_rows.pop()
+        if stack.path:  # a module that was entered before, in another thread, is none of ours
+            stack.path.pop()
+            stack.rows.pop()
 
     # Global hooks: a hook on a module itself would change what some layers do (torch's fast path, our fused layers).
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
@@ -190,6 +199,7 @@ def measured_times(
     """
     event = new_event or (lambda: torch.cuda.Event(enable_timing=True))
     names = {module: name for name, module in model.named_modules()}
+    own = threading.get_ident()
     starts: list[Any] = []
     spans: list[tuple[str, Any, Any]] = []
 
@@ -199,10 +209,12 @@ def measured_times(
         return recorded
 
     def enter(module: nn.Module, args: Any) -> None:
-        starts.append(now())
+        if threading.get_ident() == own:
+            starts.append(now())
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        spans.append((names.get(module, ""), starts.pop(), now()))
+        if threading.get_ident() == own:
+            spans.append((names.get(module, ""), starts.pop(), now()))
 
     totals: dict[str, list[float]] = {}
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]

@@ -368,7 +368,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             row = share * width
             shape = (batch, length, self.num_heads, self.head_dim)
             stride = (length * row, row, self.head_dim, 1) if batch_first else (row, batch * row, self.head_dim, 1)
-            if type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+                stand_ins.append(query.new_empty(shape, dtype=dtype))  # transforms take eager code whatever strides say
+            elif type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
                 stand_ins.append(_stand_in(shape, stride, dtype, query.device, grad))
             else:
                 stand_ins.append(query.new_empty_strided(shape, stride, dtype=dtype, requires_grad=grad))

@@ -101,6 +101,16 @@ def test_accelerated_undoes_only_its_own_even_after_an_error():
     assert classes(model) == before
 
 
+@pytest.mark.parametrize("switch", [detr_fast.accelerate, lambda m, **o: detr_fast.accelerated(m, **o).__enter__()])
+def test_example_inputs_that_do_not_fit_leave_the_model_as_it_was(switch):
+    model = transformer()
+    detr_fast.accelerate(model, only="encoder")
+    before = classes(model)
+    with pytest.raises(RuntimeError, match="feature number"):
+        switch(model, example_inputs=(torch.ones(2, 3, 7), torch.ones(2, 3, 7)))
+    assert classes(model) == before
+
+
 def test_modules_built_from_our_nn_are_not_restored():
     model = nn.Sequential(ours.LayerNorm(4), nn.LayerNorm(4))
     assert len(detr_fast.accelerate(model).switched) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,27 @@ def test_a_models_arguments_may_have_any_name():
             return model * x
 
     assert detr_fast.explain(Scale(), torch.ones(2), model=3.0, quiet=True).counts.total_launches == 1
+
+
+def test_models_are_explained_while_other_threads_run_theirs():
+    model, stop, errors = nn.Sequential(ours.LayerNorm(8), nn.Sequential(nn.ReLU(), nn.ReLU())), threading.Event(), []
+
+    def work():
+        try:
+            while not stop.is_set():
+                model(torch.ones(2, 8))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(50):
+            assert {r.module for r in detr_fast.explain(model, torch.ones(2, 8), quiet=True)} == {"0"}
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
 
 
 def test_explaining_a_step_counts_nothing_unless_asked():

@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn as torch_nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast import use_backend
 from detr_fast.explanation import explaining
+from detr_fast.nn.multihead_attention import _stand_in
 
 NAMES = ["LayerNorm", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"]
 BACKENDS = ["auto", "sdpa", "eager"]
@@ -149,6 +151,22 @@ def test_vmap_of_grad_gives_gradients_for_each_sample(name, backend, pair):
             expected = grad(loss)(parameters, x[index], memory[index])
             for key, value in expected.items():
                 close(found[key][index], value, 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_and_tangents_of_the_input_are_torch_nns(name, backend, pair):
+    ours, original = pair(name)
+    x, memory = inputs()
+    tangent = torch.randn_like(x)
+    _stand_in.cache_clear()  # whose tensors were made outside of transforms by whoever came before
+
+    def derivatives(module):
+        gradient = grad(lambda t: module(t, memory).square().sum())(x)
+        return gradient, jvp(lambda t: module(t, memory), (x,), (tangent,))
+
+    with use_backend(attention=backend), sdpa_kernel(SDPBackend.MATH):  # the others know no forward mode
+        close(derivatives(ours), derivatives(original), 1e-4)
 
 
 def test_an_ensemble_runs_as_one_vmapped_module(pair):
