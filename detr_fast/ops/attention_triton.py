@@ -364,23 +364,23 @@ def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
         return _backward(dout, dlse, q, k, v, *rest)
 
 
-_OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
+OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
 _forward = define(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, Tensor? seed, {OPTIONS}) -> (Tensor, Tensor)",
     run=run_forward,
     fake=fake_forward,
     autograd=_autograd_forward,
 )
 _backward = define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, "
-    f"Tensor? seed, Tensor out, Tensor lse, bool with_mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? seed, Tensor out, Tensor lse, bool with_mask, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,
 )
 _weights = define(
     "attention_weights(Tensor q, Tensor k, Tensor? padding, Tensor? mask, Tensor? seed, Tensor lse, bool averaged, "
-    f"ScalarType dtype, {_OPTIONS}) -> Tensor",
+    f"ScalarType dtype, {OPTIONS}) -> Tensor",
     run=_run_weights,
     fake=_fake_weights,
     autograd=_autograd_weights,

@@ -7,8 +7,10 @@ from torch._subclasses import FakeTensorMode
 from detr_fast import ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
+from detr_fast.testing import assert_as_accurate_as_eager, counting
 
 BACKENDS = ("sdpa", "eager")
+interpreter = pytest.mark.interpreter
 
 
 def ends(*lengths):
@@ -87,6 +89,12 @@ def test_auto_reads_the_lengths_on_a_cpu_and_never_those_on_a_gpu():
         lengths = torch.empty(3, dtype=torch.int32, device="cuda")
         y = ops.attention_varlen(q, k, v, lengths, lengths, 6, 6)
     assert y.shape == (10, 2, 8)
+    assert records[0].chosen == "triton"
+    with FakeTensorMode(), explaining() as records:
+        q, lengths = (
+            torch.empty(n, device="cuda", dtype=t) for n, t in (((10, 2, 8), torch.float64), (3, torch.int32))
+        )
+        ops.attention_varlen(q, q, q, lengths, lengths, 6, 6)
     assert records[0].chosen == "eager"
     assert "would make the host wait" in records[0].reasons["sdpa"]
 
@@ -123,3 +131,129 @@ def test_lengths_on_a_gpu_refuse_the_implementation_that_reads_them():
         lengths = torch.empty(3, dtype=torch.int32, device="cuda")
         with pytest.raises(BackendError, match="would make the host wait"):
             ops.attention_varlen(q, q, q, lengths, lengths, 6, 6)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_kernel_is_as_accurate_as_eager(dtype, is_causal):
+    q, k, v, *rest = problem((5, 1, 9), (3, 8, 2), surplus=4)
+
+    def call(backend):
+        def run(*qkv):
+            with use_backend(attention_varlen=backend):
+                return ops.attention_varlen(*qkv, *rest, is_causal=is_causal)
+
+        return run
+
+    assert_as_accurate_as_eager(call("triton"), reference=call("eager"), inputs=(q, k, v), dtype=dtype)
+
+
+@interpreter
+def test_the_padded_form_is_the_kernels_twin_in_dropout_and_in_the_double_backward():
+    q, k, v, *rest = problem((20, 3), (35, 18), surplus=2, dtype=torch.float32)
+    results = []
+    for backend in ("triton", "eager"):
+        torch.manual_seed(5)
+        with use_backend(attention_varlen=backend):
+            y = ops.attention_varlen(q, k, v, *rest, dropout_p=0.4)
+        first = torch.autograd.grad(y.square().sum(), (q, k, v), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+        results.append((y, *first, *second))
+    for ours, twin in zip(*results):
+        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=1e-3)
+
+
+@interpreter
+def test_opcheck_accepts_the_kernels_ops():
+    q, k, v, *rest = problem((4, 3), (5, 2), surplus=2, dtype=torch.float32)
+    packed = (q, k, v, *rest, torch.tensor([7]), True, 0.5, 0.3, 2, False)
+    torch.library.opcheck(torch.ops.detr_fast.attention_varlen.default, packed)
+    with torch.no_grad():
+        out, lse = torch.ops.detr_fast.attention_varlen(*packed)
+    torch.library.opcheck(
+        torch.ops.detr_fast.attention_varlen_backward.default, (torch.randn_like(out), out, lse, *packed)
+    )
+
+
+@interpreter
+def test_one_launch_forward_two_backward_and_only_the_output_is_kept():
+    q, k, v, *rest = problem((20, 30), (20, 30), dtype=torch.float32)
+    with counting((q, k, v)) as counts, use_backend(attention_varlen="triton"):
+        y = ops.attention_varlen(q, k, v, *rest)
+    assert counts.total_launches == 1
+    dy = torch.randn_like(y)
+    with counting() as backward, use_backend(attention_varlen="triton"):
+        torch.autograd.grad(y, (q, k, v), dy)
+    assert backward.total_launches == 2
+    assert counts.saved_bytes == y.numel() * 4 + 2 * 2 * 30 * 4 + 2 * 3 * 4  # the log-sum-exp, and both ends
+
+
+@interpreter
+def test_autocast_casts_as_sdpa_does():
+    q, k, v, *rest = problem((4, 3), (5, 2), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), use_backend(attention_varlen="triton"):
+        y = ops.attention_varlen(q, k, v, *rest)
+    assert y.dtype == torch.bfloat16
+    assert torch.autograd.grad(y.float().sum(), q)[0].dtype == torch.float32
+
+
+@interpreter
+def test_the_kernel_compiles_without_a_graph_break():
+    q, k, v, *rest = problem((3, 2), (4, 1), dtype=torch.float32)
+    with use_backend(attention_varlen="triton"):
+        y = torch.compile(ops.attention_varlen, fullgraph=True, backend="aot_eager")(q, k, v, *rest)
+        expected = ops.attention_varlen(q, k, v, *rest)
+    for ours, theirs in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (y, expected))):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("lengths", [((3, 2), (4, 0)), ((0,), (0,)), ((), ())])
+@interpreter
+def test_the_kernel_takes_empty_sequences(lengths):
+    q, k, v, *rest = problem(*lengths, surplus=2, dtype=torch.float32)
+    with use_backend(attention_varlen="triton"):
+        y = ops.attention_varlen(q, k, v, *rest)
+    assert not y[sum(lengths[0]) :].any()
+    assert all(not g[sum(lengths[0]) + 1 :].any() for g in torch.autograd.grad(y.sum(), (q,)))
+
+
+def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
+    from detr_fast.kernels import launch
+
+    from detr_fast.ops import attention_varlen_triton
+    from detr_fast.ops.attention_varlen import ATTENTION_VARLEN
+
+    compiled, launched = [], []
+    monkeypatch.setattr(attention_varlen_triton, "compile_variant", lambda variant, device: compiled.append(variant))
+    monkeypatch.setattr(launch, "observers", [lambda one: launched.append(one.variant)])
+    ATTENTION_VARLEN.forget()
+    q, k, v = (torch.empty(30, 2, 32, device="meta", dtype=torch.float16, requires_grad=True) for _ in range(3))
+    ends_of = torch.empty(4, dtype=torch.int32, device="meta")
+    with use_backend(attention_varlen="triton"):
+        ops.attention_varlen(q, k, v, ends_of, ends_of, 20, 20, dropout_p=0.1)
+    seed = torch.zeros(1, dtype=torch.int64, device="meta")
+    packed = (q, k, v, ends_of, ends_of, 20, 20, seed, False, 0.1, 1.0, 0, False)
+    out, lse = attention_varlen_triton._run_forward(*packed)
+    attention_varlen_triton._run_backward(out, out, lse, *packed)
+    assert len(compiled) == 3
+    assert launched == compiled
+    ATTENTION_VARLEN.forget()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernel_is_as_accurate_as_eager():
+    lengths = (333, 1, 0, 850)
+    q, k, v, *rest = problem(lengths, lengths, surplus=70, heads=8, dim=32, value_dim=32)
+    ends_of = rest[0].cuda()
+
+    def call(backend):
+        def run(*qkv):
+            with use_backend(attention_varlen=backend):
+                return ops.attention_varlen(*qkv, ends_of, ends_of, 850, 850)
+
+        return run
+
+    tensors = [t.detach().cuda() for t in (q, k, v)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert_as_accurate_as_eager(call("triton"), reference=call("eager"), inputs=tensors, dtype=dtype)

@@ -1,0 +1,130 @@
+"""What a call of attention over packed sequences is to the dispatcher: what fits, its signature, its description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast import dispatch
+from detr_fast.dispatch import Call, Situation
+from detr_fast.kernels.attention_tiles import layout
+from detr_fast.ops.attention_call import computed_dtype, tf32
+from detr_fast.ops.boundary import wants_grad
+
+
+@dataclass(frozen=True)
+class VarlenCall(Call):
+    """dtype: what is computed in, autocast's under autocast. layouts: of q, k and v."""
+
+    sequences: int
+    queries: int
+    keys: int
+    max_q: int
+    max_k: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    is_causal: bool
+    dropout: bool
+    one_dtype: bool  # of q, k and v
+    layouts: tuple[tuple[int, ...], ...]
+
+    def shapes(self) -> str:
+        text = (
+            f"{self.sequences} sequences H {self.heads} {self.queries}×{self.keys} tokens, at most "
+            f"{self.max_q}×{self.max_k} hd {self.head_dim} {str(self.dtype).removeprefix('torch.')}"
+        )
+        return text + (" causal" if self.is_causal else "") + (" dropout" if self.dropout else "")
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, dropout_p: float
+) -> None:
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 3):
+        raise ValueError(f"attention_varlen takes q (Tq, H, E), k (Tk, H, E), v (Tk, H, Ev), without a batch; {shapes}")
+    if k.shape[1:] != q.shape[1:] or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"q, k and v must have the same H, q and k the same E, k and v the same number of tokens; {shapes}"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
+    for name, ends in (("cu_seqlens_q", ends_q), ("cu_seqlens_k", ends_k)):
+        if ends.ndim != 1 or len(ends) < 1 or ends.dtype != torch.int32 or ends.device != q.device:
+            raise ValueError(
+                f"{name} must be int32 of shape (B + 1,) on {q.device}: 0, then the end of each sequence; "
+                f"got {ends.dtype} {tuple(ends.shape)} on {ends.device}"
+            )
+    if len(ends_q) != len(ends_k):
+        raise ValueError(f"cu_seqlens_q is of {len(ends_q) - 1} sequences and cu_seqlens_k of {len(ends_k) - 1}")
+    if q.device.type == "cpu" and not isinstance(ends_q, dispatch.FakeTensor) and not torch.compiler.is_compiling():
+        _check_lengths("q", ends_q.tolist(), q.shape[0], max_q)
+        _check_lengths("k", ends_k.tolist(), k.shape[0], max_k)
+
+
+def _check_lengths(which: str, ends: list[int], tokens: int, longest: int) -> None:
+    lengths = [end - start for start, end in pairwise(ends)]
+    if ends[0] != 0 or min(lengths, default=0) < 0 or ends[-1] > tokens:
+        raise ValueError(
+            f"cu_seqlens_{which} must start at 0, never fall and end at {tokens} tokens or before; got {ends}"
+        )
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_{which} is {longest}, but a sequence has {max(lengths)} tokens")
+
+
+def signature(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> tuple[Any, ...]:
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    described = ((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
+    return (*described, max_q, max_k, is_causal, dropout_p > 0.0, q.dtype == torch.float32 and tf32())
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+    *,
+    situation: Situation,
+) -> VarlenCall:
+    dtypes = [computed_dtype(t.dtype, situation.autocast) for t in (q, k, v)]
+    return VarlenCall(
+        device=q.device,
+        architecture=dispatch.architecture(q.device),
+        dtype=dtypes[0],
+        tensor_type=dispatch.tensor_type((q, k, v, cu_seqlens_q, cu_seqlens_k)),
+        needs_grad=wants_grad(q, k, v),
+        situation=situation,
+        sequences=len(cu_seqlens_q) - 1,
+        queries=q.shape[0],
+        keys=k.shape[0],
+        max_q=max_q,
+        max_k=max_k,
+        heads=q.shape[1],
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        is_causal=is_causal,
+        dropout=dropout_p > 0.0,
+        one_dtype=len(set(dtypes)) == 1,
+        layouts=tuple(map(layout, (q, k, v))),
+    )

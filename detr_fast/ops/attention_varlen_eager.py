@@ -1,0 +1,124 @@
+"""Attention over packed sequences in plain PyTorch: one after the other, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast import dispatch
+from detr_fast.dispatch import Implementation
+from detr_fast.ops.attention import ATTENTION, EagerAttention
+from detr_fast.ops.attention_varlen_call import VarlenCall
+
+
+class PerSequence(Implementation):
+    """SDPA, one sequence after the other: no work on padding, but the host must know the lengths."""
+
+    name = "sdpa"
+    plain = True
+
+    def why_not(self, call: VarlenCall) -> str | None:
+        if call.device_type != "cpu":
+            return f"the lengths are on {call.device_type}: to read them would make the host wait"
+        if call.situation.regime == "compiled" or call.tensor_type is dispatch.FakeTensor:
+            return "the lengths are not known while tracing"
+        return None
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_q: int,
+        max_k: int,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float | None,
+    ) -> Tensor:
+        ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        pieces = []
+        for start_q, end_q, start_k, end_k in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]):
+            if start_k == end_k:  # SDPA's math path gives NaN
+                pieces.append(_zeros(q[start_q:end_q], k, v))
+                continue
+            own_q = q[start_q:end_q].transpose(0, 1)[None]
+            own_k, own_v = (t[start_k:end_k].transpose(0, 1)[None] for t in (k, v))
+            y = F.scaled_dot_product_attention(own_q, own_k, own_v, None, dropout_p, is_causal, scale=scale)
+            pieces.append(y[0].transpose(0, 1))
+        pieces.append(_zeros(q[ends_q[-1] :], k, v))
+        dtype = pieces[0].dtype
+        return torch.cat([piece.to(dtype) for piece in pieces])
+
+
+class Padded(Implementation):
+    """Unpack into (B, max, H, E), attend with a mask, pack again: any device, without a look at the lengths.
+
+    With dropout it is the kernels' twin: it drops what they drop.
+    """
+
+    name = "eager"
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_q: int,
+        max_k: int,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float | None,
+    ) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+            arguments = (q, k, v, padding, None, is_causal, dropout_p, scale)
+            out = EagerAttention().run(*arguments) if dropout_p > 0.0 else ATTENTION(*arguments)
+            return out  # type: ignore[return-value]
+
+        return padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, attend)
+
+
+def padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`attend(q, k, v, padding)` of the sequences as a padded batch, packed again; zeros for surplus tokens."""
+    if not q.shape[0] or not k.shape[0]:
+        return _zeros(q, k, v)
+    index_q, _ = _slots(cu_seqlens_q, max_q)
+    index_k, padding = _slots(cu_seqlens_k, max_k)
+    y = attend(q[index_q], k[index_k], v[index_k], padding)
+    token = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)
+    surplus = sequence == len(cu_seqlens_q) - 1
+    sequence = sequence.masked_fill(surplus, 0)
+    position = (token - cu_seqlens_q[sequence]).clamp(max=max_q - 1)
+    return y[sequence, position].masked_fill(surplus[:, None, None], 0)
+
+
+def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros for queries that see nothing, part of the graph all the same: their gradients are zero, not missing."""
+    return (q[..., :0].sum(-1, keepdim=True) + k[:0].sum() + v[:0].sum()).expand(*q.shape[:2], v.shape[2])
+
+
+def _slots(cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(B, longest): the token in each slot of a padded batch, and whether the slot is padding; padding reads token 0.
+
+    Token 0 exists wherever there is a token at all; a surplus one could hold anything, NaN too.
+    """
+    position = torch.arange(longest, device=cu_seqlens.device)
+    index = cu_seqlens[:-1, None] + position
+    padding = index >= cu_seqlens[1:, None]
+    return index.masked_fill(padding, 0), padding

@@ -1,0 +1,211 @@
+"""Attention over packed sequences by the Triton kernels: when they take a call, and their registration with autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast.dispatch import TritonImplementation
+from detr_fast.kernels import attention as kernels
+from detr_fast.kernels import attention_backward as backward_kernels
+from detr_fast.kernels.attention_tiles import MAX_HEAD_DIM, Problem, Sequences
+from detr_fast.kernels.launch import compile_variant
+from detr_fast.ops import regimes
+from detr_fast.ops.attention_call import computed_dtype, tf32
+from detr_fast.ops.attention_triton import OPTIONS, reference
+from detr_fast.ops.attention_varlen_call import VarlenCall
+from detr_fast.ops.attention_varlen_eager import padded
+from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.dropout import next_seed
+
+
+class TritonVarlen(TritonImplementation):
+    """One launch, on the tokens that are there; the alternative on a GPU pads them first, in a dozen launches."""
+
+    max_head_dim = MAX_HEAD_DIM
+
+    def why_not(self, call: VarlenCall) -> str | None:
+        if not (1 <= call.head_dim <= self.max_head_dim and 1 <= call.value_dim <= self.max_head_dim):
+            return f"head dimensions {call.head_dim} and {call.value_dim}: it takes 1 to {self.max_head_dim}"
+        return None if call.one_dtype else "q, k and v of different dtypes: it takes one"
+
+    def note(self, call: VarlenCall) -> str | None:
+        return regimes.note("attention_varlen", call)
+
+    def compiled_key(self, call: VarlenCall) -> Any:
+        options = (call.is_causal, call.dropout, call.needs_grad)
+        return call.device, call.dtype, call.head_dim, call.value_dim, options
+
+    def prepare(self, call: VarlenCall) -> None:
+        problem = _meta_problem(call)
+        variants = kernels.forward_variants(problem, call.device)
+        if call.needs_grad:
+            variants += backward_kernels.backward_variants(problem, call.device)
+        for variant in variants:
+            compile_variant(variant, call.device)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_q: int,
+        max_k: int,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float | None,
+    ) -> Tensor:
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # meta tensors know no autocast
+            autocast = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (t.to(computed_dtype(t.dtype, autocast)) for t in (q, k, v))
+        seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        out, _ = _forward(q, k, v, *ends, max_q, max_k, seed, is_causal, dropout_p, scale, offset, tf32())
+        return out
+
+
+def _meta_problem(call: VarlenCall) -> Problem:
+    """A problem like the call's, without memory."""
+    shapes = (call.queries, call.head_dim), (call.keys, call.head_dim), (call.keys, call.value_dim)
+    tensors = [
+        torch.empty_strided((tokens, call.heads, dim), stride, dtype=call.dtype, device="meta")
+        for (tokens, dim), stride in zip(shapes, call.layouts)
+    ]
+    ends = torch.empty(call.sequences + 1, dtype=torch.int32, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    options = (call.is_causal, 0.5 if call.dropout else 0.0, 1.0, 0, tf32())
+    q, k, v = tensors
+    return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration: forward and backward are ops of their own; each has an autograd kernel.
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    max_q: int,
+    max_k: int,
+    seed: Tensor | None,
+    *options: Any,
+) -> Problem:
+    causal, dropout_p, scale, offset, tf32 = options
+    return Problem(
+        q[None],
+        k[None],
+        v[None],
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        offset=offset,
+        tf32=tf32,
+        sequences=Sequences(ends_q, ends_k, max_q, max_k),
+    )
+
+
+def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = _problem(*arguments)
+    out, lse = kernels.attention_forward(problem)
+    return out[0] if problem.batch else out[0].zero_(), lse
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, *rest: Any) -> Any:
+    lse = q.new_empty((ends_q.shape[0] - 1, q.shape[1], max(1, max_q)), dtype=torch.float32)
+    return q.new_empty((*q.shape[:2], v.shape[2])), lse
+
+
+def _run_backward(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    problem = _problem(*arguments)
+    gradients = backward_kernels.attention_backward(problem, out[None], lse, dout[None])[:3]
+    return tuple(g[0] if problem.batch else g[0].zero_() for g in gradients if g is not None)
+
+
+def _fake_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            out, lse = _forward(q, k, v, *rest)
+        ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
+        ctx.save_for_backward(q, k, v, ends_q, ends_k, seed, out, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # none for lse
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Any) -> Any:
+        q, k, v, ends_q, ends_k, seed, out, lse = ctx.saved_tensors
+        packed = (q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, seed)
+        gradients = _backward(dout, out, lse, *packed, *ctx.options)
+        wanted = (g if want else None for g, want in zip(gradients, ctx.needs_input_grad))
+        return (*wanted, *(None,) * 10)
+
+
+class _Backward(torch.autograd.Function):
+    """The first backward; its own backward (double backward) recomputes eagerly, padded."""
+
+    @staticmethod
+    def forward(ctx: Any, dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        with below_autograd():
+            gradients = _backward(dout, out, lse, q, k, v, *rest)
+        ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
+        ctx.save_for_backward(dout, q, k, v, ends_q, ends_k, seed)
+        ctx.set_materialize_grads(False)
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        dout, q, k, v, ends_q, ends_k, seed = ctx.saved_tensors
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+            return reference(q, k, v, padding, None, seed, tuple(ctx.options))  # type: ignore[arg-type]
+
+        def again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return padded(q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, attend)
+
+        d_dout, d_qkv = double_backward(again, (q, k, v), dout, [True] * 3, upstream)
+        return (d_dout, None, None, *d_qkv, *(None,) * 10)
+
+
+def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if wants_grad(q, k, v):
+        return _Forward.apply(q, k, v, *rest)
+    with below_autograd():
+        return _forward(q, k, v, *rest)
+
+
+def _autograd_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    if wants_grad(dout, q, k, v):
+        return _Backward.apply(dout, out, lse, q, k, v, *rest)
+    with below_autograd():
+        return _backward(dout, out, lse, q, k, v, *rest)
+
+
+_PACKED = f"Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, int max_q, int max_k, Tensor? seed, {OPTIONS}"
+_forward = define(
+    f"attention_varlen({_PACKED}) -> (Tensor, Tensor)",
+    run=_run_forward,
+    fake=_fake_forward,
+    autograd=_autograd_forward,
+)
+_backward = define(
+    f"attention_varlen_backward(Tensor dout, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    run=_run_backward,
+    fake=_fake_backward,
+    autograd=_autograd_backward,
+)
