@@ -370,6 +370,12 @@ class Op:
         return None
 
 
+def forget_decisions() -> None:
+    """Drop the cached decisions of all ops, as what they were based on has changed."""
+    for op in _ops.values():
+        op.forget()
+
+
 def _why_not(implementation: Implementation, call: Call, by_name: bool) -> str | None:
     if implementation.plain:
         if call.situation.transform is not None:

@@ -64,6 +64,12 @@ def train(
     queries: Annotated[
         int | None, typer.Option("--queries", help="The most objects an image can get.", rich_help_panel=_RECIPE)
     ] = None,
+    focal: Annotated[
+        bool,
+        typer.Option(
+            "--focal", help="Classify by sigmoid focal loss, without a 'no object' class.", rich_help_panel=_RECIPE
+        ),
+    ] = False,
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate of the transformer.", rich_help_panel=_RECIPE)
     ] = None,
@@ -126,7 +132,7 @@ def train(
     changes = {name: value for name, value in changes.items() if value is not None}
     console = Console(width=None if os.isatty(1) else 120)
     if resume is not None:
-        surplus = [f"--{name.replace('_', '-')}" for name in changes if name != "epochs"]
+        surplus = [f"--{name.replace('_', '-')}" for name in changes if name != "epochs"] + ["--focal"] * focal
         if surplus:
             raise ConfigError(f"{', '.join(surplus)} cannot change in mid-run; only --epochs goes with --resume")
         with ProgressReporter(console) as reporter:
@@ -134,7 +140,7 @@ def train(
     else:
         assert data is not None
         config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)
-        settings: dict[str, Any] = {} if queries is None else {"num_queries": queries}
+        settings: dict[str, Any] = {"focal": focal} | ({} if queries is None else {"num_queries": queries})
         if model != "small" and weights is None and weights_backbone is None:
             settings["backbone_norm"] = "batch"
             console.print("[yellow]note[/] no weights given: the backbone trains from scratch, which needs much data")

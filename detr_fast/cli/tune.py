@@ -1,19 +1,21 @@
-"""`detr-fast tune`: measure the kernels on this machine's GPU, so that `auto` knows where they win."""
+"""`detr-fast tune`: measure this machine, so that `auto` knows which implementation is faster where."""
 
 from __future__ import annotations
 
 
 def tune() -> None:
-    """Measure the kernels on this machine's GPU (about a minute) and remember where each one is faster than PyTorch."""
+    """Measure this machine (under a minute) and remember what is faster where: kernels, where there is a GPU, or PyTorch.
+
+    Without a GPU: from which size on assignment problems are worth several threads.
+    """
     import torch
 
-    from detr_fast.engine.errors import EngineError
     from detr_fast.ops import regimes
-    from detr_fast.ops.tuning import tune_layer_norm
+    from detr_fast.ops.tuning import tune as measure
 
-    if not torch.cuda.is_available():
-        raise EngineError(
-            "PyTorch sees no GPU here, so there is nothing to measure; run 'detr-fast tune' on the machine with the GPU"
-        )
-    path = regimes.save([tune_layer_norm(torch.device("cuda", torch.cuda.current_device()))])
-    print(f"wrote {path}; every program of this user on this GPU reads it from now on")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    if not gpu:
+        print("PyTorch sees no GPU here: kernels are measured where there is one, and only assignment on this CPU")
+    path = regimes.save(measure(device))
+    print(f"wrote {path}; every program of this user on this machine reads it from now on")

@@ -17,10 +17,6 @@ from detr_fast.kernels import assignment as kernels
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import below_autograd, define
 
-# Row scans of the search, N² Q a problem, from which threads pay: 16 problems of 300 × 300 take 0.17 s in one thread,
-# and starting threads takes 0.1 ms.
-THREADS_MINIMUM_WORK = 20_000_000
-
 
 def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     """Give each row of each problem a column of its own, so that the sum of their costs is the least possible.
@@ -86,7 +82,7 @@ class TritonAssignment(TritonImplementation):
     def advice(self, call: AssignmentCall) -> str | None:
         if regimes.find("linear_assignment", call.architecture) is None:
             return None  # unmeasured; but the host need not wait for it, and every other way does
-        return regimes.advice("linear_assignment", call, _bytes(call))
+        return regimes.advice("linear_assignment", call, call.targets**2 * call.queries)
 
     def note(self, call: AssignmentCall) -> str | None:
         return regimes.note("linear_assignment", call)
@@ -108,10 +104,10 @@ class SciPyAssignment(Implementation):
     devices = frozenset({"cpu"})
 
     def advice(self, call: AssignmentCall) -> str | None:
-        work = call.problems * call.targets**2 * call.queries
-        if work >= THREADS_MINIMUM_WORK and _threads() > 1:
-            return f"N² Q of all problems is {work:,}: from {THREADS_MINIMUM_WORK:,} on, threads are faster"
-        return None
+        scans, measured = call.problems * call.targets**2 * call.queries, regimes.find("linear_assignment", "cpu")
+        if measured is None or scans < measured.eager_minimum or _threads() == 1:
+            return None
+        return f"{scans:,} row scans (N² Q): from {measured.eager_minimum:,} on, threads are faster ({measured.source})"
 
     def run(self, cost: Tensor, counts: Tensor) -> Tensor:
         return _assign_on_host(cost, counts, 1)
@@ -137,10 +133,6 @@ LINEAR_ASSIGNMENT = Op(
     describe=_describe,
     implementations=(TritonAssignment(), SciPyAssignment(), ThreadedAssignment()),
 )
-
-
-def _bytes(call: AssignmentCall) -> int:
-    return call.problems * call.targets * call.queries * call.dtype.itemsize
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Where a kernel was measured to be faster than what it replaces: data that `auto` reads.
+"""Where an implementation was measured to be faster than what it replaces: data that `auto` reads.
 
-A `Regime` says from which amount of work on an implementation wins, on one architecture, with the measurement behind it.
-`detr-fast tune` measures the user's own GPU and writes more of them to a cache file, which outranks those shipped here.
+A `Regime` says from and up to which amount of work it wins, on one architecture, with the measurement behind it.
+`detr-fast tune` measures the user's own machine and writes more of them to a cache file, which outranks those shipped here.
 Without an entry for the architecture the nearest one counts, and `explain` says so. Without any entry, the conservative
 default holds: only where the GPU's time surely outweighs the host's, or where launches are free (a captured CUDA graph).
 """
@@ -17,21 +17,35 @@ from pathlib import Path
 
 import torch
 
-from detr_fast.dispatch import Call
+from detr_fast.dispatch import Call, forget_decisions
 
+NEVER = 1 << 62  # beyond any size
+SCANS = "row scans"  # of an assignment: N² Q, what a search over Q columns for each of N rows may take
 UNMEASURED_MINIMUM_BYTES = 32 << 20  # 10 µs at 3 TB/s: above the host's cost of an eager Triton launch (6–13 µs)
 
 
 @dataclass(frozen=True)
 class Regime:
     op: str
-    architecture: str
-    eager_minimum_bytes: int  # of the op's main input, run eagerly; below it PyTorch's own op is faster
-    captured_minimum_bytes: int  # the same inside a CUDA graph
-    source: str  # GPU, versions and date of the measurement
+    architecture: str  # "sm_90", "gfx942"; "cpu" for threads against one thread
+    eager_minimum: int  # bytes of the op's main input (or `unit`), run eagerly; below it the alternative is faster
+    captured_minimum: int  # the same inside a CUDA graph
+    source: str  # machine, versions and date of the measurement
+    eager_maximum: int = NEVER  # above it the alternative is faster
+    unit: str = "bytes"
 
 
-SHIPPED: tuple[Regime, ...] = ()  # no GPU has been measured yet; `make gpu` proposes entries
+SHIPPED: tuple[Regime, ...] = (
+    Regime(
+        "linear_assignment",
+        "cpu",
+        18_000_000,
+        18_000_000,
+        "two cores of a shared Intel Xeon (24 problems of 50 × 300: 4.5 ms in one thread, 3.2 to 3.8 in two; of 20 × 100: "
+        "0.5 and 1.8), torch 2.14.1, scipy 1.17.1, November 2026",
+        unit=SCANS,
+    ),
+)  # no GPU has been measured yet; `make gpu` proposes entries
 
 
 def cache_file() -> Path:
@@ -48,6 +62,7 @@ def save(regimes: Iterable[Regime]) -> Path:
     temporary.write_text(json.dumps([asdict(r) for r in regimes], indent=1))
     os.replace(temporary, path)
     known.cache_clear()
+    forget_decisions()
     return path
 
 
@@ -75,21 +90,19 @@ def find(op: str, architecture: str | None) -> Regime | None:
 
 
 def advice(op: str, call: Call, size: int) -> str | None:
-    """The measured (or, unmeasured, conservative) reason against a kernel for `size` bytes of main input."""
+    """The measured (or, unmeasured, conservative) reason against a kernel for this much work."""
     entry = find(op, call.architecture)
     captured = call.situation.regime == "captured"
     if entry is None:
-        minimum, basis = (0 if captured else UNMEASURED_MINIMUM_BYTES), "unmeasured on any GPU"
-    else:
-        minimum = entry.captured_minimum_bytes if captured else entry.eager_minimum_bytes
-        basis = f"measured on {entry.architecture}"
-    if size >= minimum:
-        return None
-    return (
-        f"below {_readable(minimum)} of input PyTorch is faster ({basis})"
-        if entry
-        else f"below {_readable(minimum)} of input it stays eager until measured: run detr-fast tune"
-    )
+        if captured or size >= UNMEASURED_MINIMUM_BYTES:
+            return None
+        return f"below {_readable(UNMEASURED_MINIMUM_BYTES)} of input it stays eager until measured: run detr-fast tune"
+    minimum, maximum = (entry.captured_minimum, NEVER) if captured else (entry.eager_minimum, entry.eager_maximum)
+    if size < minimum:
+        return f"below {_amount(minimum, entry.unit)} PyTorch is faster (measured on {entry.architecture})"
+    if size > maximum:
+        return f"above {_amount(maximum, entry.unit)} the host is faster (measured on {entry.architecture})"
+    return None
 
 
 def note(op: str, call: Call) -> str | None:
@@ -107,3 +120,7 @@ def _number(architecture: str) -> int:
 
 def _readable(size: int) -> str:
     return f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size / 2**10:g} KiB"
+
+
+def _amount(size: int, unit: str) -> str:
+    return f"{_readable(size)} of input" if unit == "bytes" else f"{size:,} {unit}"

@@ -1,12 +1,14 @@
-"""Measures the user's GPU and turns the timings into `Regime`s, which `auto` then reads.
+"""Measures the user's machine and turns the timings into `Regime`s, which `auto` then reads.
 
-Every size is first checked for a right result, then timed forward and backward, eager PyTorch and kernel in turn, both
-launched eagerly and replayed from a CUDA graph (where launches are free).
+Every size is first checked for a right result, then timed, kernel and alternative in turn, both launched eagerly and,
+where both can be, replayed from a CUDA graph (in which launches are free). Without a GPU, what there is to measure is from
+which size on assignment problems are worth several threads.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,18 +16,19 @@ import torch
 
 from detr_fast import dispatch
 from detr_fast.dispatch import use_backend
-from detr_fast.ops import layer_norm
-from detr_fast.ops.regimes import Regime
+from detr_fast.ops import layer_norm, linear_assignment, matching_cost, regimes
+from detr_fast.ops.regimes import NEVER, Regime
 
-NEVER = 1 << 62  # bytes: the kernel won at no size that was measured
-_ROUNDS, _REPEATS = 7, 20
+Step = Callable[[], tuple[torch.Tensor, ...]]
+Progress = Callable[[str], None]
+_ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call at one size, and whether the kernel's result was right."""
+    """Milliseconds per call at one size, of PyTorch (or the host) and of the kernel, and whether the latter was right."""
 
-    bytes: int
+    size: int
     eager: float
     kernel: float
     right: bool = True
@@ -34,34 +37,98 @@ class Timing:
 def threshold(timings: Iterable[Timing]) -> int:
     """The smallest size from which on the kernel was right and at least as fast at every larger size too."""
     minimum = NEVER
-    for timing in sorted(timings, key=lambda t: t.bytes, reverse=True):
+    for timing in sorted(timings, key=lambda t: t.size, reverse=True):
         if not timing.right or timing.kernel > timing.eager:
             break
-        minimum = timing.bytes
+        minimum = timing.size
     return minimum
 
 
-def tune_layer_norm(device: torch.device, progress: Callable[[str], None] = print) -> Regime:
-    """Measure LayerNorm at DETR's width over growing numbers of rows. Takes about 20 s."""
-    eager_timings, captured_timings = [], []
-    for rows in (256, 1024, 4096, 16384, 65536, 262144):
-        step = _layer_norm_step(device, rows, 256)
-        right = _agree(step)
-        size = rows * 256 * 2
-        eager_timings.append(Timing(size, *_interleaved(step, captured=False), right))
-        captured_timings.append(Timing(size, *_interleaved(step, captured=True), right))
+def ceiling(timings: Iterable[Timing]) -> int:
+    """The largest size up to which the kernel was right and at least as fast at every smaller size too; 0 for none."""
+    maximum = 0
+    for timing in sorted(timings, key=lambda t: t.size):
+        if not timing.right or timing.kernel > timing.eager:
+            return maximum
+        maximum = timing.size
+    return NEVER if maximum else 0
+
+
+def tune(device: torch.device, progress: Progress = print) -> list[Regime]:
+    """Measure all that is decided by measurement on such a device; under a minute."""
+    if device.type == "cpu":
+        return [tune_threads(progress)]
+    return [
+        tune_layer_norm(device, progress),
+        tune_matching_cost(device, progress),
+        tune_linear_assignment(device, progress),
+        tune_threads(progress),
+    ]
+
+
+def tune_layer_norm(device: torch.device, progress: Progress = print) -> Regime:
+    """LayerNorm, forward and backward, at DETR's width over growing numbers of rows."""
+    cases = [
+        (f"({rows}, 256) bf16", rows * 256 * 2, layer_norm_step(device, rows, 256))
+        for rows in (256, 1024, 4096, 16384, 65536, 262144)
+    ]
+    return _against_eager("layer_norm", device, cases, progress)
+
+
+def tune_matching_cost(device: torch.device, progress: Progress = print) -> Regime:
+    """Costs of six decoder layers over growing batches: 100 queries, 20 boxes, 92 classes."""
+    cases = [
+        (f"6 × {images} × (20, 100)", 6 * images * 20 * 100 * 4, matching_cost_step(device, images, 20, 100))
+        for images in (1, 4, 16, 64)
+    ]
+    return _against_eager("matching_cost", device, cases, progress)
+
+
+def tune_linear_assignment(device: torch.device, progress: Progress = print) -> Regime:
+    """24 problems on the device, beside one transfer to the host's threads and back: the kernel loses large ones first."""
+    timings = []
+    for targets, queries in ((5, 100), (20, 100), (64, 300), (128, 300), (256, 900), (512, 1000)):
+        step = assignment_step(device, 24, targets, queries)
+        right = agree(step, "linear_assignment", "threads", "triton")
+        measured = _interleaved(step, "linear_assignment", ("threads", "triton"), repeats=2)
+        timings.append(Timing(targets**2 * queries, *measured, right))
+        progress(_line(f"linear_assignment 24 × ({targets}, {queries})", "threads", timings[-1]))
+    return Regime(
+        "linear_assignment",
+        _architecture(device),
+        0,
+        0,
+        source(device),
+        eager_maximum=ceiling(timings),
+        unit=regimes.SCANS,
+    )
+
+
+def tune_threads(progress: Progress = print) -> Regime:
+    """Assignment on the CPU: SciPy in one thread beside several, by the row scans of all problems (N² Q each)."""
+    device, timings = torch.device("cpu"), []
+    for problems, targets, queries in ((24, 20, 100), (48, 20, 100), (24, 50, 300), (24, 100, 300), (24, 300, 300)):
+        step = assignment_step(device, problems, targets, queries)
+        step()
+        measured = _interleaved(step, "linear_assignment", ("scipy", "threads"), repeats=3)
+        timings.append(Timing(problems * targets**2 * queries, *measured))
         progress(
-            f"layer_norm ({rows}, 256) bf16: eager {eager_timings[-1].eager:.4f} ms, kernel {eager_timings[-1].kernel:.4f} ms; "
-            f"in a graph {captured_timings[-1].eager:.4f} ms, {captured_timings[-1].kernel:.4f} ms"
-            + ("" if right else "; the kernel's result is WRONG, it stays off from here down")
+            _line(f"linear_assignment {problems} × ({targets}, {queries}) on the CPU", "scipy", timings[-1], "threads")
         )
-    name = dispatch.architecture(device)
-    assert name is not None
-    source = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return Regime("layer_norm", name, threshold(eager_timings), threshold(captured_timings), source)
+    minimum = threshold(timings)
+    return Regime("linear_assignment", "cpu", minimum, minimum, source(device), unit=regimes.SCANS)
 
 
-def _layer_norm_step(device: torch.device, rows: int, columns: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+def source(device: torch.device) -> str:
+    """What the measurements of a device are of."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    import scipy
+
+    return f"{torch.get_num_threads()} threads of this CPU, scipy {scipy.__version__}"
+
+
+def layer_norm_step(device: torch.device, rows: int, columns: int) -> Step:
     x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = (torch.randn(columns, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     dy = torch.randn_like(x)
@@ -73,45 +140,89 @@ def _layer_norm_step(device: torch.device, rows: int, columns: int) -> Callable[
     return step
 
 
-def _agree(step: Callable[[], tuple[torch.Tensor, ...]]) -> bool:
-    with use_backend("eager"):
-        expected = step()
-    with use_backend("triton"):
-        found = step()
+def matching_cost_step(device: torch.device, images: int, targets: int, queries: int) -> Step:
+    logits, boxes = torch.randn(6, images, queries, 92, device=device), torch.rand(6, images, queries, 4, device=device)
+    labels = torch.randint(91, (images, targets), device=device)
+    true_boxes, counts = torch.rand(images, targets, 4, device=device), labels.new_full((images,), targets)
+    return lambda: matching_cost(logits, boxes, labels, true_boxes, counts)
+
+
+def assignment_step(device: torch.device, problems: int, targets: int, queries: int) -> Step:
+    cost = torch.rand(problems, targets, queries, device=device)
+    counts = torch.full((problems,), targets, device=device)
+    return lambda: (linear_assignment(cost, counts),)
+
+
+def agree(step: Step, op: str, expected: str, found: str) -> bool:
+    """Whether two implementations of `op` give the same, integers exactly."""
+    with use_backend(**{op: expected}):
+        right = step()
+    with use_backend(**{op: found}):
+        ours = step()
     return all(
-        ((a - b).float().norm() <= 2e-2 * b.float().norm()).item() and bool(a.isfinite().all().item())
-        for a, b in zip(found, expected)
+        bool(((a - b).float().norm() <= 2e-2 * b.float().norm()).item() and a.isfinite().all().item())
+        if a.is_floating_point()
+        else torch.equal(a, b)
+        for a, b in zip(ours, right)
     )
 
 
-def _interleaved(step: Callable[[], object], *, captured: bool) -> tuple[float, float]:
-    """Median milliseconds of (eager, kernel), measured in turns so that a drifting clock hits both."""
-    runs = []
-    for backend in ("eager", "triton"):
-        with use_backend(backend):
+def _against_eager(op: str, device: torch.device, cases: Iterable[tuple[str, int, Step]], progress: Progress) -> Regime:
+    """From which size on the kernel of `op` is faster than its eager implementation."""
+    eager_timings, captured_timings = [], []
+    pair = ("eager", "triton")
+    for text, size, step in cases:
+        right = agree(step, op, *pair)
+        eager_timings.append(Timing(size, *_interleaved(step, op, pair), right))
+        captured_timings.append(Timing(size, *_interleaved(step, op, pair, captured=True), right))
+        progress(_line(f"{op} {text}", "eager", eager_timings[-1]))
+        progress(_line(f"{op} {text} in a graph", "eager", captured_timings[-1]))
+    return Regime(op, _architecture(device), threshold(eager_timings), threshold(captured_timings), source(device))
+
+
+def _architecture(device: torch.device) -> str:
+    name = dispatch.architecture(device)
+    assert name is not None
+    return name
+
+
+def _line(text: str, other: str, timing: Timing, ours: str = "kernel") -> str:
+    wrong = "" if timing.right else "; the kernel's result is WRONG, it stays off here"
+    return f"{text}: {other} {timing.eager:.4f} ms, {ours} {timing.kernel:.4f} ms{wrong}"
+
+
+def _interleaved(
+    step: Step, op: str, backends: tuple[str, str], *, captured: bool = False, repeats: int = 20
+) -> tuple[float, float]:
+    """Median milliseconds with each backend, measured in turns so that a drifting clock hits both."""
+    runs: list[Callable[[], object]] = []
+    for backend in backends:
+        with use_backend(**{op: backend}):
             for _ in range(3):
                 step()
             runs.append(_captured(step) if captured else step)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
-        for backend, run, measured in zip(("eager", "triton"), runs, times):
-            with use_backend(backend):
-                measured.append(_milliseconds(run))
+        for backend, run, measured in zip(backends, runs, times):
+            with use_backend(**{op: backend}):
+                measured.append(_milliseconds(run, repeats))
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _captured(step: Callable[[], object]) -> Callable[[], None]:
+def _captured(step: Step) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     return graph.replay
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(_REPEATS):
+def _milliseconds(run: Callable[[], object], repeats: int) -> float:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(repeats):
         run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / _REPEATS
+    if on_gpu:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / repeats * 1e3

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data", "x", "--model", "vgg"], "the model is 'vgg', expected one of small"),
         (["train", "--data", "x", "--lr", "-1"], "lr is -1.0, expected a number over 0"),
         (["train", "--resume", "x", "--lr", "1"], "--lr cannot change in mid-run"),
+        (["train", "--resume", "x", "--focal"], "--focal cannot change in mid-run"),
         (["evaluate", "nowhere"], "no checkpoint nowhere"),
         (["predict", "nowhere", "none.png"], "none.png does not exist"),
         (["explain", "nowhere"], "no checkpoint nowhere"),
@@ -99,6 +101,23 @@ def test_the_demo_trains_evaluates_and_says_how_much_longer_it_could(
     assert "plain torch.nn layers" in printed
     assert printed.endswith("This was the short look, of 5 steps; without --quick it takes 40.")
     assert all((run / name).is_file() for name in ("checkpoint.pt", "curves.png", "predictions.png"))
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_training_by_focal_loss_is_an_option(focal: bool, scenes: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from detr_fast.engine import trainer
+    from detr_fast.models import build_criterion
+
+    class Started(SystemExit):
+        pass
+
+    def start(config: Any, **_: Any) -> None:
+        criterion = build_criterion(config.model)
+        assert (config.model.focal, criterion.focal, criterion.matcher.focal) == (focal,) * 3
+        raise Started(7)
+
+    monkeypatch.setattr(trainer, "train", start)
+    assert status("train", "--data", scenes, "--run", tmp_path / "run", *["--focal"] * focal) == 7
 
 
 def test_a_trained_model_is_evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

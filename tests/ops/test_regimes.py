@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.ops import regimes
-from detr_fast.ops.regimes import Regime
-from detr_fast.ops.tuning import NEVER, Timing, threshold
+from detr_fast.ops import linear_assignment, regimes, tuning
+from detr_fast.ops.regimes import NEVER, Regime
+from detr_fast.ops.tuning import Timing, ceiling, threshold
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +18,7 @@ def cache(tmp_path, monkeypatch):
     regimes.known.cache_clear()
     yield tmp_path
     regimes.known.cache_clear()
+    dispatch.forget_decisions()
 
 
 def call(architecture="sm_90", regime="eager"):
@@ -61,3 +65,50 @@ def test_the_threshold_is_where_the_kernel_wins_from_there_on():
     assert threshold(timings) == 4
     assert threshold([Timing(8, 1.0, 1.1)]) == NEVER
     assert threshold([Timing(4, 1.0, 0.5), Timing(8, 1.0, 0.5, right=False)]) == NEVER
+
+
+def test_the_ceiling_is_up_to_where_the_kernel_wins():
+    timings = [Timing(1, 1.0, 0.5), Timing(2, 1.0, 0.9), Timing(4, 1.0, 1.5), Timing(8, 1.0, 0.5)]
+    assert ceiling(timings) == 2
+    assert ceiling(timings[:2]) == NEVER
+    assert ceiling([Timing(1, 1.0, 0.5, right=False)]) == 0
+
+
+def test_above_a_measured_ceiling_the_host_takes_over_unless_a_graph_is_captured():
+    regimes.save([Regime("linear_assignment", "sm_90", 0, 0, "H100", eager_maximum=1000, unit=regimes.SCANS)])
+    assert regimes.advice("linear_assignment", call(), 1000) is None
+    assert regimes.advice("linear_assignment", call(), 1001) == (
+        "above 1,000 row scans the host is faster (measured on sm_90)"
+    )
+    assert regimes.advice("linear_assignment", call(regime="captured"), 1001) is None
+
+
+def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache, monkeypatch, capsys):
+    from detr_fast.cli.tune import tune
+
+    monkeypatch.setattr(tuning, "_interleaved", lambda step, *_, **__: step() and (1.0, 0.5))
+    tune()
+    (entry,) = [r for r in regimes.known() if r not in regimes.SHIPPED]
+    assert (entry.op, entry.architecture, entry.eager_minimum) == ("linear_assignment", "cpu", 24 * 20**2 * 100)
+    assert "48 × (20, 100) on the CPU: scipy 1.0000 ms, threads 0.5000 ms" in capsys.readouterr().out
+    monkeypatch.setattr(sys.modules["detr_fast.ops.linear_assignment"], "_threads", lambda: 2)
+    chosen = []
+    with dispatch.recording(lambda op, decision: chosen.append(decision.implementation.name)):
+        linear_assignment(torch.rand(24, 20, 100))
+    assert chosen == ["threads"]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("op", "alternative", "step"),
+    [
+        ("layer_norm", "eager", lambda device: tuning.layer_norm_step(device, 3, 256)),
+        ("matching_cost", "eager", lambda device: tuning.matching_cost_step(device, 1, 3, 9)),
+        ("linear_assignment", "threads", lambda device: tuning.assignment_step(device, 2, 3, 9)),
+    ],
+)
+def test_what_tune_times_is_checked_first(op, alternative, step, monkeypatch):
+    run = step(torch.device("cpu"))
+    assert tuning.agree(run, op, alternative, "triton")
+    wrong = iter(range(2))
+    assert not tuning.agree(lambda: (torch.full((3,), next(wrong)),), op, alternative, "triton")
