@@ -14,6 +14,7 @@ from . import (
     attention_catalog,
     cross_entropy,
     detection_losses,
+    feed_forward,
     layer_norm,
     linear,
     linear_norm,
@@ -31,6 +32,7 @@ FAMILIES = (
     cross_entropy,
     linear,
     linear_norm,
+    feed_forward,
     attention_catalog,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())

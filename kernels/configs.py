@@ -184,3 +184,12 @@ LINEAR_NORM = {
     (4, True): MatmulConfig(block_m=16, block_n=256, block_k=32, num_warps=4, num_stages=2),
 }
 FEW_ROWS = 4096  # up to here, tiles of 64 rows would leave half of an H100's multiprocessors without any
+
+# The whole feed-forward block: rows and hidden units a step, keyed as LINEAR_NORM. Beside the rows of x, two stages of
+# both weights' steps must fit the 99 KB of the smallest GPUs.
+FEED_FORWARD = {
+    (2, False): TileConfig(rows=64, columns=32, num_warps=8, num_stages=2),
+    (2, True): TileConfig(rows=16, columns=32, num_warps=4, num_stages=2),
+    (4, False): TileConfig(rows=16, columns=16, num_warps=4, num_stages=1),
+    (4, True): TileConfig(rows=16, columns=16, num_warps=4, num_stages=1),
+}

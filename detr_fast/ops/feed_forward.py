@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
+from detr_fast.kernels.feed_forward import MAX_COLUMNS
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.feed_forward_autograd import ACTIVATIONS, forward, run_backward, run_forward
@@ -168,6 +169,7 @@ class TritonFeedForward(TritonProduct):
 
     op = "feed_forward"
     keeps_hidden: ClassVar[bool] = True
+    one_kernel: ClassVar[bool] = False
 
     def rehearse(self, call: FeedForwardCall) -> None:
         _, _, b1, _, b2, norm_weight, norm_bias = call.dtypes
@@ -183,7 +185,7 @@ class TritonFeedForward(TritonProduct):
         # Which of the two dropouts acts is not told apart: where one does, the other's form is compiled as well.
         for seed in (None, *[meta(torch.int64, 1)] * call.dropout):
             p = 0.0 if seed is None else 0.5
-            settings = (seed, call.activation, 0, p, p, 1e-5, out, grad, self.keeps_hidden)
+            settings = (seed, call.activation, 0, p, p, 1e-5, out, grad, self.keeps_hidden, self.one_kernel)
             y, saved, xhat, rstd = run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)  # type: ignore[call-arg]
             if not grad:
                 continue
@@ -218,7 +220,7 @@ class TritonFeedForward(TritonProduct):
         cast, *parameters = autocast(x, w1, b1, w2, b2)
         residual = x if norm_weight is not None and cast is not x else None
         norm = (norm_weight, norm_bias, residual)
-        settings = (activation, offset, dropout_p, output_dropout_p, eps, out, keep, self.keeps_hidden)
+        settings = (activation, offset, dropout_p, output_dropout_p, eps, out, keep, self.keeps_hidden, self.one_kernel)
         return forward(cast, *parameters, *norm, seed, *settings)[0]
 
 
@@ -232,6 +234,21 @@ class TritonRecomputingFeedForward(TritonFeedForward):
         return "it trades a product's time for memory: ask for it by name"
 
 
+class TritonOneKernelFeedForward(TritonRecomputingFeedForward):
+    """The whole block in one launch, whose hidden activation is in no memory; the backward is the recomputing one's."""
+
+    name = "triton_one_kernel"
+    one_kernel = True
+
+    def why_not(self, call: FeedForwardCall) -> str | None:
+        if max(call.width, call.columns) > MAX_COLUMNS:
+            return f"{call.width} columns in and {call.columns} out: rows of up to {MAX_COLUMNS} fit a tile"
+        return super().why_not(call)
+
+    def advice(self, call: FeedForwardCall) -> str | None:
+        return "each program reads all weights, which no GPU was measured to be fast at: ask for it by name"
+
+
 class EagerFeedForward(Implementation):
     name = "eager"
 
@@ -243,5 +260,10 @@ FEED_FORWARD = Op(
     "feed_forward",
     signature=_signature,
     describe=_describe,
-    implementations=(TritonFeedForward(), TritonRecomputingFeedForward(), EagerFeedForward()),
+    implementations=(
+        TritonFeedForward(),
+        TritonRecomputingFeedForward(),
+        TritonOneKernelFeedForward(),
+        EagerFeedForward(),
+    ),
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from detr_fast.kernels import linear as kernels
 from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from detr_fast.kernels.dropout import scale
+from detr_fast.kernels.feed_forward import Norm, feed_forward
 from detr_fast.kernels.linear_norm import linear_norm_forward
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import below_autograd, define, wants_grad
@@ -48,8 +49,16 @@ def run_forward(
     out_dtype: torch.dtype,
     keep: bool,
     keep_hidden: bool,
+    one_kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dropout = dropout_of(p, seed, offset) if p > 0.0 else None
+    output_dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
+    residual = x if residual is None else residual
+    if one_kernel:
+        norm = None if norm_weight is None else Norm(residual, norm_weight, norm_bias, eps, out_dtype, keep)
+        drops = {"dropout": dropout, "output_dropout": output_dropout if norm else None}
+        y, *kept = feed_forward(x, w1, b1, w2, b2, norm, activation=activation, **drops)
+        return y, *(y.new_empty(0) if t is None else t for t in (None, *kept))  # type: ignore[return-value]
     keep_hidden &= keep
     keep_pre = keep_hidden and activation != "relu"
     h, pre = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
@@ -57,10 +66,8 @@ def run_forward(
     if norm_weight is None:
         y, _ = kernels.linear_forward(h, w2, b2)
         return y, saved, y.new_empty(0), y.new_empty(0)
-    dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
-    residual = x if residual is None else residual
     y, xhat, rstd = linear_norm_forward(
-        h, w2, b2, residual, norm_weight, norm_bias, eps, dropout=dropout, out_dtype=out_dtype, keep=keep
+        h, w2, b2, residual, norm_weight, norm_bias, eps, dropout=output_dropout, out_dtype=out_dtype, keep=keep
     )
     return y, saved, *(y.new_empty(0) if t is None else t for t in (xhat, rstd))  # type: ignore[return-value]
 
@@ -68,7 +75,7 @@ def run_forward(
 def _fake_forward(
     x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, norm_weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, out_dtype, keep, keep_hidden = rest
+    *_, out_dtype, keep, keep_hidden, _ = rest
     dtype = x.dtype if norm_weight is None else out_dtype
     y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
     saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
@@ -169,12 +176,12 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         if dy is None:
-            return (None,) * 17
+            return (None,) * 18
         *inputs, seed, saved, xhat, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 9)
-        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, ctx.kept, dy, wanted), *(None,) * 9)
+            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 10)
+        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, ctx.kept, dy, wanted), *(None,) * 10)
 
 
 def _gradients(
@@ -262,7 +269,7 @@ def _autograd_backward(*arguments: Any) -> Any:
 forward = define(
     "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool keep, bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool keep, bool keep_hidden, bool one_kernel) -> (Tensor, Tensor, Tensor, Tensor)",
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,

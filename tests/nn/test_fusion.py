@@ -175,9 +175,13 @@ def test_a_fused_layer_takes_few_launches_and_keeps_little(name, forward, backwa
     inputs = [torch.randn(2, 500, 256, device="meta", requires_grad=True) for _ in range(1 if "Encoder" in name else 2)]
     backend = {"feed_forward": "triton", "linear_add_layer_norm": "triton", "attention": "triton"}
     eager, fused = step(original, inputs, {}), step(ours, inputs, backend)
-    recomputing = step(ours, inputs, backend | {"feed_forward": "triton_recompute"})
+    recomputing, one = (
+        step(ours, inputs, backend | {"feed_forward": f"triton_{n}"}) for n in ("recompute", "one_kernel")
+    )
     assert fused[:2] == (forward, backward)
     assert recomputing[:2] == (forward, backward)
+    assert one[:2] == (forward - 1, backward)
+    assert one[2] == recomputing[2]
     assert forward + backward < 0.55 * sum(eager[:2])
     assert fused[2] <= 0.60 * eager[2]
     assert recomputing[2] <= 0.40 * eager[2]
