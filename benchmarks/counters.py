@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from detr_fast import nn, use_backend
+from detr_fast import nn, ops, use_backend
 from detr_fast.testing import Counts, count
 from detr_fast.testing.ratchet import Ratchet
 
@@ -113,6 +113,16 @@ def detr_losses_step(library: Any) -> Counts:
     return count(lambda: losses().backward())
 
 
+def linear_cross_entropy(library: Any) -> Counts:
+    """A language model's head: 4,096 tokens of 512 channels, 32,000 words."""
+
+    class Head(torch.nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return ops.linear_cross_entropy(x, weight, None, target)
+
+    return step(Head(), on_meta(4096, 512), on_meta(32000, 512), torch.empty(4096, device="meta", dtype=torch.int64))
+
+
 def _losses(device: str, grad: bool = False) -> Callable[[], torch.Tensor]:
     from detr_fast.models.build import ModelConfig, build_criterion
     from detr_fast.models.structures import Targets
@@ -147,6 +157,7 @@ CASES: dict[str, Callable[[Any], Counts]] = {
     "DETR-R50, forward and backward": detr,
     "DETR losses, forward": detr_losses,
     "DETR losses, forward and backward": detr_losses_step,
+    "Linear and cross-entropy, 4,096 × 32,000": linear_cross_entropy,
 }
 
 
@@ -164,7 +175,8 @@ def measure(library: Any) -> dict[str, dict[str, int]]:
 
     For torch.nn, DETR's own modules run PyTorch's operations, and the host matches.
     """
-    eager = {"linear_assignment": "threads", "matching_cost": "eager", "detection_losses": "eager"}
+    eager = dict.fromkeys(("matching_cost", "detection_losses", "linear_cross_entropy"), "eager")
+    eager["linear_assignment"] = "threads"
     with use_backend("triton") if library is nn else use_backend(**eager):
         return {name: numbers(case(library)) for name, case in CASES.items()}
 

@@ -127,8 +127,7 @@ def linear_cross_entropy_forward(
     device, fp32 = x.device, torch.float32
     losses, counts = empty((rows,), fp32, device), empty((rows,), fp32, device)
     dx = empty(tuple(x.shape), x.dtype, device) if wanted[0] else None
-    dw = torch.zeros(weight.shape, dtype=fp32, device=device) if wanted[1] else None
-    db = torch.zeros((classes,), dtype=fp32, device=device) if wanted[2] else None
+    dw = db = None
     variant = cross_entropy_variant(classes, x.dtype, class_weight is not None, any(wanted), smoothing > 0.0)
     if class_weight is not None:
         class_weight = class_weight.contiguous()
@@ -139,13 +138,23 @@ def linear_cross_entropy_forward(
         launch(variant, (logits.shape[0],), *tensors, classes, ignore_index, float(smoothing))
         if dx is not None:
             torch.mm(logits, weight, out=dx[part])
-        if dw is not None and dw.dtype == x.dtype:
-            dw.addmm_(logits.mT, x[part])
-        elif dw is not None:
-            dw += logits.mT @ x[part]
-        if db is not None:
-            db += logits.sum(0, dtype=fp32)
+        if wanted[1]:
+            dw = _plus_product(dw, logits.mT, x[part])
+        if wanted[2]:
+            own = logits.sum(0, dtype=fp32)
+            db = own if db is None else db.add_(own)
+    if wanted[1] and dw is None:
+        dw = torch.zeros(weight.shape, dtype=fp32, device=device)
+    if wanted[2] and db is None:
+        db = torch.zeros((classes,), dtype=fp32, device=device)
     return losses, counts, dx, dw, db
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, in place."""
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 def compile_cross_entropy(
