@@ -29,7 +29,8 @@ def catalog_entries() -> Iterator[Entry]:
         "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True),
         "hd32_fp16_packed_dropout": Form(fp16, 32, 32, dropout=True, packed=True, vector=8),
         "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
-        "hd64_bf16_causal": Form(bf16, 64, 64, causal=True, vector=8),
+        "hd32_bf16_padding_warpgroups": replace(padded, warpgroups=True),
+        "hd64_bf16_causal_warpgroups": Form(bf16, 64, 64, causal=True, vector=8, warpgroups=True),
         SPLIT: Form(fp16, 128, 128, vector=8),
         "hd256_bf16": Form(bf16, 256, 256, vector=8),
         "hd20_fp32_bool_mask_unaligned": Form(fp32, 20, 40, padding=True, mask=torch.bool),
@@ -41,8 +42,11 @@ def catalog_entries() -> Iterator[Entry]:
     # Neighbours of these cover what they have: the catalog is kept short.
     left_out = {
         "keys_hd32_fp16_padding_dropout",
-        "keys_hd64_bf16_causal",
+        "queries_hd32_bf16_padding_warpgroups",
+        "keys_hd32_bf16_padding_warpgroups",
+        "queries_hd64_bf16_causal_warpgroups",
         "forward_hd256_bf16",
+        "queries_hd256_bf16",
         "queries_hd20_fp32_bool_mask_unaligned",
     }
     for name, form in forms.items():
@@ -57,7 +61,8 @@ def catalog_entries() -> Iterator[Entry]:
             tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
             limit = wide if form.dtype == fp32 else budget
             if f"{kind}_{name}" not in left_out:
-                yield Entry("attention", f"attention_{kind}_{name}", variant, tile, limit, example)
+                targets = ("sm_90",) if form.warpgroups else None
+                yield Entry("attention", f"attention_{kind}_{name}", variant, tile, limit, example, targets)
         if split:
             variant = combine_variant(form, form.value_dim, True)
             yield Entry("attention", f"attention_combine_{name}", variant, 16 * form.value_dim, budget, example)
@@ -92,6 +97,7 @@ def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[
         seed=torch.zeros(1, dtype=torch.int64, device=device),
         tf32=form.tf32,
         sequences=_sequences(device) if form.packed else None,
+        warpgroups=form.warpgroups,
     )
 
     def call() -> tuple[Tensor, ...]:

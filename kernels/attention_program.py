@@ -9,7 +9,7 @@ that is returned):
     packed = (ends of queries, ends of keys), pointers or None: int32 (B + 1,), 0 and then the end of each sequence of a packed
         batch, in which a batch element is a sequence of its own length
     drop = (seed pointer or None, batch * heads + head, offset, threshold, rescale) of dropout: see `dropout`
-    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC), constants: see `Form.constants`
+    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, ...), constants: see `Form.constants`
 """
 
 from __future__ import annotations

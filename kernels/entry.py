@@ -37,6 +37,7 @@ class Entry:
     example: a call of the family's launchers that launches it. On a GPU the sanitizers, CUDA graphs, the check for host
     synchronisations and the profile run it; elsewhere it proves that the catalog lists what calls launch. It must also
     take the devices "cpu" (Triton's interpreter: a few programs) and "meta" (nothing runs).
+    targets: those that launch it; None: all.
     """
 
     op: str
@@ -45,3 +46,7 @@ class Entry:
     elements: int
     budget: Budget
     example: Example = field(compare=False)
+    targets: tuple[str, ...] | None = None
+
+    def is_for(self, target: str) -> bool:
+        return self.targets is None or target in self.targets

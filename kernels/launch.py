@@ -162,6 +162,12 @@ def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> N
 
 
 @lru_cache(maxsize=64)
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether tensor cores take tiles of four warps at once: sm_90 alone."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
     """Number of multiprocessors (compute units on AMD); 2 on the CPU, where the interpreter wants small grids.
 

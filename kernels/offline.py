@@ -70,12 +70,12 @@ _MULTIPROCESSORS = {
 
 
 def compile_catalog(entries: Iterable[Entry], targets: Iterable[str], workers: int | None = None) -> Iterator[Compiled]:
-    """Compile each entry for each target, in `workers` processes (up to one per core where None), in the order given.
+    """Compile each entry for each target that it is for, in `workers` processes (up to one per core where None), in the order given.
 
     A failure comes back as a `Compiled` with an error that names kernel, target and remedy. Raises ValueError for an
     unknown target, RuntimeError where TRITON_INTERPRET is set, ImportError without triton.
     """
-    jobs = [(one.name, target) for target in _known(targets) for one in entries]
+    jobs = [(one.name, target) for target in _known(targets) for one in entries if one.is_for(target)]
     launch.require_triton()
     if launch.triton.knobs.runtime.interpret:
         raise RuntimeError("kernels can't be compiled while TRITON_INTERPRET is set: unset it and start again")

@@ -5,6 +5,7 @@ import torch
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward, attention_split, dropout
 from detr_fast.kernels.attention_tiles import Problem, mask_run, readable, tile_run
+from detr_fast.kernels.launch import Variant, jit, launch, tl
 
 from detr_fast.ops.attention_eager import EagerAttention, attention_weights
 from detr_fast.ops.dropout import keep_mask
@@ -18,8 +19,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 class KernelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, padding, mask, causal, scale):
-        ctx.problem = Problem(q, k, v, padding, mask, causal=causal, scale=scale)
+    def forward(ctx, q, k, v, padding, mask, causal, scale, warpgroups=None):
+        ctx.problem = Problem(q, k, v, padding, mask, causal=causal, scale=scale, warpgroups=warpgroups)
         out, lse = kernels.attention_forward(ctx.problem)
         ctx.save_for_backward(out, lse)
         return out
@@ -30,7 +31,7 @@ class KernelAttention(torch.autograd.Function):
         *gradients, dmask = attention_backward.attention_backward(
             ctx.problem, *ctx.saved_tensors, dout, with_mask=with_mask
         )
-        return *gradients, None, dmask, None, None
+        return *gradients, None, dmask, None, None, None
 
 
 def eager(q, k, v, padding, mask, causal, scale):
@@ -43,9 +44,9 @@ def qkv(batch, queries, keys, heads, dim, value_dim=None, key_heads=None):
     return [torch.randn(batch, *shape) for shape in shapes]
 
 
-def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, **options):
+def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, warpgroups=None, **options):
     assert_as_accurate_as_eager(
-        lambda q, k, v, mask: KernelAttention.apply(q, k, v, padding, mask, causal, scale),
+        lambda q, k, v, mask: KernelAttention.apply(q, k, v, padding, mask, causal, scale, warpgroups),
         reference=lambda q, k, v, mask: eager(q, k, v, padding, mask, causal, scale),
         inputs=[*inputs, mask],
         dtype=[dtype] * 3 + [FP32 if dtype == BF16 else dtype],
@@ -95,6 +96,53 @@ def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, m
     }
     padding = None if padding is None else padded(padding, batch, keys)
     check(dtype, qkv(batch, queries, keys, heads, dim), padding, masks[mask](), causal)
+
+
+# Tiles for sm_90 are 128 queries by 128 keys (64 at head dimension 128).
+@pytest.mark.parametrize(
+    ("dtype", "shape", "padding", "causal"),
+    [
+        (BF16, (2, 20, 300, 1, 32), "scattered", False),
+        (FP16, (1, 129, 257, 1, 32), None, False),
+        (FP16, (1, 140, 140, 1, 20), None, True),
+        (BF16, (1, 65, 129, 1, 64), "end", False),
+        (FP16, (1, 33, 130, 1, 128), None, False),
+    ],
+)
+def test_tiles_for_warpgroups_are_as_accurate_as_eager(interpreter, dtype, shape, padding, causal):
+    padding = None if padding is None else padded(padding, shape[0], shape[2])
+    check(dtype, qkv(*shape), padding, None, causal, warpgroups=True)
+
+
+@jit
+def exp2_kernel(x_ptr, y_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(y_ptr + place, kernels.balanced_exp2(tl.load(x_ptr + place), ROWS, COLUMNS))
+
+
+def test_three_of_32_exponentials_are_polynomials_of_an_error_below_one_in_ten_thousand(interpreter):
+    x = -torch.rand(16, 128) * torch.tensor([0.6, 3.0, 30.0, 126.0]).repeat(32)
+    x[0, :4], x[1, :8] = 0.0, -torch.inf
+    x[2, 0], x[2, 127] = torch.nan, torch.nan
+    y = torch.empty_like(x)
+    variant = Variant(exp2_kernel, ("*fp32", "*fp32"), {"ROWS": 16, "COLUMNS": 128})
+    launch(variant, (1,), x, y)
+    exact = x.double().exp2()
+    assert y[2, [0, 127]].isnan().all()
+    assert (y[1, :8] <= 2.0**-126).all()  # nothing beside the row's highest weight, 1
+    error = (y / exact - 1).abs()[3:]
+    assert 2e-5 < error.max() < 1e-4
+    assert (error > 1e-6).double().mean() == pytest.approx(3 / 32, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, in the interpreter
+@pytest.mark.parametrize("warpgroups", [False, True])
+@pytest.mark.parametrize("key", [3, 200])
+def test_nan_in_a_visible_key_is_not_hidden(interpreter, warpgroups, key):
+    q, k, v = (t.half() for t in qkv(1, 5, 201, 1, 32))
+    k[:, key] = torch.nan
+    out, _ = kernels.attention_forward(Problem(q, k, v, warpgroups=warpgroups))
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize(
