@@ -20,6 +20,7 @@ from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
 from detr_fast.engine.metrics import DeviceMetrics
 from detr_fast.models.criterion import SetCriterion
+from detr_fast.models.detr import Detr
 from detr_fast.models.structures import NestedTensor
 
 
@@ -98,7 +99,7 @@ class CapturedStep:
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             if not isinstance(group["lr"], Tensor):
                 rate.fill_(group["lr"])
-        return self._step(images if self.reason else _without_sizes(images), targets)
+        return self._step(images if self.reason else _for_a_graph(self.averaged, images), targets)
 
     def _run(self, images: Any, targets: Any) -> dict[str, Tensor]:
         with self.autocast():
@@ -180,16 +181,18 @@ class CapturedInference:
         return f"inference: {self._forward}"
 
     def __call__(self, images: Any) -> Any:
-        return self._forward(images if self.reason else _without_sizes(images))
+        return self._forward(images if self.reason else _for_a_graph(self.model, images))
 
     def _run(self, images: Any) -> Any:
         with torch.no_grad(), self.autocast():
             return self.model(images)
 
 
-def _without_sizes(images: Any) -> Any:
-    """Each image's size on the host is for packing alone, and would tell apart batches of one shape."""
-    return replace(images, sizes=None) if isinstance(images, NestedTensor) else images
+def _for_a_graph(model: nn.Module, images: Any) -> Any:
+    """Without each image's size, which would tell apart batches of one shape; what packing takes of it lies in tensors."""
+    if not isinstance(images, NestedTensor):
+        return images
+    return model.with_packing(images) if isinstance(model, Detr) else replace(images, sizes=None)
 
 
 def why_no_graph(
@@ -204,8 +207,6 @@ def why_no_graph(
     (device,) = devices
     if device.type != "cuda":
         return f"the parameters are on {device.type}, and CUDA graphs need a GPU"
-    if getattr(model, "packed", False):
-        return "the model has packed=True, and packed batches differ in shape from step to step"
     if optimizer is None:
         return None
     if isinstance(model, DistributedDataParallel) or (

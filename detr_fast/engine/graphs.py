@@ -116,7 +116,7 @@ class GraphedFunction:
                 )
             return False
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        inputs = mapped(arguments, lambda tensor: torch.empty_like(tensor, device=self.device))
+        inputs = mapped(arguments, lambda tensor: torch.empty_like(tensor, device=self.device).copy_(tensor))
         graph = torch.cuda.CUDAGraph()
         self.before()
         try:

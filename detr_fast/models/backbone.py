@@ -65,12 +65,18 @@ class Backbone(nn.Module):
     Attributes:
         body: images (B, 3, H, W) -> features (B, num_channels, h, w).
         num_channels: of the features.
+        stride: how many pixels one feature stands for, in both directions.
     """
 
-    def __init__(self, body: nn.Module, num_channels: int) -> None:
+    def __init__(self, body: nn.Module, num_channels: int, stride: int) -> None:
         super().__init__()
         self.body = body
         self.num_channels = num_channels
+        self.stride = stride
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the features of such images, known without computing them."""
+        return -(-height // self.stride), -(-width // self.stride)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, H, W), mask (B, H, W) -> features (B, C, h, w), the mask at their resolution (B, h, w)."""
@@ -106,7 +112,7 @@ class ResNetBackbone(Backbone):
         from detr_fast.models.resnet import ResNetBody  # needs torchvision, which the conv backbone does not
 
         body = ResNetBody(name, dilation, weights, frozen=norm == "frozen")
-        super().__init__(body, body.channels)
+        super().__init__(body, body.channels, 16 if dilation else 32)
         self.dilation = dilation
         if norm == "frozen":
             for key, parameter in self.body.named_parameters():
@@ -118,7 +124,7 @@ class ConvBackbone(Backbone):
 
     def __init__(self, width: int = 32, stride: int = 16) -> None:
         body = ConvBody(width, stride)
-        super().__init__(body, body.channels)
+        super().__init__(body, body.channels, stride)
 
 
 class Joiner(nn.Sequential):
@@ -127,6 +133,12 @@ class Joiner(nn.Sequential):
     def __init__(self, backbone: Backbone, position: PositionEmbeddingSine | PositionEmbeddingLearned) -> None:
         super().__init__(backbone, position)
         self.num_channels = backbone.num_channels
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the features of such images."""
+        backbone = self[0]
+        assert isinstance(backbone, Backbone)
+        return backbone.map_size(height, width)
 
     def forward(  # type: ignore[override]
         self, images: Tensor, mask: Tensor | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,11 +17,10 @@ from torch import Tensor
 
 from detr_fast import nn
 from detr_fast.models.backbone import Joiner
-from detr_fast.models.packing import Packing
+from detr_fast.models.packing import PACKING, Packing
 from detr_fast.models.structures import NestedTensor, nested_tensor_from_list
 from detr_fast.models.transformer import Transformer
 
-Sizes = tuple[tuple[int, int], ...]
 Images = NestedTensor | Tensor | Sequence[Tensor] | tuple[Tensor, Tensor | None]
 
 
@@ -92,7 +92,7 @@ class Detr(nn.Module):
              "pred_boxes": (B, Q, 4), (center x, center y, width, height) as fractions of the unpadded image;
              "aux_outputs": the same two for each earlier decoder layer, first to last, if aux_loss}
         """
-        tensors, mask, sizes = _tensors_and_mask(images)
+        tensors, mask, nested = _tensors_and_mask(images)
         features, mask, position = self.backbone(tensors, mask)
         source = self.input_proj(features).flatten(2).transpose(1, 2).contiguous()
         queries = self.transformer(
@@ -101,7 +101,7 @@ class Detr(nn.Module):
             self.query_embed.weight,
             key_padding_mask=None if mask is None else mask.flatten(1),
             all_layers=self.aux_loss,
-            packing=self._packing(sizes, tensors, features),
+            packing=self._packing(nested, tensors, mask, features),
         )
         with _full_precision(queries.device):
             queries = queries.to(self.class_embed.weight.dtype)
@@ -116,9 +116,29 @@ class Detr(nn.Module):
             ]
         return outputs
 
-    def _packing(self, sizes: Sizes | None, images: Tensor, features: Tensor) -> Packing | None:
-        if not self.packed or sizes is None:
+    def with_packing(self, images: NestedTensor) -> NestedTensor:
+        """The batch for a captured step: with a packing in place of sizes on the host, if packed, and never with sizes.
+
+        Its tensors have one of few shapes for each padded size. It is made on the host, page-locked where there is a GPU.
+        """
+        packing = None
+        if self.packed and images.padded and images.sizes is not None:
+            height, width = images.tensors.shape[-2:]
+            sizes = images.sizes, (height, width), self.backbone.map_size(height, width)
+            packing = Packing.of_images(*sizes, capacity=Packing.capacity(*sizes))
+            packing = packing.pin_memory() if torch.cuda.is_available() else packing
+        return replace(images, sizes=None, packing=packing)
+
+    def _packing(
+        self, nested: NestedTensor | None, images: Tensor, mask: Tensor | None, features: Tensor
+    ) -> Packing | None:
+        if not self.packed:
             return None
+        packing, sizes = (None, None) if nested is None else (nested.packing, nested.sizes)
+        if not PACKING(images, mask is not None, packing is not None or sizes is not None):
+            return None
+        if packing is not None or sizes is None:
+            return packing
         height, width = images.shape[-2:]
         map_height, map_width = features.shape[-2:]
         return Packing.of_images(sizes, (height, width), (map_height, map_width), features.device)
@@ -129,17 +149,17 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _tensors_and_mask(images: Images) -> tuple[Tensor, Tensor | None, Sizes | None]:
-    """The (B, 3, H, W) images, their mask (None where it is known that nothing is padded), and their sizes if known."""
+def _tensors_and_mask(images: Images) -> tuple[Tensor, Tensor | None, NestedTensor | None]:
+    """The (B, 3, H, W) images, their mask (None where it is known that nothing is padded), and the batch that knows more."""
     mask: Tensor | None
-    sizes: Sizes | None = None
+    nested: NestedTensor | None = None
     if isinstance(images, Tensor):
         tensors, mask = images, None
     elif isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor) and images[0].ndim == 4:
         tensors, mask = images
     else:
         nested = images if isinstance(images, NestedTensor) else nested_tensor_from_list(images)  # type: ignore[arg-type]
-        tensors, mask, sizes = nested.tensors, nested.mask if nested.padded else None, nested.sizes
+        tensors, mask = nested.tensors, nested.mask if nested.padded else None
     if tensors.ndim != 4 or tensors.shape[1] != 3:
         raise ValueError(f"got images of shape {tuple(tensors.shape)}; expected (B, 3, H, W)")
     if not tensors.is_floating_point():
@@ -149,4 +169,4 @@ def _tensors_and_mask(images: Images) -> tuple[Tensor, Tensor | None, Sizes | No
             f"got a {mask.dtype} mask of shape {tuple(mask.shape)}; expected bool "
             f"{(tensors.shape[0], *tensors.shape[2:])}, True on padding"
         )
-    return tensors, mask, sizes
+    return tensors, mask, nested

@@ -2,7 +2,7 @@
 
 Images of different sizes share a batch by padding, and the encoder would work on padding as on anything else. Where the
 sizes are known on the host, as after putting a batch together, tokens are packed before the encoder and stay packed
-as the decoder's keys and values.
+as the decoder's keys and values. A captured step takes the packing as tensors of one of few shapes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detr_fast import nn
+from detr_fast import dispatch, nn
+from detr_fast.dispatch import Call, Implementation, Op, Situation
 from detr_fast.ops.attention_varlen import attention_varlen
+
+CAPACITIES = 8  # numbers of tokens that captured steps of one batch size and padded size may have
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,22 @@ class Packing:
             longest,
         )
 
+    @staticmethod
+    def capacity(sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int], map_size: tuple[int, int]) -> int:
+        """How many tokens a captured step has for images of these sizes: theirs, rounded up to an eighth of the padded batch."""
+        rows = _visible([height for height, _ in sizes], padded_size[0], map_size[0])
+        columns = _visible([width for _, width in sizes], padded_size[1], map_size[1])
+        room = len(sizes) * map_size[0] * map_size[1]
+        step = -(-room // CAPACITIES)
+        return min(room, -(-int((rows * columns).sum()) // step) * step)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
+        index, ends = (t.to(device, non_blocking=non_blocking) for t in (self.index, self.cu_seqlens))
+        return Packing(index, ends, self.longest)
+
+    def pin_memory(self) -> Packing:
+        return Packing(self.index.pin_memory(), self.cu_seqlens.pin_memory(), self.longest)
+
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (1, T, C); of (1, L, C), the same for all images, each image gets its own tokens."""
         if x.shape[0] == 1 and len(self.cu_seqlens) > 2:
@@ -80,9 +99,9 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
     def attend(self, attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`attention` of packed keys and values (1, T, C) to packed queries, or to (B, Q, C), some for each image."""
+        """`attention` of packed keys and values (1, T, C) to the keys themselves, or to (B, Q, C), some for each image."""
         batch = len(self.cu_seqlens) - 1
-        if query.shape[1] == key.shape[1] and query.shape[0] == 1:
+        if query is key:
             ends, longest = self.cu_seqlens, self.longest
         else:
             longest = query.shape[1]
@@ -103,3 +122,60 @@ def _visible(lengths: Sequence[int], padded: int, mapped: int) -> np.ndarray:
     # As torch's nearest neighbour computes it, in float32.
     source = np.floor(np.arange(mapped, dtype=np.float32) * (np.float32(padded) / np.float32(mapped)))
     return (source[None] < np.array(lengths)[:, None]).sum(1)
+
+
+@dataclass(frozen=True)
+class PackingCall(Call):
+    """padded: something may be. known: where real tokens lie is known on the host, or was when the batch was made."""
+
+    images: int
+    padded: bool
+    known: bool
+
+    def shapes(self) -> str:
+        return f"{self.images} images"
+
+
+class RealTokens(Implementation):
+    """The encoder on real tokens only."""
+
+    name = "packed"
+
+    def run(self, tensors: Tensor, padded: bool, known: bool) -> bool:
+        return True
+
+    def why_not(self, call: PackingCall) -> str | None:
+        if not call.padded:
+            return "nothing is padded"
+        return None if call.known else "the mask exists only on the device: no packing"
+
+
+class AllTokens(Implementation):
+    """The encoder on the padded batch, with a mask."""
+
+    name = "padded"
+
+    def run(self, tensors: Tensor, padded: bool, known: bool) -> bool:
+        return False
+
+
+def _describe(tensors: Tensor, padded: bool, known: bool, *, situation: Situation) -> PackingCall:
+    return PackingCall(
+        device=tensors.device,
+        architecture=dispatch.architecture(tensors.device),
+        dtype=tensors.dtype,
+        tensor_type=dispatch.tensor_type((tensors,)),
+        needs_grad=False,
+        situation=situation,
+        images=tensors.shape[0],
+        padded=padded,
+        known=known,
+    )
+
+
+PACKING = Op(
+    "packing",
+    signature=lambda tensors, padded, known: (tensors.shape[0], tensors.device, padded, known),
+    describe=_describe,
+    implementations=(RealTokens(), AllTokens()),
+)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from detr_fast.models.packing import Packing
 from detr_fast.ops.boxes import BORDER_SLACK
 
 
@@ -25,12 +26,14 @@ class NestedTensor:
         padded: False promises that no mask entry is True. It is known on the host when a batch is put together, so
             the model can drop the mask, and use the faster attention without one, with no look at the device.
         sizes: height and width of each image, where they are known on the host; what packing needs.
+        packing: where the real tokens lie, made beforehand; see `Detr.with_packing`.
     """
 
     tensors: Tensor
     mask: Tensor
     padded: bool = True
     sizes: tuple[tuple[int, int], ...] | None = None
+    packing: Packing | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         return NestedTensor(
@@ -38,10 +41,12 @@ class NestedTensor:
             self.mask.to(device, non_blocking=non_blocking),
             self.padded,
             self.sizes,
+            None if self.packing is None else self.packing.to(device, non_blocking),
         )
 
     def pin_memory(self) -> NestedTensor:
-        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded, self.sizes)
+        packing = None if self.packing is None else self.packing.pin_memory()
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded, self.sizes, packing)
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         return self.tensors, self.mask

@@ -164,3 +164,14 @@ def test_backbone_weights_that_cannot_be_had_or_do_not_fit_are_one_line(tmp_path
         WeightsError, match=r"cannot download .* \(.*no route to host.*\); fetch https://.*resnet18.*pth"
     ):
         ResNetBackbone("resnet18", weights="IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ConvBackbone(4, 16), lambda: ConvBackbone(4, 32), lambda: ResNetBackbone("resnet18")]
+)
+@pytest.mark.parametrize("size", [(32, 64), (33, 65), (1, 47)])
+def test_the_size_of_the_features_is_known_beforehand(make, size):
+    backbone = make().eval()
+    with torch.device("meta"):
+        features, _ = backbone.to("meta")(torch.empty(1, 3, *size))
+    assert features.shape[-2:] == backbone.map_size(*size)

@@ -100,6 +100,50 @@ def test_a_capacity_fixes_the_number_of_tokens():
         Packing.of_images(images.sizes, *shape, capacity=50)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, [(96, 128)] * 3, [(1, 1)] * 3])
+def test_captured_steps_have_one_of_eight_numbers_of_tokens(sizes):
+    shape = (96, 128), (6, 8)
+    tokens = len(Packing.of_images(sizes, *shape).index)
+    capacity = Packing.capacity(sizes, *shape)
+    assert tokens <= capacity < tokens + 3 * 6 * 8 // 8
+    assert capacity % (3 * 6 * 8 // 8) == 0
+
+
+def test_a_batch_with_a_packing_made_beforehand_gives_the_same_in_a_fixed_number_of_tokens(pair):
+    _, packed = (model.eval() for model in pair)
+    images = images_of()
+    beforehand = packed.with_packing(images).to("cpu")
+    assert beforehand.sizes is None
+    assert len(beforehand.packing.index) > len(Packing.of_images(images.sizes, (96, 128), (6, 8)).index)
+    for name in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(packed(beforehand)[name], packed(images)[name])
+    assert packed.with_packing(replace(images, padded=False)).packing is None
+
+
+def test_one_image_with_as_many_queries_as_tokens_is_packed_rightly():
+    padded, packed = (build_model(replace(CONV, num_queries=24, packed=on)).eval() for on in (False, True))
+    packed.load_state_dict(padded.state_dict())
+    images = nested_tensor_from_list([torch.rand(3, 60, 70)], size=(64, 96))  # 4 × 6 features, 20 of them real
+    beforehand = packed.with_packing(images)
+    assert len(beforehand.packing.index) == 21
+    fixed = replace(beforehand, packing=Packing.of_images(images.sizes, (64, 96), (4, 6), capacity=24))
+    torch.testing.assert_close(packed(fixed)["pred_boxes"], padded(images)["pred_boxes"])
+
+
+def test_explain_says_whether_tokens_are_packed_and_why_not(pair):
+    _, packed = pair
+    images = images_of()
+    reasons = {}
+    for name, form in (("host", images), ("device", images.decompose()), ("whole", torch.rand(2, 3, 64, 80))):
+        (record,) = (r for r in detr_fast.explain(packed, form, quiet=True) if r.op == "packing")
+        reasons[name] = record.chosen, record.reasons
+    assert reasons == {
+        "host": ("packed", {}),
+        "device": ("padded", {"packed": "the mask exists only on the device: no packing"}),
+        "whole": ("padded", {"packed": "nothing is padded"}),
+    }
+
+
 def test_without_sizes_on_the_host_the_model_runs_padded(pair):
     padded, packed = (model.eval() for model in pair)
     images = images_of()
