@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def tune() -> None:
-    """Measure this machine (under a minute) and remember what is faster where: kernels, where there is a GPU, or PyTorch.
+    """Measure this machine (about a minute) and remember what is faster where: kernels, where there is a GPU, or PyTorch.
 
     Without a GPU: from which size on assignment problems are worth several threads.
     """
@@ -17,5 +17,7 @@ def tune() -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     if not gpu:
         print("PyTorch sees no GPU here: kernels are measured where there is one, and only assignment on this CPU")
-    path = regimes.save(measure(device))
+    path = regimes.cache_file()
+    for regime in measure(device):  # whoever is interrupted keeps what there is
+        path = regimes.save([regime])
     print(f"wrote {path}; every program of this user on this machine reads it from now on")

@@ -20,6 +20,12 @@ from detr_fast.ops.boundary import below_autograd, define, double_backward, isol
 from detr_fast.ops.dropout import next_seed
 
 
+def _regime(call: AttentionCall) -> str:
+    """Two measurements: PyTorch's flash kernels take calls in 16 bits without masks, slower ones all others."""
+    extras = call.key_padding or call.attn_mask or call.return_lse or call.weights
+    return "attention_masked" if extras or call.dtype == torch.float32 else "attention"
+
+
 class TritonAttention(TritonImplementation):
     max_head_dim = MAX_HEAD_DIM
 
@@ -33,19 +39,17 @@ class TritonAttention(TritonImplementation):
         return None
 
     def advice(self, call: AttentionCall) -> str | None:
-        extras = call.key_padding or call.attn_mask or call.return_lse or call.weights
-        plain = not extras and call.dtype != torch.float32
-        if plain and regimes.find("attention", call.architecture) is None:
+        if _regime(call) == "attention" and regimes.find("attention", call.architecture) is None:
             return (
                 "without masks PyTorch's own flash kernels take the call: unmeasured against them, run detr-fast tune"
             )
         size = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads) * call.head_dim
         if call.weights is not None:  # which PyTorch writes and reads several times
             size += call.batch * call.heads * call.queries * call.keys
-        return regimes.advice("attention", call, size * call.dtype.itemsize)
+        return regimes.advice(_regime(call), call, size * call.dtype.itemsize)
 
     def note(self, call: AttentionCall) -> str | None:
-        return regimes.note("attention", call)
+        return regimes.note(_regime(call), call)
 
     def compiled_key(self, call: AttentionCall) -> Any:
         masks = (call.key_padding, call.attn_mask, call.is_causal, call.dropout)

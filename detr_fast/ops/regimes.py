@@ -55,11 +55,12 @@ def cache_file() -> Path:
 
 
 def save(regimes: Iterable[Regime]) -> Path:
-    """Write measurements to the cache file (atomically) and make them count from now on."""
+    """Add measurements to the cache file (atomically), in place of older ones of the same, and make them count from now on."""
+    entries = {(r.op, r.architecture): r for r in (*_own(), *regimes)}
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([asdict(r) for r in regimes], indent=1))
+    temporary.write_text(json.dumps([asdict(r) for r in entries.values()], indent=1))
     os.replace(temporary, path)
     known.cache_clear()
     forget_decisions()
@@ -69,12 +70,14 @@ def save(regimes: Iterable[Regime]) -> Path:
 @lru_cache(maxsize=1)
 def known() -> tuple[Regime, ...]:
     """The user's measurements first, then those shipped. An unreadable cache file counts as empty."""
+    return _own() + SHIPPED
+
+
+def _own() -> tuple[Regime, ...]:
     try:
-        entries = json.loads(cache_file().read_text())
-        own = tuple(Regime(**entry) for entry in entries)
+        return tuple(Regime(**entry) for entry in json.loads(cache_file().read_text()))
     except (OSError, ValueError, TypeError):
-        own = ()
-    return own + SHIPPED
+        return ()
 
 
 @torch.compiler.assume_constant_result

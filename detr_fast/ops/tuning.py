@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ from detr_fast import dispatch
 from detr_fast.dispatch import use_backend
 from detr_fast.ops import layer_norm, linear_assignment, matching_cost, regimes
 from detr_fast.ops.regimes import NEVER, Regime
+from detr_fast.ops.tuning_cases import GROUPS, Group, Step
 
-Step = Callable[[], tuple[torch.Tensor, ...]]
 Progress = Callable[[str], None]
 _ROUNDS = 7
 
@@ -54,16 +54,21 @@ def ceiling(timings: Iterable[Timing]) -> int:
     return NEVER if maximum else 0
 
 
-def tune(device: torch.device, progress: Progress = print) -> list[Regime]:
-    """Measure all that is decided by measurement on such a device; under a minute."""
-    if device.type == "cpu":
-        return [tune_threads(progress)]
-    return [
-        tune_layer_norm(device, progress),
-        tune_matching_cost(device, progress),
-        tune_linear_assignment(device, progress),
-        tune_threads(progress),
-    ]
+def tune(device: torch.device, progress: Progress = print) -> Iterator[Regime]:
+    """Measure all that is decided by measurement on such a device, one after the other; about a minute."""
+    if device.type != "cpu":
+        yield tune_layer_norm(device, progress)
+        yield tune_matching_cost(device, progress)
+        yield tune_linear_assignment(device, progress)
+        for group in GROUPS:
+            yield tune_group(group, device, progress)
+    yield tune_threads(progress)
+
+
+def tune_group(group: Group, device: torch.device, progress: Progress = print) -> Regime:
+    """One of `tuning_cases.GROUPS`."""
+    cases = ((text, size, make(device)) for text, size, make in group.cases)
+    return _against(group.other, group.op, device, cases, progress, group.regime, repeats=8)
 
 
 def tune_layer_norm(device: torch.device, progress: Progress = print) -> Regime:
@@ -72,7 +77,7 @@ def tune_layer_norm(device: torch.device, progress: Progress = print) -> Regime:
         (f"({rows}, 256) bf16", rows * 256 * 2, layer_norm_step(device, rows, 256))
         for rows in (256, 1024, 4096, 16384, 65536, 262144)
     ]
-    return _against_eager("layer_norm", device, cases, progress)
+    return _against("eager", "layer_norm", device, cases, progress)
 
 
 def tune_matching_cost(device: torch.device, progress: Progress = print) -> Regime:
@@ -81,7 +86,7 @@ def tune_matching_cost(device: torch.device, progress: Progress = print) -> Regi
         (f"6 × {images} × (20, 100)", 6 * images * 20 * 100 * 4, matching_cost_step(device, images, 20, 100))
         for images in (1, 4, 16, 64)
     ]
-    return _against_eager("matching_cost", device, cases, progress)
+    return _against("eager", "matching_cost", device, cases, progress)
 
 
 def tune_linear_assignment(device: torch.device, progress: Progress = print) -> Regime:
@@ -167,17 +172,26 @@ def agree(step: Step, op: str, expected: str, found: str) -> bool:
     )
 
 
-def _against_eager(op: str, device: torch.device, cases: Iterable[tuple[str, int, Step]], progress: Progress) -> Regime:
-    """From which size on the kernel of `op` is faster than its eager implementation."""
-    eager_timings, captured_timings = [], []
-    pair = ("eager", "triton")
+def _against(
+    other: str,
+    op: str,
+    device: torch.device,
+    cases: Iterable[tuple[str, int, Step]],
+    progress: Progress,
+    regime: str | None = None,
+    repeats: int = 20,
+) -> Regime:
+    """From which size on the kernel of `op` is faster than another implementation, by the name that `advice` looks up."""
+    regime = regime or op
+    eager_timings: list[Timing] = []
+    captured_timings: list[Timing] = []
     for text, size, step in cases:
-        right = agree(step, op, *pair)
-        eager_timings.append(Timing(size, *_interleaved(step, op, pair), right))
-        captured_timings.append(Timing(size, *_interleaved(step, op, pair, captured=True), right))
-        progress(_line(f"{op} {text}", "eager", eager_timings[-1]))
-        progress(_line(f"{op} {text} in a graph", "eager", captured_timings[-1]))
-    return Regime(op, _architecture(device), threshold(eager_timings), threshold(captured_timings), source(device))
+        right = agree(step, op, other, "triton")
+        for captured, timings in ((False, eager_timings), (True, captured_timings)):
+            measured = _interleaved(step, op, (other, "triton"), captured=captured, repeats=repeats)
+            timings.append(Timing(size, *measured, right))
+            progress(_line(f"{regime} {text}{' in a graph' if captured else ''}", other, timings[-1]))
+    return Regime(regime, _architecture(device), threshold(eager_timings), threshold(captured_timings), source(device))
 
 
 def _architecture(device: torch.device) -> str:

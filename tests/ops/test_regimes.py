@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.ops import linear_assignment, regimes, tuning
+from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, ceiling, threshold
 
@@ -98,6 +101,46 @@ def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache,
     assert chosen == ["threads"]
 
 
+def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured(monkeypatch):
+    monkeypatch.setattr(tuning, "_against", lambda other, op, *_, **__: Regime(op, "sm_90", 0, 0, ""))
+    for name in ("tune_linear_assignment", "tune_threads"):
+        monkeypatch.setattr(tuning, name, lambda *_: Regime("linear_assignment", "sm_90", 0, 0, ""))
+    for name in ("layer_norm_step", "matching_cost_step"):
+        monkeypatch.setattr(tuning, name, lambda *_: None)
+    monkeypatch.setattr(
+        tuning, "tune_group", lambda group, *_: Regime(group.regime, "sm_90", 0, 0, "") if group.cases else None
+    )
+    measured = {regime.op for regime in tuning.tune(torch.device("cuda"))}
+    asked = set()
+    for file in Path(regimes.__file__).parent.glob("*.py"):
+        asked |= set(re.findall(r'regimes\.(?:advice|note)\("(\w+)"', file.read_text()))
+        asked |= set(re.findall(r'^    op = "(\w+)"', file.read_text(), re.MULTILINE))
+    unmeasured = {
+        "attention_varlen",
+        "detection_losses",
+    }  # taken wherever they can be: the alternative is many launches
+    assert asked - unmeasured <= measured
+    assert {"attention", "attention_masked"} <= measured
+
+
+def test_measurements_are_added_to_those_that_there_are():
+    regimes.save([Regime("layer_norm", "sm_90", 1, 1, "old"), Regime("layer_norm", "sm_80", 2, 2, "A100")])
+    regimes.save([Regime("layer_norm", "sm_90", 3, 3, "new")])
+    own = [r for r in regimes.known() if r not in regimes.SHIPPED]
+    assert [(r.architecture, r.source) for r in own] == [("sm_90", "new"), ("sm_80", "A100")]
+
+
+@pytest.mark.parametrize("group", tuning_cases.GROUPS, ids=lambda group: group.regime)
+def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
+    _, size, make = group.cases[0]
+    seen = []
+    monkeypatch.setattr(regimes, "find", lambda op, _: Regime(op, "sm_90", 0, 0, ""))
+    monkeypatch.setattr(regimes, "advice", lambda op, call, found: seen.append((op, found)))
+    with FakeTensorMode(), torch.no_grad():
+        make(torch.device("cuda"))  # calls the op once
+    assert seen[0] == (group.regime, size)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("op", "alternative", "step"),
@@ -105,6 +148,13 @@ def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache,
         ("layer_norm", "eager", lambda device: tuning.layer_norm_step(device, 3, 256)),
         ("matching_cost", "eager", lambda device: tuning.matching_cost_step(device, 1, 3, 9)),
         ("linear_assignment", "threads", lambda device: tuning.assignment_step(device, 2, 3, 9)),
+        ("add_layer_norm", "eager", lambda device: tuning_cases.add_layer_norm_step(device, 3)),
+        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 5, True)),
+        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 5, False)),
+        ("feed_forward", "eager", lambda device: tuning_cases.feed_forward_step(device, 5, 64)),
+        ("linear_add_layer_norm", "eager", lambda device: tuning_cases.linear_add_layer_norm_step(device, 5)),
+        ("qkv_projection", "eager", lambda device: tuning_cases.qkv_projection_step(device, 5)),
+        ("linear_cross_entropy", "eager", lambda device: tuning_cases.linear_cross_entropy_step(device, 5, 7)),
     ],
 )
 def test_what_tune_times_is_checked_first(op, alternative, step, monkeypatch):
