@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +13,9 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from torch.utils.data import DataLoader, Sampler
 
-from detr_fast.data.batching import GroupedBatchSampler, build_loader
-from detr_fast.data.buckets import ShapeBuckets, simulate_batches
-from detr_fast.data.coco import CocoDetection, CocoFolder
+from detr_fast.data.coco import CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
-from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.engine.captured import CapturedStep
 from detr_fast.engine.checkpoints import (
     latest_run,
@@ -40,11 +34,11 @@ from detr_fast.engine.evaluation import evaluate_model, sample_pictures
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
 from detr_fast.engine.run_folder import RunFolder, atomic_write
 from detr_fast.engine.signals import StopSignals
+from detr_fast.engine.training_data import load_training_data
 from detr_fast.models.build import build_criterion, build_model
 from detr_fast.models.convert import load_weights as load_foreign_weights
 from detr_fast.models.detr import Detr
 
-PADDED_SIZES = 16  # adds some 12 % of padding on COCO (docs/training-step.md)
 LOGGED = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 
 
@@ -136,9 +130,10 @@ class Trainer:
         self.config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, num_classes=len(folder.categories))
         )
-        self._load_data(folder)
+        self.data = load_training_data(self.config, folder, self.accelerator, reporter.message)
+        self.total_steps = config.epochs * self.data.steps_per_epoch
         if state is not None:
-            require_same_classes(state["names"], self.names, config)
+            require_same_classes(state["names"], self.data.names, config)
         self._build(state)
         self.folder = RunFolder(config.run)
         if state is None and self.main:
@@ -148,69 +143,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     # Setting up ------------------------------------------------------------------------------------------------------
-
-    def _load_data(self, folder: CocoFolder) -> None:
-        config = self.config
-        common: dict[str, Any] = {
-            "workers": config.workers,
-            "seed": config.seed,
-            "pin_memory": self.device.type == "cuda",
-        }
-        dataset = CocoDetection(folder, "train", train_transforms(config.transforms))
-        if len(dataset) < config.batch_size * self.accelerator.num_processes:
-            raise ConfigError(
-                f"batch_size is {config.batch_size}, but {config.data} has only {len(dataset)} training images; lower it"
-            )
-        if dataset.max_boxes == 0:
-            raise ConfigError(
-                f"none of the {len(dataset)} training images of {config.data} has a box: nothing to learn; run 'detr-fast doctor {config.data}'"
-            )
-        self.names, self.category_ids = dataset.names, dataset.category_ids
-        area = config.transforms.max_area  # a batch of a wide and a tall image takes no more memory than any other
-        buckets = None
-        if (
-            self.device.type == "cuda" and self.accelerator.num_processes == 1
-        ):  # where steps are captured, a graph a size
-            expected = simulate_batches(dataset.image_sizes, config.transforms, config.batch_size, seed=config.seed)
-            buckets = ShapeBuckets.fit(expected, PADDED_SIZES)
-        loader = build_loader(
-            dataset, config.batch_size, shuffle=True, drop_last=True, max_area=area, buckets=buckets, **common
-        )
-        self.sampler: GroupedBatchSampler = loader.batch_sampler  # type: ignore[assignment]
-        self.loader = self._shared_out(loader)
-        self.steps_per_epoch = len(self.sampler) // self.accelerator.num_processes
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.validation = self.validation_loader = None
-        if "val" in folder.splits:
-            self.validation = CocoDetection(folder, "val", eval_transforms(config.transforms))
-            self.validation_loader = self._shared_out(
-                build_loader(self.validation, config.batch_size, shuffle=False, **common)
-            )
-        else:
-            self.reporter.message(f"{config.data} has no validation split: nothing is evaluated (instances_val.json)")
-        most = max(dataset.max_boxes, self.validation.max_boxes if self.validation else 0)
-        if most > config.model.num_queries:
-            self.reporter.message(
-                f"an image has {most} boxes, but the model finds at most {config.model.num_queries}; raise --queries"
-            )
-        self.drawn = self.validation or CocoDetection(folder, "train", eval_transforms(config.transforms))
-
-    def _shared_out(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """With several processes, a loader of this one's share of the batches; its workers outlast a signal to all."""
-        loader.worker_init_fn = _leave_signals_to_the_main_process
-        if self.accelerator.num_processes == 1:
-            return loader
-        sampler = _EveryNth(loader.batch_sampler, self.accelerator.process_index, self.accelerator.num_processes)
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=sampler,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
-            persistent_workers=loader.persistent_workers,
-        )
 
     def _build(self, state: dict[str, Any] | None) -> None:
         config = self.config
@@ -291,7 +223,7 @@ class Trainer:
             with StopSignals() as signals:
                 while self.step < self.total_steps:
                     self._train_epoch(signals)
-                    epoch = self.step // self.steps_per_epoch
+                    epoch = self.step // self.data.steps_per_epoch
                     if epoch % self.config.evaluate_every == 0 or self.step == self.total_steps:
                         self._evaluate()
                     self._save()
@@ -300,14 +232,13 @@ class Trainer:
             advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
             raise Interrupted(stop.signum, advice) from None
         finally:
-            for loader in (self.loader, self.validation_loader):
-                _stop_workers(loader)
+            self.data.stop_workers()
         self._draw()
         return TrainResult(
             run=self.folder,
             model=self._evaluated_model().eval(),
             config=self.config,
-            names=self.names,
+            names=self.data.names,
             metrics=self.metrics,
             steps=self.step,
             seconds=self.seconds,
@@ -315,17 +246,17 @@ class Trainer:
         )
 
     def _train_epoch(self, signals: StopSignals) -> None:
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        self.sampler.set_epoch(epoch, start=done * self.accelerator.num_processes)
+        epoch, done = divmod(self.step, self.data.steps_per_epoch)
+        self.data.sampler.set_epoch(epoch, start=done * self.accelerator.num_processes)
         self.model.train()
         window = _Window(self.step)
         begun = time.perf_counter()
-        for batch, _ in zip(self.loader, range(self.steps_per_epoch - done)):
+        for batch, _ in zip(self.data.loader, range(self.data.steps_per_epoch - done)):
             self.take_step(batch.images, batch.targets)
             self.scheduler.step()
             self.step += 1
             window.images += len(batch) * self.accelerator.num_processes
-            last = self.step % self.steps_per_epoch == 0
+            last = self.step % self.data.steps_per_epoch == 0
             record = None
             if self.step % self.config.log_every == 0 or last or signals.received is not None:
                 record = self._log(window, epoch)
@@ -352,19 +283,19 @@ class Trainer:
         return cast(Detr, self.ema.module) if self.ema is not None else self.bare
 
     def _evaluate(self) -> None:
-        if self.validation is None or self.validation_loader is None:
+        if self.data.validation is None or self.data.validation_loader is None:
             return
         figures = evaluate_model(
             self._evaluated_model(),
-            self.validation_loader,
-            CocoEvaluator(self.validation),
+            self.data.validation_loader,
+            CocoEvaluator(self.data.validation),
             self.device,
             self.criterion if self.accelerator.num_processes == 1 else None,  # its sums wait for the other processes
             self.reporter.evaluating,
             _exchange if self.accelerator.num_processes > 1 else None,
         )
         self.metrics = figures
-        record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.steps_per_epoch, **figures}
+        record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.data.steps_per_epoch, **figures}
         if self.main:
             self.folder.log(record)
             if figures["AP"] > self.best:
@@ -376,9 +307,9 @@ class Trainer:
     def _about(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
-            "names": list(self.names),
-            "category_ids": list(self.category_ids),
-            "epoch": self.step // self.steps_per_epoch,
+            "names": list(self.data.names),
+            "category_ids": list(self.data.category_ids),
+            "epoch": self.step // self.data.steps_per_epoch,
             "step": self.step,
             "metrics": self.metrics,
             "best": self.best,
@@ -404,9 +335,9 @@ class Trainer:
             return
         name = Path(self.config.data).resolve().name
         draw_curves(self.folder.read_metrics(), self.folder.curves, f"{name}: {self.step} steps")
-        pictures = sample_pictures(self._evaluated_model(), self.drawn, self.device)
-        what = "validation" if self.validation is not None else "training"
-        page = draw_grid(pictures, self.names, f"{name}: {what} images after {self.step} steps, scores from 0.5")
+        pictures = sample_pictures(self._evaluated_model(), self.data.drawn, self.device)
+        what = "validation" if self.data.validation is not None else "training"
+        page = draw_grid(pictures, self.data.names, f"{name}: {what} images after {self.step} steps, scores from 0.5")
         atomic_write(self.folder.predictions, lambda file: page.save(file, format="PNG"))
 
 
@@ -417,32 +348,6 @@ class _Window:
     after: int
     images: int = 0
     begun: float = field(default_factory=time.perf_counter)
-
-
-class _EveryNth(Sampler[Any]):
-    """Every `count`-th batch of another sampler, from number `index` on."""
-
-    def __init__(self, batches: Any, index: int, count: int) -> None:
-        self.batches, self.index, self.count = batches, index, count
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for number, batch in enumerate(self.batches) if number % self.count == self.index)
-
-    def __len__(self) -> int:
-        return (len(self.batches) - self.index + self.count - 1) // self.count
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Schedulers and terminals signal the whole process group; without its workers, the step could not be finished."""
-    for signum in StopSignals.HANDLED:
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def _stop_workers(loader: DataLoader[Any] | None) -> None:
-    """End them here: at exit, Python would do so by the signal that they ignore, and wait for ever."""
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
 
 
 def _exchange(predictions: dict[int, Any]) -> dict[int, Any]:
