@@ -49,7 +49,6 @@ def cross_entropy_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     label = tl.load(label_ptr + row)
     known = (label >= 0) & (label < classes)
-    # Read before the reductions below, whose barriers keep it ahead of all writes.
     chosen = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
     weight = 1.0
     if class_weight_ptr is not None:
@@ -90,6 +89,7 @@ def cross_entropy_kernel(
         at_label = tl.where(ignored, 0.0, at_label)
         share = tl.where(ignored, 0.0, share)
         place_of_label = label.to(tl.int32)
+        tl.debug_barrier()  # all threads have read the row, also `chosen`, before one writes
         for start in range(0, classes, BLOCK):
             inside = (start + column) // VEC < classes // VEC
             place = run_pointers(logits_ptr, start, column, VEC)

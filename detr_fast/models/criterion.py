@@ -122,7 +122,7 @@ class SetCriterion(nn.Module):
             return known
         with torch.inference_mode(False):
             made = like.new_tensor(weights)
-        if type(like) is Tensor:  # a fake tensor would outlive its mode
+        if type(like) is Tensor and not torch.compiler.is_compiling():  # a fake tensor would outlive its mode
             self._known_weights[key] = made
         return made
 

@@ -6,6 +6,8 @@ tensors, as autograd on fake ones wants a driver.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.original_step import OriginalCriterion, logged
+from detr_fast.engine import graphs
 from detr_fast.engine.captured import CapturedStep
 from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics
@@ -118,3 +121,55 @@ def test_a_captured_step_is_what_the_trainer_runs(tiny):
     trainer = Trainer(tiny(epochs=1), Reporter())
     assert isinstance(trainer.take_step, CapturedStep)
     assert trainer.take_step.reason == "the parameters are on cpu, and CUDA graphs need a GPU"
+
+
+class _Copies(TorchDispatchMode):
+    """Writes down whether copies are allowed not to block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocking = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            self.blocking.append(not kwargs.get("non_blocking", False))
+        elif func is torch.ops.aten.copy_.default:
+            self.blocking.append(not (len(args) > 2 and args[2]))
+        return func(*args, **kwargs)
+
+
+def test_batches_travel_without_blocking_the_host():
+    given = inputs("cpu")
+    with _Copies() as copies:
+        graphs.moved(given, torch.device("meta"))
+        graphed = graphs.GraphedFunction(lambda *_: None, torch.device("meta"))
+        static = graphs.mapped(given, lambda tensor: torch.empty_like(tensor, device="meta"))
+        graphed._buckets[graphs.shapes_of(given)] = graphs._Bucket(5, static, mock.Mock())
+        graphed(*given)
+    assert len(copies.blocking) == 2 * 5  # images, mask, boxes, labels, counts
+    assert not any(copies.blocking)
+
+
+def test_for_a_gpu_batches_are_page_locked_and_padded_to_fitted_sizes(tiny, monkeypatch):
+    from detr_fast.data.coco import CocoFolder
+    from detr_fast.engine import trainer as module
+
+    trainer, asked = module.Trainer(tiny(epochs=1), module.Reporter()), []
+    build = module.build_loader
+    monkeypatch.setattr(
+        module, "build_loader", lambda *a, **k: asked.append(k) or build(*a, **(k | {"pin_memory": False}))
+    )
+    trainer.device = torch.device("cuda")
+    trainer._load_data(CocoFolder.open(trainer.config.data))
+    assert [k["pin_memory"] for k in asked] == [True, True]
+    assert asked[0]["buckets"] is not None
+
+
+def test_losses_are_read_every_so_many_steps(tiny, monkeypatch):
+    from detr_fast.engine.trainer import train
+
+    reads, read = [], DeviceMetrics.read
+    monkeypatch.setattr(DeviceMetrics, "read", lambda self: reads.append(int(self._sums[-1])) or read(self))
+    train(tiny(epochs=2, log_every=4))
+    assert reads == [3, 1, 2]  # at the end of the first epoch, at step 4, at the end

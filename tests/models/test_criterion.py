@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detr_fast.models import HungarianMatcher, ModelConfig, SetCriterion, Targets, build_criterion
 from detr_fast.models.criterion import loss_weights
+from detr_fast.testing import count
 
 linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment
 
@@ -215,6 +216,20 @@ def test_the_weighted_sum_needs_a_weight_for_something():
     criterion = SetCriterion(CLASSES, HungarianMatcher(), {})
     with pytest.raises(ValueError, match=r"none of the losses \['loss_ce'\] has a weight"):
         criterion.weighted_sum({"loss_ce": torch.zeros(())})
+
+
+def test_the_weights_are_sent_to_the_device_once_and_follow_changes():
+    criterion = SetCriterion(CLASSES, HungarianMatcher(), {"loss_ce": 1.0, "loss_bbox": 5.0})
+    losses = {name: torch.full((), value, requires_grad=True) for name, value in (("loss_ce", 2.0), ("loss_bbox", 3.0))}
+    with torch.inference_mode():
+        assert criterion.weighted_sum(losses) == 17.0
+    counts = count(lambda: criterion.weighted_sum(losses).backward())
+    assert set(counts.launches) <= {
+        f"aten.{name}" for name in ("stack.default", "dot.default", "mul.Tensor", "ones_like.default")
+    }
+    assert losses["loss_bbox"].grad == 5.0
+    criterion.weight_dict["loss_bbox"] = 1.0
+    assert criterion.weighted_sum(losses) == 5.0
 
 
 ONE_RANK = """
