@@ -27,6 +27,22 @@ def _repeatable():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def interpreter(request):
+    """Tests marked `interpreter` run their kernels in the checked interpreter; the value tells what was launched.
+
+    The marker's arguments are `checked_interpreter`'s: `@pytest.mark.interpreter(int32_limit=1 << 15)`.
+    """
+    marker = request.node.get_closest_marker("interpreter")
+    if marker is None or not INTERPRETING:
+        yield None
+        return
+    from detr_fast.testing.interpreter import checked_interpreter
+
+    with checked_interpreter(**marker.kwargs) as checks:
+        yield checks
+
+
 @pytest.fixture(scope="session")
 def bccd() -> Path:
     """The folder of real blood-cell micrographs; a test that needs it is skipped, saying so, where it is absent."""

@@ -1,0 +1,98 @@
+"""`make gpu` without a GPU: tests and benchmarks run their bodies on the CPU, everything small; scripts likewise.
+
+    export DETR_FAST_REHEARSAL=1 TRITON_INTERPRET=1
+    python -m pytest -p tests.rehearsal -m gpu tests benchmarks      # each value of each parameter at least once
+    python -m tests.rehearsal benchmarks/kernel_calls.py graphs      # on meta tensors: no kernel runs
+    python -m tests.rehearsal tune                                   # of tiny sizes, timed by the host's clock
+
+Kernels run in the checked interpreter and torch.compile compiles nothing: this shows that the bodies run and that what they
+assert of results holds, so that their first run on a GPU does not end in a typo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.stub_cuda import stubs
+
+
+def pytest_configure(config):
+    from benchmarks import hardware
+    from detr_fast.engine import captured
+
+    if not hardware.REHEARSAL:
+        raise pytest.UsageError("set DETR_FAST_REHEARSAL=1 and TRITON_INTERPRET=1: nothing would be small else")
+    for name, value in stubs().items():
+        setattr(torch.cuda, name, value)
+    torch.compile = lambda function=None, **options: function
+    captured.why_no_graph = lambda *_: None
+    _time_once()
+
+
+def _time_once():
+    """Each benchmark is one call: the report is as on a GPU, and its numbers mean nothing."""
+    with contextlib.suppress(ImportError):
+        from pytest_benchmark.fixture import BenchmarkFixture
+
+        pedantic = BenchmarkFixture.pedantic
+        BenchmarkFixture.pedantic = lambda self, target, **_: pedantic(self, target, rounds=1, iterations=1)
+
+
+def pytest_collection_modifyitems(items):
+    """Of each test as few cases as hold every value of every parameter."""
+    seen: set[tuple[object, ...]] = set()
+    kept = []
+    for item in items:
+        values = {
+            (item.path, item.originalname, name, repr(value))
+            for name, value in getattr(getattr(item, "callspec", None), "params", {}).items()
+        }
+        if values - seen or not values:
+            kept.append(item)
+        seen |= values
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checked_interpreter():
+    from detr_fast.testing.interpreter import checked_interpreter
+
+    with checked_interpreter(int32_limit=1 << 22):
+        yield
+
+
+def _script(path: str, arguments: list[str]) -> int:
+    """A script of benchmarks/ on meta tensors."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.DEVICE = torch.device("meta")
+    return module.main(arguments)
+
+
+def _tune() -> int:
+    from detr_fast import dispatch
+    from detr_fast.cli import main
+    from detr_fast.ops import tuning
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: 0
+    dispatch.architecture = lambda device: "sm_90"
+    tuning.ROWS, tuning.ROUNDS, tuning.REPEATS = (3, 40), 1, 1
+    real = torch.device
+    tuned = tuning.tune_layer_norm
+    tuning.tune_layer_norm = lambda device: tuned(real("cpu"))
+    main(["tune"])
+    return 0
+
+
+if __name__ == "__main__":
+    for name, value in stubs().items():
+        setattr(torch.cuda, name, value)
+    sys.exit(_tune() if sys.argv[1] == "tune" else _script(sys.argv[1], sys.argv[2:]))
