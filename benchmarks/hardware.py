@@ -1,7 +1,7 @@
 """What GPU tests and benchmarks run on: a GPU; or, in a rehearsal without one, the CPU with everything small.
 
     DEVICE                    # where tensors lie
-    size(500_000, 300)        # the number for a GPU, and the one for a rehearsal
+    sized(500_000, 300)        # the number for a GPU, and the one for a rehearsal
 
 `DETR_FAST_REHEARSAL=1` makes it a rehearsal: kernels run in Triton's interpreter, and tests/rehearsal.py stands in for what
 bodies ask of CUDA itself. Nothing that it measures means anything: it shows that the bodies run, and hold what they assert.
@@ -26,6 +26,6 @@ NEEDS_GPU = [
 ]
 
 
-def size(real: T, small: T) -> T:
+def sized(real: T, small: T) -> T:
     """`real` on a GPU, `small` in a rehearsal."""
     return small if REHEARSAL else real

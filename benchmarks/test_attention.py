@@ -11,19 +11,23 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
 from detr_fast import ops, use_backend
 from detr_fast.ops.attention import EagerAttention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="timings need a GPU")]
+pytestmark = NEEDS_GPU
 
 # batch, queries, keys, heads, head dimension: encoder, decoder's self and cross attention, larger heads
-SHAPES = [
-    (2, 1000, 1000, 8, 32),
-    (8, 1000, 1000, 8, 32),
-    (2, 100, 100, 8, 32),
-    (2, 100, 1000, 8, 32),
-    (4, 1000, 1000, 4, 128),
-]
+SHAPES = sized(
+    [
+        (2, 1000, 1000, 8, 32),
+        (8, 1000, 1000, 8, 32),
+        (2, 100, 100, 8, 32),
+        (2, 100, 1000, 8, 32),
+        (4, 1000, 1000, 4, 128),
+    ],
+    [(2, 40, 40, 2, 32), (1, 20, 30, 1, 128)],
+)
 CASES = {"plain": (False, 0.0), "padding": (True, 0.0), "padding and dropout": (True, 0.1)}
 
 
@@ -50,7 +54,7 @@ def flex(q, k, v, padding, dropout_p):
         raise RuntimeError("flex attention has no dropout")
     mask = None
     if padding is not None:
-        mask = create_block_mask(lambda b, h, i, j: ~padding[b, j], q.shape[0], None, q.shape[1], k.shape[1], "cuda")
+        mask = create_block_mask(lambda b, h, i, j: ~padding[b, j], q.shape[0], None, q.shape[1], k.shape[1], DEVICE)
     return _compiled(flex_attention)(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
@@ -73,13 +77,13 @@ def test_attention_forward_and_backward(benchmark, shape, case, peer):
     padded, dropout_p = CASES[case]
     benchmark.group = f"attention {shape} {case} bf16, forward and backward"
     lengths = (queries, keys, keys, queries)
-    q, k, v, dout = (torch.randn(batch, n, heads, dim, device="cuda", dtype=torch.bfloat16) for n in lengths)
+    q, k, v, dout = (torch.randn(batch, n, heads, dim, device=DEVICE, dtype=torch.bfloat16) for n in lengths)
     for tensor in (q, k, v):
         tensor.requires_grad_()
     padding = None
     if padded:
         padding = (
-            torch.arange(keys, device="cuda") >= torch.linspace(keys, keys * 2 // 3, batch, device="cuda")[:, None]
+            torch.arange(keys, device=DEVICE) >= torch.linspace(keys, keys * 2 // 3, batch, device=DEVICE)[:, None]
         )
 
     def step(dropout_p=dropout_p):

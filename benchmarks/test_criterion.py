@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.hardware import DEVICE, sized
 from benchmarks.original_step import OriginalCriterion
 from detr_fast.models import ModelConfig, Targets, build_criterion
 
-LAYERS, IMAGES, BOXES, QUERIES, CLASSES = 6, 8, 20, 100, 91
+LAYERS, IMAGES, BOXES, QUERIES, CLASSES = sized((6, 8, 20, 100, 91), (2, 2, 3, 10, 91))
 
 
 def make_case(device: str) -> tuple[dict[str, Any], list[dict[str, Tensor]], Targets]:
@@ -48,7 +49,7 @@ def functions(device: str) -> dict[str, Callable[[], dict[str, Tensor]]]:
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE.type, marks=pytest.mark.gpu, id="gpu")])
 @pytest.mark.parametrize("peer", ["auto", "original"])
 def test_criterion(benchmark: Any, device: str, peer: str) -> None:
     call = functions(device)[peer]

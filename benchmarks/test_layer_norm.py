@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
 from detr_fast import ops, use_backend
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="timings need a GPU")]
+pytestmark = NEEDS_GPU
 
-SHAPES = [(200, 256), (4_000, 256), (32_000, 256), (500_000, 256), (32_000, 1024)]  # queries, a batch of images, …
+# queries, a batch of images, …
+SHAPES = sized([(200, 256), (4_000, 256), (32_000, 256), (500_000, 256), (32_000, 1024)], [(20, 256), (9, 1024)])
 
 
 def eager(x, weight, bias):
@@ -36,8 +38,8 @@ PEERS = {"eager": eager, "triton": ours, "auto": auto, "torch.compile": torch.co
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm_forward_and_backward(benchmark, shape, peer):
     benchmark.group = f"layer_norm {shape} bf16, forward and backward"
-    x, dy = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    weight, bias = (torch.randn(shape[-1], device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    x, dy = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     x.requires_grad_()
 
     def step():

@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import nn as torch_nn
 
+from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
 from detr_fast import nn, ops, use_backend
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="timings need a GPU")]
+pytestmark = NEEDS_GPU
 
+WIDTH, HIDDEN = sized((256, 2048), (64, 96))
+ROWS = sized([800, 6800, 27200], [20])  # 8 images' queries; their tokens at stride 32; at stride 16
+SHAPES = sized([(8, 100), (8, 850)], [(2, 10)])
 FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
 RECOMPUTING = FUSED | {"feed_forward": "triton_recompute"}
@@ -22,7 +26,7 @@ RECOMPUTING = FUSED | {"feed_forward": "triton_recompute"}
 
 def eager_block(x, w1, b1, w2, b2, norm_weight, norm_bias):
     y = torch_nn.functional.linear(torch_nn.functional.linear(x, w1, b1).relu(), w2, b2)
-    return torch_nn.functional.layer_norm(x + y, (256,), norm_weight, norm_bias)
+    return torch_nn.functional.layer_norm(x + y, (WIDTH,), norm_weight, norm_bias)
 
 
 def run_checked(benchmark, peer, step, reference):
@@ -39,13 +43,13 @@ def run_checked(benchmark, peer, step, reference):
 
 
 @pytest.mark.parametrize("peer", [*BACKENDS, "triton_recompute"])
-@pytest.mark.parametrize("rows", [800, 6800, 27200])  # 8 images' queries; their tokens at stride 32; at stride 16
+@pytest.mark.parametrize("rows", ROWS)
 def test_feed_forward_block(benchmark, rows, peer):
-    benchmark.group = f"feed-forward block ({rows}, 256) hidden 2048 bf16, forward and backward"
-    shapes = [(rows, 256), (2048, 256), (2048,), (256, 2048), (256,), (256,), (256,)]
-    tensors = [torch.randn(s, device="cuda", dtype=torch.bfloat16) * s[-1] ** -0.5 for s in shapes]
+    benchmark.group = f"feed-forward block ({rows}, {WIDTH}) hidden {HIDDEN} bf16, forward and backward"
+    shapes = [(rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), *[(WIDTH,)] * 3]
+    tensors = [torch.randn(s, device=DEVICE, dtype=torch.bfloat16) * s[-1] ** -0.5 for s in shapes]
     tensors = [t.requires_grad_() for t in tensors]
-    dy = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(rows, WIDTH, device=DEVICE, dtype=torch.bfloat16)
     block: Any = ops.feed_forward_add_layer_norm
     if peer in ("eager", "torch.compile"):
         block = torch.compile(eager_block) if peer == "torch.compile" else eager_block
@@ -60,14 +64,15 @@ def test_feed_forward_block(benchmark, rows, peer):
 
 
 @pytest.mark.parametrize("peer", [*BACKENDS, "triton_recompute"])
-@pytest.mark.parametrize("shape", [(8, 100), (8, 850)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encoder_layer(benchmark, shape, peer):
-    benchmark.group = f"encoder layer {shape} d 256 hidden 2048 bf16, forward and backward"
+    benchmark.group = f"encoder layer {shape} d {WIDTH} hidden {HIDDEN} bf16, forward and backward"
     settings: dict[str, Any] = {
-        "d_model": 256,
+        "d_model": WIDTH,
         "nhead": 8,
+        "dim_feedforward": HIDDEN,
         "batch_first": True,
-        "device": "cuda",
+        "device": DEVICE,
         "dtype": torch.bfloat16,
         "dropout": 0.0,
     }
@@ -78,7 +83,7 @@ def test_encoder_layer(benchmark, shape, peer):
     elif peer != "eager":
         layer = nn.TransformerEncoderLayer(**settings)
         layer.load_state_dict(original.state_dict())
-    x = torch.randn(*shape, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(*shape, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn_like(x)
     backend = RECOMPUTING if peer == "triton_recompute" else BACKENDS[peer]
 

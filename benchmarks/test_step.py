@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
 from detr_fast.engine.captured import CapturedStep
 from detr_fast.models import ModelConfig, Targets, build_criterion, build_model
 from detr_fast.models.convert import Weights, load_weights
@@ -24,7 +25,6 @@ from detr_fast.models.weight_names import from_huggingface
 
 CLASSES = 91
 PEERS = ("auto", "uncaptured", "huggingface", "torch.compile")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="timings need a GPU")
 
 
 class Pair:
@@ -104,12 +104,10 @@ def check(pair: Pair) -> None:
     assert error < 1e-3, f"our logits differ from Hugging Face's (relative error {error:.2e}): not timed"
 
 
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", [pytest.param(peer, marks=NEEDS_GPU) for peer in PEERS])
 def test_training_step(benchmark: Any, peer: str) -> None:
     benchmark.group = "DETR-R50 training step, 4 × 800×1066, bf16, auxiliary losses, dropout 0.1"
-    pair = Pair("cuda")
+    pair = sized(Pair, partial(Pair, size=(64, 96), batch=2, layers=1))(DEVICE.type)
     check(pair)
     step = pair.step(peer)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -75,6 +74,19 @@ class Event:
         return (end.moment - self.moment) * 1e3
 
 
+class Stream:
+    """The host's only one."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def captured(graph, pool=None, capture_error_mode="global"):
     with graph:
@@ -84,14 +96,13 @@ def captured(graph, pool=None, capture_error_mode="global"):
 
 def stubs() -> dict[str, Any]:
     """What to put in place of `torch.cuda`'s own, by name."""
-    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     return {
         "CUDAGraph": EmulatedGraph,
         "graph": captured,
         "graph_pool_handle": object,
         "Event": Event,
-        "Stream": lambda device=None: stream,
-        "current_stream": lambda device=None: stream,
+        "Stream": Stream,
+        "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda device=None: None,
         "set_sync_debug_mode": lambda mode: None,

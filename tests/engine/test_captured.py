@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
 from detr_fast.engine import captured, graphs
 from detr_fast.engine.captured import CapturedInference, CapturedStep
@@ -20,6 +19,7 @@ from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction, shapes_of, tensors_of
 from detr_fast.engine.metrics import DeviceMetrics
 from detr_fast.models import ModelConfig, NestedTensor, Targets, build_criterion, build_model
+from tests import stub_cuda
 
 TINY = ModelConfig(
     backbone="conv",
@@ -35,54 +35,6 @@ TINY = ModelConfig(
 )
 
 
-UNDECLARED = {"running_mean", "running_var"}  # batch norm writes them, and its schema doesn't say so
-
-
-def storage(tensor):
-    return tensor.untyped_storage()._cdata
-
-
-class EmulatedGraph(TorchDispatchMode):
-    """As a CUDA graph: what is recorded has no effect, replays work on the recorded tensors, and memory stays in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-        self.own, self.before = set(), {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-        written = [
-            tensor
-            for argument in func._schema.arguments
-            if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in UNDECLARED
-            for tensor in tree_leaves(given.get(argument.name))
-            if isinstance(tensor, torch.Tensor)
-        ]
-        for tensor in written:
-            if storage(tensor) not in self.own and storage(tensor) not in self.before:
-                self.before[storage(tensor)] = (tensor, tensor.detach().clone())
-        out = func(*args, **kwargs)
-        known = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        fresh = [t if storage(t) not in known else None for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.own |= {storage(t) for t in fresh if t is not None}
-        self.operations.append((func, args, kwargs, fresh, out))
-        return out
-
-    def restore(self):
-        for tensor, value in self.before.values():
-            tensor.detach().copy_(value)
-
-    def replay(self):
-        with torch.no_grad():
-            for func, args, kwargs, fresh, _ in self.operations:
-                again = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-                for old, new in zip(fresh, again):
-                    if old is not None:
-                        old.detach().copy_(new)
-
-
 @pytest.fixture
 def emulated(monkeypatch):
     """CUDA's graph functions, emulated on the CPU; the value holds the graphs that were captured."""
@@ -91,19 +43,10 @@ def emulated(monkeypatch):
     @contextlib.contextmanager
     def record(graph, pool, capture_error_mode):
         made.append(SimpleNamespace(graph=graph, pool=pool, mode=capture_error_mode))
-        with graph:
+        with stub_cuda.captured(graph):
             yield
-        graph.restore()
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {
-        "CUDAGraph": EmulatedGraph,
-        "graph": record,
-        "graph_pool_handle": object,
-        "Stream": lambda device: stream,
-        "current_stream": lambda device: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-    }.items():
+    for name, value in {**stub_cuda.stubs(), "graph": record}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(captured, "why_no_graph", lambda *_: None)
     return made
@@ -332,15 +275,17 @@ def test_shapes_tell_apart_what_a_graph_is_bound_to():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_on_a_gpu_100_replayed_steps_train_as_eager_ones_without_a_synchronisation(dropout):
+    steps = sized(100, 12)
+
     def train(capture):
         torch.manual_seed(0)
-        model = build_model(replace(TINY, dropout=dropout)).cuda().train()
+        model = build_model(replace(TINY, dropout=dropout)).to(DEVICE).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        metrics = DeviceMetrics(("loss",), "cuda")
+        metrics = DeviceMetrics(("loss",), DEVICE)
         step = CapturedStep(model, build_criterion(TINY), optimizer, clip_norm=0.1, metrics=metrics, capture=capture)
-        kept = torch.zeros(100, device="cuda")
-        for number in range(100):
-            given = graphs.moved(batch(number % 7), torch.device("cuda"))
+        kept = torch.zeros(steps, device=DEVICE)
+        for number in range(steps):
+            given = graphs.moved(batch(number % 7), DEVICE)
             if number == 5:
                 torch.cuda.set_sync_debug_mode("error")
             kept[number] = step(*given)["loss"]
@@ -353,4 +298,4 @@ def test_on_a_gpu_100_replayed_steps_train_as_eager_ones_without_a_synchronisati
         assert replayed == pytest.approx(eager, rel=1e-2)
         assert replayed[:10] == pytest.approx(eager[:10], rel=1e-4)
     else:
-        assert len(set(replayed)) == 100
+        assert len(set(replayed)) == steps

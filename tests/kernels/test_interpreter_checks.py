@@ -99,6 +99,7 @@ def test_offsets_that_would_overflow_on_a_large_tensor_are_seen_on_a_small_one()
         copy(torch.zeros(32), 32, 32)
 
 
+@pytest.mark.interpreter(None)
 def test_programs_run_in_a_shuffled_order_that_the_seed_decides():
     def last(seed):
         target = torch.zeros(1, dtype=torch.int32)
@@ -125,6 +126,7 @@ def round_kernel(source_ptr, target_ptr):
     tl.store(target_ptr + index, tl.load(source_ptr + index).to(tl.bfloat16))
 
 
+@pytest.mark.interpreter(None)
 def test_everything_is_as_before_outside_the_block():
     from triton.runtime.interpreter import InterpreterBuilder
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detr_fast.kernels.dropout import scale
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.ops.dropout import keep_mask, next_seed, shared_seed
@@ -182,7 +183,7 @@ def test_on_a_cpu_the_call_is_torchs_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [1, 100, 256, 8192, 10_000])
 def test_on_a_gpu_add_layer_norm_is_as_accurate_as_eager(triton, columns, dtype):
-    values = [t.cuda() for t in inputs(1037, columns)]
+    values = [t.to(DEVICE) for t in inputs(sized(1037, 9), columns)]
     assert_as_accurate_as_eager(
         lambda *v: ops.add_layer_norm(*v, return_sum=True), reference=reference, inputs=values, dtype=dtype
     )
@@ -190,7 +191,7 @@ def test_on_a_gpu_add_layer_norm_is_as_accurate_as_eager(triton, columns, dtype)
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_mask_is_the_twins(triton):
-    x, residual = torch.ones(300, 256, device="cuda"), torch.zeros(300, 256, device="cuda")
+    x, residual = torch.ones(300, 256, device=DEVICE), torch.zeros(300, 256, device=DEVICE)
     torch.manual_seed(2)
     _, total = ops.add_layer_norm(x, residual, dropout_p=0.3, return_sum=True)
     torch.manual_seed(2)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detr_fast.kernels import attention as kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
@@ -341,23 +342,24 @@ def test_what_the_kernel_cannot_take_is_refused_in_words(change, reason):
 @pytest.mark.parametrize("dim", [1, 32, 64, 100, 128, 256])
 @pytest.mark.parametrize("masked", [None, "padding", "bool", "float"])
 def test_on_a_gpu_attention_is_as_accurate_as_eager(triton, dtype, dim, masked):
+    length = sized(333, 35)
     padding = mask = None
     if masked == "padding":
-        padding = torch.rand(2, 333, device="cuda") > 0.7
+        padding = torch.rand(2, length, device=DEVICE) > 0.7
     elif masked is not None:
-        mask = torch.randn(333, 333, device="cuda")
+        mask = torch.randn(length, length, device=DEVICE)
         mask = mask > 0 if masked == "bool" else mask
     assert_as_accurate_as_eager(
         lambda q, k, v: ops.attention(q, k, v, key_padding_mask=padding, attn_mask=mask, is_causal=masked is None),
         reference=lambda q, k, v: EagerAttention().run(q, k, v, padding, mask, masked is None, 0.0, None),
-        inputs=[torch.randn(2, 333, 3, dim, device="cuda") for _ in range(3)],
+        inputs=[torch.randn(2, length, sized(3, 1), dim, device=DEVICE) for _ in range(3)],
         dtype=dtype,
     )
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_attention_is_captured_in_a_cuda_graph_and_draws_new_dropout(triton):
-    q, k, v = qkv(2, 100, 100, 2, 32, device="cuda")
+    q, k, v = qkv(2, 100, 100, sized(2, 1), 32, device=DEVICE)
     ops.attention(q, k, v, dropout_p=0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.hardware import DEVICE
 from detr_fast.ops.dropout import keep_mask, next_seed, shared_seed
 
 CPU = torch.device("cpu")
@@ -149,7 +150,7 @@ def test_compiled_code_draws_without_a_graph_break_and_masks_trace():
 def test_on_a_gpu_each_replay_of_a_graph_draws_a_new_seed():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        seed, _ = next_seed(torch.device("cuda"))
+        seed, _ = next_seed(DEVICE)
     values = set()
     for _ in range(3):
         graph.replay()

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.ops.feed_forward import ACTIVATIONS, FEED_FORWARD
@@ -174,5 +175,5 @@ def test_what_does_not_fit_is_refused_in_words(kernel):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_is_as_accurate_as_eager(kernel, dtype, norm):
-    inputs = [t.cuda() for t in tensors((1037,), 256, 2048, norm=norm)]
+    inputs = [t.to(DEVICE) for t in tensors((sized(1037, 20),), sized(256, 64), sized(2048, 128), norm=norm)]
     assert_as_accurate_as_eager(ours("relu", norm), reference=eager("relu", norm), inputs=inputs, dtype=dtype)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from detr_fast.kernels import layer_norm as kernels
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.ops.layer_norm import LAYER_NORM
@@ -186,7 +187,7 @@ def test_calling_the_raw_op_on_cpu_tensors_explains_itself():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [1, 100, 256, 1024, 8192])
 def test_on_a_gpu_layer_norm_is_as_accurate_as_eager(triton, columns, dtype):
-    inputs = [t.cuda() for t in (torch.randn(1037, columns), *parameters(columns))]
+    inputs = [t.to(DEVICE) for t in (torch.randn(sized(1037, 9), columns), *parameters(columns))]
     assert_as_accurate_as_eager(
         lambda x, w, b: ops.layer_norm(x, (columns,), w, b),
         reference=lambda x, w, b: F.layer_norm(x, (columns,), w, b),
@@ -197,7 +198,7 @@ def test_on_a_gpu_layer_norm_is_as_accurate_as_eager(triton, columns, dtype):
 
 @pytest.mark.gpu
 def test_on_a_gpu_layer_norm_is_captured_in_a_cuda_graph(triton):
-    x = torch.randn(300, 256, device="cuda")
+    x = torch.randn(300, 256, device=DEVICE)
     ops.layer_norm(x, (256,))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

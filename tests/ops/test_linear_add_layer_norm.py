@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
@@ -150,5 +151,5 @@ def test_rows_too_wide_for_a_tile_are_refused(triton):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns"), [(777, 256), (6001, 200)])
 def test_on_a_gpu_it_is_as_accurate_as_eager(triton, rows, columns, dtype):
-    inputs = [t.cuda() for t in tensors((rows,), 1024, columns)]
+    inputs = [t.to(DEVICE) for t in tensors((sized(rows, 20),), sized(1024, 64), columns)]
     assert_as_accurate_as_eager(ops.linear_add_layer_norm, reference=eager, inputs=inputs, dtype=dtype)

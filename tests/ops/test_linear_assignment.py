@@ -8,6 +8,7 @@ import torch
 from detr_fast.kernels import assignment as kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.testing import count
@@ -161,7 +162,7 @@ def test_a_failing_compilation_is_seen_before_it_runs(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_assignments_are_captured_in_a_cuda_graph():
-    cost, counts = torch.randn(6, 4, 20, 100, device="cuda"), torch.tensor([20, 3, 0, 11], device="cuda")
+    cost, counts = torch.randn(sized(6, 1), 4, 20, 100, device=DEVICE), torch.tensor([20, 3, 0, 11], device=DEVICE)
     ops.linear_assignment(cost, counts)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -5,6 +5,7 @@ import torch
 from detr_fast.kernels.matching_cost import INVALID_COST
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import use_backend
 from detr_fast.testing import assert_close_to_truth, count
@@ -142,7 +143,7 @@ def test_shapes_that_do_not_fit_are_refused():
 @FOCAL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_the_kernel_is_as_accurate_as_eager(focal, dtype):
-    case = [t.cuda() for t in make_case(6, (20, 0, 64, 1), 64, 300, 92, dtype)]
+    case = [t.to(DEVICE) for t in make_case(sized(6, 1), (20, 0, 64, 1), 64, sized(300, 50), 92, dtype)]
     with use_backend(matching_cost="triton"):
         ours, _ = ops.matching_cost(*case, focal=focal)
     with use_backend(matching_cost="eager"):
