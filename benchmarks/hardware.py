@@ -10,10 +10,12 @@ bodies ask of CUDA itself. Nothing that it measures means anything: it shows tha
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 
 REHEARSAL = os.environ.get("DETR_FAST_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -24,6 +26,18 @@ NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (REHEARSAL or torch.cuda.is_available()), reason="timings need a GPU"),
 ]
+
+
+def check(peer: str, found: Iterable[Tensor], eager: Iterable[Tensor], truth: Iterable[Tensor]) -> None:
+    """Refuse to time a wrong result: at most twice eager's error against fp64, and one in a hundred.
+
+    Beside eager alone, a ReLU that bf16 rounds to the other side of zero would count as ours.
+    """
+    for number, (ours, theirs, right) in enumerate(zip(found, eager, truth)):
+        error, allowed = (((t.double() - right).norm() / right.norm()).item() for t in (ours, theirs))
+        assert error <= 2 * allowed + 0.01, (
+            f"{peer} is wrong (result {number}: relative error {error:.2e}, eager's {allowed:.2e}): not timed"
+        )
 
 
 def sized(real: T, small: T) -> T:

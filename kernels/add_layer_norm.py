@@ -5,8 +5,8 @@
 
     ds = gradient of LayerNorm (see layer_norm.py) + dsum,   dresidual = ds,   dx = dropout's mask * ds / (1 - p)
 
-The sum stays in fp32: one over fp16's 65,504 does no harm. It is written where the caller wants it (pre-norm), and then
-it, else x and residual, is what the backward reads; the mask is drawn again. Rows as in rows.py; beyond 8,192 columns
+The sum stays in fp32: one over fp16's 65,504 does no harm. Where the caller wants it (pre-norm) it is written, and what is
+written is normalised and read by the backward; else that reads x and residual. The mask is drawn again. Rows as in rows.py; beyond 8,192 columns
 wide_rows.py takes over.
 """
 
@@ -89,8 +89,10 @@ def add_layer_norm_forward_kernel(
     y_stride = BLOCK_C if FULL else C
     y_start = row[:, None] * y_stride
     if sum_ptr is not None:
-        sum_pointers = run_pointers(sum_ptr + first * y_stride, y_start, column, VEC)
-        tl.store(sum_pointers, x.to(sum_ptr.dtype.element_ty), mask=mask)
+        # The backward reads this sum: statistics of the unrounded one would not centre it.
+        total = x.to(sum_ptr.dtype.element_ty)
+        tl.store(run_pointers(sum_ptr + first * y_stride, y_start, column, VEC), total, mask=mask)
+        x = total.to(tl.float32)
     centred, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
     y = centred * rstd[:, None]
     if weight_ptr is not None:

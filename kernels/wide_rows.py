@@ -95,6 +95,8 @@ def wide_forward_kernel(
             x_ptr, residual_ptr, seed_ptr, row, start, x_row_stride, residual_row_stride, C, offset, threshold, scale,
             BLOCK_C, VEC,
         )  # fmt: skip
+        if sum_ptr is not None:
+            total = total.to(sum_ptr.dtype.element_ty).to(tl.float32)  # as the backward reads it
         count = tl.minimum(C - start, BLOCK_C).to(tl.float32)
         block_mean = tl.div_rn(tl.sum(total, axis=1)[:, None], count)
         centred = tl.where(inside, total - block_mean, 0.0)
@@ -111,7 +113,9 @@ def wide_forward_kernel(
             BLOCK_C, VEC,
         )  # fmt: skip
         if sum_ptr is not None:
-            tl.store(run_pointers(sum_ptr, row * C, column, VEC), total.to(sum_ptr.dtype.element_ty), mask=inside)
+            rounded = total.to(sum_ptr.dtype.element_ty)
+            tl.store(run_pointers(sum_ptr, row * C, column, VEC), rounded, mask=inside)
+            total = rounded.to(tl.float32)
         y = (total - mean) * rstd
         if weight_ptr is not None:
             y *= load_parameters(weight_ptr, column, column // VEC < C // VEC, VEC)

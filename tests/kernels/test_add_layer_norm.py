@@ -73,6 +73,7 @@ def inputs(rows, columns, p, with_sum):
         (1, 256, torch.float32, 0.1, False),
         (100, 256, torch.bfloat16, 0.1, False),
         (41, 1, torch.float32, 0.5, True),
+        (9, 1, torch.bfloat16, 0.0, True),  # a sum that is rounded after its statistics has a gradient of noise
         (150, 20, torch.float16, 0.0, False),
         (70, 64, torch.bfloat16, 0.0, True),
         (9, 96, torch.float16, 0.3, True),
@@ -81,6 +82,7 @@ def inputs(rows, columns, p, with_sum):
         (3, 9000, torch.float32, 0.1, True),
         (3, 8200, torch.bfloat16, 0.5, False),
         (2, 8193, torch.float32, 0.0, True),
+        (2, 8200, torch.bfloat16, 0.1, True),
     ],
 )
 def test_add_layer_norm_is_as_accurate_as_eager(interpreter, rows, columns, dtype, p, with_sum):

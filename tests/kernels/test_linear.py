@@ -10,15 +10,8 @@ from detr_fast.kernels.rows import sum_partials
 from detr_fast.testing import assert_as_accurate_as_eager, assert_close_to_truth
 from detr_fast.testing.interpreter import checked_interpreter
 
-pytestmark = pytest.mark.interpreter
-
-
-@pytest.fixture
-def interpreter():
-    """As the others' fixture; offsets inside a tile of 128 rows pass the usual limit of 32-bit arithmetic."""
-    with checked_interpreter(int32_limit=1 << 15) as checks:
-        yield checks
-
+# Offsets inside a tile of 128 rows pass the usual limit of 32-bit arithmetic.
+pytestmark = pytest.mark.interpreter(int32_limit=1 << 15)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = {

@@ -7,6 +7,7 @@ from detr_fast.kernels.matching_cost import matching_cost_variant
 from detr_fast.kernels.offline import compile_variant
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import use_backend
 from detr_fast.testing import assert_as_accurate_as_eager, count
@@ -217,7 +218,9 @@ def test_shapes_that_do_not_fit_are_refused():
 @FOCAL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_losses_and_gradients_are_as_accurate_as_eager(focal, dtype):
-    logits, boxes, *rest = make_case(6, (20, 0, 64, 1), 64, 300, 92, device="cuda")
+    logits, boxes, *rest = make_case(
+        sized(6, 1), sized((20, 0, 64, 1), (3, 0, 9, 1)), sized(64, 9), sized(300, 30), 92, device=DEVICE
+    )
     assert_as_accurate_as_eager(
         lambda l, b: of_backend("triton", focal=focal)(l, b, *rest),
         reference=lambda l, b: of_backend("eager", focal=focal)(l, b, *rest),
