@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -169,11 +170,11 @@ def slower_than_a_peer(cases: dict[str, dict[str, float]]) -> list[str]:
     rows = []
     for case, medians in cases.items():
         best = min(medians, key=lambda peer: medians[peer])
-        rows.append((medians.get("auto", 0.0) / medians[best], case, medians, best))
+        rows.append((medians["auto"] / medians[best] if "auto" in medians else math.inf, case, medians, best))
     lines = ["", "| case | auto / best | best | medians, ms |", "|---|---|---|---|"] if rows else []
     for ratio, case, medians, best in sorted(rows, reverse=True, key=lambda row: row[0])[:25]:
         listed = ", ".join(f"{peer} {median:.4f}" for peer, median in sorted(medians.items(), key=lambda item: item[1]))
-        lines.append(f"| {case} | {ratio:.2f} | {best} | {listed} |")
+        lines.append(f"| {case} | {'auto failed' if ratio == math.inf else f'{ratio:.2f}'} | {best} | {listed} |")
     return lines
 
 

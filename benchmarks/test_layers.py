@@ -17,9 +17,9 @@ from detr_fast import nn, ops, use_backend
 
 pytestmark = NEEDS_GPU
 
-WIDTH, HIDDEN = sized((256, 2048), (64, 96))
+WIDTH, HEADS, HIDDEN = sized((256, 8, 2048), (32, 2, 48))
 ROWS = sized([800, 6800, 27200], [20])  # 8 images' queries; their tokens at stride 32; at stride 16
-SHAPES = sized([(8, 100), (8, 850)], [(2, 10)])
+SHAPES = sized([(8, 100), (8, 850)], [(2, 6)])
 FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
 RECOMPUTING = FUSED | {"feed_forward": "triton_recompute"}
@@ -70,7 +70,7 @@ def test_encoder_layer(benchmark, shape, peer):
     benchmark.group = f"encoder layer {shape} d {WIDTH} hidden {HIDDEN} bf16, forward and backward"
     settings: dict[str, Any] = {
         "d_model": WIDTH,
-        "nhead": 8,
+        "nhead": HEADS,
         "dim_feedforward": HIDDEN,
         "batch_first": True,
         "device": DEVICE,

@@ -33,7 +33,7 @@ def add_layer_norm(
 
     Shapes: x and residual (..., C), weight and bias (C,) or None; the results are (..., C).
     Dtypes: the sum has x's and the residual's, promoted; the normalised result too, or fp32 under autocast on a GPU, as
-    torch's own. In the kernel the sum itself stays in fp32: fp16's 65,504 is no limit for it.
+    torch's own. In the kernel a sum that is not returned stays in fp32: fp16's 65,504 is no limit for it.
     Raises ValueError for shapes that do not fit or a dropout_p outside [0, 1], BackendError as `use_backend` says.
     Source: Ba et al., 2016, arXiv:1607.06450; Srivastava et al., 2014, "Dropout".
     """

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -65,6 +66,7 @@ def test_the_summary_names_where_auto_is_slower_than_a_peer(gpu, tmp_path):
     medians = gpu.medians_by_case(tmp_path)
     assert medians["step"] == {"auto": 5.0}
     assert gpu.slower_than_a_peer(medians)[3] == "| case | 2.00 | eager | eager 1.0000, auto 2.0000 |"
+    assert "| case | auto failed | eager |" in gpu.slower_than_a_peer({"case": {"eager": 1.0}})[3]
     assert gpu.next_steps(["tests"], medians)[2:] == [
         "1. mend tests: its output is in log.txt",
         "2. case: auto takes 2.00 × eager (a wrong choice: an entry in detr_fast/ops/regimes.py)",
@@ -156,36 +158,53 @@ def test_the_profile_leaves_a_trace_and_a_picture(calls, tmp_path, capsys):
 
 
 def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsys):
-    """Every section starts as on the real machine; only what needs the driver is a stub, and nothing is timed."""
-    tools, out = tmp_path / "bin", tmp_path / "out"
+    """Every section runs its own code, with the CPU in the GPU's place (tests/rehearsal.py); nothing is timed."""
+    tools, out, prefix = (tmp_path / name for name in ("bin", "out", "prefix"))
     tools.mkdir()
     sanitizer = tools / "compute-sanitizer"  # takes the same arguments, and only runs what it should watch
     sanitizer.write_text('#!/bin/sh\nwhile [ "$1" != "--tool" ]; do shift; done\nshift 2\nexec "$@"\n')
     sanitizer.chmod(0o755)
     real = gpu.sections
-    stub = str(Path(__file__).parent / "stub_cuda.py")
+    checkout = copy_of_the_package(tmp_path / "checkout")
+    switch = ["env", "DETR_FAST_REHEARSAL=1", "TRITON_INTERPRET=1", sys.executable]
 
-    def without_driver(out):
+    def rehearsed(out):
         for name, command, _ in real(out):
             if "benchmarks/kernel_calls.py" in command:
                 place = command.index("benchmarks/kernel_calls.py")
-                yield name, [*command[:place], stub, *command[place:]], 120
-            elif "pytest" in command:  # collected and imported
-                yield name, [*command, "--collect-only"], 240
-            else:  # pip needs nothing that is not here, and would change this installation; the tuner measures
-                yield name, [sys.executable, "-c", f"print({command!r})"], 60
+                yield name, [*command[:place], "-m", "tests.rehearsal", *command[place:]], 120
+            elif "pytest" in command:
+                place = command.index("pytest") + 1
+                yield name, [*switch, *command[1:place], "-p", "tests.rehearsal", *command[place:]], 300
+            elif name == "tune":
+                yield name, [*switch, "-m", "tests.rehearsal", "tune"], 60
+            else:  # the same installation, elsewhere, and of nothing that is installed here
+                yield name, [*command[:-1], str(checkout), "--ignore-installed", "--prefix", str(prefix)], 60
 
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setattr(gpu, "sections", lambda out: list(without_driver(out)))
+    monkeypatch.setattr(gpu, "sections", lambda out: list(rehearsed(out)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stub GPU")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out)])
-    assert gpu.main() == 0, (out / "log.txt").read_text()[-3000:]
+    assert gpu.main() == 0, (out / "log.txt").read_text()[-6000:]
     summary = (out / "summary.md").read_text()
     assert summary.startswith("# Stub GPU, torch ")
     for name, *_ in real(out):
         assert f"- {name}: ok" in summary
+    assert (prefix / "bin" / "detr-fast").exists()
+    assert (out / "regimes.json").exists()
     written = list(out.iterdir())
     assert len(written) <= 8
     assert {path.name for path in written} >= {"summary.md", "log.txt", "profile.svg", "trace.json.gz"}
     assert len(summary.splitlines()) <= 60
+    timed = gpu.medians_by_case(out)
+    assert sum("auto" in peers and len(peers) > 1 for peers in timed.values()) >= 5, timed
+
+
+def copy_of_the_package(folder):
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(SCRIPT.parents[1] / name, folder)
+    for name in ("detr_fast", "kernels"):
+        shutil.copytree(SCRIPT.parents[1] / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
