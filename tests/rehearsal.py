@@ -77,6 +77,7 @@ def _script(path: str, arguments: list[str]) -> int:
 
 
 def _tune() -> int:
+    """`detr-fast tune` on one tiny case of each kind, each timed once."""
     from detr_fast import dispatch
     from detr_fast.cli import main
     from detr_fast.ops import tuning
@@ -84,10 +85,17 @@ def _tune() -> int:
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     dispatch.architecture = lambda device: "sm_90"
-    tuning.ROWS, tuning.ROUNDS, tuning.REPEATS = (3, 40), 1, 1
-    real = torch.device
-    tuned = tuning.tune_layer_norm
-    tuning.tune_layer_norm = lambda device: tuned(real("cpu"))
+    for name, sizes in (
+        ("layer_norm_step", (3, 16)),
+        ("matching_cost_step", (1, 2, 5)),
+        ("assignment_step", (2, 2, 4)),
+    ):
+        step, cpu = getattr(tuning, name), torch.device("cpu")
+        setattr(tuning, name, lambda *_, step=step, sizes=sizes, cpu=cpu: step(cpu, *sizes))
+    against_eager, milliseconds = tuning._against_eager, tuning._milliseconds
+    tuning._ROUNDS = 1
+    tuning._against_eager = lambda op, device, cases, progress: against_eager(op, device, list(cases)[:1], progress)
+    tuning._milliseconds = lambda run, repeats: milliseconds(run, 1)
     main(["tune"])
     return 0
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
@@ -243,17 +244,17 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_kernel_is_as_accurate_as_eager():
-    lengths = (333, 1, 0, 850)
-    q, k, v, *rest = problem(lengths, lengths, surplus=70, heads=8, dim=32, value_dim=32)
-    ends_of = rest[0].cuda()
+    lengths = sized((333, 1, 0, 850), (33, 1, 0, 70))
+    q, k, v, *rest = problem(lengths, lengths, surplus=sized(70, 7), heads=sized(8, 1), dim=32, value_dim=32)
+    ends_of = rest[0].to(DEVICE)
 
     def call(backend):
         def run(*qkv):
             with use_backend(attention_varlen=backend):
-                return ops.attention_varlen(*qkv, ends_of, ends_of, 850, 850)
+                return ops.attention_varlen(*qkv, ends_of, ends_of, max(lengths), max(lengths))
 
         return run
 
-    tensors = [t.detach().cuda() for t in (q, k, v)]
+    tensors = [t.detach().to(DEVICE) for t in (q, k, v)]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert_as_accurate_as_eager(call("triton"), reference=call("eager"), inputs=tensors, dtype=dtype)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.ops.qkv_projection import QKV_PROJECTION, project
@@ -155,5 +156,6 @@ def test_more_position_columns_than_columns_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_it_is_as_accurate_as_eager(triton, dtype):
-    inputs = [t.cuda() for t in tensors((2, 333), (1, 333))]
+    rows = sized(333, 20)
+    inputs = [t.to(DEVICE) for t in tensors((2, rows), (1, rows))]
     assert_as_accurate_as_eager(ops.qkv_projection, reference=eager, inputs=inputs, dtype=dtype)
