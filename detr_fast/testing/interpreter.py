@@ -148,8 +148,10 @@ def _arithmetic_patches(checks: InterpreterChecks) -> dict[str, Patch]:
     def rounded(original: Callable[..., Any]) -> Callable[..., Any]:
         def cast(builder: Any, source: Any, target: Any, *rounding: Any) -> Any:
             if source.dtype.scalar.name == "fp32" and target.scalar.name == "bf16":
-                nearest = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
-                return type(source)(nearest.view(torch.int16).numpy().view(np.uint16), target.scalar)
+                bits = np.ascontiguousarray(source.data).view(np.uint32)
+                nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+                nearest = np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16)
+                return type(source)(nearest, target.scalar)
             return original(builder, source, target, *rounding)
 
         return cast
