@@ -16,10 +16,11 @@ Needs TRITON_INTERPRET=1 to be set before Python starts.
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -49,11 +50,19 @@ class Overflow32(AssertionError):
 class InterpreterChecks:
     """What happened inside `checked_interpreter`.
 
-    launches: every launch, in order. int32_limit: the largest absolute value that 32-bit arithmetic may reach.
+    launches: every launch, in order, without its arguments. int32_limit: the largest absolute value that 32-bit arithmetic
+    may reach.
     """
 
     int32_limit: int
     launches: list[launch.Launch] = field(default_factory=list)
+    tensors: dict[str, weakref.ref[Tensor]] = field(default_factory=dict, repr=False)  # of the last launch, by argument
+
+    def observe(self, launched: launch.Launch) -> None:
+        """Keeps no tensor alive: autograd would copy gradients that someone else holds."""
+        self.launches.append(replace(launched, arguments=()))
+        named = zip(launched.variant.kernel.arg_names, launched.arguments)
+        self.tensors = {name: weakref.ref(argument) for name, argument in named if isinstance(argument, Tensor)}
 
     def counts(self) -> Counter[str]:
         """Number of launches by kernel name."""
@@ -86,8 +95,8 @@ def checked_interpreter(
         stack.enter_context(mock.patch.object(module.TensorHandle, "set_attr", state))
         stack.enter_context(launch.allocating_with(poisoned))
         stack.enter_context(np.errstate(all="ignore"))  # kernels compute with NaN and inf, as GPUs do
-        launch.observers.append(checks.launches.append)
-        stack.callback(launch.observers.remove, checks.launches.append)
+        launch.observers.append(checks.observe)
+        stack.callback(launch.observers.remove, checks.observe)
         yield checks
 
 
@@ -219,11 +228,7 @@ def _checked_hint(checks: InterpreterChecks, original: Callable[..., Any]) -> Ca
 
 
 def _check_addresses(checks: InterpreterChecks, verb: str, addresses: np.ndarray) -> None:
-    tensors = {
-        name: argument
-        for name, argument in zip(checks.launches[-1].variant.kernel.arg_names, checks.launches[-1].arguments)
-        if isinstance(argument, Tensor)
-    }
+    tensors = {name: tensor for name, reference in checks.tensors.items() if (tensor := reference()) is not None}
     remaining = addresses
     for tensor in tensors.values():
         if remaining.size == 0:
