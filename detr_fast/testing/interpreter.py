@@ -159,7 +159,7 @@ def _arithmetic_patches(checks: InterpreterChecks) -> dict[str, Patch]:
             if source.dtype.scalar.name == "fp32" and target.scalar.name == "bf16":
                 bits = np.ascontiguousarray(source.data).view(np.uint32)
                 nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-                nearest = np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16)
+                nearest = np.where(np.isnan(source.data), 0x7FFF, nearest).astype(np.uint16)
                 return type(source)(nearest, target.scalar)
             return original(builder, source, target, *rounding)
 

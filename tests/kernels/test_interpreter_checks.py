@@ -117,7 +117,7 @@ def test_bf16_is_rounded_to_nearest_even(interpreter):
     target = launch.empty((7,), torch.bfloat16, source.device)
     variant = Variant(round_kernel, (pointer(source.dtype), pointer(target.dtype)), {})
     launch.launch(variant, (7,), source, target)
-    assert torch.equal(target.view(torch.int16), source.bfloat16().view(torch.int16))
+    torch.testing.assert_close(target, source.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @launch.jit
