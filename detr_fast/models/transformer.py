@@ -15,6 +15,7 @@ from torch import Tensor
 from detr_fast import nn
 from detr_fast.models.packing import Packing
 from detr_fast.nn.fusion import attend_add_norm, feed_forward_add_norm
+from detr_fast.nn.memory import shared_memory
 from detr_fast.ops.dropout import shared_seed
 
 
@@ -194,9 +195,10 @@ class TransformerDecoder(nn.Module):
         batch = memory.shape[0] if packing is None else len(packing.cu_seqlens) - 1
         target = torch.zeros_like(query_position).expand(batch, -1, -1)
         outputs = []
-        for layer in self.layers:
-            target = layer(target, memory, memory_key, query_position, key_padding_mask, packing)
-            outputs.append(target)
+        with shared_memory([layer.multihead_attn for layer in self.layers], memory, position, memory_key):
+            for layer in self.layers:
+                target = layer(target, memory, memory_key, query_position, key_padding_mask, packing)
+                outputs.append(target)
         return self.norm(torch.stack(outputs if all_layers else outputs[-1:]))
 
 

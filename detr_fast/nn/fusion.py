@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import dispatch
-from detr_fast.nn.multihead_attention import MultiheadAttention, Projected, attention_inputs
+from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
@@ -33,12 +33,11 @@ def attend_add_norm(
     *,
     position: Tensor | None = None,
     memory_key: Tensor | None = None,
-    projected: Projected | None = None,
     **masks: Any,
 ) -> Tensor:
     """norm(x + dropout(attention(x + position, key, value))), batch first or not as the attention is.
 
-    Key, value and projected: see `MultiheadAttention.heads`.
+    Key and value: see `MultiheadAttention.heads`.
     """
     if _may_fuse(x, attention, dropout, norm) and _plain(attention.out_proj):
         projection, p = attention.out_proj, _probability(dropout)
@@ -46,7 +45,7 @@ def attend_add_norm(
         # What attention gives looks like x; the choice is made before anything is computed.
         fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x, norm.weight, norm.bias, norm.eps, p)
         if fused is not None:
-            sources: Any = {"position": position, "memory_key": memory_key, "projected": projected}
+            sources: Any = {"position": position, "memory_key": memory_key}
             found = attention.heads(x, memory, **sources, **masks)
             if found is not None:
                 heads, residual = found

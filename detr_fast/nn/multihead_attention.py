@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from detr_fast import dispatch
 from detr_fast.dispatch import BackendError, Implementation
+from detr_fast.nn.memory import Projected, share_of
 from detr_fast.nn.replacements import replaces
 from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
 from detr_fast.ops.attention import ATTENTION, Sdpa
@@ -27,17 +28,6 @@ class _Plan(NamedTuple):
 
     implementation: Implementation
     options: tuple[Any, ...]
-
-
-class Projected(NamedTuple):
-    """One layer's share of a memory that was projected for all layers at once.
-
-    weight, bias: what remains to project queries with. packs: of k and v, (B, S, n, H, E) (see `run_packed`).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    packs: list[Tensor]
 
 
 def attention_inputs(
@@ -109,23 +99,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         position: Tensor | None = None,
         memory_key: Tensor | None = None,
-        projected: Projected | None = None,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """What the output projection would get, (..., C) as x, of attention(x + position, key, value), and x.
 
-        Key and value are memory_key (memory where None) and memory, or x + position and x without a memory. projected:
-        what was made of them already, instead. The x returned is to serve as the residual of a fused kernel, and nothing
-        else. None where the original's forward is to run. Raises BackendError (see `use_backend`).
+        Key and value are memory_key (memory where None) and memory, or x + position and x without a memory. The x
+        returned is to serve as the residual of a fused kernel, and nothing else. None where the original's forward is to run. Raises BackendError (see `use_backend`).
         """
         masks = (key_padding_mask, attn_mask, is_causal)
         value = x if memory is None else memory
         packable = self._qkv_same_embed_dim and not self._extra_keys
         plan = self._plan(x, value, value, *masks, None) if packable else None
         if plan is not None:
-            packs, x = self._stream_packs(x, memory, position, memory_key, projected)
+            packs, x = self._stream_packs(x, memory, position, memory_key)
             return self._run_packs(plan, packs, x.ndim), x
         if packable:
             return None
@@ -300,7 +288,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         memory: Tensor | None,
         position: Tensor | None,
         memory_key: Tensor | None,
-        projected: Projected | None,
     ) -> tuple[list[Tensor], Tensor]:
         """Projections for `_run_packs`, and x to go on with (see `project`)."""
         width = self.embed_dim
@@ -313,6 +300,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             found = project(x, weights[1], biases[1])
             assert found is not None
             return [F.linear(x + position, weights[0], biases[0]), found[0]], found[1]
+        projected = share_of(self, memory)
         if projected is None:
             inputs = [memory] if memory_key is None else [memory_key, memory]
             weights, biases = self.in_parameters([1, 2] if memory_key is None else [1, 1, 1])

@@ -14,6 +14,7 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from detr_fast import dispatch
 from detr_fast.nn.fusion import attend_add_norm, feed_forward_add_norm
+from detr_fast.nn.memory import shared_memory
 from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
 from detr_fast.nn.replacements import converts_children, replaces
 from detr_fast.nn.tracing import keeps_whole
@@ -88,8 +89,9 @@ class TransformerEncoder(nn.TransformerEncoder):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         is_causal = _detect_is_causal_mask(mask, is_causal, _get_seq_len(src, first.self_attn.batch_first))
         x = src
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
+        with shared_seed():
+            for layer in self.layers:
+                x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
         return x if self.norm is None else self.norm(x)
 
 
@@ -152,16 +154,14 @@ class TransformerDecoder(nn.TransformerDecoder):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """As torch.nn.TransformerDecoder's."""
-        return super().forward(
-            tgt,
-            memory,
-            tgt_mask,
-            memory_mask,
-            tgt_key_padding_mask,
-            memory_key_padding_mask,
-            _affordable_hint(tgt_mask, tgt_is_causal),
-            memory_is_causal,
-        )
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        hint = _affordable_hint(tgt_mask, tgt_is_causal)
+        ours = all(type(layer) is TransformerDecoderLayer for layer in self.layers)
+        shares = ours and (dispatch.intervening or tgt.is_cuda) and not tgt.is_nested
+        if not shares:
+            return super().forward(tgt, memory, *masks, hint, memory_is_causal)
+        with shared_seed(), shared_memory([layer.multihead_attn for layer in self.layers], memory):
+            return super().forward(tgt, memory, *masks, hint, memory_is_causal)
 
 
 @replaces(nn.Transformer)

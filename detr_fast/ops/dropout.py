@@ -55,11 +55,11 @@ class _Scope:
     def __init__(self) -> None:
         self.seeds: dict[torch.device, Tensor] = {}
         self.offset = -1
-        self.entered = _recording()
+        self.entered = recording()
 
     def holds(self) -> bool:
         """Whether what runs now will be recomputed, if at all, together with the block."""
-        return _recording() == self.entered
+        return recording() == self.entered
 
     def next(self, device: torch.device) -> tuple[Tensor, int]:
         if (seed := self.seeds.get(device)) is None:
@@ -68,8 +68,11 @@ class _Scope:
         return seed, self.offset
 
 
-def _recording() -> tuple[bool, object]:
-    # Checkpointing runs its region without gradients, or under hooks of its own on what is saved for backward.
+def recording() -> tuple[bool, object]:
+    """What differs inside a region that is to be recomputed.
+
+    Checkpointing runs its region without gradients, or under hooks of its own on what is saved for backward.
+    """
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn as torch_nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from detr_fast import nn, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.models.transformer import Transformer
 from detr_fast.nn.fusion import activation_name
+from detr_fast.nn.memory import shared_memory
 from detr_fast.testing import count
 
 FUSED = {"feed_forward": "triton", "linear_add_layer_norm": "triton", "attention": "sdpa"}
@@ -185,3 +187,51 @@ def test_a_fused_layer_takes_few_launches_and_keeps_little(name, forward, backwa
     assert forward + backward < 0.55 * sum(eager[:2])
     assert fused[2] <= 0.60 * eager[2]
     assert recomputing[2] <= 0.40 * eager[2]
+
+
+def decoders(layers=3, **options):
+    settings = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "dropout": 0.0, "batch_first": True, **options}
+    ours, original = (s.TransformerDecoder(s.TransformerDecoderLayer(**settings), layers) for s in (nn, torch_nn))
+    for parameter in original.parameters():  # the layers are copies of one
+        torch_nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(original.state_dict())
+    return ours, original
+
+
+@interpreter
+@pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"bias": False}], ids=str)
+def test_a_memory_that_is_projected_for_all_layers_gives_torch_nns_gradients(options):
+    ours, original = decoders(**options)
+    shapes = [(2, 3, 16), (2, 4, 16)] if options.get("batch_first", True) else [(3, 2, 16), (4, 2, 16)]
+    inputs = [torch.randn(s) for s in shapes]
+    y, found = gradients(ours, inputs, KERNELS | {"attention": "sdpa"}, memory_key_padding_mask=PADDING)
+    expected, right = gradients(original, inputs, memory_key_padding_mask=PADDING)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def products(model, *inputs):
+    with use_backend(feed_forward="triton", linear_add_layer_norm="triton", attention="triton"):
+        return count(model, *inputs).launches["aten.addmm.default"]
+
+
+def test_a_decoders_memory_is_projected_in_one_product():
+    ours = decoders()[0].to("meta")
+    inputs = torch.randn(2, 3, 16, device="meta"), torch.randn(2, 4, 16, device="meta")
+    assert products(ours, *inputs) == 2 * 3 + 1  # two a layer for its own stream
+    ours.layers[1].multihead_attn.__class__ = type("LoRA", (nn.MultiheadAttention,), {})
+    assert products(ours, *inputs) > 2 * 3 + 1
+
+
+def test_a_checkpointed_layer_projects_the_memory_by_itself():
+    layer = pair("TransformerDecoderLayer")[0].to("meta")
+    x, memory = (torch.randn(2, n, 16, device="meta", requires_grad=True) for n in (3, 4))
+
+    def run(x, memory):
+        with shared_memory([layer.multihead_attn, decoders()[0].layers[0].multihead_attn.to("meta")], memory):
+            return checkpoint(layer, x, memory, use_reentrant=False)
+
+    with use_backend(feed_forward="triton", linear_add_layer_norm="triton", attention="triton"):
+        run(x, memory).sum().backward()
+    assert products(run, x, memory) == 3

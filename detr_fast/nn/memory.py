@@ -1,0 +1,110 @@
+"""One encoder memory, read by every layer of a decoder: its keys and values for all of them in one product.
+
+A decoder says so for the length of its forward (`shared_memory`); the first of its layers whose attention runs on our code
+projects for all, and the others find their share. Parameters stay where they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast.ops.dropout import recording
+from detr_fast.ops.qkv_projection import QKV_PROJECTION, TritonQkvProjection
+
+
+class Projected(NamedTuple):
+    """A memory as one layer's attention reads it.
+
+    weight, bias: what remains to project queries with. packs: of k and v, (B, S, n, H, E) (see `run_packed`).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    packs: list[Tensor]
+
+
+class _Memory:
+    def __init__(self, attentions: Sequence[Any], memory: Tensor, position: Tensor | None, key: Tensor | None) -> None:
+        self.attentions = list(dict.fromkeys(attentions))
+        self.memory, self.position, self.key = memory, position, key
+        # A region that is checkpointed inside the block is recomputed outside, where nothing is shared.
+        self.entered = recording()
+        self.shares: dict[Any, Projected] | None = None
+
+
+@contextmanager
+def shared_memory(
+    attentions: Sequence[Any], memory: Tensor, position: Tensor | None = None, key: Tensor | None = None
+) -> Iterator[None]:
+    """Inside the block, layers with these attentions all attend to `memory`, by keys from `key`, memory + position."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    outer = getattr(_local, "memory", None)
+    _local.memory = _Memory(attentions, memory, position, key) if len(attentions) > 1 and memory.ndim == 3 else None
+    try:
+        yield
+    finally:
+        _local.memory = outer
+
+
+def share_of(attention: Any, memory: Tensor) -> Projected | None:
+    """That attention's share of the memory, or None where it is to project by itself."""
+    if torch.compiler.is_compiling():
+        return None
+    shared = getattr(_local, "memory", None)
+    if shared is None or shared.memory is not memory or shared.entered != recording():
+        return None
+    if shared.shares is None:
+        shared.shares = _project(shared) if _alike(attention, shared.attentions) else {}
+    return shared.shares.get(attention)
+
+
+def _alike(attention: Any, others: list[Any]) -> bool:
+    """Whether the attention is one of them, and one product can serve all."""
+
+    def kind(one: Any) -> tuple[Any, ...]:
+        biases = (one.in_proj_bias is None, one.bias_k is None, one.add_zero_attn)
+        weight = one.in_proj_weight  # None where keys or values have another width
+        return one.embed_dim, one.num_heads, one.batch_first, biases, None if weight is None else weight.dtype
+
+    if attention not in others or any(type(one) is not type(attention) for one in others):
+        return False
+    return len({kind(one) for one in others}) == 1
+
+
+def _project(shared: _Memory) -> dict[Any, Projected]:
+    attentions, memory = shared.attentions, shared.memory
+    weights, biases = zip(*(attention.in_parameters([1, 1, 1]) for attention in attentions))
+    queries, keys, values = zip(*weights)  # one for each layer
+    weight = torch.cat([*keys, *values])
+    query_biases, *others = zip(*biases)
+    bias = None if others[0][0] is None else torch.cat([*others[0], *others[1]])
+    arguments = (memory, weight, bias, shared.position, weight.shape[0] // 2)
+    if shared.key is None:
+        packs = [_by_layer(attentions, F.linear(memory, weight, bias))]
+    elif isinstance(kernel := QKV_PROJECTION.choose(*arguments), TritonQkvProjection):
+        packs = [_by_layer(attentions, kernel.run(*arguments))]
+    else:
+        halves = (None, None) if bias is None else bias.chunk(2)
+        products = map(F.linear, (shared.key, memory), weight.chunk(2), halves)
+        packs = [_by_layer(attentions, y) for y in products]
+    shares = zip(queries, query_biases, zip(*packs))
+    return {attention: Projected(w, b, list(pack)) for attention, (w, b, pack) in zip(attentions, shares)}
+
+
+def _by_layer(attentions: list[Any], y: Tensor) -> tuple[Tensor, ...]:
+    """(B, S, n * layers * C), or sequence first -> for each layer (B, S, n, H, E)."""
+    first = attentions[0]
+    heads = y.unflatten(-1, (-1, len(attentions), first.num_heads, first.head_dim))
+    return (heads if first.batch_first else heads.transpose(0, 1)).unbind(3)
+
+
+_local = threading.local()
