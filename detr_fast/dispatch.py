@@ -14,130 +14,29 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from detr_fast.kernels import launch
-from detr_fast.situation import PLAIN_TENSORS, Situation, situation
+from detr_fast.implementation import INTERPRETING as INTERPRETING
+from detr_fast.implementation import PARTS
+from detr_fast.implementation import Call as Call
+from detr_fast.implementation import Implementation as Implementation
+from detr_fast.implementation import TritonImplementation as TritonImplementation
+from detr_fast.situation import PLAIN_TENSORS, situation
+from detr_fast.situation import Situation as Situation
 from detr_fast.situation import architecture as architecture
 from detr_fast.situation import tensor_type as tensor_type
 
 MAX_DECISIONS = 4096
-# Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when Python started.
-INTERPRETING: bool = launch.triton is not None and bool(launch.triton.knobs.runtime.interpret)
 ISSUES = "https://github.com/detr-fast/detr-fast/issues"
 
 
 class BackendError(RuntimeError):
     """An implementation was asked for by name and can't take the call; the message says why."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call as its implementations see it; every op adds its own fields."""
-
-    device: torch.device
-    architecture: str | None  # "sm_90", "gfx942"; None on a CPU
-    dtype: torch.dtype
-    tensor_type: type
-    needs_grad: bool
-    situation: Situation
-
-    @property
-    def device_type(self) -> str:
-        return self.device.type
-
-    def shapes(self) -> str:
-        """The call's sizes, as `explain` prints them."""
-        return ""
-
-
-class Implementation(ABC):
-    """One way to compute an op. Capability is data, reasons are strings, and nothing else decides."""
-
-    name: ClassVar[str]
-    devices: ClassVar[frozenset[str] | None] = None  # None: any
-    dtypes: ClassVar[frozenset[torch.dtype] | None] = None
-    plain: ClassVar[bool] = False  # True: neither tensor subclasses nor transforms (vmap, export, …)
-
-    def why_not(self, call: Any) -> str | None:
-        """The reason why this implementation can't take the call, in words a user can act on."""
-        return None
-
-    def advice(self, call: Any) -> str | None:
-        """Why this implementation, though able, should not be picked by `auto`: it was measured slower, or never."""
-        return None
-
-    def why_not_instead(self, call: Any) -> str | None:
-        """The reason why this implementation can't stand in for a kernel that failed to compile."""
-        return None
-
-    def note(self, call: Any) -> str | None:
-        """A remark for `explain` when this implementation is chosen."""
-        return None
-
-    def prepare(self, call: Any) -> None:
-        """Compile all that forward and backward of such a call will launch; raise if that fails."""
-        return None
-
-    def compiled_key(self, call: Any) -> Any:
-        """What of the call the compiled programs depend on; one that failed to compile is not tried again for it."""
-        return call
-
-    @abstractmethod
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the op."""
-
-
-class TritonImplementation(Implementation):
-    """What all Triton kernels have in common."""
-
-    name = "triton"
-    dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
-    plain = True
-    oldest_capability: ClassVar[int] = 80
-    capabilities: ClassVar[frozenset[int]] = frozenset({80, 86, 87, 89, 90, 100, 103, 120, 121})
-    amd: ClassVar[frozenset[str]] = frozenset({"gfx90a", "gfx942", "gfx950"})
-
-    def refusal(self, call: Call, by_name: bool) -> str | None:
-        """The reasons that hold for every Triton kernel.
-
-        When asked by name, it takes CPU tensors in Triton's interpreter, and meta tensors (nothing runs; for counting).
-        """
-        if launch.triton is None:
-            return launch.TRITON_MISSING
-        elsewhere = call.device_type == "meta" or (call.device_type == "cpu" and INTERPRETING)
-        if call.device_type != "cuda" and not (by_name and elsewhere):
-            return f"tensors on {call.device_type}: Triton kernels run on GPUs"
-        arch = call.architecture
-        if arch is None or arch in self.amd:
-            return None
-        if arch.startswith("gfx"):
-            return f"{arch} is not among the AMD GPUs that the kernels are built for ({', '.join(sorted(self.amd))})"
-        capability = int(arch.removeprefix("sm_"))
-        if capability < self.oldest_capability:
-            return f"{arch} is older than sm_{self.oldest_capability}"
-        if capability not in self.capabilities:  # the compiler would not fail: it would end the process
-            return f"{arch} is newer than this detr-fast: it knows {', '.join(f'sm_{c}' for c in sorted(self.capabilities))}"
-        return None
-
-
-class Parts(Implementation):
-    """Stands in a record where an op's parts run one by one, each with a record of its own."""
-
-    name = "its parts"
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("parts are run by whoever asked")
-
-
-PARTS = Parts()
 
 
 class _Decision(NamedTuple):
@@ -257,6 +156,7 @@ class Op:
         self._describe = describe
         self._decisions: dict[tuple[Any, ...], _Decision] = {}
         self._broken: dict[tuple[str, Any], str] = {}
+        self._nevers: dict[torch.device, bool] = {}
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -273,6 +173,8 @@ class Op:
 
         Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
         """
+        if not intervening and self._never(args[0].device):
+            return None
         try:
             decision = self._decision(*args)
         except BackendError:
@@ -284,6 +186,15 @@ class Op:
             return decision.implementation
         self._record(decision._replace(implementation=PARTS))
         return None
+
+    def _never(self, device: torch.device) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        answer = self._nevers.get(device)
+        if answer is None:
+            kernels = (i for i in self.implementations if isinstance(i, TritonImplementation))
+            answer = self._nevers[device] = all(i.never(architecture(device)) for i in kernels)
+        return answer
 
     def _record(self, decision: _Decision) -> None:
         if not torch.compiler.is_compiling():
@@ -311,6 +222,7 @@ class Op:
         """Drop all cached decisions, also the memory of kernels that failed to compile."""
         self._decisions.clear()
         self._broken.clear()
+        self._nevers.clear()
 
     def requested(self) -> str | None:
         """The implementation asked for by name. Asking for all ops binds only those that have it."""

@@ -50,9 +50,9 @@ def architecture(device: torch.device) -> str | None:
 
 def _transform() -> str | None:
     # not is_exporting(): in torch 2.11 Dynamo takes that for true under torch.compile, too
-    if torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export():
+    if torch.compiler._is_exporting_flag:
         return "torch.export and ONNX take PyTorch's own ops"
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
+    if torch.jit.is_tracing():  # as ONNX's older export does, too
         return "TorchScript takes PyTorch's own ops"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is only eager"

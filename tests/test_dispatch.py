@@ -102,6 +102,24 @@ def test_what_is_slow_is_refused_by_auto_but_taken_by_name(op):
         assert op.choose(torch.ones(2)).name == "fused"
 
 
+def test_what_could_run_in_parts_does_not_ask_where_the_answer_is_always_no(monkeypatch):
+    product = ops.feed_forward.__globals__["FEED_FORWARD"]
+    arguments = (torch.ones(2, 4), torch.ones(3, 4), None, torch.ones(4, 3), None, None, None, 0.0, "relu", 0.0, 0.0)
+    asked = []
+    monkeypatch.setattr(product, "_decision", lambda *_: asked.append(1) or pytest.fail("asked"))
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    product.forget()
+    assert product.kernel(*arguments) is None
+    monkeypatch.undo()
+    product.forget()
+    with explaining() as records:  # who wants to know hears why
+        assert product.kernel(*arguments) is None
+    assert [r.chosen for r in records] == ["its parts"]
+    with use_backend("eager"):
+        assert product.kernel(*arguments) is None
+    product.forget()
+
+
 def test_an_unknown_op_or_implementation_is_an_error_that_lists_the_known(op):
     with (
         pytest.raises(ValueError, match=r"no op 'atention'; the ops are .*attention, .*doubling, .*layer_norm"),

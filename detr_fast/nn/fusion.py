@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from detr_fast import dispatch
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
+from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
@@ -51,7 +52,7 @@ def attend_add_norm(
                 heads, residual = found
                 return fused.run(heads, *weights, residual, norm.weight, norm.bias, norm.eps, p)
     query, key, value = attention_inputs(x, memory, position, memory_key)
-    return norm(x + dropout(attention(query, key, value, need_weights=False, **masks)[0]))
+    return _add_norm(x, attention(query, key, value, need_weights=False, **masks)[0], dropout, norm)
 
 
 def feed_forward_add_norm(
@@ -65,7 +66,14 @@ def feed_forward_add_norm(
         fused = FEED_FORWARD.kernel(*arguments)
         if fused is not None:
             return fused.run(*arguments)
-    return norm(x + output_dropout(linear2(dropout(activation(linear1(x))))))
+    return _add_norm(x, linear2(dropout(activation(linear1(x)))), output_dropout, norm)
+
+
+def _add_norm(x: Tensor, y: Tensor, dropout: Any, norm: Any) -> Tensor:
+    """norm(x + dropout(y)), which is one op while both are plain."""
+    if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1:
+        return add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, _probability(dropout))
+    return norm(x + dropout(y))
 
 
 def activation_name(activation: Callable[..., Any]) -> str | None:

@@ -55,6 +55,9 @@ class TritonProduct(TritonImplementation):
             return f"{call.rows} rows: it takes fewer than 2**31"
         return None
 
+    def never(self, architecture: str | None) -> bool:
+        return regimes.find(self.op, architecture) is None
+
     def advice(self, call: Any) -> str | None:
         if call.situation.regime == "compiled":
             return "under torch.compile cuBLAS and Inductor's own fusion do this"

@@ -159,7 +159,7 @@ def test_a_subclass_may_replace_one_part():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_explain_has_one_record_for_each_attention_and_each_norm(training):
+def test_explain_has_one_record_for_each_attention_and_each_kind_of_norm(training):
     model = nn.Transformer(8, 2, 2, 1, 12, 0.0, batch_first=True).train(training)
     with explaining(model) as every:
         model(tokens(True).float(), tokens(True).float(), src_key_padding_mask=PADDING)
@@ -167,11 +167,12 @@ def test_explain_has_one_record_for_each_attention_and_each_norm(training):
     assert {r.module for r in blocks} == {"encoder.layers.0", "encoder.layers.1", "decoder.layers.0"}
     assert all(r.chosen == "its parts" for r in blocks)
     records = [r for r in every if r not in blocks]
-    encoder = [f"encoder.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "norm1", "norm2")]
-    decoder = [f"decoder.layers.0.{part}" for part in ("self_attn", "norm1", "multihead_attn", "norm2", "norm3")]
+    encoder = [f"encoder.layers.{i}{part}" for i in (0, 1) for part in (".self_attn", "")]
+    decoder = [f"decoder.layers.0{part}" for part in (".self_attn", "", ".multihead_attn")]
     assert [r.module for r in records] == [*encoder, "encoder.norm", *decoder, "decoder.norm"]
-    assert {r.op for r in records} == {"attention", "layer_norm"}
-    assert all(r.calls == 1 for r in records)
+    assert {r.op for r in records} == {"attention", "add_layer_norm", "layer_norm"}
+    norms = {r.module: r.calls for r in records if r.op == "add_layer_norm"}  # each with the sum before it
+    assert norms == {"encoder.layers.0": 2, "encoder.layers.1": 2, "decoder.layers.0": 3}
     assert not dispatch.intervening
 
 
