@@ -153,15 +153,15 @@ def test_batches_travel_without_blocking_the_host():
 
 def test_for_a_gpu_batches_are_page_locked_and_padded_to_fitted_sizes(tiny, monkeypatch):
     from detr_fast.data.coco import CocoFolder
-    from detr_fast.engine import trainer as module
+    from detr_fast.engine import training_data as module
 
-    trainer, asked = module.Trainer(tiny(epochs=1), module.Reporter()), []
+    config, asked = tiny(epochs=1), []
     build = module.build_loader
     monkeypatch.setattr(
         module, "build_loader", lambda *a, **k: asked.append(k) or build(*a, **(k | {"pin_memory": False}))
     )
-    trainer.device = torch.device("cuda")
-    trainer._load_data(CocoFolder.open(trainer.config.data))
+    one_gpu = mock.Mock(device=torch.device("cuda"), num_processes=1)
+    module.load_training_data(config, CocoFolder.open(config.data), one_gpu, print)
     assert [k["pin_memory"] for k in asked] == [True, True]
     assert asked[0]["buckets"] is not None
 
