@@ -14,7 +14,6 @@ from detr_fast.adapters.base import HOOKS
 from detr_fast.nn import fusion
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.feed_forward import FEED_FORWARD, feed_forward
-from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
 
 NORMS: set[type[Module]] = {nn.LayerNorm, ours.LayerNorm}  # adapters add their libraries'
@@ -37,10 +36,7 @@ def is_dispatched(x: Any) -> bool:
 
 def comes_apart(x: Any, *parts: Any) -> bool:
     """Whether a layer's parts may be computed otherwise than by calling them, norms among them."""
-    if not is_dispatched(x):
-        return False
-    # Who asks for another norm by name gets that one.
-    return LAYER_NORM.requested() in (None, "triton") and all(map(is_plain, parts))
+    return is_dispatched(x) and fusion.norms_are_free() and all(map(is_plain, parts))
 
 
 def is_plain(part: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from detr_fast import dispatch
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
-from detr_fast.ops.add_layer_norm import add_layer_norm
+from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM, add_layer_norm
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
@@ -71,9 +71,14 @@ def feed_forward_add_norm(
 
 def _add_norm(x: Tensor, y: Tensor, dropout: Any, norm: Any) -> Tensor:
     """norm(x + dropout(y)), which is one op while both are plain."""
-    if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1:
+    if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1 and norms_are_free():
         return add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, _probability(dropout))
     return norm(x + dropout(y))
+
+
+def norms_are_free() -> bool:
+    """Whether a norm may be computed with the sum before it: who asks for a norm's implementation by name gets that."""
+    return LAYER_NORM.requested() is None or ADD_LAYER_NORM.requested() is not None
 
 
 def activation_name(activation: Callable[..., Any]) -> str | None:
