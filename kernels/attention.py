@@ -198,8 +198,9 @@ def attention_forward_kernel(
     )
     drop = (seed_ptr, head_index, offset, threshold, rescale)
     q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
-    # The maximum is taken before scaling: a negative scale changes q's sign instead (exactly).
-    q = tl.where(scale < 0, -q, q)
+    # The maximum is taken before scaling: a negative scale changes q's sign instead (exactly; by a product in fp32, as the
+    # interpreter negates bf16 wrongly).
+    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
     scale = tl.abs(scale)
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)

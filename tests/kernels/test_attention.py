@@ -270,12 +270,12 @@ def test_rows_whose_mask_hides_all_keys_are_zero_with_zero_gradients(interpreter
     assert all(t.isfinite().all() for t in (out, dq, dk, dv))
 
 
-@pytest.mark.parametrize("offset", [-1e4, 1e4])
-def test_logits_of_ten_thousand_are_exact_enough(interpreter, offset):
+@pytest.mark.parametrize(("offset", "dtype"), [(-1e4, FP32), (1e4, FP32), (-1e4, FP16), (1e4, BF16)])
+def test_logits_of_ten_thousand_are_exact_enough(interpreter, offset, dtype):
     q, k, v = qkv(1, 10, 70, 1, 16)
     q[..., 0], k[..., 0] = 100.0, offset / 100.0
     padding = padded("scattered", 1, 70)
-    check(FP32, (q, k, v), padding, scale=1.0)
+    check(dtype, (q, k, v), padding, scale=1.0)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -88,6 +88,29 @@ def test_the_double_backward_is_right_also_with_dropout(triton):
 
 
 @interpreter
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_double_backward_is_as_accurate_as_eagers(triton, is_causal):
+    padding = end_padding()
+
+    def gradients_of(attend):
+        def gradients(q, k, v, mask, dout):
+            with torch.enable_grad():
+                leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v, mask)]
+                return torch.autograd.grad(attend(*leaves), leaves, dout, create_graph=True)
+
+        return gradients
+
+    def kernel(q, k, v, mask):
+        return ops.attention(q, k, v, key_padding_mask=padding, attn_mask=mask, is_causal=is_causal)
+
+    def eager(q, k, v, mask):
+        return EagerAttention().run(q, k, v, padding, mask, is_causal, 0.0, None)
+
+    inputs = (*qkv(heads=2), torch.randn(2, 1, 7), torch.randn(1, 5, 2, 8))
+    assert_as_accurate_as_eager(gradients_of(kernel), reference=gradients_of(eager), inputs=inputs, dtype=torch.float32)
+
+
+@interpreter
 def test_opcheck_accepts_all_ops():
     q, k, v = qkv(requires_grad=True)
     seed = torch.tensor([7])
