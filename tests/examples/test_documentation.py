@@ -28,7 +28,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_readme_lists_every_op_and_no_implementation_that_there_is_not():
-    import detr_fast.ops  # noqa: F401
+    import detr_fast.ops
     from detr_fast.dispatch import _ops
 
     listed = {}
@@ -36,8 +36,9 @@ def test_the_readme_lists_every_op_and_no_implementation_that_there_is_not():
         r"^\| (`ops\..*?) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
     ):
         listed |= dict.fromkeys(re.findall(r"`ops\.(\w+)`", names), implementations.split(", "))
-    assert listed.keys() == _ops.keys()
-    for name, op in _ops.items():
+    public = {name: op for name, op in _ops.items() if hasattr(detr_fast.ops, name)}  # models bring some of their own
+    assert listed.keys() == public.keys()
+    for name, op in public.items():
         assert set(listed[name]) <= {i.name for i in op.implementations}, name
 
 
