@@ -1,7 +1,7 @@
 """What `tune` measures of the ops whose kernels compete with cuBLAS, with PyTorch's attention and with its row-wise ops.
 
-Sizes are DETR's: 256 channels, 8 heads, 2,048 hidden channels, images of 850 tokens; forward and backward in bf16, without
-dropout, so that results can be compared.
+Sizes are DETR's: 256 channels, 8 heads, 2,048 hidden channels, images of 850 tokens; forward and backward in bf16 (but for
+the losses), without dropout, so that results can be compared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.attention import attention
+from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import feed_forward_add_layer_norm
 from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm
 from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -98,6 +99,20 @@ def linear_cross_entropy_step(device: torch.device, rows: int, classes: int) -> 
     return _step(lambda x, weight, bias: linear_cross_entropy(x, weight, bias, target), *leaves)
 
 
+def detection_losses_step(device: torch.device, images: int) -> Step:
+    """Six decoder layers, 100 queries, 92 classes, 20 boxes an image; fp32, as the losses see them."""
+    logits = torch.randn(6, images, 100, 92, device=device).requires_grad_()
+    boxes = (torch.rand(6, images, 100, 4, device=device) * 0.5 + 0.2).requires_grad_()
+    query = torch.rand(6, images, 100, device=device).argsort(-1)[..., :20]
+    labels, true_boxes = torch.randint(91, (images, 20), device=device), torch.rand(images, 20, 4, device=device) + 0.1
+    counts, broken = (
+        labels.new_full((images,), 20),
+        torch.zeros_like(query[..., :1].expand(-1, -1, 100), dtype=torch.bool),
+    )
+    rest = (query, labels, true_boxes, counts, broken, counts)
+    return _step(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], logits, boxes)
+
+
 def _norm(device: torch.device) -> tuple[Tensor, Tensor]:
     return _draw(device, WIDTH), _draw(device, WIDTH)
 
@@ -124,6 +139,15 @@ def _attention(regime: str, padded: bool) -> Group:
 
 
 GROUPS = (
+    Group(
+        "detection_losses",
+        "detection_losses",
+        "eager",
+        tuple(
+            (f"6 × {images} × (100, 92)", 6 * images * 100 * 92 * 4, partial(_call, detection_losses_step, images))
+            for images in (1, 4, 16)
+        ),
+    ),
     _by_rows("add_layer_norm", add_layer_norm_step),
     _attention("attention_masked", padded=True),
     _attention("attention", padded=False),
