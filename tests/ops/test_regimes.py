@@ -138,7 +138,7 @@ def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
     assert seen[0] == (group.regime, size)
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreter(int32_limit=1 << 16)  # a tile of rows as wide as the cases
 @pytest.mark.parametrize(
     ("op", "alternative", "step"),
     [
