@@ -42,7 +42,7 @@ def comes_apart(x: Any, *parts: Any) -> bool:
 def is_plain(part: Any) -> bool:
     """Whether nothing is lost where such a part is computed rather than called."""
     known = type(part) in (nn.Linear, nn.Dropout, nn.Identity) or is_norm(part)
-    return known and "forward" not in part.__dict__ and not is_hooked(part)
+    return known and is_bare(part)
 
 
 def is_norm(part: Any) -> bool:
@@ -51,8 +51,9 @@ def is_norm(part: Any) -> bool:
     return type(part) in NORMS and len(part.normalized_shape) == 1 and not fast
 
 
-def is_hooked(part: Module) -> bool:
-    return any(getattr(part, hooks) for hooks in HOOKS)
+def is_bare(part: Module) -> bool:
+    """Whether its class's forward is all that a call of it does: no hooks, and no forward of the instance's own."""
+    return "forward" not in part.__dict__ and not any(getattr(part, hooks) for hooks in HOOKS)
 
 
 def probability(dropout: Any, training: bool) -> float:

@@ -16,8 +16,8 @@ from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
     feed_forward_of,
+    is_bare,
     is_dispatched,
-    is_hooked,
     is_plain,
     probability,
 )
@@ -57,7 +57,7 @@ class FeedForward(Scriptable):
 
 def parts_of(block: Any) -> FeedForwardParts | None:
     """The parts of a switched block; None where it has to be called."""
-    if not isinstance(block, FeedForward) or any(map(is_hooked, block.children())):
+    if not isinstance(block, FeedForward) or not all(map(is_bare, block.children())):
         return None
     kind = block.__dict__[MARK].original
     names = _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]

@@ -19,7 +19,7 @@ from detr_fast.adapters.blocks import (
     add_norm,
     comes_apart,
     feed_forward_add_norm,
-    is_hooked,
+    is_bare,
     is_norm,
     linear_add_norm,
     probability,
@@ -48,7 +48,7 @@ class BertLayer(Scriptable):
         known = activation is not None and isinstance(last, BertOutput) and _is_intermediate(first)
         if (
             not known
-            or is_hooked(last)
+            or not is_bare(last)
             or not comes_apart(attention_output, first.dense, last.dense, last.dropout, last.LayerNorm)
         ):
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
@@ -177,13 +177,13 @@ def _decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | 
 
 
 def _block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
-    parts = None if is_hooked(block) else parts_of(block)
+    parts = parts_of(block) if is_bare(block) else None
     return add_norm(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
 
 
 def _is_intermediate(module: Module) -> bool:
     known = reads(type(module).forward) == ("self hidden_states", "dense intermediate_act_fn")
-    return known and not is_hooked(module) and "forward" not in module.__dict__
+    return known and is_bare(module)
 
 
 _ENCODER = "self_attn nn functional dropout training self_attn_layer_norm mlp final_layer_norm torch isfinite all finfo dtype max clamp"
