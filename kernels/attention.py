@@ -88,7 +88,9 @@ def _attend(
     VEC: tl.constexpr = FORM[6]
     BALANCED: tl.constexpr = FORM[8] and not MASKED
     totals = tl.zeros((BLOCK_M, 16), tl.float32)
-    for start in tl.range(start_key, end_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
+    # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
+    for step in tl.range(0, end_key - start_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
+        start = start_key + step
         visible = None
         if MASKED:
             visible = visible_keys(hiding, start, end_key, BLOCK_N)
@@ -241,10 +243,10 @@ def attention_forward_kernel(
         clear_surplus(
             out_ptr, place, head, ends_q_ptr, tokens, batch, batches, row_start, step, BLOCK_M, EV, BLOCK_EV, VEC
         )
-    part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(
-        tl.int64
-    )  # in batch elements * heads
+    all_heads = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64)  # of all batch elements
+    part = tl.program_id(1) * all_heads
     out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + index, head, first_q + row_start)
+    exists = row_start + tl.arange(0, BLOCK_M) < L  # said anew: kept over the loop, it would be spilled
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
     if ends_q_ptr is not None:
         lse = tl.where(exists, lse, -float("inf"))

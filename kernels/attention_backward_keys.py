@@ -201,6 +201,7 @@ def attention_backward_keys_kernel(
                     BLOCK_N,
                     FORM,
                 )
+    exists = column_start + tl.arange(0, BLOCK_N) < S  # said anew: kept over the loop, it would be spilled
     dk = tl.where(visible[:, None], dk * scale_out, 0.0)
     dv = tl.where(visible[:, None], dv * rescale, 0.0)
     store_tile(dk_ptr, dk_row, exists, dk, BLOCK_N, E, BLOCK_E, VEC)

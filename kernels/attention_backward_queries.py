@@ -38,7 +38,9 @@ def _pass_over_keys(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
-    for start in tl.range(start_key, end_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
+    # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
+    for step in tl.range(0, end_key - start_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
+        start = start_key + step
         visible = None
         if MASKED:
             visible = visible_keys(hiding, start, end_key, BLOCK_N)

@@ -128,7 +128,7 @@ ATTENTION = {
     ("keys", 2, 16): TileConfig(32, 128, 4, 3),
     ("keys", 2, 32): TileConfig(32, 128, 4, 3),
     ("keys", 2, 64): TileConfig(64, 32, 4, 2),
-    ("keys", 2, 128): TileConfig(32, 64, 8, 2),
+    ("keys", 2, 128): TileConfig(16, 128, 8, 2),
     ("keys", 2, 256): TileConfig(32, 32, 8, 1),
     ("keys", 4, 16): TileConfig(32, 32, 4, 2),
     ("keys", 4, 32): TileConfig(32, 32, 4, 2),
