@@ -86,15 +86,18 @@ def _attend(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
-    BALANCED: tl.constexpr = FORM[8] and not MASKED
+    BALANCED: tl.constexpr = FORM[9] and not MASKED
     totals = tl.zeros((BLOCK_M, 16), tl.float32)
+    LISTED: tl.constexpr = FORM[8]
+    # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
+    STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
-    for step in tl.range(0, end_key - start_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
+    for step in tl.range(0, end_key - start_key, BLOCK_N, num_stages=STAGES):
         start = start_key + step
         visible = None
         if MASKED:
-            visible = visible_keys(hiding, start, end_key, BLOCK_N)
-        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC)
+            visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
+        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC, LISTED)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
@@ -116,7 +119,7 @@ def _attend(
             total = total * shrink + tl.sum(weights, 1)
         if drop[0] is not None:
             weights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), weights, 0.0)
-        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
         accumulator = dot(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
     if BALANCED:
         total = tl.max(totals, 1)  # all columns are the same
@@ -177,7 +180,8 @@ def attention_forward_kernel(
     BALANCED: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, BALANCED)
+    LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, BALANCED)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -205,7 +209,7 @@ def attention_forward_kernel(
     q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
     scale = tl.abs(scale)
 
-    start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
+    start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)
     accumulator = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -300,7 +304,7 @@ def forward_variant(form: Form, split: bool = False) -> Variant:
         *(form.dtype,) * 3,
         out,
         torch.float32,
-        torch.int32 if form.listed else None,
+        torch.int32 if form.padding else None,
         *form.masks(),
         *form.ends(),
     )

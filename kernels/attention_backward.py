@@ -102,7 +102,7 @@ def backward_variants(problem: Problem, device: torch.device) -> list[Variant]:
 @cache
 def queries_variant(form: Form, with_dlse: bool = False, split: bool = False) -> Variant:
     """The program that takes dq and the rows' statistics; split: with parts of dq as its result."""
-    fp32, listed = torch.float32, torch.int32 if form.listed else None
+    fp32, listed = torch.float32, torch.int32 if form.padding else None
     rows = (fp32, fp32 if with_dlse else None, fp32, listed)
     return _variant(attention_backward_queries_kernel, "queries", form, rows, fp32 if split else form.dtype)
 

@@ -38,14 +38,17 @@ def _pass_over_keys(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
+    LISTED: tl.constexpr = FORM[8]
+    # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
+    STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
-    for step in tl.range(0, end_key - start_key, BLOCK_N, num_stages=1 if MASKED and hiding[3] is None else None):
+    for step in tl.range(0, end_key - start_key, BLOCK_N, num_stages=STAGES):
         start = start_key + step
         visible = None
         if MASKED:
-            visible = visible_keys(hiding, start, end_key, BLOCK_N)
-        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC)
-        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+            visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
+        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC, LISTED)
+        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
@@ -124,7 +127,8 @@ def attention_backward_queries_kernel(
     MASK_VEC: tl.constexpr,
 ):
     """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e)."""
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
+    LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -161,7 +165,7 @@ def attention_backward_queries_kernel(
     all_rows = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64) * longest
     tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
 
-    start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, CAUSAL)
+    start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for MASKED in tl.static_range(2):
         if MASKED or mask_ptr is None:

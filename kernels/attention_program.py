@@ -9,7 +9,7 @@ that is returned):
     packed = (ends of queries, ends of keys), pointers or None: int32 (B + 1,), 0 and then the end of each sequence of a packed
         batch, in which a batch element is a sequence of its own length
     drop = (seed pointer or None, batch * heads + head, offset, threshold, rescale) of dropout: see `dropout`
-    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, ...), constants: see `Form.constants`
+    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, ...), constants: see `Form.constants`
 """
 
 from __future__ import annotations
@@ -87,13 +87,15 @@ def at(pointer, place, batch, head, row):
 
 
 @jit
-def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORM: tl.constexpr):
     """(start, first_masked, end): before first_masked all keys are visible to all rows; start and it are multiples of BLOCK_N.
 
-    Keys are counted in the list of visible keys where there is one, which is then filled. Of all keys that are worth it a
-    program visits one share of as many as there are programs along axis 1.
+    Keys are counted in the list of visible keys where LISTED. Of all keys that are worth it a program visits one share of as
+    many as there are programs along axis 1.
     """
-    if hiding[7] is not None:
+    CAUSAL: tl.constexpr = FORM[4]
+    LISTED: tl.constexpr = FORM[8]
+    if LISTED:
         end = _list_visible(hiding, S)
         first_masked = end
     else:
@@ -112,8 +114,8 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 @jit
 def _visible_range(hiding, S):
-    """(first, end): padding hides no key before `first`, and all from `end` on."""
-    padding_ptr, padding_start, padding_column, _, _, _, _, _, _ = hiding
+    """(first, end): padding hides no key before `first`, and all from `end` on. Copies the mask to the list, as int32."""
+    padding_ptr, padding_start, padding_column, _, _, _, _, list_ptr, list_start = hiding
     first, end = S, S
     if padding_ptr is not None:
         column = tl.arange(0, 1024)
@@ -128,6 +130,8 @@ def _visible_range(hiding, S):
             )
             first_hidden = tl.minimum(first_hidden, tl.where(hidden, here, S))
             end_visible = tl.maximum(end_visible, tl.where(hidden, 0, here + 1))
+            tl.store(list_ptr + list_start + here, (hidden != 0).to(tl.int32), mask=here < S)
+        tl.debug_barrier()
         first, end = tl.min(first_hidden, 0), tl.max(end_visible, 0)
     return first, end
 

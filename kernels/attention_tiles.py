@@ -56,12 +56,12 @@ class Form:
         return block_of(self.head_dim), block_of(self.value_dim)
 
     def config(self, kernel: str) -> TileConfig:
-        heavy = self.dropout or self.mask is not None
         return attention_config(
             kernel,
             self.dtype.itemsize,
             max(self.blocks),
-            heavy=heavy,
+            dropout=self.dropout,
+            masked=self.mask is not None,
             listed=self.listed,
             warpgroups=self.warpgroups,
         )
@@ -183,8 +183,8 @@ class Problem:
         return -(-self.queries // rows) * self.batch * self.heads
 
     def key_list(self) -> Tensor | None:
-        """Memory for the visible keys' numbers, where a kernel reads keys through a list."""
-        return empty((self.batch, self.keys), torch.int32, self.q.device) if self.form().listed else None
+        """Memory for the visible keys' numbers, or the padding mask as int32: what kernels want instead of the mask."""
+        return None if self.padding is None else empty((self.batch, self.keys), torch.int32, self.q.device)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.padding, self.mask, self.seed
@@ -301,10 +301,11 @@ def load_keys(
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     VEC: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
-    """Rows of the keys start ... start + ROWS - 1, by their list where there is one; zeros where not visible (or None)."""
+    """Rows of the keys start ... start + ROWS - 1, by their list where LISTED; zeros where not visible (or None)."""
     list_ptr, list_start = hiding[7], hiding[8]
-    if list_ptr is None:
+    if not LISTED:
         tile = load_tile(base + tl.cast(start, tl.int64) * row_stride, row_stride, visible, ROWS, COLUMNS, BLOCK_C, VEC)
     else:
         numbers = tl.load(list_ptr + (list_start + start) + tl.arange(0, ROWS), mask=visible)
@@ -333,12 +334,14 @@ def store_tile(
 
 
 @jit
-def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr):
-    """Which of the keys start ... start + BLOCK_N - 1 are before end and not padding."""
-    padding_ptr, padding_start, padding_column, _, _, _, _, list_ptr, _ = hiding
+def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr, LISTED: tl.constexpr = False):
+    """Which of the keys start ... start + BLOCK_N - 1 are before end and not padding, as all are that are listed."""
+    padding_ptr, padding_start, padding_column, _, _, _, _, list_ptr, list_start = hiding
     column = tl.arange(0, BLOCK_N)
     visible = column < end - start
-    if padding_ptr is not None and list_ptr is None:
+    if list_ptr is not None and not LISTED:  # the mask's copy: what depends on a load of bytes is not pipelined
+        visible = tl.load(list_ptr + (list_start + start) + column, mask=visible, other=1) == 0
+    elif padding_ptr is not None and not LISTED:
         place = padding_ptr + (padding_start + tl.cast(start, tl.int64) * padding_column)
         hidden = tl.load(place + column * padding_column, mask=visible, other=True)
         visible = visible & (hidden == 0)

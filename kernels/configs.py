@@ -154,11 +154,11 @@ ATTENTION_WARPGROUPS = {
 
 
 def attention_config(
-    kernel: str, itemsize: int, block: int, *, heavy: bool, listed: bool, warpgroups: bool
+    kernel: str, itemsize: int, block: int, *, dropout: bool, masked: bool, listed: bool, warpgroups: bool
 ) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
 
-    heavy: with dropout or an attn_mask, whose tiles need registers of their own in the backward. listed: keys are read
+    dropout, masked (with an attn_mask): their tiles need registers of their own in the backward. listed: keys are read
     through a list, whose loads take stages of their own. warpgroups: see `launch.has_warpgroups`.
     """
     if kernel == "mask":
@@ -166,12 +166,13 @@ def attention_config(
     if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
         side = 64 if itemsize == 2 and block <= 128 else 32
         return TileConfig(side, side, 4, 1)
+    heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
     if warpgroups and not heavy:
         config = ATTENTION_WARPGROUPS.get((kernel, itemsize, block), config)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
-    if heavy and kernel == "queries":
+    if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
         return replace(config, rows=max(16, config.rows // 2))
     if heavy and kernel == "keys":
         return replace(config, columns=max(16, config.columns // 2))
