@@ -177,7 +177,7 @@ def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsy
                 place = command.index("pytest") + 1
                 yield name, [*switch, *command[1:place], "-p", "tests.rehearsal", *command[place:]], 300
             elif name == "tune":
-                yield name, [*switch, "-m", "tests.rehearsal", "tune"], 60
+                yield name, [*switch, "-m", "tests.rehearsal", "tune"], 120
             else:  # the same installation, elsewhere, and of nothing that is installed here
                 yield name, [*command[:-1], str(checkout), "--ignore-installed", "--prefix", str(prefix)], 60
 
