@@ -6,7 +6,6 @@ Source: Carion et al., 2020, arXiv:2005.12872, section A.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,16 @@ from torch import Tensor
 
 from detr_fast import nn
 from detr_fast.models.packing import Packing
-from detr_fast.nn.fusion import attend_add_norm, feed_forward_add_norm
+from detr_fast.nn.fusion import (
+    add_norm,
+    attend_add_norm,
+    feed_forward,
+    feed_forward_add_norm,
+    last_sum,
+    normed,
+    norms_ahead,
+    sum_and_norm,
+)
 from detr_fast.nn.memory import shared_memory
 from detr_fast.ops.dropout import shared_seed
 
@@ -57,18 +65,16 @@ class TransformerEncoderLayer(nn.Module):
                 return packing.attend(self.self_attn, query, query, x)
             return self.self_attn(query, query, x, key_padding_mask=key_padding_mask, need_weights=False)[0]
 
-        if self.pre_norm or packing is not None:
-            source = _residual(source, attend, self.dropout1, self.norm1, self.pre_norm)
+        hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
+        if self.pre_norm:
+            source, x = sum_and_norm(attend(normed(self.norm1, source)), source, self.dropout1, self.norm2)
+            return last_sum(self, feed_forward(x, *hidden), source, self.dropout2)
+        if packing is not None:
+            source = add_norm(attend(source), source, self.dropout1, self.norm1)
         else:
             parts = (self.self_attn, self.dropout1, self.norm1)
             source = attend_add_norm(*parts, source, position=position, key_padding_mask=key_padding_mask)
-        if self.pre_norm:
-            return _residual(source, self._feed_forward, self.dropout2, self.norm2, self.pre_norm)
-        hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
         return feed_forward_add_norm(source, *hidden, self.dropout2, self.norm2)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -123,32 +129,20 @@ class TransformerDecoderLayer(nn.Module):
                 x + query_position, memory_key, memory, key_padding_mask=key_padding_mask, need_weights=False
             )[0]
 
+        hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
         if self.pre_norm:
-            target = _residual(target, attend_to_queries, self.dropout1, self.norm1, self.pre_norm)
-        else:
-            target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, position=query_position)
-        if self.pre_norm or packing is not None:
-            target = _residual(target, attend_to_memory, self.dropout2, self.norm2, self.pre_norm)
+            x = normed(self.norm1, target)
+            target, x = sum_and_norm(attend_to_queries(x), target, self.dropout1, self.norm2)
+            target, x = sum_and_norm(attend_to_memory(x), target, self.dropout2, self.norm3)
+            return last_sum(self, feed_forward(x, *hidden), target, self.dropout3)
+        target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, position=query_position)
+        if packing is not None:
+            target = add_norm(attend_to_memory(target), target, self.dropout2, self.norm2)
         else:
             keys: Any = {"memory_key": memory_key, "key_padding_mask": key_padding_mask}
             parts = (self.multihead_attn, self.dropout2, self.norm2)
             target = attend_add_norm(*parts, target, memory, position=query_position, **keys)
-        if self.pre_norm:
-            return _residual(target, self._feed_forward, self.dropout3, self.norm3, self.pre_norm)
-        hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
         return feed_forward_add_norm(target, *hidden, self.dropout3, self.norm3)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(nn.functional.relu(self.linear1(x))))
-
-
-def _residual(
-    x: Tensor, block: Callable[[Tensor], Tensor], dropout: nn.Dropout, norm: nn.LayerNorm, pre_norm: bool
-) -> Tensor:
-    """The one place where a block's output meets its residual and the norm."""
-    if pre_norm:
-        return x + dropout(block(norm(x)))
-    return norm(x + dropout(block(x)))
 
 
 class TransformerEncoder(nn.Module):
@@ -167,9 +161,10 @@ class TransformerEncoder(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:
         """As each layer's."""
-        for layer in self.layers:
-            source = layer(source, position, key_padding_mask, packing)
-        return source if self.norm is None else self.norm(source)
+        with norms_ahead(_followed(self.layers, self.norm)):
+            for layer in self.layers:
+                source = layer(source, position, key_padding_mask, packing)
+            return source if self.norm is None else normed(self.norm, source)
 
 
 class TransformerDecoder(nn.Module):
@@ -195,11 +190,18 @@ class TransformerDecoder(nn.Module):
         batch = memory.shape[0] if packing is None else len(packing.cu_seqlens) - 1
         target = torch.zeros_like(query_position).expand(batch, -1, -1)
         outputs = []
-        with shared_memory([layer.multihead_attn for layer in self.layers], memory, position, memory_key):
+        shared = shared_memory([layer.multihead_attn for layer in self.layers], memory, position, memory_key)
+        with shared, norms_ahead(_followed(self.layers, None)):
             for layer in self.layers:
                 target = layer(target, memory, memory_key, query_position, key_padding_mask, packing)
                 outputs.append(target)
         return self.norm(torch.stack(outputs if all_layers else outputs[-1:]))
+
+
+def _followed(layers: nn.ModuleList, last: nn.LayerNorm | None) -> list[tuple[Any, Any]]:
+    """Each pre-norm layer, and the norm that its output meets next."""
+    norms = [layer.norm1 for layer in layers[1:]] + [last]
+    return [(layer, norm) for layer, norm in zip(layers, norms) if layer.pre_norm and norm is not None]
 
 
 class Transformer(nn.Module):

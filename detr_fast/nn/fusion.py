@@ -1,5 +1,5 @@
-"""Blocks of a post-norm layer in few launches: attention's output projection and the feed-forward block, each with its
-dropout, residual and LayerNorm.
+"""Blocks of a layer in few launches: attention's output projection and the feed-forward block, each with its dropout,
+residual and LayerNorm (post-norm), or with the sum and the norm of the block behind it (pre-norm).
 
 Fusing is legal only while each part is exactly the class that is expected, without hooks or an instance's own forward;
 otherwise, and where the dispatcher does not choose a fused kernel, the parts run one by one.
@@ -7,17 +7,22 @@ otherwise, and where the dispatcher does not choose a fused kernel, the parts ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import dispatch
+from detr_fast.kernels.linear_norm import MAX_COLUMNS
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM, add_layer_norm
+from detr_fast.ops.dropout import recording
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
@@ -52,7 +57,8 @@ def attend_add_norm(
                 heads, residual = found
                 return fused.run(heads, *weights, residual, norm.weight, norm.bias, norm.eps, p)
     query, key, value = attention_inputs(x, memory, position, memory_key)
-    return _add_norm(x, attention(query, key, value, need_weights=False, **masks)[0], dropout, norm)
+    y = attention(query, key, value, need_weights=False, **masks)[0]
+    return add_norm(y, x, dropout, norm)
 
 
 def feed_forward_add_norm(
@@ -60,20 +66,88 @@ def feed_forward_add_norm(
 ) -> Tensor:
     """norm(x + output_dropout(linear2(dropout(activation(linear1(x))))))."""
     name = activation_name(activation)
-    if name is not None and _may_fuse(x, linear1, dropout, linear2, output_dropout, norm):
+    narrow = x.shape[-1] <= MAX_COLUMNS  # wider rows fit no tile: the block, then the sum and its norm
+    if narrow and name is not None and _may_fuse(x, linear1, dropout, linear2, output_dropout, norm):
         weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias, norm.weight, norm.bias)
         arguments = (x, *weights, norm.eps, name, _probability(dropout), _probability(output_dropout))
         fused = FEED_FORWARD.kernel(*arguments)
         if fused is not None:
             return fused.run(*arguments)
-    return _add_norm(x, linear2(dropout(activation(linear1(x)))), output_dropout, norm)
+    elif not narrow:
+        y = feed_forward(x, linear1, activation, dropout, linear2)
+        return add_norm(y, x, output_dropout, norm)
+    y = linear2(dropout(activation(linear1(x))))
+    return add_norm(y, x, output_dropout, norm)
 
 
-def _add_norm(x: Tensor, y: Tensor, dropout: Any, norm: Any) -> Tensor:
-    """norm(x + dropout(y)), which is one op while both are plain."""
+def feed_forward(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any) -> Tensor:
+    """linear2(dropout(activation(linear1(x))))."""
+    name = activation_name(activation)
+    if name is not None and _may_fuse(x, linear1, dropout, linear2):
+        weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+        arguments = (x, *weights, None, None, 0.0, name, _probability(dropout), 0.0)
+        if (fused := FEED_FORWARD.kernel(*arguments)) is not None:
+            return fused.run(*arguments)
+    return linear2(dropout(activation(linear1(x))))
+
+
+def sum_and_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """x + dropout(y), and its norm, which the next block of a pre-norm layer gets."""
+    found = add_norm(y, x, dropout, norm, return_sum=True)
+    return found[1], found[0]
+
+
+def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, return_sum: bool = False) -> Any:
+    """norm(x + dropout(y)), which is one op while both are plain; with return_sum also that sum."""
     if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1 and norms_are_free():
-        return add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, _probability(dropout))
-    return norm(x + dropout(y))
+        return add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, _probability(dropout), return_sum=return_sum)
+    total = x + dropout(y)
+    return (norm(total), total) if return_sum else norm(total)
+
+
+class _Ahead(threading.local):
+    """What a pre-norm layer need not do itself: the norms that follow on layers, and the last one that was taken early."""
+
+    norms: dict[Any, Any] | None = None
+    found: tuple[Tensor, Any, Tensor] | None = None
+    entered: Any = None
+
+
+_ahead = _Ahead()
+
+
+@contextmanager
+def norms_ahead(followed: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Inside the block, the norm that follows on a layer (layer, norm) is taken together with the layer's last sum."""
+    before = _ahead.norms, _ahead.found, _ahead.entered
+    if not torch.compiler.is_compiling():
+        _ahead.norms, _ahead.found, _ahead.entered = dict(followed), None, recording()
+    try:
+        yield
+    finally:
+        if not torch.compiler.is_compiling():
+            _ahead.norms, _ahead.found, _ahead.entered = before
+
+
+def last_sum(layer: Any, y: Tensor, x: Tensor, dropout: Any) -> Tensor:
+    """x + dropout(y), what a pre-norm layer returns; `normed` finds the norm that follows."""
+    norm = None
+    if not torch.compiler.is_compiling() and _ahead.norms is not None and _ahead.entered == recording():
+        norm = _ahead.norms.get(layer)
+    if norm is None:
+        return x + dropout(y)
+    total, n = sum_and_norm(y, x, dropout, norm)
+    _ahead.found = (total, norm, n)
+    return total
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """norm(x), which `last_sum` may have taken already."""
+    if not torch.compiler.is_compiling() and _ahead.found is not None:
+        (total, of, n), _ahead.found = _ahead.found, None
+        if total is x and of is norm:
+            return n
+    return norm(x)
 
 
 def norms_are_free() -> bool:
@@ -97,7 +171,7 @@ def _may_fuse(x: Tensor, *parts: Any) -> bool:
     if not (dispatch.intervening or x.is_cuda) or x.is_nested:
         return False
     # Who asks for another norm by name gets that one.
-    return LAYER_NORM.requested() in (None, "triton") and parts[-1].weight is not None and all(map(_plain, parts))
+    return LAYER_NORM.requested() in (None, "triton") and all(map(_plain, parts)) and parts[-1].weight is not None
 
 
 def _plain(part: Any) -> bool:

@@ -55,12 +55,13 @@ def shared_memory(
         _local.memory = outer
 
 
-def share_of(attention: Any, memory: Tensor) -> Projected | None:
-    """That attention's share of the memory, or None where it is to project by itself."""
+def share_of(attention: Any, memory: Tensor, key: Tensor | None) -> Projected | None:
+    """That attention's share of the memory, whose keys are `key`'s, or None where it is to project by itself."""
     if torch.compiler.is_compiling():
         return None
     shared = getattr(_local, "memory", None)
-    if shared is None or shared.memory is not memory or shared.entered != recording():
+    key = None if key is memory else key
+    if shared is None or shared.memory is not memory or shared.key is not key or shared.entered != recording():
         return None
     if shared.shares is None:
         shared.shares = _project(shared) if _alike(attention, shared.attentions) else {}

@@ -265,6 +265,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             return list(map(F.linear, (query, key, value), weights, biases))
+        if (projected := share_of(self, value, key)) is not None:
+            return [F.linear(query, projected.weight, projected.bias), *projected.packs]
         inputs, shares = [query], [1]
         for tensor in (key, value):
             if tensor is inputs[-1]:
@@ -300,7 +302,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             found = project(x, weights[1], biases[1])
             assert found is not None
             return [F.linear(x + position, weights[0], biases[0]), found[0]], found[1]
-        projected = share_of(self, memory)
+        projected = share_of(self, memory, memory_key)
         if projected is None:
             inputs = [memory] if memory_key is None else [memory_key, memory]
             weights, biases = self.in_parameters([1, 2] if memory_key is None else [1, 1, 1])

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from detr_fast import dispatch
-from detr_fast.nn.fusion import attend_add_norm, feed_forward_add_norm
+from detr_fast.nn.fusion import (
+    attend_add_norm,
+    feed_forward,
+    feed_forward_add_norm,
+    last_sum,
+    normed,
+    norms_ahead,
+    sum_and_norm,
+)
 from detr_fast.nn.memory import shared_memory
 from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
 from detr_fast.nn.replacements import converts_children, replaces
@@ -37,10 +45,16 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """As torch.nn.TransformerEncoderLayer's."""
         if not self.runs_parts(src, src_mask, src_key_padding_mask, is_causal):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if self.norm_first or _overrides(self, "_sa_block", "_ff_block"):
+        if _overrides(self, "_sa_block", "_ff_block"):
             return self._parts(src, src_mask, src_key_padding_mask, is_causal)
         masks: Any = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         with shared_seed():
+            if self.norm_first:
+                n = normed(self.norm1, src)
+                y = self.self_attn(n, n, n, need_weights=False, **masks)[0]
+                x, n = sum_and_norm(y, src, self.dropout1, self.norm2)
+                y = feed_forward(n, self.linear1, self.activation, self.dropout, self.linear2)
+                return last_sum(self, y, x, self.dropout2)
             x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, **masks)
             return feed_forward_add_norm(
                 x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2
@@ -89,10 +103,10 @@ class TransformerEncoder(nn.TransformerEncoder):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         is_causal = _detect_is_causal_mask(mask, is_causal, _get_seq_len(src, first.self_attn.batch_first))
         x = src
-        with shared_seed():
+        with shared_seed(), norms_ahead(_followed(self.layers, self.norm)):
             for layer in self.layers:
                 x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
-        return x if self.norm is None else self.norm(x)
+            return x if self.norm is None else normed(self.norm, x)
 
 
 @replaces(nn.TransformerDecoderLayer)
@@ -116,7 +130,6 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if (
             not (dispatch.intervening or tgt.is_cuda)
-            or self.norm_first
             or tgt.is_nested
             or not all(m is None or is_mask(m) for m in masks)
             or _overrides(self, "_sa_block", "_mha_block", "_ff_block")
@@ -129,6 +142,14 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             "is_causal": memory_is_causal,
         }
         with shared_seed():
+            if self.norm_first:
+                n = normed(self.norm1, tgt)
+                y = self.self_attn(n, n, n, need_weights=False, **own)[0]
+                x, n = sum_and_norm(y, tgt, self.dropout1, self.norm2)
+                y = self.multihead_attn(n, memory, memory, need_weights=False, **cross)[0]
+                x, n = sum_and_norm(y, x, self.dropout2, self.norm3)
+                y = feed_forward(n, self.linear1, self.activation, self.dropout, self.linear2)
+                return last_sum(self, y, x, self.dropout3)
             x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, **own)
             x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, memory, **cross)
             return feed_forward_add_norm(
@@ -160,7 +181,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         shares = ours and (dispatch.intervening or tgt.is_cuda) and not tgt.is_nested
         if not shares:
             return super().forward(tgt, memory, *masks, hint, memory_is_causal)
-        with shared_seed(), shared_memory([layer.multihead_attn for layer in self.layers], memory):
+        shared = shared_memory([layer.multihead_attn for layer in self.layers], memory)
+        with shared_seed(), shared, norms_ahead(_followed(self.layers, None)):
             return super().forward(tgt, memory, *masks, hint, memory_is_causal)
 
 
@@ -169,6 +191,12 @@ class TransformerDecoder(nn.TransformerDecoder):
 @converts_children
 class Transformer(nn.Transformer):
     """`torch.nn.Transformer` over our encoder and decoder."""
+
+
+def _followed(layers: nn.ModuleList, last: nn.Module | None) -> list[tuple[Any, Any]]:
+    """Each pre-norm layer, and the norm that its output meets next."""
+    norms = [layer.norm1 for layer in layers[1:]] + [last]
+    return [(layer, norm) for layer, norm in zip(layers, norms) if layer.norm_first and norm is not None]
 
 
 def _overrides(layer: nn.Module, *blocks: str) -> bool:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from detr_fast import nn, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.models.transformer import Transformer
-from detr_fast.nn.fusion import activation_name
+from detr_fast.nn.fusion import activation_name, norms_ahead
 from detr_fast.nn.memory import shared_memory
 from detr_fast.testing import count
 
@@ -119,12 +119,12 @@ def test_a_part_that_is_not_the_expected_class_is_called_itself(spoil):
         assert kernels(layer, x) == {"linear_norm_kernel"}
 
 
-def test_asking_for_all_kernels_leaves_parts_alone_that_no_tile_holds():
+def test_rows_that_fit_no_tile_meet_their_residual_and_norm_in_one_kernel():
     layer = pair("TransformerEncoderLayer", d_model=512)[0].to("meta")
     x = torch.randn(2, 4, 512, device="meta")
-    with use_backend("triton"):
-        layer(x)
-    with use_backend(feed_forward="triton"), pytest.raises(BackendError, match="512 columns"):
+    with use_backend("triton", attention="sdpa"):
+        assert kernels(layer, x) == {"linear_kernel", "add_layer_norm_forward_kernel"}
+    with use_backend(linear_add_layer_norm="triton"), pytest.raises(BackendError, match="512 columns"):
         layer(x)
 
 
@@ -235,3 +235,79 @@ def test_a_checkpointed_layer_projects_the_memory_by_itself():
     with use_backend(feed_forward="triton", linear_add_layer_norm="triton", attention="triton"):
         run(x, memory).sum().backward()
     assert products(run, x, memory) == 3
+
+
+def stacks(name, layers=2, **options):
+    """A stack of ours and torch.nn's, pre-norm, with one norm behind, of random weights."""
+    settings = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "dropout": 0.0, "batch_first": True, **options}
+    made = []
+    for source in (nn, torch_nn):
+        layer = getattr(source, f"Transformer{name}Layer")(**settings, norm_first=True)
+        made.append(getattr(source, f"Transformer{name}")(layer, layers, source.LayerNorm(settings["d_model"])))
+    for parameter in made[1].parameters():
+        torch_nn.init.normal_(parameter, std=0.3)
+    made[0].load_state_dict(made[1].state_dict())
+    return made
+
+
+PRE_NORM = FUSED | {"add_layer_norm": "triton"}
+
+
+@interpreter
+@pytest.mark.parametrize("name", ["Encoder", "Decoder"])
+def test_pre_norm_stacks_are_torch_nns(name):
+    ours, original = stacks(name)
+    inputs = [torch.randn(2, 4, 16) for _ in range(1 if name == "Encoder" else 2)]
+    masks = {"src_key_padding_mask" if name == "Encoder" else "memory_key_padding_mask": PADDING}
+    y, found = gradients(ours, inputs, PRE_NORM, **masks)
+    expected, right = gradients(original, inputs, **masks)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@interpreter
+def test_pre_norm_detr_is_the_same_detr():
+    torch.manual_seed(2)
+    model = Transformer(16, 2, 2, 2, 24, dropout=0.0, pre_norm=True)
+    inputs = [torch.randn(2, 4, 16), torch.randn(1, 4, 16), torch.randn(3, 16)]
+    y, found = gradients(model, inputs, PRE_NORM, key_padding_mask=PADDING)
+    expected, right = gradients(model, inputs, key_padding_mask=PADDING)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pre_norm_stack_takes_each_sum_with_the_norm_behind_it():
+    ours = stacks("Encoder", layers=3, dropout=0.1)[0].to("meta")
+    x = torch.randn(2, 4, 16, device="meta", requires_grad=True)
+    with use_backend("triton"):
+        launches = count(ours, x).launches
+    assert launches["add_layer_norm_forward_kernel"] == 2 * 3
+    assert launches["layer_norm_forward_kernel"] == 1  # the very first
+    assert launches["aten.native_dropout.default"] == launches["aten.add.Tensor"] == 0
+
+
+def test_a_norm_with_a_hook_is_called_and_its_output_counts():
+    ours, original = (stack.train(False) for stack in stacks("Encoder", dropout=0.0))
+    seen = []
+    for stack in (ours, original):
+        stack.layers[1].norm1.register_forward_hook(lambda module, inputs, output: seen.append(output) or output * 2)
+    x = torch.randn(2, 4, 16)
+    with use_backend(attention="sdpa"):
+        torch.testing.assert_close(ours(x), original(x), rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+
+
+def test_a_checkpointed_pre_norm_layer_takes_no_norm_ahead():
+    stack = stacks("Encoder")[0].to("meta")
+    x = torch.randn(2, 4, 16, device="meta", requires_grad=True)
+    first, second = stack.layers
+
+    def run(x):
+        with norms_ahead([(first, second.norm1)]):
+            return second(checkpoint(first, x, use_reentrant=False))
+
+    with use_backend("triton"):
+        run(x).sum().backward()
+        assert count(run, x).launches["layer_norm_forward_kernel"] == 2
