@@ -391,3 +391,18 @@ def test_on_a_gpu_attention_is_captured_in_a_cuda_graph_and_draws_new_dropout(tr
     first = out.clone()
     graph.replay()
     assert not torch.equal(first, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("average", [True, False])
+def test_on_a_gpu_weights_are_as_accurate_as_eager(triton, dtype, average):
+    length = sized(333, 35)
+    padding = torch.rand(2, length, device=DEVICE) > 0.7
+    weights = "mean" if average else "heads"
+    assert_as_accurate_as_eager(
+        lambda q, k, v: ops.attention_with_weights(q, k, v, key_padding_mask=padding, average=average),
+        reference=lambda q, k, v: EagerAttention().run(q, k, v, padding, None, False, 0.0, None, False, False, weights),
+        inputs=[torch.randn(2, length, sized(3, 2), 32, device=DEVICE) for _ in range(3)],
+        dtype=dtype,
+    )

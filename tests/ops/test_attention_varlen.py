@@ -258,3 +258,23 @@ def test_on_a_gpu_the_kernel_is_as_accurate_as_eager():
     tensors = [t.detach().to(DEVICE) for t in (q, k, v)]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert_as_accurate_as_eager(call("triton"), reference=call("eager"), inputs=tensors, dtype=dtype)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_packed_attention_is_captured_with_lengths_that_change():
+    q, k, v, *rest = problem((20, 30), (20, 30), surplus=10, heads=2, dim=32, value_dim=32, dtype=torch.float32)
+    q, k, v, lengths = (t.detach().to(DEVICE) for t in (q, k, v, rest[0]))
+
+    def call():
+        with use_backend(attention_varlen="triton"):
+            return ops.attention_varlen(q, k, v, lengths, lengths, 40, 40)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for other in ((20, 30), (40, 3)):
+        lengths.copy_(ends(*other))
+        graph.replay()
+        if DEVICE.type == "cuda":  # nothing is replayed in a rehearsal
+            torch.testing.assert_close(out, call())
