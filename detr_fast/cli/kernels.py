@@ -42,7 +42,7 @@ def kernels(
 
     from detr_fast.engine.errors import EngineError
     from detr_fast.kernels.catalog import TARGETS, entries
-    from detr_fast.kernels.offline import compile_catalog, describe
+    from detr_fast.kernels.offline import compile_catalog, describe, over_budget
 
     try:
         chosen = entries(op)
@@ -59,6 +59,8 @@ def kernels(
         if compiled.error is not None:
             typer.echo(f"Error: {compiled.error}", err=True)
             continue
+        for exceeded in over_budget(by_name[compiled.name], compiled):
+            typer.echo(f"Warning: {exceeded}", err=True)
         if not as_json:
             print(_line(record))
         if out is not None:

@@ -46,6 +46,17 @@ def test_machine_code_assembly_and_index_are_written(one_variant, tmp_path):
     assert index[0]["bound"]
 
 
+def test_a_kernel_over_its_budget_is_named_with_its_target_and_remedy(one_variant, monkeypatch):
+    from detr_fast.kernels import offline
+
+    monkeypatch.setattr(
+        offline, "over_budget", lambda one, compiled: [f"{one.name} for {compiled.target} uses too much"]
+    )
+    result = run("--target", "sm_90")
+    assert f"Warning: {one_variant.name} for sm_90 uses too much" in result.stderr
+    assert result.exit_code == 0
+
+
 def test_the_table_has_one_line_a_variant_and_target(one_variant):
     lines = run("--target", "sm_90", "--target", "sm_80").stdout.splitlines()
     assert lines[0].split()[:3] == ["target", "kernel", "registers"]
