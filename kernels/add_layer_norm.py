@@ -203,26 +203,25 @@ def forward_variant(
 
 def catalog_entries() -> Iterator[Entry]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    # columns, x's dtype, the residual's and y's, dropout, whether the sum is returned (pre-norm), which kernels
+    # columns, x's dtype, the residual's and y's, dropout, whether the sum is returned (pre-norm)
     calls = (
-        (256, bf16, bf16, 0.1, False, ("forward", "backward")),
-        (256, bf16, fp32, 0.1, True, ("forward", "backward")),  # autocast
-        (4096, fp32, fp32, 0.1, False, ("backward",)),
+        (256, bf16, bf16, 0.1, False),
+        (256, bf16, fp32, 0.1, True),  # autocast
     )
-    for columns, x, residual, p, with_sum, kinds in calls:
+    for columns, x, residual, p, with_sum in calls:
         example = partial(_example, columns, x, residual, p, with_sum)
         suffix = f"c{columns}_{TRITON_TYPES[x]}" + ("_autocast" if x != residual else "") + ("_sum" if with_sum else "")
         vector = 16 // x.itemsize
         read = (residual, residual, None) if with_sum else (None, x, residual)
         dtypes = (residual, *read, residual, x if p else None, residual)
-        variants = {
-            "forward": forward_variant(columns, x, *(residual,) * 4, with_sum, p > 0, vector),
-            "backward": backward_variant(columns, dtypes, True, True, p > 0, vector),
-        }
-        budgets = {"forward": Budget(192, 128, 128, 128), "backward": Budget(255, 8192, 256, 16384)}
-        for kind in kinds:
-            variant, name = variants[kind], f"add_layer_norm_{kind}_{suffix}"
-            yield Entry("add_layer_norm", name, variant, tile_elements(variant), budgets[kind], example)
+        ahead = forward_variant(columns, x, *(residual,) * 4, with_sum, p > 0, vector)
+        back = backward_variant(columns, dtypes, True, True, p > 0, vector)
+        for kind, variant, budget in (
+            ("forward", ahead, Budget(192, 128, 128, 128)),
+            ("backward", back, Budget(255, 8192, 256, 16384)),
+        ):
+            name = f"add_layer_norm_{kind}_{suffix}"
+            yield Entry("add_layer_norm", name, variant, tile_elements(variant), budget, example)
 
     example = partial(_example, 10_000, bf16, bf16, 0.1, False)
     three = (bf16,) * 3

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -93,6 +93,7 @@ def generated(
             deadline=None,
             derandomize=True,
             database=None,
+            phases=(Phase.explicit, Phase.generate),  # shrinking would take minutes of interpreted kernels
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
         )
         return fixed(given(**arguments)(test))
