@@ -9,6 +9,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import detr_fast
+from detr_fast.dispatch import use_backend
+from detr_fast.explanation import explaining
 from detr_fast.models import ModelConfig, build_criterion, build_model, nested_tensor_from_list
 from detr_fast.models.packing import Packing
 from detr_fast.models.structures import NestedTensor
@@ -152,7 +154,7 @@ def test_without_sizes_on_the_host_the_model_runs_padded(pair):
 
 
 def test_the_packed_model_never_makes_the_host_wait_for_a_gpu():
-    with FakeTensorMode(), counting() as counts:
+    with FakeTensorMode(), counting() as counts, explaining() as records:
         with torch.device("cuda"):
             model = build_model(replace(CONV, packed=True))
         images = torch.empty(3, 3, 96, 128, device="cuda")
@@ -160,6 +162,23 @@ def test_the_packed_model_never_makes_the_host_wait_for_a_gpu():
         outputs = model(NestedTensor(images, mask, True, tuple(SIZES)))
     assert outputs["pred_boxes"].shape == (3, 7, 4)
     assert not counts.synchronisations
+    assert {record.chosen for record in records if record.op == "attention_varlen"} == {"triton"}
+
+
+@pytest.mark.interpreter
+def test_the_packed_model_on_the_kernels_learns_what_the_padded_one_does():
+    small = replace(CONV, encoder_layers=1, decoder_layers=1)
+    padded, packed = (build_model(replace(small, packed=on)).eval() for on in (False, True))
+    packed.load_state_dict(padded.state_dict())
+    images = images_of([(30, 40), (20, 64)])
+    results = []
+    for model, form in ((padded, images), (packed, packed.with_packing(images))):
+        with use_backend(attention_varlen="triton"):
+            boxes = model(form)["pred_boxes"]
+            boxes.square().sum().backward()
+        parameters = model.transformer.named_parameters()
+        results.append((boxes, {name: p.grad for name, p in parameters if p.grad is not None}))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-3)
 
 
 def test_accelerate_turns_packing_on_and_restore_turns_it_off(pair):
