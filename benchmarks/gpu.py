@@ -16,6 +16,7 @@ See docs/gpu-run.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -69,7 +70,7 @@ def sections(out: Path) -> list[tuple[str, list[str], int]]:
         ("profile", [*calls, "profile", str(out)], 35),
         ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 35),
         ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 35),
-        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 45),
+        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 55),
     ]
 
 
@@ -110,16 +111,26 @@ def _run_part(name: str, command: list[str], limit: int, environment: dict[str, 
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
+        end = None  # what is written while it is being stopped says nothing of it
         try:
             code = process.wait(limit)
             status = "ok" if code == 0 else f"FAILED ({code})"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-            process.wait()
-            status = f"STOPPED after {limit} s"
+            status, end = f"STOPPED after {limit} s", log.stat().st_size
+            _stop(process)
     with log.open("rb") as written:
         written.seek(begin)
-        return status, written.read().decode(errors="replace")
+        return status, written.read(None if end is None else end - begin).decode(errors="replace")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt, so that pytest writes what it has measured; after ten seconds end it, with all that it has started."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def drop_large_files(out: Path) -> None:

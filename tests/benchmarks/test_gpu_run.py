@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -53,6 +54,30 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path, caps
     assert "- good: ok" in summary
     assert "3 passed" in summary
     assert "print('3 passed')" in (tmp_path / "log.txt").read_text()
+
+
+def test_benchmarks_that_run_out_of_time_keep_what_they_measured(gpu, tmp_path, capsys):
+    pytest.importorskip("pytest_benchmark")
+    case = """
+        import time
+        import pytest
+
+        @pytest.mark.parametrize("peer", ["auto", "eager"])
+        def test_first(benchmark, peer):
+            benchmark.group = "quick"
+            benchmark.pedantic(lambda: None, rounds=2)
+
+        def test_second():
+            time.sleep(100)
+    """
+    (tmp_path / "test_slow.py").write_text(textwrap.dedent(case))
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    command += [str(tmp_path / "test_slow.py"), f"--benchmark-json={out / 'benchmarks.json'}"]
+    assert gpu.run([("benchmarks", command, 15)], out, "a GPU") == 1
+    assert set(gpu.medians_by_case(out)["quick"]) == {"auto", "eager"}
+    assert "- benchmarks: STOPPED after 15 s" in (out / "summary.md").read_text()
 
 
 def test_the_summary_names_where_auto_is_slower_than_a_peer(gpu, tmp_path):
