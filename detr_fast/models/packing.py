@@ -100,6 +100,10 @@ class Packing:
 
     def attend(self, attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attention` of packed keys and values (1, T, C) to the keys themselves, or to (B, Q, C), some for each image."""
+        return attention.out_proj(self.heads(attention, query, key, value))
+
+    def heads(self, attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What the output projection of `attend` gets, shaped as the query."""
         batch = len(self.cu_seqlens) - 1
         if query is key:
             ends, longest = self.cu_seqlens, self.longest
@@ -114,7 +118,7 @@ class Packing:
         )
         dropout_p = attention.dropout if attention.training else 0.0
         y = attention_varlen(q, k, v, ends, self.cu_seqlens, longest, self.longest, dropout_p=dropout_p)
-        return attention.out_proj(y.flatten(1)).view(query.shape)
+        return y.flatten(1).view(query.shape)
 
 
 def _visible(lengths: Sequence[int], padded: int, mapped: int) -> np.ndarray:

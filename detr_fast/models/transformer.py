@@ -14,13 +14,13 @@ from torch import Tensor
 from detr_fast import nn
 from detr_fast.models.packing import Packing
 from detr_fast.nn.fusion import (
-    add_norm,
     attend_add_norm,
     feed_forward,
     feed_forward_add_norm,
     last_sum,
     normed,
     norms_ahead,
+    project_add_norm,
     sum_and_norm,
 )
 from detr_fast.nn.memory import shared_memory
@@ -70,7 +70,9 @@ class TransformerEncoderLayer(nn.Module):
             source, x = sum_and_norm(attend(normed(self.norm1, source)), source, self.dropout1, self.norm2)
             return last_sum(self, feed_forward(x, *hidden), source, self.dropout2)
         if packing is not None:
-            source = add_norm(attend(source), source, self.dropout1, self.norm1)
+            query = source + position
+            heads = packing.heads(self.self_attn, query, query, source)
+            source = project_add_norm(self.self_attn, self.dropout1, self.norm1, heads, source)
         else:
             parts = (self.self_attn, self.dropout1, self.norm1)
             source = attend_add_norm(*parts, source, position=position, key_padding_mask=key_padding_mask)
@@ -137,7 +139,8 @@ class TransformerDecoderLayer(nn.Module):
             return last_sum(self, feed_forward(x, *hidden), target, self.dropout3)
         target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, position=query_position)
         if packing is not None:
-            target = add_norm(attend_to_memory(target), target, self.dropout2, self.norm2)
+            heads = packing.heads(self.multihead_attn, target + query_position, memory_key, memory)
+            target = project_add_norm(self.multihead_attn, self.dropout2, self.norm2, heads, target)
         else:
             keys: Any = {"memory_key": memory_key, "key_padding_mask": key_padding_mask}
             parts = (self.multihead_attn, self.dropout2, self.norm2)

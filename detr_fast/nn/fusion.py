@@ -61,6 +61,18 @@ def attend_add_norm(
     return add_norm(y, x, dropout, norm)
 
 
+def project_add_norm(attention: Any, dropout: Any, norm: Any, heads: Tensor, residual: Tensor) -> Tensor:
+    """norm(residual + dropout(attention.out_proj(heads))), where what attention gives was computed elsewhere."""
+    projection = attention.out_proj
+    if _may_fuse(heads, attention, dropout, norm) and _plain(projection):
+        parameters = (norm.weight, norm.bias, norm.eps, _probability(dropout))
+        arguments = (heads, projection.weight, projection.bias, residual, *parameters)
+        fused = LINEAR_ADD_LAYER_NORM.kernel(*arguments)
+        if fused is not None:
+            return fused.run(*arguments)
+    return add_norm(projection(heads), residual, dropout, norm)
+
+
 def feed_forward_add_norm(
     x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any, output_dropout: Any, norm: Any
 ) -> Tensor:

@@ -173,12 +173,15 @@ def test_the_packed_model_on_the_kernels_learns_what_the_padded_one_does():
     images = images_of([(30, 40), (20, 64)])
     results = []
     for model, form in ((padded, images), (packed, packed.with_packing(images))):
-        with use_backend(attention_varlen="triton"):
+        with use_backend(attention_varlen="triton", linear_add_layer_norm="triton"), counting() as counts:
             boxes = model(form)["pred_boxes"]
+        with use_backend(attention_varlen="triton", linear_add_layer_norm="triton"):
             boxes.square().sum().backward()
         parameters = model.transformer.named_parameters()
         results.append((boxes, {name: p.grad for name, p in parameters if p.grad is not None}))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-3)
+    assert counts.launches["attention_forward_kernel"] == 2
+    assert counts.launches["linear_norm_kernel"] == 2  # each with its projection, residual and norm
 
 
 def test_accelerate_turns_packing_on_and_restore_turns_it_off(pair):
