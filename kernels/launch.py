@@ -68,6 +68,8 @@ class Variant:
     constants: Mapping[str, Any] = field(hash=False)
     num_warps: int = 4
     num_stages: int = 1
+    # The compiled programs by driver and device: Triton's own look-up on every launch takes several times as long as the rest.
+    _programs: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -81,6 +83,21 @@ class Variant:
         names = self.kernel.arg_names
         types = [kind or "constexpr" for kind in self.types]
         return dict(zip(names, types + ["constexpr"] * (len(names) - len(types))))
+
+    def program(self, device: torch.device) -> Any:
+        """The compiled program, loaded, on `device`, the current one; launched by `program[grid](*arguments)`.
+
+        It takes all of the kernel's arguments, constants too, which have no effect on it.
+        """
+        key = triton.runtime.driver.active, device.index
+        if (found := self._programs.get(key)) is None:
+            stand_ins = [_stand_in(kind) for kind in self.types]
+            found = self.kernel.warmup(*stand_ins, grid=(1,), **self.constants, **self.options())
+            # Loading is lazy, and not allowed while a CUDA graph is being captured.
+            found._init_handles()
+            self._programs[key] = found
+            _compiled.append(self)
+        return found
 
     def all_constants(self) -> dict[str, Any]:
         """The constants, with None for each absent tensor."""
@@ -98,6 +115,7 @@ class Launch:
 
 
 observers: list[Callable[[Launch], None]] = []
+_compiled: list[Variant] = []
 _allocate: Callable[..., torch.Tensor] = torch.empty
 
 
@@ -131,7 +149,17 @@ def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
     if device.type == "meta":
         return
     with _on_device(device):
-        variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+        if isinstance(variant.kernel, triton.JITFunction):
+            variant.program(device)[(*grid, 1, 1)[:3]](*arguments, *variant.constants.values())
+        else:  # Triton's interpreter
+            variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+
+
+def forget_programs() -> None:
+    """Drop all compiled programs: those of a driver that goes away must not outlive it."""
+    for variant in _compiled:
+        variant._programs.clear()
+    _compiled.clear()
 
 
 def compile_variant(variant: Variant, device: torch.device) -> None:
@@ -142,11 +170,8 @@ def compile_variant(variant: Variant, device: torch.device) -> None:
     require_triton()
     if device.type != "cuda":
         return
-    arguments = [_stand_in(kind) for kind in variant.types]
     with _on_device(device):
-        compiled = variant.kernel.warmup(*arguments, grid=(1,), **variant.constants, **variant.options())
-        # Loading is lazy, and not allowed while a CUDA graph is being captured.
-        compiled._init_handles()
+        variant.program(device)
 
 
 def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> None:

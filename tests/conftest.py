@@ -94,6 +94,7 @@ class StubGPU:
 def stub_gpu(monkeypatch):
     """Kernels called on CPU tensors take the whole path of a CUDA launch, up to the driver's door."""
     from detr_fast.kernels.catalog import CATALOG
+    from detr_fast.kernels.launch import forget_programs
     from triton.runtime import driver
 
     stub = StubGPU()
@@ -102,5 +103,6 @@ def stub_gpu(monkeypatch):
     for kernel in kernels:
         kernel.device_caches.clear()
     yield stub
+    forget_programs()
     for kernel in kernels:
         kernel.device_caches.clear()

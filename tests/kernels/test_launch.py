@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import triton
 from detr_fast.kernels import layer_norm, offline
 
 pytestmark = pytest.mark.offline
@@ -46,6 +47,20 @@ def test_other_sizes_and_strides_reuse_the_program(stub_gpu, call):
         layer_norm.layer_norm_forward(view, weight, bias, 1e-5)
     assert len(stub_gpu.loaded) == 1
     assert len(stub_gpu.launched) == 5  # no rows, no launch
+
+
+def test_a_launch_goes_straight_to_its_compiled_program(stub_gpu, monkeypatch):
+    x, weight = torch.zeros(4, 256), torch.zeros(256)
+    layer_norm.layer_norm_forward(x, weight, weight, 1e-5)
+
+    def looked_up(*_, **__):
+        raise AssertionError("Triton looked the program up again")
+
+    monkeypatch.setattr(triton.JITFunction, "run", looked_up)
+    layer_norm.layer_norm_forward(x, weight, weight, 1e-5)
+    (first, *_), (second, *_) = stub_gpu.launched[0], stub_gpu.launched[1]
+    assert first == second
+    assert len(stub_gpu.loaded) == 1
 
 
 def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch):

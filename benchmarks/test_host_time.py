@@ -1,0 +1,122 @@
+"""What an op costs the host, without a GPU: forward and backward of each fused op beside the PyTorch operations that it replaces.
+
+    python -m pytest benchmarks/test_host_time.py -s
+
+Both run on tiny CPU tensors. Our kernels take the whole path of a CUDA launch, decisions and Triton's own included, up to
+the driver's door, behind which nothing happens; PyTorch's operations do their tiny work. So the difference is what remains
+when launches themselves, of which PyTorch has more, are left out. Median over rounds that alternate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.test_overhead import interleaved
+from detr_fast import dispatch, implementation, ops, use_backend
+from detr_fast.ops import boundary
+from tests.conftest import INTERPRETING, StubGPU
+
+ROWS, WIDTH, HIDDEN = 4, 64, 64  # two thirds of 3 * 64 columns are whole tiles
+P = 0.1
+
+
+def eager_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(residual + F.dropout(x, P), (WIDTH,), weight, bias)
+
+
+def eager_linear_add_layer_norm(
+    x: Tensor, w: Tensor, b: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    return F.layer_norm(residual + F.dropout(F.linear(x, w, b), P), (WIDTH,), weight, bias)
+
+
+def eager_feed_forward(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    y = F.linear(F.dropout(F.linear(x, w1, b1).relu(), P), w2, b2)
+    return F.layer_norm(x + F.dropout(y, P), (WIDTH,), weight, bias)
+
+
+def eager_qkv(x: Tensor, w: Tensor, b: Tensor, position: Tensor) -> Tensor:
+    n = 2 * WIDTH
+    return torch.cat([F.linear(x + position, w[:n], b[:n]), F.linear(x, w[n:], b[n:])], -1)
+
+
+Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]
+ROW, SQUARE, LINE = (ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH,)
+CASES: dict[str, Case] = {
+    "layer_norm": (
+        lambda x, w, b: ops.layer_norm(x, (WIDTH,), w, b),
+        lambda x, w, b: F.layer_norm(x, (WIDTH,), w, b),
+        [ROW, LINE, LINE],
+    ),
+    "add_layer_norm": (
+        partial(ops.add_layer_norm, dropout_p=P),
+        eager_add_layer_norm,
+        [ROW, ROW, LINE, LINE],
+    ),
+    "linear_add_layer_norm": (
+        partial(ops.linear_add_layer_norm, dropout_p=P),
+        eager_linear_add_layer_norm,
+        [ROW, SQUARE, LINE, ROW, LINE, LINE],
+    ),
+    "feed_forward": (
+        partial(ops.feed_forward_add_layer_norm, dropout_p=P, output_dropout_p=P),
+        eager_feed_forward,
+        [ROW, (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), LINE, LINE, LINE],
+    ),
+    "qkv_projection": (ops.qkv_projection, eager_qkv, [ROW, (3 * WIDTH, WIDTH), (3 * WIDTH,), ROW]),
+}
+
+
+@pytest.fixture
+def stub_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels accept CPU tensors and launch on a stub, as in tests/conftest.py."""
+    if INTERPRETING:
+        pytest.skip("measures launches, which the interpreter has none of: unset TRITON_INTERPRET")
+    from detr_fast.kernels.catalog import CATALOG
+    from detr_fast.kernels.launch import forget_programs
+    from triton.runtime import driver
+
+    class Silent(StubGPU):
+        def _launch(self, *arguments: object) -> None:
+            return None
+
+    monkeypatch.setattr(driver, "_active", Silent())
+    for module in (implementation, boundary):
+        monkeypatch.setattr(module, "INTERPRETING", True)
+    kernels = {one.variant.kernel for one in CATALOG}
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    yield
+    forget_programs()
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    for op in dispatch._ops.values():
+        op.forget()
+
+
+def _step(function: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> Callable[[], object]:
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    dy = torch.randn_like(function(*leaves))
+    return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_host_time(name: str, stub_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    function, original, shapes = CASES[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with use_backend("triton"):
+            ours, theirs, ratio = interleaved(_step(function, shapes), _step(original, shapes))
+    finally:
+        torch.set_num_threads(threads)
+    with capsys.disabled():
+        print(f"\n{name:24} ours {ours * 1e6:7.1f} µs   PyTorch {theirs * 1e6:7.1f} µs   ratio {ratio:.2f}")
