@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn as torch_nn
 
 from benchmarks.hardware import DEVICE, NEEDS_GPU, check, sized
@@ -22,7 +23,7 @@ ROWS = sized([800, 6800, 27200], [20])  # 8 images' queries; their tokens at str
 SHAPES = sized([(8, 100), (8, 850)], [(2, 6)])
 FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
-RECOMPUTING = FUSED | {"feed_forward": "triton_recompute"}
+BY_NAME = {name: FUSED | {"feed_forward": name} for name in ("triton_recompute", "triton_one_kernel")}
 
 
 def eager_block(x, w1, b1, w2, b2, norm_weight, norm_bias):
@@ -41,7 +42,7 @@ def run_checked(benchmark, peer, step, eager, truth):
     benchmark.pedantic(synchronised, rounds=30, iterations=4, warmup_rounds=5)
 
 
-@pytest.mark.parametrize("peer", [*BACKENDS, "triton_recompute"])
+@pytest.mark.parametrize("peer", [*BACKENDS, *BY_NAME])
 @pytest.mark.parametrize("rows", ROWS)
 def test_feed_forward_block(benchmark, rows, peer):
     benchmark.group = f"feed-forward block ({rows}, {WIDTH}) hidden {HIDDEN} bf16, forward and backward"
@@ -52,7 +53,7 @@ def test_feed_forward_block(benchmark, rows, peer):
     block: Any = ops.feed_forward_add_layer_norm
     if peer in ("eager", "torch.compile"):
         block = torch.compile(eager_block) if peer == "torch.compile" else eager_block
-    backend = RECOMPUTING if peer == "triton_recompute" else BACKENDS[peer]
+    backend = {**BACKENDS, **BY_NAME}[peer]
 
     def step(function=block, tensors=tensors):
         y = function(*tensors)
@@ -64,7 +65,7 @@ def test_feed_forward_block(benchmark, rows, peer):
         run_checked(benchmark, peer, step, lambda: step(eager_block), lambda: step(eager_block, exact))
 
 
-@pytest.mark.parametrize("peer", [*BACKENDS, "triton_recompute"])
+@pytest.mark.parametrize("peer", [*BACKENDS, *BY_NAME])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encoder_layer(benchmark, shape, peer):
     benchmark.group = f"encoder layer {shape} d {WIDTH} hidden {HIDDEN} bf16, forward and backward"
@@ -86,7 +87,7 @@ def test_encoder_layer(benchmark, shape, peer):
         layer.load_state_dict(original.state_dict())
     x = torch.randn(*shape, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn_like(x)
-    backend = RECOMPUTING if peer == "triton_recompute" else BACKENDS[peer]
+    backend = {**BACKENDS, **BY_NAME}[peer]
 
     def step(module=layer, x=x):
         y = module(x)
@@ -96,3 +97,49 @@ def test_encoder_layer(benchmark, shape, peer):
 
     with use_backend(**backend):
         run_checked(benchmark, peer, step, lambda: step(original), lambda: step(exact, exact_x))
+
+
+C = sized(256, 64)  # two thirds of 3 * 64 columns are whole tiles
+PARTS: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {  # ours, eager, shapes behind those of x (rows, C)
+    "add_layer_norm": (
+        ops.add_layer_norm,
+        lambda x, residual, w, b: F.layer_norm(residual + x, (C,), w, b),
+        [(-1, C), (C,), (C,)],
+    ),
+    "linear_add_layer_norm": (
+        ops.linear_add_layer_norm,
+        lambda x, w1, b1, residual, w, b: F.layer_norm(residual + F.linear(x, w1, b1), (C,), w, b),
+        [(C, C), (C,), (-1, C), (C,), (C,)],
+    ),
+    "qkv_projection": (
+        ops.qkv_projection,
+        lambda x, w, b, position: torch.cat(
+            [F.linear(x + position, w[: 2 * C], b[: 2 * C]), F.linear(x, w[2 * C :], b[2 * C :])], -1
+        ),
+        [(3 * C, C), (3 * C,), (-1, C)],
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", ["eager", "torch.compile", "auto", "triton"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", PARTS)
+def test_part_of_a_layer(benchmark, name, rows, peer):
+    benchmark.group = f"{name} ({rows}, {C}) bf16, forward and backward"
+    ours, original, shapes = PARTS[name]
+    tensors = [
+        (torch.randn(rows if n < 0 else n, *rest, device=DEVICE) / (rest[-1] if n > 0 and rest else 1) ** 0.5)
+        .to(torch.bfloat16)
+        .requires_grad_()
+        for n, *rest in ((rows, C), *shapes)
+    ]
+    function = {"eager": original, "torch.compile": torch.compile(original)}.get(peer, ours)
+    dy = torch.randn_like(original(*tensors))
+
+    def step(function=function, tensors=tensors):
+        y = function(*tensors)
+        return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
+
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    with use_backend(**({name: "triton"} if peer == "triton" else {})):
+        run_checked(benchmark, peer, step, lambda: step(original), lambda: step(original, exact))
