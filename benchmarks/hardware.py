@@ -35,7 +35,7 @@ def check(peer: str, found: Iterable[Tensor], eager: Iterable[Tensor], truth: It
     """
     for number, (ours, theirs, right) in enumerate(zip(found, eager, truth)):
         error, allowed = (((t.double() - right).norm() / right.norm()).item() for t in (ours, theirs))
-        assert error <= 2 * allowed + 0.01, (
+        assert error <= 2 * allowed + sized(0.01, 0.2), (  # of few activations, one is a tenth
             f"{peer} is wrong (result {number}: relative error {error:.2e}, eager's {allowed:.2e}): not timed"
         )
 

@@ -65,6 +65,7 @@ def pytest_collection_modifyitems(items):
 def _in_the_checked_interpreter():
     from detr_fast.testing.interpreter import checked_interpreter
 
+    torch.manual_seed(0)
     with checked_interpreter(int32_limit=1 << 22):
         yield
 
