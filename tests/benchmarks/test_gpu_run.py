@@ -182,7 +182,7 @@ def test_the_profile_leaves_a_trace_and_a_picture(calls, tmp_path, capsys):
     assert [child.tag.split("}")[1] for child in drawn] == ["rect"] * 3 + ["text"] * 2
 
 
-@pytest.mark.timeout(1800)  # about 90 s on an idle core
+@pytest.mark.timeout(1800)  # two minutes on an idle core
 def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsys):
     """Every section runs its own code, with the CPU in the GPU's place (tests/rehearsal.py); nothing is timed."""
     tools, out, prefix = (tmp_path / name for name in ("bin", "out", "prefix"))
