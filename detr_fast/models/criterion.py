@@ -16,6 +16,7 @@ from detr_fast import nn, ops
 from detr_fast.models.matcher import HungarianMatcher
 from detr_fast.models.structures import Targets
 
+MAX_WEIGHTS = 16  # sets of weights that are kept on a device
 LOSSES = {"labels": ("loss_ce",), "boxes": ("loss_bbox", "loss_giou"), "cardinality": ("cardinality_error",)}
 
 
@@ -123,8 +124,13 @@ class SetCriterion(nn.Module):
         with torch.inference_mode(False):
             made = like.new_tensor(weights)
         if type(like) is Tensor and not torch.compiler.is_compiling():  # a fake tensor would outlive its mode
+            if len(self._known_weights) >= MAX_WEIGHTS:  # weights that follow a schedule
+                self._known_weights.clear()
             self._known_weights[key] = made
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known_weights": {}}  # of this process
 
 
 def loss_weights(

@@ -111,7 +111,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = (key_padding_mask, attn_mask, is_causal)
         value = x if memory is None else memory
         packable = self._qkv_same_embed_dim and not self._extra_keys
-        plan = self._plan(x, value, value, *masks, None) if packable else None
+        plan = self._plan(x, value, value, *masks, None, position, memory_key) if packable else None
         if plan is not None:
             packs, x = self._stream_packs(x, memory, position, memory_key)
             return self._run_packs(plan, packs, x.ndim), x
@@ -130,7 +130,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
         weights: Weights,
+        *added: Tensor | None,
     ) -> _Plan | None:
+        """What runs a call, or None for the original; `added` are further tensors that q or k will be computed from."""
         requested = ATTENTION.requested()
         if query.is_nested or key.is_nested or value.is_nested:
             if requested is not None:
@@ -149,7 +151,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks = self._masks(query, key_padding_mask, attn_mask, is_causal and not weights, dtype)
         dropout_p = float(self.dropout) if self.training else 0.0
         options = (*masks, dropout_p, None, False, False, weights)
-        choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype), *options)
+        choice = ATTENTION.choose(*self._stand_ins(query, key, value, dtype, *added), *options)
         if requested is None and isinstance(choice, Sdpa):
             return None
         return _Plan(choice, options)
@@ -332,7 +334,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             values.append(v.new_zeros(shape))
         return torch.cat(keys, 1), torch.cat(values, 1)
 
-    def _stand_ins(self, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def _stand_ins(
+        self, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, *added: Tensor | None
+    ) -> list[Tensor]:
         """Tensors without memory that look like the q, k, v to come: the choice is made before anything is computed."""
         batch, queries, keys = self._sizes(query, key)
         width = self.embed_dim
@@ -349,7 +353,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.v_proj_weight,
             self.in_proj_bias,
         )
-        tensors = (query, key, value, self.bias_k, self.bias_v, *parameters)
+        tensors = (query, key, value, *added, self.bias_k, self.bias_v, *parameters)
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         first = self.batch_first or query.ndim == 2
         copied = first or self._extra_keys > 0

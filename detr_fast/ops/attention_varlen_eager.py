@@ -95,7 +95,7 @@ def padded(
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """`attend(q, k, v, padding)` of the sequences as a padded batch, packed again; zeros for surplus tokens."""
-    if not q.shape[0] or not k.shape[0]:
+    if not q.shape[0] or not k.shape[0] or len(cu_seqlens_q) == 1:
         return _zeros(q, k, v)
     index_q, _ = _slots(cu_seqlens_q, max_q)
     index_k, padding = _slots(cu_seqlens_k, max_k)

@@ -168,7 +168,8 @@ def project(
     if not fused and position is not None and columns != weight.shape[0]:
         return None
     cast, *rest = autocast(x, weight, bias, position)
-    if torch.compiler.is_compiling() or cast is not x or not wants_grad(x):
+    repeats = position is None or _repeats(position, x)  # what the backward takes a position's rows to do
+    if torch.compiler.is_compiling() or cast is not x or not wants_grad(x) or not repeats:
         return implementation.run(x, weight, bias, position, columns), x
     return _Projection.apply(x, *rest, columns, fused, True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -230,6 +232,18 @@ def test_the_weights_are_sent_to_the_device_once_and_follow_changes():
     assert losses["loss_bbox"].grad == 5.0
     criterion.weight_dict["loss_bbox"] = 1.0
     assert criterion.weighted_sum(losses) == 5.0
+
+
+def test_weights_on_a_schedule_are_not_kept_for_ever_and_never_copied():
+    criterion = SetCriterion(CLASSES, HungarianMatcher(), {"loss_ce": 1.0})
+    for step in range(100):
+        criterion.weight_dict["loss_ce"] = float(step)
+        assert criterion.weighted_sum({"loss_ce": torch.ones(())}) == step
+    assert 1 <= len(criterion._known_weights) <= 16
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert copied._known_weights == {}
+        assert copied.weighted_sum({"loss_ce": torch.ones(())}) == 99
+    assert criterion._known_weights
 
 
 ONE_RANK = """

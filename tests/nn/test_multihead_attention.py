@@ -247,6 +247,19 @@ def appearance(tensor):
     return tensor.shape, strides, tensor.dtype, tensor.device, tensor.requires_grad
 
 
+@pytest.mark.parametrize("needs", ["position", "memory_key"])
+def test_the_kernel_is_chosen_for_a_backward_where_only_positions_need_it(fused, twins, needs):
+    ours, _ = twins("MultiheadAttention", 8, 2, batch_first=True)
+    ours.requires_grad_(False)
+    x, memory, position, memory_key = (torch.randn(3, 5, 8, dtype=torch.float64) for _ in range(4))
+    {"position": position, "memory_key": memory_key}[needs].requires_grad_()
+    with explaining():
+        y, _ = ours.heads(x, memory, position=position, memory_key=memory_key)
+        assert y.requires_grad
+        ours.heads(x, memory)
+    assert [call.needs_grad for call in fused.asked] == [True, False]
+
+
 def test_masks_reach_the_kernel_as_small_as_they_were_given(fused, twins):
     ours, _ = twins("MultiheadAttention", 8, 2, batch_first=True)
     x = torch.randn(3, 5, 8, dtype=torch.float64)

@@ -209,6 +209,16 @@ def test_the_kernel_compiles_without_a_graph_break():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_of_no_sequence_give_zeros(backend):
+    q, k, v, *rest = problem((), (), surplus=2)
+    with use_backend(attention_varlen=backend):
+        y = ops.attention_varlen(q, k, v, *rest)
+    assert y.shape == (2, 2, 6)
+    assert not y.any()
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("lengths", [((3, 2), (4, 0)), ((0,), (0,)), ((), ())])
 @interpreter
 def test_the_kernel_takes_empty_sequences(lengths):

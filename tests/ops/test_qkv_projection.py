@@ -82,6 +82,17 @@ def test_a_residual_that_passes_the_projection_brings_its_gradient_back_in(backe
         torch.testing.assert_close(under_create_graph, theirs, rtol=1e-4, atol=1e-4)
 
 
+# One position for each image; sequence first, one for each place of the sequence.
+def test_a_position_that_repeats_inside_rows_gets_the_sum_over_them():
+    x, weight, bias, position = inputs = tensors((2, 5), (2, 1), grad=True)
+    y, residual = project(x, weight, bias, position, weight.shape[0])
+    expected = F.linear(x + position, weight, bias)
+    dy, dx = torch.randn_like(y), torch.randn_like(x)
+    found = torch.autograd.grad([y, residual], inputs, [dy, dx.clone()])
+    for ours, theirs in zip(found, torch.autograd.grad([expected, x.view_as(x)], inputs, [dy, dx])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @interpreter
 def test_the_double_backward_is_right(triton):
     inputs = tensors(grad=True)
