@@ -151,10 +151,15 @@ def linear_cross_entropy_forward(
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in fp32, in place."""
-    if total is None:
-        return (a @ b).float()
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+    """total + a @ b, in place; in fp32 from end to end: 16 bits would round each block's part, and fp16 overflow."""
+    if a.dtype == torch.float32:
+        return a @ b if total is None else total.addmm_(a, b)
+    if a.device.type == "cpu" or torch.version.hip is not None:  # no product from 16 bits into fp32
+        if total is None:
+            total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
+        return total.addmm_(a.float(), b.float())
+    own = torch.mm(a, b, out_dtype=torch.float32)
+    return own if total is None else total.add_(own)
 
 
 def compile_cross_entropy(

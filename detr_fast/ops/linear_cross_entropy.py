@@ -11,6 +11,7 @@ Large-Vocabulary Language Models".
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from detr_fast.ops import linear_probabilities, regimes
 from detr_fast.ops.boundary import below_autograd, define, wants_grad
 from detr_fast.ops.linear_cross_entropy_chunked import Chunked
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
+from detr_fast.ops.products import autocast_dtype, eager_gradients
 
 # With the kernel, at least so many rows at once: a block's products do 6 FLOPs a row for each element of weight, whose
 # gradient's sum moves 12 bytes. 1,024 rows make that 512 FLOPs a byte; an H100's tensor cores can do some 300.
@@ -245,9 +247,9 @@ LINEAR_CROSS_ENTROPY = Op(
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
     """The operands as autocast has them, once and not in every block; and the loss's dtype, as torch's own."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    low = autocast_dtype(x)
+    if low is None:
         return x, weight, bias, x.dtype
-    low = torch.get_autocast_dtype(x.device.type)
     return x.to(low), weight.to(low), None if bias is None else bias.to(low), torch.float32
 
 
@@ -269,8 +271,13 @@ def _run(
     at_once = max(BLOCK_ROWS, linear_probabilities.BLOCK_ELEMENTS // weight.shape[0])
     inputs = (x, weight, bias, target, class_weight, ignore_index, smoothing)
     losses, counts, *gradients = kernels.linear_cross_entropy_forward(*inputs, (*wanted,), at_once)
-    scale = counts.sum().reciprocal() if reduction == "mean" else losses.new_ones(())
-    loss = losses if reduction == "none" else losses.sum() * scale
+    if reduction == "mean":
+        counted = counts.sum()
+        loss = losses.sum() / counted
+        # As PyTorch's: a mean over nothing is NaN, and has gradients of zero.
+        scale = counted.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
+    else:
+        loss, scale = losses if reduction == "none" else losses.sum(), losses.new_ones(())
     dx, dw, db = (x.new_empty(0) if d is None else d for d in gradients)
     return loss, scale, dx, dw, db
 
@@ -306,10 +313,11 @@ class _Forward(torch.autograd.Function):
         *inputs, scale, dx, dw, db = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a double backward will follow: through PyTorch's own ops
-            loss = _eager(*inputs, *ctx.settings)
-            leaves = [t for t, want in zip(inputs, wanted) if want]
-            found = iter(torch.autograd.grad(loss, leaves, g.to(loss.dtype), create_graph=True))
-            return (*(next(found) if want else None for want in wanted), *[None] * 6)
+
+            def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return _eager(x, weight, bias, *inputs[3:], *ctx.settings)
+
+            return (*eager_gradients(again, inputs[:3], g, wanted), *[None] * 6)
         scale = g * scale
         gradients = ((d * scale).to(of.dtype) if want else None for d, of, want in zip((dx, dw, db), inputs, wanted))
         return (*gradients, *[None] * 6)

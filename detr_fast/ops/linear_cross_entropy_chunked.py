@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.ops import linear_probabilities
+from detr_fast.ops.products import eager_gradients
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,15 @@ class Chunked(torch.autograd.Function):
         x, weight, bias, lses, labels, counts, class_weight, present = ctx.saved_tensors
         of, wanted = _Labels(labels, counts, class_weight, present, ctx.share), ctx.needs_input_grad[:3]
         dtype = of.counts.dtype
+        # The mean over nothing divides by zero: what is ignored has no gradient even so, as in PyTorch.
+        g = g.masked_fill((counts if present is None else present) == 0, 0.0)
         if torch.is_grad_enabled():  # a double backward will follow: through PyTorch's own ops
-            logits = F.linear(x, weight, bias).to(dtype)
-            losses = _losses(logits, logits.logsumexp(1), of, slice(None))
-            inputs = [t for t, want in zip((x, weight, bias), wanted) if want]
-            found = iter(torch.autograd.grad(losses, inputs, g, create_graph=True))
-            return (*(next(found) if want else None for want in wanted), None, None, None, None, None)
+
+            def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                logits = F.linear(x, weight, bias).to(dtype)
+                return _losses(logits, logits.logsumexp(1), of, slice(None))
+
+            return (*eager_gradients(again, (x, weight, bias), g, wanted), *[None] * 5)
 
         dx = torch.empty_like(x) if wanted[0] else None
         dw = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None

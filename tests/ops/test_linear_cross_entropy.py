@@ -117,6 +117,54 @@ def test_the_double_backward_is_right(chunked):
         torch.testing.assert_close(one, other)
 
 
+def assert_double_backward_through_shared_weights(leaves, ids, target):
+    """Of a language model whose embedding is its head: x depends on weight."""
+    weight, bias = leaves
+
+    def penalty(function):
+        loss = function(weight[ids].tanh(), weight, bias, target, label_smoothing=0.1)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for one, other in zip(penalty(ops.linear_cross_entropy), penalty(reference), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_weights_that_x_depends_on_count_once_under_create_graph(chunked):
+    _, weight, bias, target = inputs()
+    leaves = [t.double().requires_grad_() for t in (weight, bias)]
+    assert_double_backward_through_shared_weights(leaves, target.clamp(0).flip(0), target)
+
+
+IGNORED = [{}, {"label_smoothing": 0.1}, {"class_weight": torch.linspace(0.1, 2, 13), "label_smoothing": 0.1}]
+
+
+def assert_nothing_but_ignored_rows_give_nan_and_no_gradient(options):
+    x, weight, bias, target = inputs(rows=7)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    for function in (reference, ops.linear_cross_entropy):  # PyTorch's behaviour, and ours
+        loss = function(*leaves, target.fill_(-100), **options)
+        assert loss.isnan()
+        for gradient in torch.autograd.grad(loss, leaves):
+            assert torch.equal(gradient, torch.zeros_like(gradient)), function
+
+
+@pytest.mark.parametrize("options", IGNORED, ids=lambda options: " ".join(options) or "defaults")
+def test_a_mean_over_nothing_is_nan_and_its_gradients_are_zero(chunked, options):
+    assert_nothing_but_ignored_rows_give_nan_and_no_gradient(options)
+
+
+def test_autocast_leaves_float64_alone_as_it_does_in_eager(chunked):
+    x, weight, bias, target = inputs()
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (f(*leaves, target) for f in (ops.linear_cross_entropy, reference))
+    assert found.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_autocast_gives_an_fp32_loss_and_gradients_in_the_parameters_dtype(chunked):
     x, weight, bias, target = inputs()
     weight.requires_grad_()
@@ -205,6 +253,32 @@ def test_the_kernels_double_backward_goes_through_eager(triton):
 
 
 @interpreter
+def test_with_the_kernel_weights_that_x_depends_on_count_once_under_create_graph(triton):
+    _, weight, bias, target = inputs(rows=6)
+    assert_double_backward_through_shared_weights(
+        [t.requires_grad_() for t in (weight, bias)], target.clamp(0).flip(0), target
+    )
+
+
+@interpreter
+@pytest.mark.parametrize("options", IGNORED, ids=lambda options: " ".join(options) or "defaults")
+def test_with_the_kernel_a_mean_over_nothing_is_nan_and_its_gradients_are_zero(triton, options):
+    assert_nothing_but_ignored_rows_give_nan_and_no_gradient(options)
+
+
+@interpreter
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 40000.0), (torch.bfloat16, 256.0)])
+def test_a_block_of_the_weights_gradient_neither_overflows_nor_rounds_to_16_bits(triton, dtype, large, autocast):
+    # Two blocks: -large / 2 four times and -1/2 sum up to what 16 bits don't hold; then large / 2 four times.
+    x = torch.tensor([[large]] * 4 + [[1.0]] + [[-large]] * 4, dtype=torch.float32 if autocast else dtype)
+    weight = torch.zeros(2, 1, dtype=x.dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        loss = ops.linear_cross_entropy(x, weight, None, torch.zeros(9, dtype=torch.int64), reduction="sum")
+    assert torch.autograd.grad(loss, weight)[0].tolist() == [[-0.5], [0.5]]
+
+
+@interpreter
 def test_the_kernel_under_autocast_and_compile(triton):
     x, weight, bias, target = inputs(rows=6, classes=16)
     weight.requires_grad_()
@@ -233,9 +307,10 @@ def test_opcheck_accepts_the_kernel_and_a_compiled_model_has_no_graph_break():
         torch.testing.assert_close(one, other)
 
 
-def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtype):
     rows, features, classes = 4096, 64, 32000
-    x, weight = (torch.empty(n, features, device="meta", requires_grad=True) for n in (rows, classes))
+    x, weight = (torch.empty(n, features, device="meta", dtype=dtype, requires_grad=True) for n in (rows, classes))
     target = torch.empty(rows, device="meta", dtype=torch.int64)
 
     def step(x, weight, target):
@@ -247,6 +322,7 @@ def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept():
     assert ours.launches["cross_entropy_kernel"] == chunks
     products = {name: n for name, n in ours.launches.items() if "mm" in name}
     assert sum(products.values()) == 3 * chunks, products
+    assert ours.launches["aten.mm.dtype"] == (0 if dtype == torch.float32 else chunks)  # from 16 bits into fp32
     logits, both_gradients = 4 * rows * classes, 4 * (rows + classes) * features
     assert ours.saved_bytes <= both_gradients + 8 * rows + 64 < logits / 20
 
