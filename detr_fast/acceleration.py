@@ -98,9 +98,10 @@ def accelerate(
 ) -> Report:
     """Switch the class of each module that we can run faster, in place, and say what was switched and what not.
 
-    Known are torch.nn's LayerNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, the
-    original DETR repository's layers, and timm's and torchvision's vision transformers. The model computes what it did,
-    within rounding; parameters, buffers, hooks, optimizers, wrappers such as DDP and references to modules stay valid.
+    Known are torch.nn's LayerNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, layers
+    and feed-forward blocks, the original DETR repository's layers, and the attention, blocks, feed-forward blocks and norms
+    of timm's and torchvision's vision transformers. The model computes what it did, within rounding; parameters, buffers,
+    hooks, optimizers, wrappers such as DDP and references to modules stay valid.
     Modules whose forward is someone else's, that are parametrised, quantised, or sharded by FSDP2, and layers with
     wrapped (LoRA) or hooked parts are left alone. Calling it again switches what is new.
 
@@ -205,15 +206,15 @@ def _restore(name: str, module: Module, report: Report) -> None:
 
 
 def _pack(model: Module, names: set[str], report: Report) -> None:
-    able = [
-        (name, m) for name, m in model.named_modules() if name in names and isinstance(getattr(m, "packed", None), bool)
-    ]
+    from detr_fast.models.detr import Detr  # not needed otherwise
+
+    able = [(name, m) for name, m in model.named_modules() if name in names and isinstance(m, Detr)]
     if not able:
         reason = "packed=True needs images' sizes on the host, which only detr_fast.models.Detr takes"
         report.left.append(Left("", public_name(type(model)), reason))
     for name, module in able:
         if not module.packed:
-            module.packed = True  # type: ignore[assignment]
+            module.packed = True
             module.__dict__[PACKS] = True
             report.switched.append(Switched(name, "padded tokens", "packed tokens"))
 

@@ -7,6 +7,7 @@ dropout is new on each replay.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
@@ -75,6 +77,7 @@ class CapturedStep:
         self._number: Tensor | None = None
         self._rates: list[Tensor] = []
         if reason is None:
+            _warn_of_padding(self.averaged)
             self._number = torch.tensor(taken, device=device)
             self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._step = GraphedFunction(
@@ -165,6 +168,8 @@ class CapturedInference:
         self.autocast = autocast
         device = next(model.parameters()).device
         reason = why_no_graph(model) if capture else "capture=False"
+        if reason is None:
+            _warn_of_padding(model)
         self._forward = GraphedFunction(self._run, device, reason=reason)
 
     @property
@@ -192,7 +197,28 @@ def _for_a_graph(model: nn.Module, images: Any) -> Any:
     """Without each image's size, which would tell apart batches of one shape; what packing takes of it lies in tensors."""
     if not isinstance(images, NestedTensor):
         return images
-    return model.with_packing(images) if isinstance(model, Detr) else replace(images, sizes=None)
+    bare = _unwrapped(model)
+    return bare.with_packing(images) if isinstance(bare, Detr) else replace(images, sizes=None)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that are known to hand on what they are called with; `_orig_mod` is torch.compile's."""
+    handing_on = isinstance(model, (DistributedDataParallel, nn.DataParallel, AveragedModel))
+    inner = model.module if handing_on else getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _warn_of_padding(model: nn.Module) -> None:
+    """Where a detector that would skip padding lies inside a model of which it is not known what it does with its batches."""
+    bare = _unwrapped(model)
+    if not isinstance(bare, Detr) and any(isinstance(part, Detr) and part.packed for part in bare.modules()):
+        warnings.warn(
+            "detr-fast: a Detr has packed=True but is captured with padding: batches are packed before a graph runs, which "
+            f"is not done for a model inside {type(bare).__name__}. Results stay right, only slower. Capture the Detr "
+            "itself, or call with its with_packing(images).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def why_no_graph(

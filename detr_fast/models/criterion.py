@@ -54,6 +54,7 @@ class SetCriterion(nn.Module):
         self.losses = tuple(losses)
         self.focal = focal
         self._known_weights: dict[Any, Tensor] = {}
+        self._weights_in_graphs: dict[int, Tensor] = {}
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
@@ -120,6 +121,8 @@ class SetCriterion(nn.Module):
         """The weights as a tensor, made once: each time, the host would wait for the copy."""
         key = weights, like.device, like.dtype
         if (known := self._known_weights.get(key)) is not None:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                self._weights_in_graphs[id(known)] = known  # which read its memory at each replay
             return known
         with torch.inference_mode(False):
             made = like.new_tensor(weights)
@@ -130,7 +133,7 @@ class SetCriterion(nn.Module):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known_weights": {}}  # of this process
+        return self.__dict__ | {"_known_weights": {}, "_weights_in_graphs": {}}  # of this process
 
 
 def loss_weights(

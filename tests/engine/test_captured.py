@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
@@ -159,6 +160,32 @@ def test_packed_inference_has_a_graph_for_each_number_of_tokens(emulated):
             found = inference(images)
             torch.testing.assert_close(found["pred_boxes"], model(images)["pred_boxes"])
     assert inference.graphs == 2
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, AveragedModel, lambda model: torch.compile(AveragedModel(model))])
+def test_a_packed_model_in_a_wrapper_gets_its_packing(emulated, wrap, recwarn):
+    inference = CapturedInference(wrap(build_model(replace(TINY, packed=True))))
+    images, _ = packed_batch(0, (50, 100))
+    given = captured._for_a_graph(inference.model, images)
+    assert given.packing is not None
+    assert given.sizes is None
+    assert not any("packed=True" in str(w.message) for w in recwarn.list)
+
+
+def test_a_packed_model_inside_another_is_said_to_be_captured_padded(emulated):
+    class Resizing(nn.Module):  # and may do anything with its batches
+        def __init__(self):
+            super().__init__()
+            self.module = build_model(replace(TINY, packed=True))
+
+    model = Resizing()
+    said = "a Detr has packed=True but is captured with padding: .* inside Resizing"
+    assert captured._for_a_graph(model, packed_batch(0, (50, 100))[0]).packing is None
+    with pytest.warns(RuntimeWarning, match=said):
+        CapturedInference(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    with pytest.warns(RuntimeWarning, match=said):
+        CapturedStep(model, build_criterion(TINY), optimizer)
 
 
 def test_each_shape_has_a_graph_of_its_own_in_one_pool(emulated):

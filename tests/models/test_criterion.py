@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -244,6 +245,21 @@ def test_weights_on_a_schedule_are_not_kept_for_ever_and_never_copied():
         assert copied._known_weights == {}
         assert copied.weighted_sum({"loss_ce": torch.ones(())}) == 99
     assert criterion._known_weights
+
+
+def test_weights_that_a_graph_reads_are_kept(monkeypatch):
+    criterion = SetCriterion(CLASSES, HungarianMatcher(), {"loss_ce": 1.0})
+    losses = {"loss_ce": torch.ones(())}
+    criterion.weighted_sum(losses)
+    (read,) = map(weakref.ref, criterion._known_weights.values())
+    with monkeypatch.context() as capturing:
+        for name in ("is_initialized", "is_current_stream_capturing"):
+            capturing.setattr(torch.cuda, name, lambda: True)
+        criterion.weighted_sum(losses)
+    for step in range(100):
+        criterion.weight_dict["loss_ce"] = float(step)
+        criterion.weighted_sum(losses)
+    assert read() is not None
 
 
 ONE_RANK = """

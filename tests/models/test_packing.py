@@ -199,6 +199,14 @@ def test_accelerate_turns_packing_on_and_restore_turns_it_off(pair):
     assert not padded.packed
 
 
+def test_accelerate_leaves_a_packed_setting_of_other_modules_alone():
+    other = torch.nn.Linear(2, 2)
+    other.packed = False
+    report = detr_fast.accelerate(other, packed=True)
+    assert other.packed is False
+    assert "packed=True needs images' sizes on the host" in str(report)
+
+
 def test_accelerate_says_where_nothing_can_be_packed():
     report = detr_fast.accelerate(torch.nn.Linear(2, 2), packed=True)
     assert "packed=True needs images' sizes on the host" in str(report)

@@ -62,6 +62,21 @@ def nan_in_hidden_keys(twins):
     assert original(x, spoilt, spoilt, key_padding_mask=hidden)[0].isnan().all()
 
 
+def a_row_of_lowest_numbers(twins):
+    ours, original = twins("MultiheadAttention", 8, 2, batch_first=True, dtype=torch.float32)
+    x, mask = torch.randn(2, 3, 8), torch.zeros(3, 3)
+    mask[0], mask[1, 2] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+    theirs = original(x, x, x, attn_mask=mask, need_weights=False)[0]
+    mean = original(x.mean(1, keepdim=True), *(x.mean(1, keepdim=True),) * 2, need_weights=False)[0]
+    torch.testing.assert_close(theirs[:, :1], mean)
+    with use_backend(attention="triton"):
+        mine = ours(x, x, x, attn_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(mine[:, 1:], theirs[:, 1:])
+    assert torch.equal(mine[:, 0], ours.out_proj.bias.expand(2, 8))
+    with use_backend(attention="eager"):
+        torch.testing.assert_close(ours(x, x, x, attn_mask=mask, need_weights=False)[0], theirs)
+
+
 class TransformerEncoderLayer(torch_nn.Module):
     """The original DETR's, as far as the adapter knows it by."""
 
@@ -121,6 +136,7 @@ def table_positions(twins):
 DIFFERENCES = {
     "Queries that see no key": a_query_that_sees_no_key,
     "NaN and infinity in keys that are hidden": nan_in_hidden_keys,
+    "Rows masked by a dtype's lowest number": a_row_of_lowest_numbers,
     "Padded positions of an encoder's output in inference": padded_positions,
     "Nested tensors with an implementation asked for by name": nested_tensors,
     "Attention weights inside the original DETR's layers": weights_of_the_original_detr,
@@ -135,7 +151,7 @@ def test_the_document_lists_exactly_what_is_tested_here_each_with_its_reason():
     assert all("*Reason:*" in body for body in bodies)
 
 
-IN_THE_INTERPRETER = {"NaN and infinity in keys that are hidden"}
+IN_THE_INTERPRETER = {"NaN and infinity in keys that are hidden", "Rows masked by a dtype's lowest number"}
 
 
 @pytest.mark.filterwarnings("ignore")
