@@ -25,7 +25,7 @@ def check_loops(variant, target, most):
         assert found.cycles["tensor"] > 0.03
         # Few waits: where an accumulator crosses from one pipelined loop to another, each tensor core instruction waits.
         assert found.opcodes["WARPGROUP.DEPBAR.LE"] <= 5
-        assert found.cycles_per_element <= cycles * (1.2 if older_compiler() else 1)
+        assert found.cycles_per_element <= cycles * (1.27 if older_compiler() else 1)  # with dropout; 1.2 without
 
 
 # bf16 with a key padding mask, reached: (whole blocks of visible keys, the last block), or the one loop over queries.
