@@ -91,12 +91,14 @@ def _mask_gradient(problem: Problem, statistics: Tensor, dout: Tensor) -> Tensor
     return dmask
 
 
-def backward_variants(problem: Problem, device: torch.device) -> list[Variant]:
-    """All that `attention_backward` launches on `device`, without the gradient of a mask."""
+def backward_variants(problem: Problem, device: torch.device, with_dlse: bool = False) -> list[Variant]:
+    """All that `attention_backward` launches on `device`, without the gradient of a mask; with_dlse: with dlse or without."""
     form = problem.form()
-    if key_parts(problem, form.config("queries").rows, device) == 1:
-        return [queries_variant(form), keys_variant(form)]
-    return [queries_variant(form, split=True), combine_variant(form, problem.head_dim, False), keys_variant(form)]
+    split = key_parts(problem, form.config("queries").rows, device) > 1
+    variants = [queries_variant(form, dlse, split) for dlse in ((False, True) if with_dlse else (False,))]
+    if split:
+        variants.append(combine_variant(form, problem.head_dim, False))
+    return [*variants, keys_variant(form)]
 
 
 @cache

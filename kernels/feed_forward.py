@@ -156,7 +156,9 @@ def feed_forward(
     vector = run_length(x.element_size(), x_stride | w1_stride | w2_stride | residual_stride | C | D | F, addresses)
     dtypes = tuple(map(dtype_of, (b1, b2, residual, *parameters, y, xhat)))
     drops = dropout is not None, output_dropout is not None
-    variant = forward_variant(x.dtype, activation, (C, F, D), rows <= FEW_ROWS, dtypes, drops, vector)
+    variant = forward_variant(
+        x.dtype, activation, (C, F, D), rows <= FEW_ROWS, dtypes, drops, vector, precision(x.dtype)
+    )
     seeds = (None if one is None else one.seed for one in (dropout, output_dropout))
     tensors = (x, w1, b1, w2, b2, residual, *parameters, y, xhat, rstd, *seeds)
     offset = max(dropout_arguments(dropout)[0], dropout_arguments(output_dropout)[0])
@@ -176,8 +178,12 @@ def forward_variant(
     dtypes: tuple[torch.dtype | None, ...],
     drops: tuple[bool, bool],
     vector: int,
+    rounding: str,
 ) -> Variant:
-    """The program of `feed_forward`; widths C, F, D; dtypes of b1, b2, residual, norm weight and bias, y and xhat."""
+    """The program of `feed_forward`; widths C, F, D; dtypes of b1, b2, residual, norm weight and bias, y and xhat.
+
+    rounding: see `product_tiles.precision`.
+    """
     C, F, D = widths
     config = FEED_FORWARD[dtype.itemsize, few]
     b1, b2, *rest = dtypes
@@ -193,7 +199,7 @@ def forward_variant(
         "EVEN": block_of(C) == C and F % config.columns == 0,
         "FULL": block_of(D) == D,
         "VEC": vector,
-        "PRECISION": precision(dtype),
+        "PRECISION": rounding,
     }
     numbers = (*["i32"] * 10, "fp32", "i32", "fp32", "fp32")
     return Variant(feed_forward_kernel, (*types, *numbers), constants, config.num_warps, config.num_stages)
@@ -205,7 +211,8 @@ def catalog_entries() -> Iterator[Entry]:
         ("", FEW_ROWS + 1, Budget(255, 99 << 10, 256, 64 << 10, amd_spills=16)),
         ("_few", 33, Budget(184, 48 << 10, 256, 40 << 10)),
     ):
-        variant = forward_variant(bf16, "relu", (256, 2048, 256), rows <= FEW_ROWS, (bf16,) * 7, (True, True), 8)
+        sizes = (256, 2048, 256), rows <= FEW_ROWS
+        variant = forward_variant(bf16, "relu", *sizes, (bf16,) * 7, (True, True), 8, precision(bf16))
         tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_F"])
         name = f"feed_forward_c256_relu_{TRITON_TYPES[bf16]}{suffix}"
         yield Entry("feed_forward", name, variant, tile, budget, partial(_example, rows, bf16))

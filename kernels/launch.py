@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -74,6 +74,11 @@ class Variant:
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
+
+    @cached_property
+    def dtypes(self) -> tuple[tuple[int, torch.dtype], ...]:
+        """Index and dtype of each tensor that the program takes."""
+        return tuple((i, TORCH_TYPES[kind[1:]]) for i, kind in enumerate(self.types) if kind and kind[0] == "*")
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -138,11 +143,15 @@ def allocating_with(allocate: Callable[..., torch.Tensor]) -> Iterator[None]:
 def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
     """Launch `variant` over `grid` on the device of its first tensor; an empty grid launches nothing.
 
-    Launches on meta tensors are shown to observers, and not run.
+    Launches on meta tensors are shown to observers, and not run. Raises TypeError where a tensor's dtype is another than the
+    program reads: it would read past the end.
     """
     require_triton()
     if 0 in grid:
         return
+    for index, dtype in variant.dtypes:
+        if getattr(arguments[index], "dtype", None) is not dtype:
+            raise TypeError(_misfit(variant, index, arguments[index], dtype))
     for observer in observers:
         observer(Launch(variant, grid, arguments))
     device = arguments[0].device
@@ -153,6 +162,12 @@ def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
             variant.program(device)[(*grid, 1, 1)[:3]](*arguments, *variant.constants.values())
         else:  # Triton's interpreter
             variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+
+
+def _misfit(variant: Variant, index: int, argument: Any, dtype: torch.dtype) -> str:
+    received = f"a tensor of {argument.dtype}" if isinstance(argument, torch.Tensor) else repr(argument)
+    name = list(inspect.signature(getattr(variant.kernel, "fn", variant.kernel)).parameters)[index]
+    return f"{variant.name} got {received} as {name}; expected one of {dtype}: convert it before the call"
 
 
 def forget_programs() -> None:

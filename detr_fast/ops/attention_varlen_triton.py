@@ -11,7 +11,7 @@ from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels.attention_tiles import MAX_HEAD_DIM, Problem, Sequences
-from detr_fast.kernels.launch import compile_variant
+from detr_fast.kernels.launch import compile_variant, has_warpgroups
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import computed_dtype, tf32
 from detr_fast.ops.attention_triton import OPTIONS, reference
@@ -80,7 +80,7 @@ def _meta_problem(call: VarlenCall) -> Problem:
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     options = (call.is_causal, 0.5 if call.dropout else 0.0, 1.0, 0, tf32())
     q, k, v = tensors
-    return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options)
+    return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options, warpgroups=has_warpgroups(call.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +97,7 @@ def _problem(
     max_k: int,
     seed: Tensor | None,
     *options: Any,
+    warpgroups: bool | None = None,
 ) -> Problem:
     causal, dropout_p, scale, offset, tf32 = options
     return Problem(
@@ -110,6 +111,7 @@ def _problem(
         offset=offset,
         tf32=tf32,
         sequences=Sequences(ends_q, ends_k, max_q, max_k),
+        warpgroups=warpgroups,
     )
 
 

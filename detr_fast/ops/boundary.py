@@ -16,7 +16,16 @@ from detr_fast.dispatch import INTERPRETING
 
 _library = torch.library.Library("detr_fast", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 launchers: dict[str, Callable[..., Any]] = {}  # each op's `run`, which counters call on tensors that hold nothing
+
+
+def integers(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as int64, which kernels and eager operations read; TypeError where one holds no integers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _INTEGERS:
+            raise TypeError(f"got {name} of {tensor.dtype}; expected integers: torch.int64 is taken as it is")
+    return tuple(tensor.long() for tensor in tensors.values())
 
 
 def define(

@@ -13,7 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import detection_losses as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.boundary import below_autograd, define, double_backward, integers, wants_grad
 from detr_fast.ops.boxes import BORDER_SLACK, generalized_iou
 
 Losses = tuple[Tensor, Tensor, Tensor]
@@ -49,7 +49,7 @@ def detection_losses(
         summary (3,): the last layer's class error, percent of matched queries with the wrong class (100 without any); how
             many of all layers' predictions are broken; how many true boxes lie outside [0, 1], have no area or a label out
             of range. Such labels count as the nearest in range: nothing here ends a CUDA context.
-    Raises ValueError where the shapes do not fit.
+    Other integers than int64 are converted. Raises ValueError where the shapes do not fit, TypeError where dtypes don't.
     Sources: arXiv:2005.12872, sections 3.1 and A.2; arXiv:1902.09630 for GIoU; arXiv:1708.02002 for the focal loss.
     """
     images, size = (labels.shape[0], labels.shape[-1]) if labels.ndim == 2 else (-1, -1)
@@ -69,6 +69,9 @@ def detection_losses(
             f"got logits, boxes, query, labels, true_boxes, counts, broken and total of shapes {[tuple(t.shape) for t in given]}; "
             "expected (L, B, Q, K), (L, B, Q, 4), (L, B, N), (B, N), (B, N, 4), (B,), (L, B, Q) and (M,), with K over 1"
         )
+    if broken.dtype != torch.bool:
+        raise TypeError(f"got broken of {broken.dtype}; expected torch.bool")
+    query, labels, counts, total = integers(query=query, labels=labels, counts=counts, total=total)
     tensors = (logits, boxes, query, labels, true_boxes, counts, broken, total)
     if not (dispatch.intervening or logits.is_cuda):
         return _eager(*tensors, ranks, eos_coef, focal)

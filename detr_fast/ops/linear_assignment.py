@@ -15,7 +15,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import assignment as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define
+from detr_fast.ops.boundary import below_autograd, define, integers
 
 
 def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -25,7 +25,8 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     where None). Returns (..., B, N) int64, the column of each row; -1 where it has none, because it takes no part or
     because there are more rows than columns. Of several assignments of one total, any may come out.
     NaN and infinite costs count as the largest fp32 number (-inf as its negative): such pairs come last. There is no
-    gradient. Totals equal `scipy.optimize.linear_sum_assignment`'s. Raises ValueError where the shapes do not fit.
+    gradient. Totals equal `scipy.optimize.linear_sum_assignment`'s. Raises ValueError where the shapes do not fit,
+    TypeError where counts are no integers (others than int64 are converted).
     Sources: Jonker and Volgenant, 1987, Computing 38; Crouse, 2016, IEEE TAES 52(4).
     """
     if cost.ndim < 2 or (counts is not None and (cost.ndim < 3 or tuple(counts.shape) != (cost.shape[-3],))):
@@ -37,7 +38,7 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
         return cost.new_empty(cost.shape[:-1], dtype=torch.int64)
     if counts is None:
         counts = torch.full((1,), cost.shape[-2], dtype=torch.int64, device=cost.device)
-    return LINEAR_ASSIGNMENT(cost.detach(), counts)
+    return LINEAR_ASSIGNMENT(cost.detach(), *integers(counts=counts))
 
 
 @dataclass(frozen=True)

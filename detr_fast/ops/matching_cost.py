@@ -14,7 +14,7 @@ from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplem
 from detr_fast.kernels import matching_cost as kernels
 from detr_fast.kernels.matching_cost import INVALID_COST as INVALID_COST
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define
+from detr_fast.ops.boundary import below_autograd, define, integers
 from detr_fast.ops.boxes import generalized_iou
 
 Weights = tuple[float, float, float]
@@ -40,7 +40,8 @@ def matching_cost(
     count as the nearest in range: nothing here ends a CUDA context.
     Returns the cost (..., B, N, Q), fp32 (fp64 for fp64 logits): finite, NaN and what is beyond ±1e8 being 1e8, except
     +inf in the rows behind an image's count; and (..., B, Q) bool, True where the logits' logsumexp or a coordinate of
-    the box is NaN or infinite. There is no gradient. Raises ValueError where the shapes do not fit.
+    the box is NaN or infinite. There is no gradient. Other integers than int64 are
+    converted. Raises ValueError where the shapes do not fit, TypeError where labels or counts are no integers.
     Sources: arXiv:2005.12872, section 3.1; arXiv:2010.04159 for focal.
     """
     images = logits.shape[-3] if logits.ndim >= 3 else -1
@@ -56,6 +57,7 @@ def matching_cost(
             f"{tuple(true_boxes.shape)} and counts {tuple(counts.shape)}; expected (..., B, Q, K), (..., B, Q, 4), "
             "(B, N), (B, N, 4) and (B,)"
         )
+    labels, counts = integers(labels=labels, counts=counts)
     tensors = (logits.detach(), boxes.detach(), labels, true_boxes, counts)
     if not (dispatch.intervening or logits.is_cuda):
         return _eager(*tensors, weights, focal)

@@ -270,5 +270,5 @@ def test_observers_see_each_launch_and_an_empty_grid_is_none(monkeypatch):
     launch.launch(one.variant, (0,), torch.zeros(0))
     assert seen == []
     stub = dataclasses.replace(one.variant, kernel={(3,): lambda *arguments, **constants: None})
-    launch.launch(stub, (3,), torch.zeros(1))
+    launch.launch(stub, (3,), *(torch.zeros(1, dtype=dtype) for _, dtype in stub.dtypes))
     assert [record.grid for record in seen] == [(3,)]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import triton
-from detr_fast.kernels import layer_norm, offline
+from detr_fast.kernels import launch, layer_norm, offline
 
 pytestmark = pytest.mark.offline
 
@@ -61,6 +61,19 @@ def test_a_launch_goes_straight_to_its_compiled_program(stub_gpu, monkeypatch):
     (first, *_), (second, *_) = stub_gpu.launched[0], stub_gpu.launched[1]
     assert first == second
     assert len(stub_gpu.loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "received"),
+    [(torch.zeros(256), "a tensor of torch.float32"), (None, "None")],
+    ids=["another dtype", "no tensor"],
+)
+def test_a_tensor_that_the_program_would_misread_is_refused(stub_gpu, given, received):
+    variant = layer_norm.forward_variant(256, *[torch.bfloat16] * 4, vector=8)
+    x = torch.zeros(2, 256, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=f"layer_norm_forward_kernel got {received} as weight_ptr; .*torch.bfloat16"):
+        launch.launch(variant, (1,), x, given, x[0], x, torch.zeros(2), torch.zeros(2), 256, 2, 256, 1e-5)
+    assert stub_gpu.launched == []
 
 
 def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch):

@@ -301,12 +301,33 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
         assert len(compiled) == 3
         problem = attention_triton.attention_problem(
             q, k, v, options.get("key_padding_mask"), options.get("attn_mask"),
-            torch.zeros(1, device="meta") if "dropout_p" in options else None,
+            torch.zeros(1, dtype=torch.int64, device="meta") if "dropout_p" in options else None,
             (options.get("is_causal", False), options.get("dropout_p", 0.0), 1.0, 0, False),
         )  # fmt: skip
         out, lse = kernels.attention_forward(problem)
         attention_triton.backward_kernels.attention_backward(problem, out, lse, out)
         assert launched[-3:] == compiled
+    ATTENTION.forget()
+
+
+def test_both_backwards_are_compiled_beforehand_where_a_gradient_of_the_log_sum_exp_may_arrive(monkeypatch):
+    from detr_fast.kernels import launch
+
+    from detr_fast.ops import attention_triton
+
+    compiled, launched = [], []
+    monkeypatch.setattr(attention_triton, "compile_variant", lambda variant, device: compiled.append(variant))
+    monkeypatch.setattr(launch, "observers", [lambda one: launched.append(one.variant)])
+    ATTENTION.forget()
+    q, k, v = qkv(dim=16, device="meta", requires_grad=True)
+    with use_backend(attention="triton"):
+        ops.attention(q, k, v, return_lse=True)
+    problem = attention_triton.attention_problem(q, k, v, None, None, None, (False, 0.0, 1.0, 0, False))
+    out, lse = kernels.attention_forward(problem)
+    for dlse in (None, lse):
+        attention_triton.backward_kernels.attention_backward(problem, out, lse, out, dlse)
+    assert len(compiled) == 4
+    assert set(launched) == set(compiled)
     ATTENTION.forget()
 
 

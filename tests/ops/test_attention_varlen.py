@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -8,6 +10,7 @@ from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
+from detr_fast.situation import situation
 from detr_fast.testing import assert_as_accurate_as_eager, counting
 
 BACKENDS = ("sdpa", "eager")
@@ -250,6 +253,19 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
     assert len(compiled) == 3
     assert launched == compiled
     ATTENTION_VARLEN.forget()
+
+
+def test_what_is_compiled_beforehand_is_for_the_calls_gpu(monkeypatch):
+    from detr_fast.kernels import launch
+
+    from detr_fast.ops import attention_varlen_triton
+    from detr_fast.ops.attention_varlen import ATTENTION_VARLEN
+
+    for module in (launch, attention_varlen_triton):
+        monkeypatch.setattr(module, "has_warpgroups", lambda device: device.type == "cuda", raising=False)
+    call = ATTENTION_VARLEN._describe(*problem((3,), (4,)), False, 0.0, None, situation=situation("cpu"))
+    calls = (dataclasses.replace(call, device=torch.device(device)) for device in ("cuda", "cpu"))
+    assert [attention_varlen_triton._meta_problem(one).form().warpgroups for one in calls] == [True, False]
 
 
 @pytest.mark.gpu

@@ -214,6 +214,22 @@ def test_shapes_that_do_not_fit_are_refused():
         ops.detection_losses(logits[..., :1], boxes, *rest)
 
 
+@interpreter
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_other_integers_than_int64_count_the_same_and_other_dtypes_are_refused(backend):
+    logits, boxes, query, labels, true_boxes, counts, broken, total = make_case()
+    small = query.int(), labels.to(torch.uint8), true_boxes, counts.int(), broken, total.short()
+    with checked_interpreter(), use_backend(detection_losses=backend):
+        found = ops.detection_losses(logits, boxes, *small)
+        expected = ops.detection_losses(logits, boxes, query, labels, true_boxes, counts, broken, total)
+    assert all(map(torch.equal, found, expected))
+    with use_backend(detection_losses=backend):
+        with pytest.raises(TypeError, match=r"got labels of torch\.float32; expected integers"):
+            ops.detection_losses(logits, boxes, query, labels.float(), true_boxes, counts, broken, total)
+        with pytest.raises(TypeError, match=r"got broken of torch\.int64; expected torch\.bool"):
+            ops.detection_losses(logits, boxes, query, labels, true_boxes, counts, broken.long(), total)
+
+
 @pytest.mark.gpu
 @FOCAL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -171,6 +171,22 @@ def test_what_does_not_fit_is_refused_in_words(kernel):
         ops.feed_forward(x, w1, b1, w2, b2, "tanh")
 
 
+def test_the_one_kernel_follows_torchs_setting_of_matmul_precision(monkeypatch):
+    from detr_fast.kernels import feed_forward, launch
+
+    seen = []
+    monkeypatch.setattr(launch, "observers", [lambda one: seen.append(one.variant.constants["PRECISION"])])
+    before = torch.get_float32_matmul_precision()
+    x, w1, w2 = (torch.empty(shape, device="meta") for shape in ((8, 16), (32, 16), (16, 32)))
+    try:
+        for setting in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(setting)
+            feed_forward.feed_forward(x, w1, None, w2, None, activation="relu")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee", "tf32", "ieee"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

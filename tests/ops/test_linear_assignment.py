@@ -125,6 +125,16 @@ def test_shapes_that_do_not_fit_are_refused():
         ops.linear_assignment(torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64))
 
 
+@interpreter
+@pytest.mark.parametrize("backend", [*HOST, "triton"])
+def test_other_integers_than_int64_count_the_same_and_other_dtypes_are_refused(interpreter, backend):
+    cost, counts = torch.rand(2, 3, 4), torch.tensor([2, 1])
+    with use_backend(linear_assignment=backend):
+        assert torch.equal(ops.linear_assignment(cost, counts.int()), ops.linear_assignment(cost, counts))
+        with pytest.raises(TypeError, match=r"got counts of torch\.float32; expected integers"):
+            ops.linear_assignment(cost, counts.float())
+
+
 def test_meta_tensors_give_shapes():
     assert ops.linear_assignment(torch.empty(6, 2, 5, 9, device="meta")).shape == (6, 2, 5)
 

@@ -139,6 +139,17 @@ def test_shapes_that_do_not_fit_are_refused():
         ops.matching_cost(logits, boxes, labels, true_boxes, counts[:1])
 
 
+@interpreter
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_other_integers_than_int64_count_the_same_and_other_dtypes_are_refused(backend):
+    logits, boxes, labels, true_boxes, counts = make_case()
+    with checked_interpreter(), use_backend(matching_cost=backend):
+        found = ops.matching_cost(logits, boxes, labels.int(), true_boxes, counts.short())
+        assert all(map(torch.equal, found, ops.matching_cost(logits, boxes, labels, true_boxes, counts)))
+        with pytest.raises(TypeError, match=r"got counts of torch\.float32; expected integers"):
+            ops.matching_cost(logits, boxes, labels, true_boxes, counts.float())
+
+
 @pytest.mark.gpu
 @FOCAL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
