@@ -10,10 +10,10 @@ from typing import Any
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
+from detr_fast.nn.bare import has_hooks, is_sharded
 from detr_fast.nn.replacements import as_class
 
 MARK = "_detr_fast_switched"  # in a switched module's __dict__
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Adapter(ABC):
@@ -66,7 +66,7 @@ def public_name(kind: type) -> str:
 def kind_of(module: Module) -> type[Module]:
     """A module's class; where FSDP2 has put one of its own before it, the one behind."""
     kind = type(module)
-    return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
+    return kind.__mro__[2] if is_sharded(module) else kind
 
 
 def why_class_is_taken(module: Module) -> str | None:
@@ -104,7 +104,7 @@ def why_not_fuse(module: Module, expected: dict[str, tuple[type[Module], ...]]) 
                 f"{name} is a {public_name(type(child))} where {public_name(classes[0])} is expected: "
                 "wrapped (LoRA), quantised and custom parts are run as they are"
             )
-        if any(getattr(child, hooks) for hooks in HOOKS):
+        if has_hooks(child):
             return f"{name} has hooks, which must see its calls"
     return None
 

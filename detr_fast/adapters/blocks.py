@@ -10,8 +10,8 @@ from torch.nn import Module
 
 import detr_fast.nn as ours
 from detr_fast import dispatch
-from detr_fast.adapters.base import HOOKS
 from detr_fast.nn import fusion
+from detr_fast.nn.bare import is_bare
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.feed_forward import FEED_FORWARD, feed_forward
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
@@ -49,11 +49,6 @@ def is_norm(part: Any) -> bool:
     """Whether it is exactly a LayerNorm over the last dimension."""
     fast = getattr(part, "_fast_norm", False)  # timm's, which casts under autocast
     return type(part) in NORMS and len(part.normalized_shape) == 1 and not fast
-
-
-def is_bare(part: Module) -> bool:
-    """Whether its class's forward is all that a call of it does: no hooks, and no forward of the instance's own."""
-    return "forward" not in part.__dict__ and not any(getattr(part, hooks) for hooks in HOOKS)
 
 
 def probability(dropout: Any, training: bool) -> float:

@@ -16,11 +16,11 @@ from detr_fast.adapters.blocks import (
     FeedForwardParts,
     activation_name,
     feed_forward_of,
-    is_bare,
     is_dispatched,
     is_plain,
     probability,
 )
+from detr_fast.nn.bare import is_bare
 
 
 class _Names(NamedTuple):

@@ -19,13 +19,13 @@ from detr_fast.adapters.blocks import (
     add_norm,
     comes_apart,
     feed_forward_add_norm,
-    is_bare,
     is_norm,
     linear_add_norm,
     probability,
     sum_and_norm,
 )
 from detr_fast.adapters.feed_forward import parts_of
+from detr_fast.nn.bare import is_bare
 from detr_fast.ops.dropout import shared_seed
 
 

@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast import nn
 from detr_fast.models.weight_files import WeightsError, list_problems, read_safetensors, unpickle
+from detr_fast.nn.bare import is_bare
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -52,23 +53,17 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """
     if type(conv) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d or conv.bias is not None:
         return norm(conv(x))
-    if _has_hooks(conv) or _has_hooks(norm):
+    if not (is_bare(conv) and is_bare(norm)):
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     downsample = block.downsample
     if downsample is None:
         return x
-    return downsample(x) if _has_hooks(downsample) else conv_norm(downsample[0], downsample[1], x)
+    return conv_norm(downsample[0], downsample[1], x) if is_bare(downsample) else downsample(x)
 
 
 class FoldingBasicBlock(BasicBlock):

@@ -17,13 +17,14 @@ from detr_fast.nn.fusion import (
     attend_add_norm,
     feed_forward,
     feed_forward_add_norm,
+    followed,
     last_sum,
     normed,
     norms_ahead,
     project_add_norm,
     sum_and_norm,
 )
-from detr_fast.nn.memory import shared_memory
+from detr_fast.nn.memory import readers, shared_memory
 from detr_fast.ops.dropout import shared_seed
 
 
@@ -164,7 +165,7 @@ class TransformerEncoder(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:
         """As each layer's."""
-        with norms_ahead(_followed(self.layers, self.norm)):
+        with norms_ahead(followed(self.layers, self.norm)):
             for layer in self.layers:
                 source = layer(source, position, key_padding_mask, packing)
             return source if self.norm is None else normed(self.norm, source)
@@ -193,18 +194,12 @@ class TransformerDecoder(nn.Module):
         batch = memory.shape[0] if packing is None else len(packing.cu_seqlens) - 1
         target = torch.zeros_like(query_position).expand(batch, -1, -1)
         outputs = []
-        shared = shared_memory([layer.multihead_attn for layer in self.layers], memory, position, memory_key)
-        with shared, norms_ahead(_followed(self.layers, None)):
+        shared = shared_memory(readers(self.layers), memory, position, memory_key)
+        with shared, norms_ahead(followed(self.layers, None)):
             for layer in self.layers:
                 target = layer(target, memory, memory_key, query_position, key_padding_mask, packing)
                 outputs.append(target)
         return self.norm(torch.stack(outputs if all_layers else outputs[-1:]))
-
-
-def _followed(layers: nn.ModuleList, last: nn.LayerNorm | None) -> list[tuple[Any, Any]]:
-    """Each pre-norm layer, and the norm that its output meets next."""
-    norms = [layer.norm1 for layer in layers[1:]] + [last]
-    return [(layer, norm) for layer, norm in zip(layers, norms) if layer.pre_norm and norm is not None]
 
 
 class Transformer(nn.Module):

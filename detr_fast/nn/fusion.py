@@ -1,8 +1,7 @@
 """Blocks of a layer in few launches: attention's output projection and the feed-forward block, each with its dropout,
 residual and LayerNorm (post-norm), or with the sum and the norm of the block behind it (pre-norm).
 
-Fusing is legal only while each part is exactly the class that is expected, without hooks or an instance's own forward;
-otherwise, and where the dispatcher does not choose a fused kernel, the parts run one by one.
+Fusing is legal only while each part is exactly the class that is expected and bare (see `is_bare`); otherwise, and where the dispatcher does not choose a fused kernel, the parts run one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import dispatch
 from detr_fast.kernels.linear_norm import MAX_COLUMNS
+from detr_fast.nn.bare import is_bare
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM, add_layer_norm
@@ -128,6 +128,21 @@ class _Ahead(threading.local):
 _ahead = _Ahead()
 
 
+def followed(layers: Iterable[Any], last: Any) -> list[tuple[Any, Any]]:
+    """Each pre-norm layer and the norm its output meets next, where no hook of either layer may come between."""
+    layers = list(layers)
+    if torch.compiler.is_compiling():
+        return []  # nothing is taken ahead in a graph
+    free = [*map(is_bare, layers), True]
+    norms = [*(layer._modules.get("norm1") for layer in layers[1:]), last]
+    pairs = []
+    for i, (layer, norm) in enumerate(zip(layers, norms)):
+        pre_norm = getattr(layer, "norm_first", False) or getattr(layer, "pre_norm", False)
+        if pre_norm and norm is not None and free[i] and free[i + 1] and is_bare(norm):
+            pairs.append((layer, norm))
+    return pairs
+
+
 @contextmanager
 def norms_ahead(followed: Iterable[tuple[Any, Any]]) -> Iterator[None]:
     """Inside the block, the norm that follows on a layer (layer, norm) is taken together with the layer's last sum."""
@@ -169,7 +184,7 @@ def norms_are_free() -> bool:
 
 def activation_name(activation: Callable[..., Any]) -> str | None:
     """Our name for torch's activation, a function or a module; None for one that we do not know."""
-    if isinstance(activation, nn.Module) and not _bare(activation):
+    if isinstance(activation, nn.Module) and not is_bare(activation):
         return None
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
@@ -187,12 +202,7 @@ def _may_fuse(x: Tensor, *parts: Any) -> bool:
 
 
 def _plain(part: Any) -> bool:
-    return type(part) in _CLASSES and _bare(part)
-
-
-def _bare(part: Any) -> bool:
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return not any(hooks) and "forward" not in part.__dict__
+    return type(part) in _CLASSES and is_bare(part)
 
 
 def _probability(dropout: nn.Dropout) -> float:

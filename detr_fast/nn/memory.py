@@ -1,13 +1,14 @@
 """One encoder memory, read by every layer of a decoder: its keys and values for all of them in one product.
 
 A decoder says so for the length of its forward (`shared_memory`); the first of its layers whose attention runs on our code
-projects for all, and the others find their share. Parameters stay where they are.
+projects for all, and the others find their share. Parameters stay where they are. Where hooks may bring or change them
+(pruning, offloading, FSDP2), each layer projects by itself.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detr_fast.nn.bare import is_bare
 from detr_fast.ops.dropout import recording
 from detr_fast.ops.qkv_projection import QKV_PROJECTION, TritonQkvProjection
 
@@ -37,6 +39,15 @@ class _Memory:
         # A region that is checkpointed inside the block is recomputed outside, where nothing is shared.
         self.entered = recording()
         self.shares: dict[Any, Projected] | None = None
+
+
+def readers(layers: Iterable[Any]) -> list[Any]:
+    """The attentions of a decoder's layers to its memory; none where a hook of a layer's may change what they hold."""
+    layers = [] if torch.compiler.is_compiling() else list(layers)
+    # A wrapper (FSDP1's) has its layer's attention, but not as a child.
+    if not all(is_bare(layer) and "multihead_attn" in layer._modules for layer in layers):
+        return []
+    return [layer.multihead_attn for layer in layers]
 
 
 @contextmanager
@@ -76,7 +87,7 @@ def _alike(attention: Any, others: list[Any]) -> bool:
         weight = one.in_proj_weight  # None where keys or values have another width
         return one.embed_dim, one.num_heads, one.batch_first, biases, None if weight is None else weight.dtype
 
-    if attention not in others or any(type(one) is not type(attention) for one in others):
+    if attention not in others or any(type(one) is not type(attention) or not is_bare(one) for one in others):
         return False
     return len({kind(one) for one in others}) == 1
 

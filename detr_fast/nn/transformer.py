@@ -17,12 +17,13 @@ from detr_fast.nn.fusion import (
     attend_add_norm,
     feed_forward,
     feed_forward_add_norm,
+    followed,
     last_sum,
     normed,
     norms_ahead,
     sum_and_norm,
 )
-from detr_fast.nn.memory import shared_memory
+from detr_fast.nn.memory import readers, shared_memory
 from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
 from detr_fast.nn.replacements import converts_children, replaces
 from detr_fast.nn.tracing import keeps_whole
@@ -103,7 +104,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         is_causal = _detect_is_causal_mask(mask, is_causal, _get_seq_len(src, first.self_attn.batch_first))
         x = src
-        with shared_seed(), norms_ahead(_followed(self.layers, self.norm)):
+        with shared_seed(), norms_ahead(followed(self.layers, self.norm)):
             for layer in self.layers:
                 x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
             return x if self.norm is None else normed(self.norm, x)
@@ -181,8 +182,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         shares = ours and (dispatch.intervening or tgt.is_cuda) and not tgt.is_nested
         if not shares:
             return super().forward(tgt, memory, *masks, hint, memory_is_causal)
-        shared = shared_memory([layer.multihead_attn for layer in self.layers], memory)
-        with shared_seed(), shared, norms_ahead(_followed(self.layers, None)):
+        shared = shared_memory(readers(self.layers), memory)
+        with shared_seed(), shared, norms_ahead(followed(self.layers, None)):
             return super().forward(tgt, memory, *masks, hint, memory_is_causal)
 
 
@@ -191,12 +192,6 @@ class TransformerDecoder(nn.TransformerDecoder):
 @converts_children
 class Transformer(nn.Transformer):
     """`torch.nn.Transformer` over our encoder and decoder."""
-
-
-def _followed(layers: nn.ModuleList, last: nn.Module | None) -> list[tuple[Any, Any]]:
-    """Each pre-norm layer, and the norm that its output meets next."""
-    norms = [layer.norm1 for layer in layers[1:]] + [last]
-    return [(layer, norm) for layer, norm in zip(layers, norms) if layer.norm_first and norm is not None]
 
 
 def _overrides(layer: nn.Module, *blocks: str) -> bool:

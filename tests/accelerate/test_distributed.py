@@ -30,3 +30,4 @@ def test_an_accelerated_model_trains_under_ddp_and_fsdp2_as_in_one_process(tmp_p
         assert process.returncode == 0, output
         assert "data_parallel as in one process" in output
         assert "fully_sharded as in one process" in output
+        assert "sharded_by_layer as in one process" in output

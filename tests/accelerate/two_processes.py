@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import detr_fast
 from detr_fast import nn as ours
 from detr_fast import use_backend
+from detr_fast.models.transformer import Transformer
 
 STEPS = 3
 
@@ -92,12 +93,31 @@ def fully_sharded(rank: int) -> list[float]:
         return train(model, optimizer, rank, range(STEPS))
 
 
+def sharded_by_layer() -> None:
+    """DETR's transformer, each of whose layers gathers its own parameters when it is called."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 16), torch.randn(1, 4, 16), torch.randn(3, 16)
+    for pre_norm in (False, True):
+        model = Transformer(16, 2, 2, 2, 24, 0.0, pre_norm)
+        expected = model(*inputs).detach()
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            fully_shard(layer)
+        fully_shard(model)
+        for gradients in (False, True):
+            with use_backend(attention="sdpa"), torch.set_grad_enabled(gradients):
+                found = model(*inputs)
+            torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
+        found.sum().backward()
+
+
 def main(rank: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     expected = torch.tensor(truth(rank))
     for train_one in (data_parallel, fully_sharded):
         torch.testing.assert_close(torch.tensor(train_one(rank)), expected, rtol=1e-4, atol=1e-5)
         print(train_one.__name__, "as in one process")
+    sharded_by_layer()
+    print("sharded_by_layer as in one process")
     dist.barrier()
     dist.destroy_process_group()
 
