@@ -142,12 +142,12 @@ class Problem:
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
         self.batch, self.queries, self.heads, self.head_dim = q.shape
         self.keys, self.value_dim, self.group = k.shape[1], v.shape[3], self.heads // max(1, k.shape[2])
-        if padding is not None and padding.stride(1) > MAX_TILE_STRIDE:
+        if padding is not None and padding.stride(1) > MAX_TILE_STRIDE // 16:  # 1,024 keys are read at once
             padding = padding.contiguous()
         self.padding, self.given_mask = padding, mask
         if mask is not None:
             mask = mask.expand(self.batch, self.heads, self.queries, self.keys)
-            if max(mask.stride(2), mask.stride(3)) > MAX_TILE_STRIDE:
+            if mask.stride(2) + mask.stride(3) > MAX_TILE_STRIDE:
                 mask = mask.contiguous()
         self.mask = mask
         self.seed, self.offset = (seed, offset) if dropout_p > 0.0 else (None, 0)
@@ -380,7 +380,7 @@ def masked_scores(
         if MASK_VEC == 1:
             pointers = base + (row * mask_row + column * mask_column)
         elif TRANSPOSED:
-            run: tl.constexpr = MASK_VEC * (mask_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            run: tl.constexpr = MASK_VEC * ((mask_ptr.dtype.element_ty.primitive_bitwidth + 7) // 8)
             pointers = tl.multiple_of(base + (row * mask_row + column), (run, 1))
         else:
             pointers = run_pointers(base, row * mask_row, column, MASK_VEC)

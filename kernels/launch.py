@@ -10,6 +10,7 @@ Importing this module needs no triton; launching and compiling do.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ class Launch:
 
 
 observers: list[Callable[[Launch], None]] = []
+_rehearsing = threading.RLock()  # one rehearsal at a time: each puts an observer in place of all others
 _compiled: list[Variant] = []
 _allocate: Callable[..., torch.Tensor] = torch.empty
 
@@ -192,11 +194,12 @@ def compile_variant(variant: Variant, device: torch.device) -> None:
 def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> None:
     """Compile for `device` all that `rehearsal` launches, which is to do on meta tensors what is to come."""
     variants: dict[Variant, None] = {}
-    watching, observers[:] = observers[:], [lambda launched: variants.setdefault(launched.variant)]
-    try:
-        rehearsal()
-    finally:
-        observers[:] = watching
+    with _rehearsing:
+        watching, observers[:] = observers[:], [lambda launched: variants.setdefault(launched.variant)]
+        try:
+            rehearsal()
+        finally:
+            observers[:] = watching
     for variant in variants:
         compile_variant(variant, device)
 

@@ -37,7 +37,7 @@ def run_pointers(base, start, column, VEC: tl.constexpr):
     """base + start + column, a block whose runs of VEC elements each start at a multiple of their size or of 16 bytes."""
     pointers = base + (start + column)
     if VEC > 1:
-        run: tl.constexpr = VEC * (base.dtype.element_ty.primitive_bitwidth // 8)
+        run: tl.constexpr = VEC * ((base.dtype.element_ty.primitive_bitwidth + 7) // 8)
         pointers = tl.multiple_of(pointers, (1, 16 if run > 16 else run))
     return pointers
 

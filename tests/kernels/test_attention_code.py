@@ -63,6 +63,17 @@ def test_a_float_mask_costs_as_few_cycles_as_documented(target, kernel, most):
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
+# bf16 with a bool mask, whose rows are whole runs of 16 bytes, no padding.
+@pytest.mark.offline
+@pytest.mark.parametrize(
+    ("target", "kernel", "most"),
+    [("sm_80", "forward", 0.144), ("sm_90", "forward", 0.116), ("sm_90", "queries", 0.116), ("sm_90", "keys", 0.220)],
+)
+def test_a_bool_mask_is_read_in_runs(target, kernel, most):
+    form = Form(torch.bfloat16, 32, 32, mask=torch.bool, mask_vector=16, vector=8)
+    check_loops(VARIANTS[kernel](form), target, (most,))
+
+
 # fp16 with dropout and a key padding mask: (blocks before the first hidden key, blocks with hidden keys).
 @pytest.mark.offline
 @pytest.mark.parametrize(

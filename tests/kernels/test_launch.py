@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -74,6 +75,26 @@ def test_a_tensor_that_the_program_would_misread_is_refused(stub_gpu, given, rec
     with pytest.raises(TypeError, match=f"layer_norm_forward_kernel got {received} as weight_ptr; .*torch.bfloat16"):
         launch.launch(variant, (1,), x, given, x[0], x, torch.zeros(2), torch.zeros(2), 256, 2, 256, 1e-5)
     assert stub_gpu.launched == []
+
+
+def test_rehearsals_of_two_threads_leave_the_observers_as_they_were(monkeypatch):
+    monkeypatch.setattr(launch, "observers", [])
+    began, ended = threading.Event(), threading.Event()
+
+    def other_rehearsal():
+        began.set()
+        ended.wait(5)
+
+    def rehearsal():
+        other.start()
+        began.wait(0.1)  # it does not, if it has to wait for this one's end
+
+    cpu = torch.device("cpu")
+    other = threading.Thread(target=launch.compile_launches, args=(other_rehearsal, cpu))
+    launch.compile_launches(rehearsal, cpu)
+    ended.set()
+    other.join()
+    assert launch.observers == []
 
 
 def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch):

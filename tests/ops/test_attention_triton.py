@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import attention as kernels
+from detr_fast.kernels.attention_tiles import Problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized
@@ -329,6 +330,17 @@ def test_both_backwards_are_compiled_beforehand_where_a_gradient_of_the_log_sum_
     assert len(compiled) == 4
     assert set(launched) == set(compiled)
     ATTENTION.forget()
+
+
+def test_masks_whose_offsets_inside_a_tile_would_not_fit_32_bits_are_copied():
+    # 1,024 padding flags are read at once, and up to 128 rows and columns of a mask.
+    q, k, v = (torch.empty(1, length, 1, 16, device="meta") for length in (200, 2000, 2000))
+    for stride in (1, 1 << 20, 1 << 22, 1 << 24):
+        padding = torch.empty_strided((1, 2000), (1, stride), dtype=torch.bool, device="meta")
+        assert 1023 * Problem(q, k, v, padding).padding.stride(1) < 1 << 31
+    for row, column in ((2000, 1), (1 << 24, 1), (1 << 23, 1 << 24), (1 << 24, 1 << 24)):
+        mask = torch.empty_strided((200, 2000), (row, column), device="meta")
+        assert 127 * sum(Problem(q, k, v, mask=mask).mask.stride()[2:]) < 1 << 31
 
 
 def test_fake_cuda_tensors_trace_forward_without_a_gpu():
