@@ -23,7 +23,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import cross_entropy as kernels
 from detr_fast.ops import linear_probabilities, regimes
-from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.boundary import below_autograd, define, integers, wants_grad
 from detr_fast.ops.linear_cross_entropy_chunked import Chunked
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
 from detr_fast.ops.products import autocast_dtype, eager_gradients
@@ -47,17 +47,19 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(F.linear(x, weight, bias), target, …)` that need not materialise the logits.
 
-    Shapes: x (..., E), weight (V, E), bias (V,) or None, target (...) int64 with values in [0, V) or `ignore_index`,
-    class_weight (V,) or None. reduction: "mean" (over the class weights of what is not ignored), "sum", or "none", which
-    gives (...). The loss is in x's dtype (fp32 under autocast); the softmax is computed in fp32 at least. Another target
-    is an error of PyTorch's where it computes, and makes the kernel's loss NaN.
-    Raises ValueError for shapes or a reduction that do not fit, BackendError as `use_backend` says.
+    Shapes: x (..., E), weight (V, E), bias (V,) or None, target (...) int64 (other integers are converted) with values in
+    [0, V) or `ignore_index`, class_weight (V,) or None. reduction: "mean" (over the class weights of what is not ignored),
+    "sum", or "none", which gives (...). The loss is in x's dtype (fp32 under autocast); the softmax is computed in fp32 at
+    least. Another target is an error of PyTorch's where it computes, and makes the kernel's loss NaN.
+    Raises ValueError for shapes or a reduction that do not fit, TypeError for a target that holds no integers,
+    BackendError as `use_backend` says.
     """
     check_linear(x, weight, bias)
     if target.shape != x.shape[:-1]:
         raise ValueError(
             f"target must be x's shape without the last dimension, {shape_of(x)[:-1]}; got {shape_of(target)}"
         )
+    (target,) = integers(target=target)
     if class_weight is not None and class_weight.shape != weight.shape[:1]:
         raise ValueError(f"class_weight must be (V,) = ({weight.shape[0]},); got {shape_of(class_weight)}")
     if reduction not in ("mean", "sum", "none"):

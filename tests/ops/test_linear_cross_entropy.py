@@ -400,6 +400,17 @@ def test_wrong_arguments_are_told_what_was_expected(change, message):
         ops.linear_cross_entropy(**{"x": x, "weight": weight, "bias": bias, "target": target, **change})
 
 
+@interpreter
+@pytest.mark.parametrize("backend", ["triton", "chunked", "eager"])
+def test_integers_of_any_width_are_targets_and_nothing_else_is(backend):
+    x, weight, bias, target = inputs()
+    with use_backend(linear_cross_entropy=backend):
+        expected = ops.linear_cross_entropy(x, weight, bias, target)
+        assert torch.equal(ops.linear_cross_entropy(x, weight, bias, target.int()), expected)
+        with pytest.raises(TypeError, match=r"got target of torch.float32; expected integers"):
+            ops.linear_cross_entropy(x, weight, bias, target.float())
+
+
 def test_k_outside_the_classes_is_refused():
     x, weight, bias, _ = inputs()
     with pytest.raises(ValueError, match=r"k must lie in \[1, V\] = \[1, 13\]; got 14"):
