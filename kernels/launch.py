@@ -96,13 +96,16 @@ class Variant:
         It takes all of the kernel's arguments, constants too, which have no effect on it.
         """
         key = triton.runtime.driver.active, device.index
-        if (found := self._programs.get(key)) is None:
-            stand_ins = [_stand_in(kind) for kind in self.types]
-            found = self.kernel.warmup(*stand_ins, grid=(1,), **self.constants, **self.options())
-            # Loading is lazy, and not allowed while a CUDA graph is being captured.
-            found._init_handles()
-            self._programs[key] = found
-            _compiled.append(self)
+        if (found := self._programs.get(key)) is not None:
+            return found
+        with _compiling:
+            if (found := self._programs.get(key)) is None:
+                stand_ins = [_stand_in(kind) for kind in self.types]
+                found = self.kernel.warmup(*stand_ins, grid=(1,), **self.constants, **self.options())
+                # Loading is lazy, and not allowed while a CUDA graph is being captured.
+                found._init_handles()
+                self._programs[key] = found
+                _compiled.append(self)
         return found
 
     def all_constants(self) -> dict[str, Any]:
@@ -122,6 +125,7 @@ class Launch:
 
 observers: list[Callable[[Launch], None]] = []
 _rehearsing = threading.RLock()  # one rehearsal at a time: each puts an observer in place of all others
+_compiling = threading.Lock()  # Python 3.11's parser, which Triton calls, fails at times in two threads at once
 _compiled: list[Variant] = []
 _allocate: Callable[..., torch.Tensor] = torch.empty
 
