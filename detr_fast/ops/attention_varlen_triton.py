@@ -13,12 +13,11 @@ from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels.attention_tiles import MAX_HEAD_DIM, Problem, Sequences
 from detr_fast.kernels.launch import compile_variant, has_warpgroups
 from detr_fast.ops import regimes
-from detr_fast.ops.attention_call import computed_dtype, tf32
-from detr_fast.ops.attention_triton import OPTIONS, reference
+from detr_fast.ops.attention_call import tf32
+from detr_fast.ops.attention_triton import OPTIONS, autocast, autocast_dtype, drawn, reference
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
 from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
-from detr_fast.ops.dropout import next_seed
 
 
 class TritonVarlen(TritonImplementation):
@@ -59,13 +58,9 @@ class TritonVarlen(TritonImplementation):
         dropout_p: float,
         scale: float | None,
     ) -> Tensor:
-        if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # meta tensors know no autocast
-            autocast = torch.get_autocast_dtype(q.device.type)
-            q, k, v = (t.to(computed_dtype(t.dtype, autocast)) for t in (q, k, v))
-        seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = autocast(autocast_dtype(q), q, k, v)
         ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        out, _ = _forward(q, k, v, *ends, max_q, max_k, seed, is_causal, dropout_p, scale, offset, tf32())
+        out, _ = _forward(q, k, v, *ends, max_q, max_k, *drawn(q, is_causal, dropout_p, scale))
         return out
 
 
