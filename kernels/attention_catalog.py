@@ -39,6 +39,7 @@ def catalog_entries() -> Iterator[Entry]:
     # dimension of 128 or more leave 256 registers each, and some spill.
     budget = Budget(255, 99 << 10, 512, 64 << 10, amd_spills=1024, large_shared=113 << 10)
     wide = replace(budget, spills=80)  # fp32 products by multiply-adds; 72 bytes on sm_120
+    masked = replace(budget, blackwell_spills=64)  # what the forward takes there with a mask; 48 with dropout
     # Neighbours of these cover what they have: the catalog is kept short.
     left_out = {
         "keys_hd32_fp16_padding_dropout",
@@ -59,7 +60,8 @@ def catalog_entries() -> Iterator[Entry]:
         }
         for kind, variant in variants.items():
             tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
-            limit = wide if form.dtype == fp32 else budget
+            heavy = kind == "forward" and (form.dropout or form.mask is not None)
+            limit = wide if form.dtype == fp32 else masked if heavy else budget
             if f"{kind}_{name}" not in left_out:
                 targets = ("sm_90",) if form.warpgroups else None
                 yield Entry("attention", f"attention_{kind}_{name}", variant, tile, limit, example, targets)

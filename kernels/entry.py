@@ -19,6 +19,7 @@ class Budget:
     """The most that a variant may use, on any NVIDIA target and on any AMD one: registers a thread, bytes a program.
 
     large_shared: shared memory on sm_80, sm_90 and sm_100, which have 163 KiB a program or more; 0: as `shared`.
+    blackwell_spills: `spills` on sm_100 and sm_120, where those are more.
     """
 
     registers: int
@@ -28,6 +29,7 @@ class Budget:
     spills: int = 0
     amd_spills: int = 0
     large_shared: int = 0
+    blackwell_spills: int = 0
 
 
 @dataclass(frozen=True)
