@@ -154,12 +154,24 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b, in place; in fp32 from end to end: 16 bits would round each block's part, and fp16 overflow."""
     if a.dtype == torch.float32:
         return a @ b if total is None else total.addmm_(a, b)
-    if a.device.type == "cpu" or torch.version.hip is not None:  # no product from 16 bits into fp32
+    if not sums_16_bits_in_fp32(a.device):
         if total is None:
             total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
         return total.addmm_(a.float(), b.float())
     own = torch.mm(a, b, out_dtype=torch.float32)
     return own if total is None else total.add_(own)
+
+
+_MM_OVERLOADS = torch.ops.aten.mm.overloads()
+
+
+@cache
+def sums_16_bits_in_fp32(device: torch.device) -> bool:
+    """Whether PyTorch has a product of 16-bit matrices that it returns in fp32: on CUDA (from torch 2.8 on), not on the CPU.
+
+    ROCm's came later and refuses bf16 in many builds, so it counts as without. On meta tensors what CUDA does is counted.
+    """
+    return "dtype" in _MM_OVERLOADS and torch.version.hip is None and device.type in ("cuda", "meta")
 
 
 def compile_cross_entropy(

@@ -311,12 +311,14 @@ def test_on_a_gpu_100_replayed_steps_train_as_eager_ones_without_a_synchronisati
         metrics = DeviceMetrics(("loss",), DEVICE)
         step = CapturedStep(model, build_criterion(TINY), optimizer, clip_norm=0.1, metrics=metrics, capture=capture)
         kept = torch.zeros(steps, device=DEVICE)
-        for number in range(steps):
-            given = graphs.moved(batch(number % 7), DEVICE)
-            if number == 5:
-                torch.cuda.set_sync_debug_mode("error")
-            kept[number] = step(*given)["loss"]
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for number in range(steps):
+                given = graphs.moved(batch(number % 7), DEVICE)
+                if number == 5:
+                    torch.cuda.set_sync_debug_mode("error")
+                kept[number] = step(*given)["loss"]
+        finally:  # else all later tests fail
+            torch.cuda.set_sync_debug_mode("default")
         assert step.graphs == int(capture), step.reason
         return kept.tolist()
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_fast.kernels import cross_entropy as kernels
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
@@ -325,6 +326,23 @@ def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtyp
     assert ours.launches["aten.mm.dtype"] == (0 if dtype == torch.float32 else chunks)  # from 16 bits into fp32
     logits, both_gradients = 4 * rows * classes, 4 * (rows + classes) * features
     assert ours.saved_bytes <= both_gradients + 8 * rows + 64 < logits / 20
+
+
+@pytest.mark.parametrize("without", ["ROCm", "an older PyTorch"])
+def test_where_pytorch_has_no_product_from_16_bits_into_fp32_operands_are_converted(without, monkeypatch):
+    if without == "ROCm":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    else:
+        monkeypatch.setattr(kernels, "_MM_OVERLOADS", ["default", "out"])
+    kernels.sums_16_bits_in_fp32.cache_clear()
+    a, b = (torch.empty(8, 4, device="meta", dtype=torch.float16) for _ in range(2))
+    try:
+        counted = count(lambda: kernels._plus_product(None, a.mT, b))
+        assert not counted.launches["aten.mm.dtype"]
+        assert counted.launches["aten.addmm_.default"] == 1
+        assert kernels._plus_product(None, a.mT, b).dtype == torch.float32
+    finally:
+        kernels.sums_16_bits_in_fp32.cache_clear()
 
 
 def test_what_the_kernel_does_not_take_is_told_with_the_reason():
