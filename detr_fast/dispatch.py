@@ -65,6 +65,8 @@ def _refresh() -> None:
             merged.clear()  # an inner use_backend("…") for all ops outweighs outer ones for single ops
         merged.update(request)
     _requested = merged
+    for op in _ops.values():
+        op.requested = op._find_requested()
     intervening = bool(_recorders) or any(name != "auto" for name in merged.values())
 
 
@@ -157,6 +159,7 @@ class Op:
         self._decisions: dict[tuple[Any, ...], _Decision] = {}
         self._broken: dict[tuple[str, Any], str] = {}
         self._nevers: dict[torch.device, bool] = {}
+        self.requested: str | None = self._find_requested()  # the implementation asked for by name
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -165,7 +168,8 @@ class Op:
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
         decision = self._decision(*args)
-        self._record(decision)
+        if _recorders:
+            self._record(decision)
         return decision.implementation
 
     def kernel(self, *args: Any) -> Implementation | None:
@@ -204,7 +208,7 @@ class Op:
     def _decision(self, *args: Any) -> _Decision:
         device_type = args[0].device.type
         now = situation(device_type)
-        requested = self.requested()  # once: another thread may enter use_backend at any time
+        requested = self.requested  # once: another thread may enter use_backend at any time
         if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
             return self._decide(self._describe(*args, situation=now), requested, prepare=False)
         key = (self._signature(*args), now, requested)
@@ -224,10 +228,8 @@ class Op:
         self._broken.clear()
         self._nevers.clear()
 
-    def requested(self) -> str | None:
-        """The implementation asked for by name. Asking for all ops binds only those that have it."""
-        if not _requested:
-            return None
+    def _find_requested(self) -> str | None:
+        """What `use_backend` asks for. Asking for all ops binds only those that have it."""
         if self.name in _requested:
             name = _requested[self.name]
             return None if name == "auto" else name

@@ -48,39 +48,33 @@ def architecture(device: torch.device) -> str | None:
     return _architecture(device.type, device.index)
 
 
-def _transform() -> str | None:
+_tracing = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def _transform(compiling: bool) -> str | None:
     # not is_exporting(): in torch 2.11 Dynamo takes that for true under torch.compile, too
     if torch.compiler._is_exporting_flag:
         return "torch.export and ONNX take PyTorch's own ops"
-    if torch.jit.is_tracing():  # as ONNX's older export does, too
+    if not compiling and _tracing() is not None:  # as ONNX's older export does, too
         return "TorchScript takes PyTorch's own ops"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is only eager"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not compiling and _transforms() is not None:
         return "torch.func transforms (vmap, grad, jvp, …) are only eager"
     return None
-
-
-def _regime(device_type: str) -> str:
-    if torch.compiler.is_compiling():
-        return "compiled"
-    if device_type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        return "captured"
-    return "eager"
 
 
 def situation(device_type: str) -> Situation:
     """The state of PyTorch that decisions read."""
     autocasting = device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta tensors have no autocast
     autocast = torch.get_autocast_dtype(device_type) if autocasting else None
-    regime = _regime(device_type)
-    return Situation(
-        regime,
-        torch.is_grad_enabled(),
-        autocast,
-        torch.are_deterministic_algorithms_enabled(),
-        _transform(),
-    )
+    compiling = torch.compiler.is_compiling()
+    regime = "compiled" if compiling else "eager"
+    if not compiling and device_type == "cuda" and torch.cuda.is_initialized():
+        regime = "captured" if torch.cuda.is_current_stream_capturing() else "eager"
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return Situation(regime, torch.is_grad_enabled(), autocast, deterministic, _transform(compiling))
 
 
 def tensor_type(tensors: Iterable[torch.Tensor | None]) -> type:

@@ -69,8 +69,8 @@ class Variant:
     constants: Mapping[str, Any] = field(hash=False)
     num_warps: int = 4
     num_stages: int = 1
-    # The compiled programs by driver and device: Triton's own look-up on every launch takes several times as long as the rest.
-    _programs: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Loaded programs by driver and device: Triton's own look-up on every launch takes several times as long as the rest.
+    _programs: dict[Any, Program] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -90,21 +90,23 @@ class Variant:
         types = [kind or "constexpr" for kind in self.types]
         return dict(zip(names, types + ["constexpr"] * (len(names) - len(types))))
 
-    def program(self, device: torch.device) -> Any:
-        """The compiled program, loaded, on `device`, the current one; launched by `program[grid](*arguments)`.
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether it is compiled, and not run by Triton's interpreter."""
+        return isinstance(self.kernel, triton.JITFunction)
 
-        It takes all of the kernel's arguments, constants too, which have no effect on it.
-        """
+    def program(self, device: torch.device) -> Program:
+        """The compiled program, loaded, on `device`, the current one."""
         key = triton.runtime.driver.active, device.index
         if (found := self._programs.get(key)) is not None:
             return found
         with _compiling:
             if (found := self._programs.get(key)) is None:
                 stand_ins = [_stand_in(kind) for kind in self.types]
-                found = self.kernel.warmup(*stand_ins, grid=(1,), **self.constants, **self.options())
+                kernel = self.kernel.warmup(*stand_ins, grid=(1,), **self.constants, **self.options())
                 # Loading is lazy, and not allowed while a CUDA graph is being captured.
-                found._init_handles()
-                self._programs[key] = found
+                kernel._init_handles()
+                found = self._programs[key] = Program(kernel, tuple(self.constants.values()))
                 _compiled.append(self)
         return found
 
@@ -112,6 +114,30 @@ class Variant:
         """The constants, with None for each absent tensor."""
         absent = {name: None for name, kind in zip(self.kernel.arg_names, self.types) if kind is None}
         return {**absent, **self.constants}
+
+
+class Program:
+    """A compiled kernel, loaded: launched by the call that Triton's own launch ends in, without what leads to it."""
+
+    __slots__ = ("constants", "function", "kernel", "metadata", "run")
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...]) -> None:
+        self.kernel = kernel
+        self.constants = constants  # arguments of the kernel, too, with no effect on its program
+        self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
+
+    def __call__(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """Launch on the current device's current stream."""
+        x, y, z = (*grid, 1, 1)[:3]
+        hooks = triton.knobs.runtime
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler of Triton's listens
+            self.kernel[x, y, z](*arguments, *self.constants)
+            return
+        driver = triton.runtime.driver.active
+        stream = driver.get_current_stream(driver.get_current_device())
+        handles = (stream, self.function, self.metadata, None, None, None)
+        self.run(x, y, z, *handles, *arguments, *self.constants)
 
 
 @dataclass(frozen=True)
@@ -124,7 +150,7 @@ class Launch:
 
 
 observers: list[Callable[[Launch], None]] = []
-_rehearsing = threading.RLock()  # one rehearsal at a time: each puts an observer in place of all others
+_rehearsal = threading.local()  # `variants`: what the thread's rehearsal has launched
 _compiling = threading.Lock()  # Python 3.11's parser, which Triton calls, fails at times in two threads at once
 _compiled: list[Variant] = []
 _allocate: Callable[..., torch.Tensor] = torch.empty
@@ -132,7 +158,7 @@ _allocate: Callable[..., torch.Tensor] = torch.empty
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocate a kernel's output or scratch tensor, uninitialised; tests poison it (see `allocating_with`)."""
-    return _allocate(shape, dtype=dtype, device=device)
+    return _allocate(tuple(shape), dtype=dtype, device=device)  # torch.empty takes twice as long to read a torch.Size
 
 
 @contextmanager
@@ -152,22 +178,31 @@ def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
     Launches on meta tensors are shown to observers, and not run. Raises TypeError where a tensor's dtype is another than the
     program reads: it would read past the end.
     """
-    require_triton()
     if 0 in grid:
         return
-    for index, dtype in variant.dtypes:
-        if getattr(arguments[index], "dtype", None) is not dtype:
-            raise TypeError(_misfit(variant, index, arguments[index], dtype))
+    try:
+        for index, dtype in variant.dtypes:
+            if arguments[index].dtype is not dtype:
+                raise TypeError(_misfit(variant, index, arguments[index], dtype))
+        device = arguments[0].device
+    except AttributeError:  # no tensor
+        raise TypeError(_misfit(variant, index, arguments[index], dtype)) from None
+    kind = device.type
+    if kind == "meta" and (rehearsed := getattr(_rehearsal, "variants", None)) is not None:
+        rehearsed.setdefault(variant)
+        return
     for observer in observers:
         observer(Launch(variant, grid, arguments))
-    device = arguments[0].device
-    if device.type == "meta":
+    if kind == "meta":
         return
-    with _on_device(device):
-        if isinstance(variant.kernel, triton.JITFunction):
-            variant.program(device)[(*grid, 1, 1)[:3]](*arguments, *variant.constants.values())
-        else:  # Triton's interpreter
-            variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+    require_triton()
+    if not variant.compiled:
+        variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+    elif kind == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            variant.program(device)(grid, arguments)
+    else:
+        variant.program(device)(grid, arguments)
 
 
 def _misfit(variant: Variant, index: int, argument: Any, dtype: torch.dtype) -> str:
@@ -191,19 +226,19 @@ def compile_variant(variant: Variant, device: torch.device) -> None:
     require_triton()
     if device.type != "cuda":
         return
-    with _on_device(device):
+    with nullcontext() if device.index is None else torch.cuda.device(device):
         variant.program(device)
 
 
 def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> None:
     """Compile for `device` all that `rehearsal` launches, which is to do on meta tensors what is to come."""
     variants: dict[Variant, None] = {}
-    with _rehearsing:
-        watching, observers[:] = observers[:], [lambda launched: variants.setdefault(launched.variant)]
-        try:
-            rehearsal()
-        finally:
-            observers[:] = watching
+    outer = getattr(_rehearsal, "variants", None)
+    _rehearsal.variants = variants
+    try:
+        rehearsal()
+    finally:
+        _rehearsal.variants = outer
     for variant in variants:
         compile_variant(variant, device)
 
@@ -232,13 +267,6 @@ def _stand_in(kind: str | None) -> Any:
     if kind.startswith("*"):
         return TORCH_TYPES[kind[1:]]
     return 1.0 if kind == "fp32" else 1
-
-
-def _on_device(device: torch.device) -> Any:
-    """Triton launches on the current device: make `device` it, at no cost where it already is."""
-    if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def require_triton() -> None:

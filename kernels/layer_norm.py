@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
 from .rows import (
     MAX_BLOCK,
+    MAX_PLANS,
     ParameterSums,
+    Plan,
     address_of,
     aligned_run,
     as_rows,
@@ -156,19 +158,33 @@ def layer_norm_forward(
     weight, bias: (C,) in fp32 or x's dtype, or None. out_dtype: of y; x's where None (autocast wants fp32).
     Returns y (..., C), contiguous, and mean and rstd, fp32 (rows,). Raises ValueError for 0 columns.
     """
-    x, x_stride = as_rows(x)
-    rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    y = empty(x.shape, out_dtype or x.dtype, x.device)
-    mean = empty((rows,), torch.float32, x.device)
-    rstd = empty((rows,), torch.float32, x.device)
+    x, stride = as_rows(x)
+    shape, device, out_dtype = x.shape, x.device, out_dtype or x.dtype
+    columns = shape[-1]
+    rows = (shape[:-1].numel(),)
+    y = empty(shape, out_dtype, device)
+    mean, rstd = empty(rows, torch.float32, device), empty(rows, torch.float32, device)
     if columns > MAX_BLOCK:
         wide_rows.forward(x, None, weight, bias, y, None, mean, rstd, eps, None)
         return y, mean, rstd
-    vector = run_length(x.element_size(), x_stride | columns, x.data_ptr() | address_of(weight) | address_of(bias))
-    variant = forward_variant(columns, x.dtype, dtype_of(weight), dtype_of(bias), y.dtype, vector)
-    grid = (-(-rows // variant.constants["ROWS"]),)
-    launch(variant, grid, x, weight, bias, y, mean, rstd, x_stride, rows, columns, eps)
+    offset = (x.data_ptr() | address_of(weight) | address_of(bias)) % 16
+    dtypes = (x.dtype, dtype_of(weight), dtype_of(bias), out_dtype)
+    plan = _plan_forward(rows[0], columns, stride, dtypes, offset)
+    launch(plan.variant, plan.grid, x, weight, bias, y, mean, rstd, *plan.sizes, eps)
     return y, mean, rstd
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan_forward(
+    rows: int,
+    columns: int,
+    stride: int,
+    dtypes: tuple[torch.dtype, torch.dtype | None, torch.dtype | None, torch.dtype],
+    offset: int,
+) -> Plan:
+    vector = run_length(dtypes[0].itemsize, stride | columns, offset)
+    variant = forward_variant(columns, *dtypes, vector)
+    return Plan(variant, (-(-rows // variant.constants["ROWS"]),), (stride, rows, columns))
 
 
 def layer_norm_backward(
@@ -192,23 +208,38 @@ def layer_norm_backward(
         return None, None, None
     dy, dy_stride = as_rows(dy)
     x, x_stride = as_rows(x)
-    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    shape, device = x.shape, x.device
+    columns = shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
-    dx = empty(x.shape, x.dtype, x.device) if with_dx else None
+    dx = empty(shape, x.dtype, device) if with_dx else None
     if columns > MAX_BLOCK:
         inputs = (dy, None, x, None, weight, mean, rstd, None, dx, None)
         return (dx, *wide_rows.backward(*inputs, with_dw, with_db, parameter_dtype))
-
-    addresses = x.data_ptr() | dy.data_ptr() | address_of(weight)
-    vector = run_length(min(x.element_size(), dy.element_size()), x_stride | dy_stride | columns, addresses)
-    variant = backward_variant(columns, dy.dtype, x.dtype, dtype_of(weight), with_dx, with_dw, with_db, vector)
-    tiles = -(-rows // variant.constants["ROWS"])
-    programs = min(tiles, multiprocessors(x.device) * LAYER_NORM_BACKWARD[block_of(columns)].programs)
-
-    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
-    sizes = (dy_stride, x_stride, rows, columns)
-    launch(variant, (programs,), dy, x, weight, mean, rstd, dx, sums.dw, sums.db, *sizes)
+    offset = (x.data_ptr() | dy.data_ptr() | address_of(weight)) % 16
+    dtypes = (dy.dtype, x.dtype, dtype_of(weight))
+    strides = (dy_stride, x_stride)
+    plan = _plan_backward(mean.numel(), columns, strides, dtypes, (with_dx, with_dw, with_db), offset, device)
+    sums = ParameterSums(with_dw, with_db, plan.grid[0], columns, device)
+    launch(plan.variant, plan.grid, dy, x, weight, mean, rstd, dx, sums.dw, sums.db, *plan.sizes)
     return (dx, *sums.total(parameter_dtype))
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan_backward(
+    rows: int,
+    columns: int,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    wanted: tuple[bool, bool, bool],
+    offset: int,
+    device: torch.device,
+) -> Plan:
+    dy_dtype, x_dtype, _ = dtypes
+    vector = run_length(min(x_dtype.itemsize, dy_dtype.itemsize), strides[0] | strides[1] | columns, offset)
+    variant = backward_variant(columns, *dtypes, *wanted, vector)
+    tiles = -(-rows // variant.constants["ROWS"])
+    programs = min(tiles, multiprocessors(device) * LAYER_NORM_BACKWARD[block_of(columns)].programs)
+    return Plan(variant, (programs,), (*strides, rows, columns))
 
 
 def compile_layer_norm(

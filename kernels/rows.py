@@ -9,7 +9,8 @@ keep together at a multiple of 16 bytes (1 where some tensor does not).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from .launch import Variant, empty, jit, launch, pointer, tl
 MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
 MAX_COLUMNS = 1 << 24
 MAX_ROW_STRIDE = 1 << 24
+MAX_PLANS = 4096  # of each kind that are kept; shapes that vary for ever must not fill the memory
+
+
+class Plan(NamedTuple):
+    """A launch as far as shapes, strides, alignment and dtypes decide it: worked out once, and kept."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]  # the arguments behind the tensors
 
 
 @jit
@@ -109,15 +119,27 @@ def sum_partials(
     first: tuple[Tensor, torch.dtype], second: tuple[Tensor, torch.dtype] | None = None
 ) -> tuple[Tensor, ...]:
     """The sums over rows of one or two tensors (programs, C), fp32, each as (C,) of the dtype beside it. Deterministic."""
-    partials = [first] if second is None else [first, second]
-    totals = tuple(empty((t.shape[1],), dtype, t.device) for t, dtype in partials)
-    columns = [t.shape[1] for t, _ in partials]
-    variant = sum_partials_variant(max(columns), *(dtype for _, dtype in partials))
-    grid = (sum(-(-c // variant.constants["BLOCK_C"]) for c in columns),)
-    (one, _), (other, _) = first, second or (None, None)
-    sizes = [first[0].shape[0], 0 if other is None else other.shape[0], columns[0], columns[-1]]
-    launch(variant, grid, one, other, totals[0], None if other is None else totals[1], *sizes)
-    return totals
+    one, dtype = first
+    other, other_dtype = second or (None, None)
+    device = one.device
+    plan = _plan_sums(one.shape, dtype, None if other is None else other.shape, other_dtype)
+    total = empty(one.shape[1:], dtype, device)
+    if other is None or other_dtype is None:
+        launch(plan.variant, plan.grid, one, None, total, None, *plan.sizes)
+        return (total,)
+    other_total = empty(other.shape[1:], other_dtype, device)
+    launch(plan.variant, plan.grid, one, other, total, other_total, *plan.sizes)
+    return total, other_total
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan_sums(
+    first: torch.Size, dtype: torch.dtype, second: torch.Size | None, second_dtype: torch.dtype | None
+) -> Plan:
+    shapes = [first] if second is None else [first, second]
+    variant = sum_partials_variant(max(columns for _, columns in shapes), dtype, *([second_dtype] if second else []))
+    blocks = sum(-(-columns // variant.constants["BLOCK_C"]) for _, columns in shapes)
+    return Plan(variant, (blocks,), (first[0], 0 if second is None else second[0], first[1], shapes[-1][1]))
 
 
 @cache
@@ -134,17 +156,16 @@ class ParameterSums:
     """The weight's and the bias's gradient: first each program's sums (fp32, one row a program), then their total."""
 
     def __init__(self, with_dw: bool, with_db: bool, programs: int, columns: int, device: torch.device) -> None:
-        self.wanted = with_dw, with_db
-        count = with_dw + with_db
-        self.partial = empty((count, programs, columns), torch.float32, device) if count else None
-        self.dw = self.partial[0] if self.partial is not None and with_dw else None
-        self.db = self.partial[-1] if self.partial is not None and with_db else None
+        shape = (programs, columns)
+        self.dw = empty(shape, torch.float32, device) if with_dw else None
+        self.db = empty(shape, torch.float32, device) if with_db else None
 
     def total(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Launch the sum over programs: dweight and dbias (C,), None where not wanted."""
-        partials = [(partial, dtype) for partial in (self.dw, self.db) if partial is not None]
-        sums = sum_partials(*partials) if partials else ()
-        return sums[0] if self.wanted[0] else None, sums[-1] if self.wanted[1] else None
+        if self.dw is not None and self.db is not None:
+            return sum_partials((self.dw, dtype), (self.db, dtype))  # type: ignore[return-value]
+        dw, db = (None if partial is None else sum_partials((partial, dtype))[0] for partial in (self.dw, self.db))
+        return dw, db
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -179,7 +179,7 @@ def normed(norm: Any, x: Tensor) -> Tensor:
 
 def norms_are_free() -> bool:
     """Whether a norm may be computed with the sum before it: who asks for a norm's implementation by name gets that."""
-    return LAYER_NORM.requested() is None or ADD_LAYER_NORM.requested() is not None
+    return LAYER_NORM.requested is None or ADD_LAYER_NORM.requested is not None
 
 
 def activation_name(activation: Callable[..., Any]) -> str | None:
@@ -198,7 +198,7 @@ def _may_fuse(x: Tensor, *parts: Any) -> bool:
     if not (dispatch.intervening or x.is_cuda) or x.is_nested:
         return False
     # Who asks for another norm by name gets that one.
-    return LAYER_NORM.requested() in (None, "triton") and all(map(_plain, parts)) and parts[-1].weight is not None
+    return LAYER_NORM.requested in (None, "triton") and all(map(_plain, parts)) and parts[-1].weight is not None
 
 
 def _plain(part: Any) -> bool:

@@ -133,7 +133,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         *added: Tensor | None,
     ) -> _Plan | None:
         """What runs a call, or None for the original; `added` are further tensors that q or k will be computed from."""
-        requested = ATTENTION.requested()
+        requested = ATTENTION.requested
         if query.is_nested or key.is_nested or value.is_nested:
             if requested is not None:
                 raise BackendError(

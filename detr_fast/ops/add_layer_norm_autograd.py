@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detr_fast.kernels import add_layer_norm as kernels
 from detr_fast.kernels.dropout import Dropout, scale
-from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.boundary import define, double_backward, wants_grad
 from detr_fast.ops.dropout import keep_mask
 
 
@@ -132,8 +132,7 @@ class _Forward(torch.autograd.Function):
         with_sum: bool,
         out_dtype: torch.dtype,
     ) -> Any:
-        with below_autograd():
-            y, total, mean, rstd = forward(x, residual, weight, bias, seed, offset, p, eps, with_sum, out_dtype)
+        y, total, mean, rstd = forward.below(x, residual, weight, bias, seed, offset, p, eps, with_sum, out_dtype)
         kept = (total, None) if with_sum else (x, residual)
         ctx.save_for_backward(*kept, weight, bias, mean, rstd, seed)
         ctx.numbers, ctx.with_sum, ctx.dtypes = (offset, p, eps), with_sum, (x.dtype, residual.dtype)
@@ -165,8 +164,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        with below_autograd():
-            gradients = _backward(*args)
+        gradients = _backward.below(*args)
         dy, dsum, x, residual, weight, bias, _, _, seed, offset, p, eps, *wanted = args
         ctx.save_for_backward(dy, x, residual, weight, bias, seed)
         ctx.numbers, ctx.wanted, ctx.has_dsum = (offset, p, eps), wanted, dsum is not None
@@ -208,15 +206,13 @@ class _Backward(torch.autograd.Function):
 def _autograd_forward(x: Tensor, residual: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
     if wants_grad(x, residual, weight, bias):
         return _Forward.apply(x, residual, weight, bias, *rest)
-    with below_autograd():
-        return forward(x, residual, weight, bias, *rest)
+    return forward.below(x, residual, weight, bias, *rest)
 
 
 def _autograd_backward(dy: Tensor, dsum: Any, x: Tensor, residual: Any, weight: Any, *rest: Any) -> Any:
     if wants_grad(dy, dsum, x, residual, weight):
         return _Backward.apply(dy, dsum, x, residual, weight, *rest)
-    with below_autograd():
-        return _backward(dy, dsum, x, residual, weight, *rest)
+    return _backward.below(dy, dsum, x, residual, weight, *rest)
 
 
 forward = define(

@@ -26,7 +26,7 @@ from detr_fast.ops.attention_triton import (
     reference,
     run_forward,
 )
-from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.products import eager_gradients
 
 
@@ -88,8 +88,7 @@ def _fake_backward(dout: Tensor, packs: list[Tensor], *rest: Any) -> list[Tensor
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padding: Any, mask: Any, seed: Any, options: Any, *packs: Tensor) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            out, lse = _forward(list(packs), padding, mask, seed, *options)
+        out, lse = _forward.below(list(packs), padding, mask, seed, *options)
         ctx.save_for_backward(padding, mask, seed, out, lse, *packs)
         ctx.options = options
         ctx.mark_non_differentiable(lse)
@@ -116,13 +115,11 @@ class _Forward(torch.autograd.Function):
 def _autograd_forward(packs: list[Tensor], padding: Any, mask: Any, seed: Any, *options: Any) -> Any:
     if wants_grad(*packs):
         return _Forward.apply(padding, mask, seed, options, *packs)
-    with below_autograd():
-        return _forward(packs, padding, mask, seed, *options)
+    return _forward.below(packs, padding, mask, seed, *options)
 
 
 def _autograd_backward(*arguments: Any) -> Any:
-    with below_autograd():
-        return _backward(*arguments)
+    return _backward.below(*arguments)
 
 
 _OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"

@@ -16,7 +16,7 @@ from detr_fast.kernels.launch import compile_variant, has_warpgroups
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype
 from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
-from detr_fast.ops.boundary import below_autograd, define, double_backward, isolated, wants_grad
+from detr_fast.ops.boundary import define, double_backward, isolated, wants_grad
 from detr_fast.ops.dropout import next_seed
 
 
@@ -233,8 +233,7 @@ class _Forward(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Any, mask: Any, seed: Any, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            out, lse = _forward(q, k, v, padding, mask, seed, *options)
+        out, lse = _forward.below(q, k, v, padding, mask, seed, *options)
         ctx.save_for_backward(q, k, v, padding, mask, seed, out, lse)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -264,8 +263,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        with below_autograd():
-            gradients = _backward(dout, dlse, q, k, v, *rest)
+        gradients = _backward.below(dout, dlse, q, k, v, *rest)
         padding, mask, seed, _, _, with_mask, *options = rest
         ctx.save_for_backward(dout, q, k, v, padding, mask, seed)
         ctx.options, ctx.with_dlse, ctx.with_mask = options, dlse is not None, with_mask
@@ -326,8 +324,7 @@ class _Weights(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, padding: Any, mask: Any, seed: Any, lse: Tensor, averaged: bool, *rest: Any
     ) -> Tensor:
-        with below_autograd():
-            weights = _weights(q, k, padding, mask, seed, lse, averaged, *rest)
+        weights = _weights.below(q, k, padding, mask, seed, lse, averaged, *rest)
         ctx.save_for_backward(q, k, padding, mask, seed)
         ctx.averaged, ctx.options = averaged, rest[1:]
         return weights
@@ -351,22 +348,19 @@ class _Weights(torch.autograd.Function):
 def _autograd_weights(q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, *rest: Any) -> Any:
     if wants_grad(q, k, mask):
         return _Weights.apply(q, k, padding, mask, *rest)
-    with below_autograd():
-        return _weights(q, k, padding, mask, *rest)
+    return _weights.below(q, k, padding, mask, *rest)
 
 
 def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, *rest: Any) -> Any:
     if wants_grad(q, k, v, mask):
         return _Forward.apply(q, k, v, padding, mask, *rest)
-    with below_autograd():
-        return _forward(q, k, v, padding, mask, *rest)
+    return _forward.below(q, k, v, padding, mask, *rest)
 
 
 def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     if wants_grad(dout, dlse, q, k, v):
         return _Backward.apply(dout, dlse, q, k, v, *rest)
-    with below_autograd():
-        return _backward(dout, dlse, q, k, v, *rest)
+    return _backward.below(dout, dlse, q, k, v, *rest)
 
 
 OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"

@@ -17,7 +17,7 @@ from detr_fast.ops.attention_call import tf32
 from detr_fast.ops.attention_triton import OPTIONS, autocast, autocast_dtype, drawn, reference
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
-from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.boundary import define, double_backward, wants_grad
 
 
 class TritonVarlen(TritonImplementation):
@@ -136,8 +136,7 @@ def _fake_backward(
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            out, lse = _forward(q, k, v, *rest)
+        out, lse = _forward.below(q, k, v, *rest)
         ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
         ctx.save_for_backward(q, k, v, ends_q, ends_k, seed, out, lse)
         ctx.mark_non_differentiable(lse)
@@ -158,8 +157,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        with below_autograd():
-            gradients = _backward(dout, out, lse, q, k, v, *rest)
+        gradients = _backward.below(dout, out, lse, q, k, v, *rest)
         ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
         ctx.save_for_backward(dout, q, k, v, ends_q, ends_k, seed)
         ctx.set_materialize_grads(False)
@@ -182,15 +180,13 @@ class _Backward(torch.autograd.Function):
 def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     if wants_grad(q, k, v):
         return _Forward.apply(q, k, v, *rest)
-    with below_autograd():
-        return _forward(q, k, v, *rest)
+    return _forward.below(q, k, v, *rest)
 
 
 def _autograd_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     if wants_grad(dout, q, k, v):
         return _Backward.apply(dout, out, lse, q, k, v, *rest)
-    with below_autograd():
-        return _backward(dout, out, lse, q, k, v, *rest)
+    return _backward.below(dout, out, lse, q, k, v, *rest)
 
 
 _PACKED = f"Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, int max_q, int max_k, Tensor? seed, {OPTIONS}"

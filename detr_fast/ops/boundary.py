@@ -1,7 +1,9 @@
-"""The one op boundary: low-level `torch.library` registrations.
+"""The one op boundary: low-level `torch.library` registrations, and the way past them where nobody looks.
 
 Every kernel call is an op of the namespace `detr_fast`, so that FakeTensor, dispatch modes, `torch.compile` and selective
-checkpointing see it. The low-level `define`/`impl` costs 2 µs a call where the `custom_op` decorator costs 10.
+checkpointing see it. The low-level `define`/`impl` costs 2 µs a crossing where the `custom_op` decorator costs 10; a forward
+with gradients crosses twice (to autograd's kernel and below it), and so does its backward. Where no mode, transform,
+compiler or profiler would see the op, what it would have come to is called directly.
 """
 
 from __future__ import annotations
@@ -28,6 +30,64 @@ def integers(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.long() for tensor in tensors.values())
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiling = torch.autograd._profiler_enabled
+_tracing = torch._C._get_tracing_state
+_keys = torch._C._dispatch_keys
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _plain_keys(kind: str) -> frozenset[int]:
+    """The dispatch keys of a tensor that is nothing but memory on `kind`, with gradients or from inference mode."""
+    names = getattr(torch._C.DispatchKey, kind), getattr(torch._C.DispatchKey, "Autocast" + kind)
+    inference = torch._C.DispatchKeySet(names[0]).add(names[1])
+    recorded = inference.add(torch._C.DispatchKey.ADInplaceOrView).add(getattr(torch._C.DispatchKey, "Autograd" + kind))
+    return frozenset({inference.raw_repr(), recorded.raw_repr()})
+
+
+_ON_CPU, _ON_GPU = _plain_keys("CPU"), _plain_keys("CUDA")  # AMD's GPUs, too, are CUDA here
+
+
+class Boundary:
+    """An op: called, it goes the way of PyTorch's dispatcher, or, where nobody looks, straight to where that ends."""
+
+    __slots__ = ("_autograd", "_on_cpu", "_op", "_run")
+
+    def __init__(
+        self, op: Callable[..., Any], run: Callable[..., Any], on_cpu: Callable[..., Any], autograd: Callable[..., Any]
+    ) -> None:
+        self._op, self._run, self._on_cpu, self._autograd = op, run, on_cpu, autograd
+
+    def __call__(self, *args: Any) -> Any:
+        """The op with gradients."""
+        return self._op(*args) if self._shortcut(args[0]) is None else self._autograd(*args)
+
+    def below(self, *args: Any) -> Any:
+        """The op below autograd: what its autograd kernel calls."""
+        run = self._shortcut(args[0]) or self._op
+        with below_autograd():
+            return run(*args)
+
+    def _shortcut(self, first: Any) -> Callable[..., Any] | None:
+        """What the op comes to for a call whose first argument this is, or None where the dispatcher must see it."""
+        if type(first) is list:
+            first = first[0]
+        if (
+            type(first) not in _PLAIN
+            or torch.compiler.is_compiling()
+            or _dispatch_modes()
+            or _transforms() is not None
+            or _function_modes()
+            or _profiling()
+            or _tracing() is not None
+        ):
+            return None
+        keys = _keys(first).raw_repr()
+        return self._run if keys in _ON_GPU else self._on_cpu if keys in _ON_CPU else None
+
+
 def define(
     schema: str,
     *,
@@ -35,8 +95,8 @@ def define(
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
     on_cpu: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Register `detr_fast::<schema>` and return its callable.
+) -> Boundary:
+    """Register `detr_fast::<schema>`, whose first argument is a tensor or a list of them, and return its callable.
 
     `run` launches kernels (on a GPU; on a CPU in Triton's interpreter only, unless `on_cpu` is there to be called),
     `fake` gives the outputs' shapes, strides and dtypes, `autograd` is called where a gradient may be needed.
@@ -57,7 +117,7 @@ def define(
     _library.impl(name, on_cpu or run_interpreted, "CPU")
     torch.library.register_fake(f"detr_fast::{name}", fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
-    return getattr(torch.ops.detr_fast, name).default
+    return Boundary(getattr(torch.ops.detr_fast, name).default, run, on_cpu or run_interpreted, autograd)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import detection_losses as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define, double_backward, integers, wants_grad
+from detr_fast.ops.boundary import define, double_backward, integers, wants_grad
 from detr_fast.ops.boxes import BORDER_SLACK, generalized_iou
 
 Losses = tuple[Tensor, Tensor, Tensor]
@@ -312,8 +312,7 @@ def _fake_backward(g: Tensor, logits: Tensor, boxes: Tensor, *rest: Any) -> tupl
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with below_autograd():
-            losses, cardinality, summary, lse, match, scale = _forward(*arguments)
+        losses, cardinality, summary, lse, match, scale = _forward.below(*arguments)
         logits, boxes, query, labels, true_boxes, _, _, total, *ctx.settings = arguments
         ctx.save_for_backward(logits, boxes, query, labels, true_boxes, total, lse, match, scale)
         ctx.mark_non_differentiable(cardinality, summary, lse, match, scale)
@@ -334,8 +333,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with below_autograd():
-            gradients = _backward(*arguments)
+        gradients = _backward.below(*arguments)
         ctx.save_for_backward(*arguments[:7])
         *ctx.settings, ctx.wanted = arguments[10:]
         ctx.set_materialize_grads(False)
@@ -355,15 +353,13 @@ class _Backward(torch.autograd.Function):
 def _autograd_forward(logits: Tensor, boxes: Tensor, *rest: Any) -> Any:
     if wants_grad(logits, boxes):
         return _Forward.apply(logits, boxes, *rest)
-    with below_autograd():
-        return _forward(logits, boxes, *rest)
+    return _forward.below(logits, boxes, *rest)
 
 
 def _autograd_backward(g: Tensor, logits: Tensor, boxes: Tensor, *rest: Any) -> Any:
     if wants_grad(g, logits, boxes):
         return _Backward.apply(g, logits, boxes, *rest)
-    with below_autograd():
-        return _backward(g, logits, boxes, *rest)
+    return _backward.below(g, logits, boxes, *rest)
 
 
 _forward = define(

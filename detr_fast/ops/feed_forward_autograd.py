@@ -19,7 +19,7 @@ from detr_fast.kernels.dropout import scale
 from detr_fast.kernels.feed_forward import Norm, feed_forward
 from detr_fast.kernels.linear_norm import linear_norm_forward
 from detr_fast.kernels.rows import sum_partials
-from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import keep_mask
 from detr_fast.ops.products import dropout_of, eager_gradients, flat
 
@@ -165,8 +165,7 @@ def _fake_backward(
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with below_autograd():
-            y, saved, xhat, rstd = forward(*arguments)
+        y, saved, xhat, rstd = forward.below(*arguments)
         ctx.save_for_backward(*arguments[:8], arguments[8], saved, xhat, rstd)
         ctx.settings, ctx.kept = arguments[9:14], arguments[16]
         ctx.mark_non_differentiable(saved, xhat, rstd)
@@ -257,13 +256,11 @@ def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, outp
 def _autograd_forward(*arguments: Any) -> Any:
     if wants_grad(*arguments[:8]):
         return _Forward.apply(*arguments)
-    with below_autograd():
-        return forward(*arguments)
+    return forward.below(*arguments)
 
 
 def _autograd_backward(*arguments: Any) -> Any:
-    with below_autograd():
-        return _backward(*arguments)
+    return _backward.below(*arguments)
 
 
 forward = define(

@@ -15,7 +15,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import layer_norm as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define, double_backward, wants_grad
+from detr_fast.ops.boundary import define, double_backward, wants_grad
 
 
 def layer_norm(
@@ -225,8 +225,7 @@ class _Forward(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
     ) -> Any:
-        with below_autograd():
-            y, mean, rstd = _forward(x, weight, bias, eps, out_dtype)
+        y, mean, rstd = _forward.below(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, rstd)
@@ -258,8 +257,7 @@ class _Backward(torch.autograd.Function):
         eps: float,
         wanted: list[bool],
     ) -> Any:
-        with below_autograd():
-            gradients = _backward(dy, x, weight, bias, mean, rstd, eps, wanted)
+        gradients = _backward.below(dy, x, weight, bias, mean, rstd, eps, wanted)
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.eps, ctx.wanted = eps, wanted
         ctx.set_materialize_grads(False)
@@ -280,15 +278,13 @@ class _Backward(torch.autograd.Function):
 def _autograd_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype) -> Any:
     if wants_grad(x, weight, bias):
         return _Forward.apply(x, weight, bias, eps, out_dtype)
-    with below_autograd():
-        return _forward(x, weight, bias, eps, out_dtype)
+    return _forward.below(x, weight, bias, eps, out_dtype)
 
 
 def _autograd_backward(dy: Tensor, x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
     if wants_grad(dy, x, weight):
         return _Backward.apply(dy, x, weight, bias, *rest)
-    with below_autograd():
-        return _backward(dy, x, weight, bias, *rest)
+    return _backward.below(dy, x, weight, bias, *rest)
 
 
 _forward = define(

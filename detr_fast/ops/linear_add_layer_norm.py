@@ -14,7 +14,7 @@ from detr_fast.kernels import linear_norm as kernels
 from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from detr_fast.kernels.dropout import scale
 from detr_fast.kernels.rows import sum_partials
-from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import keep_mask, next_seed
 from detr_fast.ops.products import (
     ProductCall,
@@ -253,8 +253,7 @@ def _fake_backward(
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with below_autograd():
-            y, xhat, rstd = _forward(*arguments)
+        y, xhat, rstd = _forward.below(*arguments)
         ctx.save_for_backward(*arguments[:6], arguments[6], xhat, rstd)
         ctx.offset, ctx.p, ctx.eps = arguments[7:10]
         ctx.mark_non_differentiable(xhat, rstd)
@@ -302,13 +301,11 @@ def with_mask(seed: Tensor | None, offset: int, p: float, eps: float) -> Any:
 def _autograd_forward(*arguments: Any) -> Any:
     if wants_grad(*arguments[:6]):
         return _Forward.apply(*arguments)
-    with below_autograd():
-        return _forward(*arguments)
+    return _forward.below(*arguments)
 
 
 def _autograd_backward(*arguments: Any) -> Any:
-    with below_autograd():
-        return _backward(*arguments)
+    return _backward.below(*arguments)
 
 
 _forward = define(

@@ -15,7 +15,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import assignment as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define, integers
+from detr_fast.ops.boundary import define, integers
 
 
 def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -182,13 +182,11 @@ def _fake(cost: Tensor, counts: Tensor, threads: int = 1) -> Tensor:
 
 
 def _autograd(cost: Tensor, counts: Tensor) -> Tensor:
-    with below_autograd():
-        return _assign(cost, counts)
+    return _assign.below(cost, counts)
 
 
 def _autograd_on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
-    with below_autograd():
-        return _assign_on_host(cost, counts, threads)
+    return _assign_on_host.below(cost, counts, threads)
 
 
 _assign = define("linear_assignment(Tensor cost, Tensor counts) -> Tensor", run=_run, fake=_fake, autograd=_autograd)

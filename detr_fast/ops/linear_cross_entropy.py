@@ -23,7 +23,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import cross_entropy as kernels
 from detr_fast.ops import linear_probabilities, regimes
-from detr_fast.ops.boundary import below_autograd, define, integers, wants_grad
+from detr_fast.ops.boundary import define, integers, wants_grad
 from detr_fast.ops.linear_cross_entropy_chunked import Chunked
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
 from detr_fast.ops.products import autocast_dtype, eager_gradients
@@ -300,8 +300,7 @@ def _fake(
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with below_autograd():
-            loss, scale, dx, dw, db = _forward(*arguments)
+        loss, scale, dx, dw, db = _forward.below(*arguments)
         ctx.save_for_backward(*arguments[:5], scale, dx, dw, db)
         ctx.settings = arguments[5:8]
         ctx.mark_non_differentiable(scale, dx, dw, db)
@@ -328,8 +327,7 @@ class _Forward(torch.autograd.Function):
 def _autograd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     if wants_grad(x, weight, bias):
         return _Forward.apply(x, weight, bias, *rest)
-    with below_autograd():
-        return _forward(x, weight, bias, *rest)
+    return _forward.below(x, weight, bias, *rest)
 
 
 _forward = define(

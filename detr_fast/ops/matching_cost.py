@@ -14,7 +14,7 @@ from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplem
 from detr_fast.kernels import matching_cost as kernels
 from detr_fast.kernels.matching_cost import INVALID_COST as INVALID_COST
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import below_autograd, define, integers
+from detr_fast.ops.boundary import define, integers
 from detr_fast.ops.boxes import generalized_iou
 
 Weights = tuple[float, float, float]
@@ -191,8 +191,7 @@ def _fake(logits: Tensor, boxes: Tensor, labels: Tensor, *_: Any) -> tuple[Tenso
 
 
 def _autograd(*arguments: Any) -> Any:
-    with below_autograd():
-        return _matching_cost(*arguments)
+    return _matching_cost.below(*arguments)
 
 
 _matching_cost = define(

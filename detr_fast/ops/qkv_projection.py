@@ -15,7 +15,7 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels.linear import linear_forward
-from detr_fast.ops.boundary import below_autograd, define, wants_grad
+from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.products import (
     ProductCall,
     TritonProduct,
@@ -204,8 +204,7 @@ class _Projection(torch.autograd.Function):
     ) -> Any:
         arguments = (x, weight, bias, position, columns)
         if fused:
-            with below_autograd():
-                y = _forward(*arguments)
+            y = _forward.below(*arguments)
         else:
             y = _eager(*arguments)
         ctx.save_for_backward(x, weight, position)
@@ -259,8 +258,7 @@ def _weight_gradient(rows: Tensor, x: Tensor, position: Tensor | None, columns: 
 def _autograd_forward(*arguments: Any) -> Any:
     if wants_grad(*arguments[:4]):
         return _Projection.apply(*arguments, True, False)
-    with below_autograd():
-        return _forward(*arguments)
+    return _forward.below(*arguments)
 
 
 _forward = define(

@@ -77,24 +77,21 @@ def test_a_tensor_that_the_program_would_misread_is_refused(stub_gpu, given, rec
     assert stub_gpu.launched == []
 
 
-def test_rehearsals_of_two_threads_leave_the_observers_as_they_were(monkeypatch):
-    monkeypatch.setattr(launch, "observers", [])
-    began, ended = threading.Event(), threading.Event()
-
-    def other_rehearsal():
-        began.set()
-        ended.wait(5)
+def test_a_rehearsal_is_its_threads_own_and_hides_no_other_launch_from_observers(stub_gpu, call, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "observers", [lambda launched: seen.append(launched.arguments[0].device.type)])
 
     def rehearsal():
+        other = threading.Thread(target=layer_norm.layer_norm_forward, args=(*call, 1e-5))
         other.start()
-        began.wait(0.1)  # it does not, if it has to wait for this one's end
+        other.join()
+        layer_norm.layer_norm_forward(*(t.to("meta") for t in call), 1e-5)
 
-    cpu = torch.device("cpu")
-    other = threading.Thread(target=launch.compile_launches, args=(other_rehearsal, cpu))
-    launch.compile_launches(rehearsal, cpu)
-    ended.set()
-    other.join()
-    assert launch.observers == []
+    launch.compile_launches(rehearsal, torch.device("cuda"))
+    assert seen == ["cpu"]
+    assert len(stub_gpu.loaded) == 1
+    layer_norm.layer_norm_forward(*(t.to("meta") for t in call), 1e-5)
+    assert seen == ["cpu", "meta"]
 
 
 def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch):

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detr_fast import ops, use_backend
+from detr_fast.ops import boundary
+from detr_fast.ops.layer_norm import _forward
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with use_backend("triton"):
+        yield
+
+
+def leaves():
+    return [torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (8,), (8,))]
+
+
+def layer_norm(x, weight, bias):
+    return ops.layer_norm(x, (8,), weight, bias)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_forward_and_backward_as_ops():
+    inputs = leaves()
+    with Seen() as seen:
+        torch.autograd.grad(layer_norm(*inputs).sum(), inputs)
+    ours = [name for name in seen.names if name.startswith("detr_fast::")]
+    assert ours == ["detr_fast::layer_norm", "detr_fast::layer_norm_backward"]
+
+
+def test_a_mode_that_is_entered_before_the_backward_alone_sees_that():
+    inputs = leaves()
+    loss = layer_norm(*inputs).sum()
+    with Seen() as seen:
+        torch.autograd.grad(loss, inputs)
+    assert "detr_fast::layer_norm_backward" in seen.names
+
+
+def test_a_profiler_sees_the_ops_by_name():
+    inputs = leaves()
+    with torch.profiler.profile() as profile:
+        layer_norm(*inputs).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"detr_fast::layer_norm", "detr_fast::layer_norm_backward"} <= names
+
+
+def test_nobody_looking_takes_no_way_through_the_dispatcher_and_gives_the_same(monkeypatch):
+    inputs = leaves()
+    with Seen():  # the long way
+        y = layer_norm(*inputs)
+        expected = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    def refuse(*args):
+        raise AssertionError("went through the dispatcher")
+
+    monkeypatch.setattr(_forward, "_op", refuse)
+    y = layer_norm(*inputs)
+    found = [y, *torch.autograd.grad(y.square().sum(), inputs)]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+    assert not y.is_leaf
+    with torch.no_grad():
+        assert not layer_norm(*inputs).requires_grad
+    with torch.inference_mode():
+        assert layer_norm(*inputs).is_inference()
+
+
+def test_a_batch_of_gradients_at_once_is_taken_by_pytorchs_transform():
+    inputs = leaves()
+    y = layer_norm(*inputs)
+    upstream = torch.randn(2, *y.shape)
+    single = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in upstream]
+    batched = torch.autograd.grad(y, inputs, upstream, is_grads_batched=True)
+    for ours, theirs in zip(batched, zip(*single)):
+        assert torch.allclose(ours, torch.stack(theirs), atol=1e-6)
+
+
+def test_a_function_mode_sees_the_op():
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watching() as mode:
+        layer_norm(*leaves())
+    assert any("detr_fast.layer_norm" in name for name in mode.names)
+
+
+def test_a_subclass_or_a_fake_tensor_goes_through_the_dispatcher():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(torch.randn(3, 8))  # used outside its mode
+    assert boundary.Boundary._shortcut(_forward, fake) is None
+    assert boundary.Boundary._shortcut(_forward, torch.randn(3, 8, device="meta")) is None
+    assert boundary.Boundary._shortcut(_forward, leaves()[0]) is not None
