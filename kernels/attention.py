@@ -247,6 +247,8 @@ def attention_forward_kernel(
         clear_surplus(
             out_ptr, place, head, ends_q_ptr, tokens, batch, batches, row_start, step, BLOCK_M, EV, BLOCK_EV, VEC
         )
+        split = tl.num_programs(1) > 1  # parts are padded
+        index, first_q = tl.where(split, batch, index), tl.where(split, 0, first_q)
     all_heads = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64)  # of all batch elements
     part = tl.program_id(1) * all_heads
     out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + index, head, first_q + row_start)
@@ -266,11 +268,11 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     form = problem.form()
     rows = form.config("forward").rows
     parts = key_parts(problem, rows, q.device)
-    split = Parts(parts, out, lse) if parts > 1 else None
+    split = Parts(parts, problem, out, lse) if parts > 1 else None
     to, to_lse = (out, lse) if split is None else (split.tensor, split.lse)
     tensors = (q, problem.k, problem.v, to)
     strides = [stride for tensor in tensors for stride in places(tensor)]
-    packed, counts = problem.packed(q)
+    packed, counts = problem.packed(q, parts > 1)
     inputs = (to_lse, problem.key_list(), *problem.tensors(), *packed)
     arguments = (*tensors, *inputs, *strides, *problem.sizes(), *counts)
     launch(forward_variant(form, parts > 1), (problem.tiles(rows), parts), *arguments)

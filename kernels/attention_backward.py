@@ -53,11 +53,11 @@ def attention_backward(
 
     rows = form.config("queries").rows
     parts = key_parts(problem, rows, q.device)
-    split = Parts(parts, dq) if parts > 1 else None
+    split = Parts(parts, problem, dq) if parts > 1 else None
     tensors = (q, k, v, out, dout, dq if split is None else split.tensor)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     of_rows = (lse, dlse, statistics, problem.key_list())
-    packed, counts = problem.packed(q)
+    packed, counts = problem.packed(q, parts > 1)
     inputs = (*of_rows, *problem.tensors(), *packed)
     arguments = (*tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
     launch(queries_variant(form, dlse is not None, parts > 1), (problem.tiles(rows), parts), *arguments)

@@ -198,6 +198,8 @@ def attention_backward_queries_kernel(
         clear_surplus(
             dq_ptr, place, head, ends_q_ptr, tokens, batch, batches, row_start, step, BLOCK_M, E, BLOCK_E, VEC
         )
+        split = tl.num_programs(1) > 1  # parts are padded
+        index, first_q = tl.where(split, batch, index), tl.where(split, 0, first_q)
     part = tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M) // heads).to(
         tl.int64
     )  # in batch elements

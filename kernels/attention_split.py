@@ -3,8 +3,9 @@
 
     lse = log2(sum over parts of 2^lse_i),   out = sum over parts of 2^(lse_i - lse) * out_i,   dq = sum over parts of dq_i
 
-Parts are fp32, (parts, B, H, L, dim), and added in order: results are deterministic, and the same on every GPU that has the
-same number of multiprocessors. Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
+Parts are fp32, (parts, B, H, L, dim), of a packed batch too, whose L is the longest sequence's, and added in order: results are
+deterministic, and the same on every GPU that has the same number of multiprocessors.
+Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .attention_program import at, own_queries
-from .attention_tiles import PLACE_TYPES, Form, Problem, load_tile, places, store_tile
+from .attention_program import at, clear_surplus, own_queries, own_sequence
+from .attention_tiles import PACKED_TYPES, PLACE_TYPES, Form, Problem, load_tile, places, store_tile
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
 
 LEAST_KEYS = 128  # a part: fewer don't pay for another program's start and for combining
@@ -27,12 +28,15 @@ def attention_combine_kernel(
     part_lse_ptr,
     out_ptr,
     lse_ptr,
+    ends_ptr,
     out_batch: tl.int64,
     out_head: tl.int64,
     out_row: tl.int32,
     parts: tl.int32,
     L: tl.int32,
     heads: tl.int32,
+    tokens: tl.int32,
+    batches: tl.int32,
     BLOCK_M: tl.constexpr,
     EV: tl.constexpr,
     BLOCK_EV: tl.constexpr,
@@ -61,14 +65,20 @@ def attention_combine_kernel(
     else:
         for part in range(parts):
             accumulator += load_tile(part_ptr + (part * all_rows + first) * EV, EV, exists, BLOCK_M, EV, BLOCK_EV, VEC)
-    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
+    place = (out_batch, out_head, out_row)
+    index, first_q, length, _, _ = own_sequence((ends_ptr, ends_ptr), batch, L, L)
+    if ends_ptr is not None:
+        exists = tl.arange(0, BLOCK_M) < length - row_start
+        step = tl.cdiv(L, BLOCK_M) * BLOCK_M
+        clear_surplus(
+            out_ptr, place, head, ends_ptr, tokens, batch, batches, row_start, step, BLOCK_M, EV, BLOCK_EV, VEC
+        )
+    out_ptr = at(out_ptr, place, index, head, first_q + row_start)
     store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
 
 
 def key_parts(problem: Problem, rows: int, device: torch.device) -> int:
     """How many programs share the keys of a tile of `rows` queries on `device`: 1 where tiles fill half of it."""
-    if problem.sequences is not None:
-        return 1
     tiles = problem.tiles(rows)
     available = multiprocessors(device)
     if tiles == 0 or 2 * tiles > available:
@@ -77,24 +87,26 @@ def key_parts(problem: Problem, rows: int, device: torch.device) -> int:
 
 
 class Parts:
-    """Where the parts of a result (B, L, H, dim) go, each a (B, L, H, dim) one after the other, and their log-sum-exps."""
+    """Where the parts of a result (B, L, H, dim) go, each a (B, L, H, dim) one after the other, and their log-sum-exps.
 
-    def __init__(self, parts: int, like: Tensor, lse: Tensor | None = None) -> None:
-        batch, length, heads, dim = like.shape
-        self.parts = parts
-        self.result, self.result_lse = like, lse
-        part = empty((parts * batch, heads, length, dim), torch.float32, like.device)
-        self.tensor = part.transpose(1, 2)
-        self.lse = None if lse is None else empty((parts * batch, heads, length), torch.float32, like.device)
+    Of a packed batch, each part is padded: B sequences of L queries.
+    """
+
+    def __init__(self, parts: int, problem: Problem, result: Tensor, lse: Tensor | None = None) -> None:
+        self.parts, self.problem = parts, problem
+        self.result, self.result_lse = result, lse
+        rows = (parts * problem.batch, problem.heads, problem.queries)
+        self.tensor = empty((*rows, result.shape[3]), torch.float32, result.device).transpose(1, 2)
+        self.lse = None if lse is None else empty(rows, torch.float32, result.device)
 
     def combine(self, form: Form) -> None:
         """Launch what writes the result, and its log-sum-exp where there is one."""
-        result = self.result
-        batch, length, heads, _ = result.shape
+        result, problem = self.result, self.problem
         variant = combine_variant(form, result.shape[3], self.lse is not None)
-        grid = (-(-length // variant.constants["BLOCK_M"]) * batch * heads,)
-        sizes = (*places(result), self.parts, length, heads)
-        launch(variant, grid, self.tensor, self.lse, result, self.result_lse, *sizes)
+        (ends, _), counts = problem.packed(result)
+        sizes = (*places(result), self.parts, problem.queries, problem.heads, *counts)
+        grid = (problem.tiles(int(variant.constants["BLOCK_M"])),)
+        launch(variant, grid, self.tensor, self.lse, result, self.result_lse, ends, *sizes)
 
 
 @cache
@@ -102,6 +114,7 @@ def combine_variant(form: Form, dim: int, with_lse: bool) -> Variant:
     """The program that combines parts of `dim` columns: outputs with their log-sum-exps, or gradients without."""
     block = form.blocks[0] if dim == form.head_dim else form.blocks[1]
     lse = pointer(torch.float32 if with_lse else None)
-    types = (pointer(torch.float32), lse, pointer(form.dtype), lse, *PLACE_TYPES, "i32", "i32", "i32")
+    tensors = (pointer(torch.float32), lse, pointer(form.dtype), lse, pointer(form.ends()[0]))
+    types = (*tensors, *PLACE_TYPES, "i32", "i32", "i32", *PACKED_TYPES)
     constants = {"BLOCK_M": 16, "EV": dim, "BLOCK_EV": block, "VEC": form.vector}
     return Variant(attention_combine_kernel, types, constants, num_warps=4)

@@ -189,11 +189,16 @@ class Problem:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.padding, self.mask, self.seed
 
-    def packed(self, tensor: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
-        """A packed batch's ends, how many tokens there are as in `tensor`, and how many sequences."""
+    def packed(
+        self, tensor: Tensor, split: bool = False
+    ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
+        """A packed batch's ends, how many tokens there are as in `tensor`, and how many sequences.
+
+        split: no tokens, so that no surplus is cleared where parts are written, which have none.
+        """
         if self.sequences is None:
             return (None, None), (0, 0)
-        return (self.sequences.ends_q, self.sequences.ends_k), (tensor.shape[1], self.batch)
+        return (self.sequences.ends_q, self.sequences.ends_k), (0 if split else tensor.shape[1], self.batch)
 
     def sizes(self) -> tuple[int | float, ...]:
         """What the kernels take after the strides of their own tensors: see COMMON_TYPES."""

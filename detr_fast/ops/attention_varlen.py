@@ -7,12 +7,50 @@ The layout is that of FlashAttention's variable-length form: Dao et al., 2022, a
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from detr_fast.dispatch import Op
 from detr_fast.ops.attention_varlen_call import check, describe, signature
 from detr_fast.ops.attention_varlen_eager import Padded, PerSequence
 from detr_fast.ops.attention_varlen_triton import TritonVarlen
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_varlen(
@@ -27,19 +65,23 @@ def attention_varlen(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each sequence to the keys of the same number.
 
     Args:
         q: (Tq, H, E); all sequences' queries, one sequence behind the other.
-        k: (Tk, H, E).
-        v: (Tk, H, Ev).
+        k: (Tk, H, E), or with fewer heads, which divide q's, where `enable_gqa`.
+        v: (Tk, H, Ev), with k's heads.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device: 0, then the end of each sequence. Tokens behind the
             last end are surplus (a fixed capacity): they are not read, and their output and gradients are zero.
         max_q, max_k: no sequence is longer; known on the host, so that nothing waits for the device.
         is_causal: a query sees keys up to its own position within its sequence (aligned top-left).
         dropout_p: of the attention weights.
         scale: 1 / sqrt(E) by default.
+        return_lse: also return the log-sum-exp of the scores, as of a padded batch: fp32 (B, H, max_q), natural
+            logarithm, -inf behind a sequence's end and for a query without keys.
 
     Returns:
         (Tq, H, Ev) in q's dtype (autocast's under autocast). A query of a sequence without keys gives zeros.
@@ -47,8 +89,9 @@ def attention_varlen(
     Raises:
         ValueError: shapes or lengths that do not fit (lengths are checked on the CPU only).
     """
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p)
-    return ATTENTION_VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, is_causal, dropout_p, scale)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, enable_gqa)
+    options = (is_causal, dropout_p, scale, enable_gqa, return_lse)
+    return ATTENTION_VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *options)
 
 
 ATTENTION_VARLEN = Op(

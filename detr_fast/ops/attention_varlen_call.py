@@ -26,31 +26,47 @@ class VarlenCall(Call):
     max_q: int
     max_k: int
     heads: int
+    key_heads: int
     head_dim: int
     value_dim: int
     is_causal: bool
     dropout: bool
+    return_lse: bool
     one_dtype: bool  # of q, k and v
     layouts: tuple[tuple[int, ...], ...]
 
     def shapes(self) -> str:
+        heads = self.heads if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
         text = (
-            f"{self.sequences} sequences H {self.heads} {self.queries}×{self.keys} tokens, at most "
+            f"{self.sequences} sequences H {heads} {self.queries}×{self.keys} tokens, at most "
             f"{self.max_q}×{self.max_k} hd {self.head_dim} {str(self.dtype).removeprefix('torch.')}"
         )
-        return text + (" causal" if self.is_causal else "") + (" dropout" if self.dropout else "")
+        extras = (("causal", self.is_causal), ("dropout", self.dropout), ("log-sum-exp", self.return_lse))
+        return " ".join([text, *(name for name, present in extras if present)])
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    enable_gqa: bool,
 ) -> None:
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 3):
         raise ValueError(f"attention_varlen takes q (Tq, H, E), k (Tk, H, E), v (Tk, H, Ev), without a batch; {shapes}")
-    if k.shape[1:] != q.shape[1:] or v.shape[:2] != k.shape[:2]:
+    heads, key_heads = q.shape[1], k.shape[1]
+    if k.shape[2] != q.shape[2] or v.shape[:2] != k.shape[:2] or (key_heads != heads and not enable_gqa):
         raise ValueError(
-            f"q, k and v must have the same H, q and k the same E, k and v the same number of tokens; {shapes}"
+            f"q, k and v must have the same H (unless enable_gqa), q and k the same E, k and v the same number of tokens; "
+            f"{shapes}"
         )
+    if key_heads != heads and (key_heads == 0 or heads % key_heads):
+        raise ValueError(f"with enable_gqa, k's and v's heads must divide q's; got {key_heads} and {heads}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
     for name, ends in (("cu_seqlens_q", ends_q), ("cu_seqlens_k", ends_k)):
@@ -87,10 +103,12 @@ def signature(
     is_causal: bool,
     dropout_p: float,
     scale: float | None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
 ) -> tuple[Any, ...]:
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     described = ((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-    return (*described, max_q, max_k, is_causal, dropout_p > 0.0, q.dtype == torch.float32 and tf32())
+    return (*described, max_q, max_k, is_causal, dropout_p > 0.0, return_lse, q.dtype == torch.float32 and tf32())
 
 
 def describe(
@@ -104,6 +122,8 @@ def describe(
     is_causal: bool,
     dropout_p: float,
     scale: float | None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
     *,
     situation: Situation,
 ) -> VarlenCall:
@@ -121,10 +141,12 @@ def describe(
         max_q=max_q,
         max_k=max_k,
         heads=q.shape[1],
+        key_heads=k.shape[1],
         head_dim=q.shape[2],
         value_dim=v.shape[2],
         is_causal=is_causal,
         dropout=dropout_p > 0.0,
+        return_lse=return_lse,
         one_dtype=len(set(dtypes)) == 1,
         layouts=tuple(map(layout, (q, k, v))),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ class PerSequence(Implementation):
             return f"the lengths are on {call.device_type}: to read them would make the host wait"
         if call.situation.regime == "compiled" or call.tensor_type is dispatch.FakeTensor:
             return "the lengths are not known while tracing"
-        return None
+        return "it does not return the log-sum-exp" if call.return_lse else None
 
     def run(
         self,
@@ -39,6 +41,8 @@ class PerSequence(Implementation):
         is_causal: bool,
         dropout_p: float,
         scale: float | None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
     ) -> Tensor:
         ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         pieces = []
@@ -48,7 +52,9 @@ class PerSequence(Implementation):
                 continue
             own_q = q[start_q:end_q].transpose(0, 1)[None]
             own_k, own_v = (t[start_k:end_k].transpose(0, 1)[None] for t in (k, v))
-            y = F.scaled_dot_product_attention(own_q, own_k, own_v, None, dropout_p, is_causal, scale=scale)
+            y = F.scaled_dot_product_attention(
+                own_q, own_k, own_v, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
             pieces.append(y[0].transpose(0, 1))
         pieces.append(_zeros(q[ends_q[-1] :], k, v))
         dtype = pieces[0].dtype
@@ -75,13 +81,14 @@ class Padded(Implementation):
         is_causal: bool,
         dropout_p: float,
         scale: float | None,
-    ) -> Tensor:
-        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-            arguments = (q, k, v, padding, None, is_causal, dropout_p, scale)
-            out = EagerAttention().run(*arguments) if dropout_p > 0.0 else ATTENTION(*arguments)
-            return out  # type: ignore[return-value]
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Any:
+            arguments = (q, k, v, padding, None, is_causal, dropout_p, scale, enable_gqa, return_lse)
+            return EagerAttention().run(*arguments) if dropout_p > 0.0 else ATTENTION(*arguments)
 
-        return padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, attend)
+        return padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, attend, return_lse)
 
 
 def padded(
@@ -92,20 +99,30 @@ def padded(
     cu_seqlens_k: Tensor,
     max_q: int,
     max_k: int,
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """`attend(q, k, v, padding)` of the sequences as a padded batch, packed again; zeros for surplus tokens."""
-    if not q.shape[0] or not k.shape[0] or len(cu_seqlens_q) == 1:
-        return _zeros(q, k, v)
-    index_q, _ = _slots(cu_seqlens_q, max_q)
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Any],
+    with_lse: bool = False,
+) -> Any:
+    """`attend(q, k, v, padding)` of the sequences as a padded batch, packed again; zeros for surplus tokens.
+
+    with_lse: it gives the log-sum-exp (B, H, max_q) as well.
+    """
+    sequences = len(cu_seqlens_q) - 1
+    if not q.shape[0] or not k.shape[0] or not sequences:
+        y = _zeros(q, k, v)
+        # A function of q all the same, as y is: its gradient is zero, not missing.
+        nothing = y.sum().float() * 0 - math.inf
+        return (y, nothing.expand(sequences, q.shape[1], max_q)) if with_lse else y
+    index_q, ended = _slots(cu_seqlens_q, max_q)
     index_k, padding = _slots(cu_seqlens_k, max_k)
     y = attend(q[index_q], k[index_k], v[index_k], padding)
+    y, lse = y if with_lse else (y, None)
     token = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)
-    surplus = sequence == len(cu_seqlens_q) - 1
+    surplus = sequence == sequences
     sequence = sequence.masked_fill(surplus, 0)
     position = (token - cu_seqlens_q[sequence]).clamp(max=max_q - 1)
-    return y[sequence, position].masked_fill(surplus[:, None, None], 0)
+    y = y[sequence, position].masked_fill(surplus[:, None, None], 0)
+    return y if lse is None else (y, lse.masked_fill(ended[:, None], -math.inf))
 
 
 def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
-from detr_fast.kernels.attention_tiles import MAX_HEAD_DIM, Problem, Sequences
+from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem, Sequences
 from detr_fast.kernels.launch import compile_variant, has_warpgroups
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import tf32
@@ -34,14 +34,14 @@ class TritonVarlen(TritonImplementation):
         return regimes.note("attention_varlen", call)
 
     def compiled_key(self, call: VarlenCall) -> Any:
-        options = (call.is_causal, call.dropout, call.needs_grad)
+        options = (call.is_causal, call.dropout, call.needs_grad, call.return_lse)
         return call.device, call.dtype, call.head_dim, call.value_dim, options
 
     def prepare(self, call: VarlenCall) -> None:
         problem = _meta_problem(call)
         variants = kernels.forward_variants(problem, call.device)
         if call.needs_grad:
-            variants += backward_kernels.backward_variants(problem, call.device)
+            variants += backward_kernels.backward_variants(problem, call.device, with_dlse=call.return_lse)
         for variant in variants:
             compile_variant(variant, call.device)
 
@@ -57,19 +57,22 @@ class TritonVarlen(TritonImplementation):
         is_causal: bool,
         dropout_p: float,
         scale: float | None,
-    ) -> Tensor:
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = autocast(autocast_dtype(q), q, k, v)
         ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        out, _ = _forward(q, k, v, *ends, max_q, max_k, *drawn(q, is_causal, dropout_p, scale))
-        return out
+        out, lse = _forward(q, k, v, *ends, max_q, max_k, *drawn(q, is_causal, dropout_p, scale))
+        return (out, lse[..., :max_q] / LOG2_E) if return_lse else out
 
 
 def _meta_problem(call: VarlenCall) -> Problem:
     """A problem like the call's, without memory."""
-    shapes = (call.queries, call.head_dim), (call.keys, call.head_dim), (call.keys, call.value_dim)
+    keys = (call.keys, call.key_heads)
+    shapes = (call.queries, call.heads, call.head_dim), (*keys, call.head_dim), (*keys, call.value_dim)
     tensors = [
-        torch.empty_strided((tokens, call.heads, dim), stride, dtype=call.dtype, device="meta")
-        for (tokens, dim), stride in zip(shapes, call.layouts)
+        torch.empty_strided(shape, stride, dtype=call.dtype, device="meta")
+        for shape, stride in zip(shapes, call.layouts)
     ]
     ends = torch.empty(call.sequences + 1, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
@@ -121,14 +124,14 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tenso
     return q.new_empty((*q.shape[:2], v.shape[2])), lse
 
 
-def _run_backward(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _run_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments)
-    gradients = backward_kernels.attention_backward(problem, out[None], lse, dout[None])[:3]
+    gradients = backward_kernels.attention_backward(problem, out[None], lse, dout[None], dlse)[:3]
     return tuple(g[0] if problem.batch else g[0].zero_() for g in gradients if g is not None)
 
 
 def _fake_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
@@ -139,15 +142,18 @@ class _Forward(torch.autograd.Function):
         out, lse = _forward.below(q, k, v, *rest)
         ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
         ctx.save_for_backward(q, k, v, ends_q, ends_k, seed, out, lse)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # none for lse
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         q, k, v, ends_q, ends_k, seed, out, lse = ctx.saved_tensors
+        if dout is None:
+            if dlse is None:
+                return (None,) * 13
+            dout = torch.zeros_like(out)
         packed = (q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, seed)
-        gradients = _backward(dout, out, lse, *packed, *ctx.options)
+        gradients = _backward(dout, dlse, out, lse, *packed, *ctx.options)
         wanted = (g if want else None for g, want in zip(gradients, ctx.needs_input_grad))
         return (*wanted, *(None,) * 10)
 
@@ -156,8 +162,11 @@ class _Backward(torch.autograd.Function):
     """The first backward; its own backward (double backward) recomputes eagerly, padded."""
 
     @staticmethod
-    def forward(ctx: Any, dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        gradients = _backward.below(dout, out, lse, q, k, v, *rest)
+    def forward(
+        ctx: Any, dout: Tensor, dlse: Any, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    ) -> Any:
+        gradients = _backward.below(dout, dlse, out, lse, q, k, v, *rest)
+        ctx.with_dlse = dlse is not None
         ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
         ctx.save_for_backward(dout, q, k, v, ends_q, ends_k, seed)
         ctx.set_materialize_grads(False)
@@ -165,6 +174,10 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        if ctx.with_dlse:
+            raise NotImplementedError(
+                "the double backward through the log-sum-exp has no kernel: use attention_varlen='eager' for this call"
+            )
         dout, q, k, v, ends_q, ends_k, seed = ctx.saved_tensors
 
         def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
@@ -174,7 +187,7 @@ class _Backward(torch.autograd.Function):
             return padded(q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, attend)
 
         d_dout, d_qkv = double_backward(again, (q, k, v), dout, [True] * 3, upstream)
-        return (d_dout, None, None, *d_qkv, *(None,) * 10)
+        return (d_dout, None, None, None, *d_qkv, *(None,) * 10)
 
 
 def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
@@ -183,10 +196,12 @@ def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     return _forward.below(q, k, v, *rest)
 
 
-def _autograd_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    if wants_grad(dout, q, k, v):
-        return _Backward.apply(dout, out, lse, q, k, v, *rest)
-    return _backward.below(dout, out, lse, q, k, v, *rest)
+def _autograd_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> Any:
+    if wants_grad(dout, dlse, q, k, v):
+        return _Backward.apply(dout, dlse, out, lse, q, k, v, *rest)
+    return _backward.below(dout, dlse, out, lse, q, k, v, *rest)
 
 
 _PACKED = f"Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, int max_q, int max_k, Tensor? seed, {OPTIONS}"
@@ -197,7 +212,7 @@ _forward = define(
     autograd=_autograd_forward,
 )
 _backward = define(
-    f"attention_varlen_backward(Tensor dout, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    f"attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

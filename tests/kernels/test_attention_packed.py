@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detr_fast.kernels import attention_split
 from detr_fast.kernels.attention import attention_forward
 from detr_fast.kernels.attention_backward import attention_backward
 from detr_fast.kernels.attention_tiles import Problem, Sequences
@@ -79,6 +80,39 @@ def test_every_sequence_is_as_accurate_as_eager_on_it_alone(interpreter, dtype, 
         dtype=dtype,
     )
     assert len(interpreter.launches) == 3
+
+
+@pytest.fixture
+def many_multiprocessors(monkeypatch):
+    """As many as leave some idle, so that programs share keys."""
+    monkeypatch.setattr(attention_split, "multiprocessors", lambda device: 16)
+
+
+# Of three parts, all, two or one have keys.
+def test_shared_keys_are_as_accurate_as_eager(interpreter, many_multiprocessors):
+    lengths_q, lengths_k, options = (10, 0, 33), (300, 20, 150), {"dim": 16, "value_dim": 20, "surplus": 150}
+    assert_as_accurate_as_eager(
+        lambda q, k, v: Packed.apply(q, k, v, lengths_q, lengths_k, False),
+        reference=lambda q, k, v: one_by_one(q, k, v, lengths_q, lengths_k, False),
+        inputs=inputs(lengths_q, lengths_k, **{"heads": 2, **options}),
+        dtype=FP16,
+    )
+    assert interpreter.counts()["attention_combine_kernel"] == 2
+    assert len(interpreter.launches) == 5
+
+
+def test_shared_keys_leave_zeros_and_no_log_sum_exp_behind_the_end(interpreter, many_multiprocessors):
+    lengths_q, lengths_k = (3, 2, 4), (200, 0, 130)
+    q, k, v = inputs(lengths_q, lengths_k, 1, 16, surplus=40)
+    problem = problem_of(q, k, v, lengths_q, lengths_k)
+    out, lse = attention_forward(problem)
+    gradients = attention_backward(problem, out, lse, torch.randn_like(out))[:3]
+    assert interpreter.counts()["attention_combine_kernel"] == 2
+    for tensor, used in ((out, 9), (gradients[0], 9), (gradients[1], 330), (gradients[2], 330)):
+        assert tensor.isfinite().all()
+        assert not tensor[0, used:].any()
+    assert not out[0, 3:5].any()
+    assert torch.equal(lse.isfinite().sum((1, 2)), torch.tensor([3, 0, 4]))
 
 
 @pytest.mark.parametrize(

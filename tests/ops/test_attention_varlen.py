@@ -21,10 +21,10 @@ def ends(*lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def problem(lengths_q, lengths_k, surplus=0, heads=2, dim=8, value_dim=6, dtype=torch.float64):
+def problem(lengths_q, lengths_k, surplus=0, heads=2, dim=8, value_dim=6, dtype=torch.float64, key_heads=None):
     q = torch.randn(sum(lengths_q) + surplus, heads, dim, dtype=dtype, requires_grad=True)
-    k = torch.randn(sum(lengths_k) + surplus, heads, dim, dtype=dtype, requires_grad=True)
-    v = torch.randn(sum(lengths_k) + surplus, heads, value_dim, dtype=dtype, requires_grad=True)
+    k = torch.randn(sum(lengths_k) + surplus, key_heads or heads, dim, dtype=dtype, requires_grad=True)
+    v = torch.randn(sum(lengths_k) + surplus, key_heads or heads, value_dim, dtype=dtype, requires_grad=True)
     longest = max(lengths_q, default=0), max(lengths_k, default=0)
     return (q, k, v, ends(*lengths_q), ends(*lengths_k), *longest)
 
@@ -52,6 +52,59 @@ def test_every_sequence_attends_only_to_its_own_keys(backend, lengths, is_causal
     dy = torch.randn_like(y)
     for ours, reference in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy)):
         torch.testing.assert_close(ours, reference)
+
+
+ALL_BACKENDS = (*BACKENDS, pytest.param("triton", marks=interpreter))
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_fewer_key_heads_serve_groups_of_query_heads(backend):
+    q, k, v, *rest = problem((5, 3), (4, 6), heads=4, key_heads=2, dtype=torch.float32)
+    with use_backend(attention_varlen=backend):
+        y = ops.attention_varlen(q, k, v, *rest, enable_gqa=True)
+    expected = one_by_one(q, *(t.repeat_interleave(2, 1) for t in (k, v)), [5, 3], [4, 6])
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for ours, reference in zip(torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(expected, (q, k, v), dy)):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS[1:])
+@pytest.mark.parametrize("surplus", [0, 3])
+def test_the_log_sum_exp_is_that_of_the_padded_batch_and_differentiable(backend, surplus):
+    q, k, v, *rest = problem((5, 2, 3), (4, 6, 0), surplus, dtype=torch.float32)
+    with use_backend(attention_varlen=backend):
+        _, lse = ops.attention_varlen(q, k, v, *rest, return_lse=True)
+    assert lse.shape == (3, 2, 5)
+    assert torch.equal(lse.isfinite().sum((1, 2)), torch.tensor([10, 4, 0]))
+    assert bool((lse.isfinite() | (lse == -torch.inf)).all())
+    scores = [torch.einsum("lhe,she->hls", q[a:b], k[c:d]) / 8**0.5 for a, b, c, d in ((0, 5, 0, 4), (5, 7, 4, 10))]
+    expected = torch.cat([one.logsumexp(-1).flatten() for one in scores])
+    found = lse[lse.isfinite()]
+    torch.testing.assert_close(found, expected)
+    dlse = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (q, k), dlse)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (q, k), dlse)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_log_sum_exp_is_asked_of_an_implementation_that_has_it():
+    with explaining() as records:
+        _, lse = ops.attention_varlen(*problem((3, 2), (3, 2)), return_lse=True)
+    assert records[0].chosen == "eager"
+    assert "does not return the log-sum-exp" in records[0].reasons["sdpa"]
+    _, lse = ops.attention_varlen(*problem((), (), surplus=2), return_lse=True)
+    assert lse.shape == (0, 2, 0)
+
+
+@interpreter
+def test_the_double_backward_through_the_log_sum_exp_is_refused_with_the_remedy():
+    q, k, v, *rest = problem((5, 2), (4, 6), dtype=torch.float32)
+    with use_backend(attention_varlen="triton"):
+        y, lse = ops.attention_varlen(q, k, v, *rest, return_lse=True)
+    first = torch.autograd.grad(y.sum() + lse[lse.isfinite()].square().sum(), q, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="attention_varlen='eager'"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,6 +167,7 @@ def test_it_compiles_without_a_graph_break():
     [
         ({0: torch.zeros(1, 5, 2, 8)}, "without a batch"),
         ({1: torch.zeros(5, 2, 9)}, "the same E"),
+        ({1: torch.zeros(5, 1, 8), 2: torch.zeros(5, 1, 8)}, "the same H"),
         ({3: torch.tensor([0, 3, 5])}, "must be int32"),
         ({3: ends(3, 1, 1)}, "of 3 sequences and cu_seqlens_k of 2"),
         ({3: ends(3, 9)}, "end at 5 tokens or before"),
@@ -176,7 +230,7 @@ def test_opcheck_accepts_the_kernels_ops():
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention_varlen(*packed)
     torch.library.opcheck(
-        torch.ops.detr_fast.attention_varlen_backward.default, (torch.randn_like(out), out, lse, *packed)
+        torch.ops.detr_fast.attention_varlen_backward.default, (torch.randn_like(out), None, out, lse, *packed)
     )
 
 
@@ -249,7 +303,7 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
     packed = (q, k, v, ends_of, ends_of, 20, 20, seed, False, 0.1, 1.0, 0, False)
     out, lse = attention_varlen_triton._run_forward(*packed)
-    attention_varlen_triton._run_backward(out, out, lse, *packed)
+    attention_varlen_triton._run_backward(out, None, out, lse, *packed)
     assert len(compiled) == 3
     assert launched == compiled
     ATTENTION_VARLEN.forget()
