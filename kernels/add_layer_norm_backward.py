@@ -2,7 +2,7 @@
 """Dropout, residual sum and LayerNorm in one pass, backward. The maths are in add_layer_norm.py.
 
 One kernel for what the forward may have kept: x and the residual, their sum, or xhat, what was normalised (in
-linear_norm.py, whose sum never leaves its registers).
+linear_norm.py).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def add_layer_norm_backward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Without a residual, x is the sum; without mean it is xhat.
+    """Without a residual, x is the sum; without mean it is xhat; without rstd nothing was normalised.
 
     dweight, dbias and dx_sum, which is summed from dx, are fp32 (programs, C): each program's sums over its rows.
     """
@@ -85,32 +85,34 @@ def add_layer_norm_backward_kernel(
         mask = exists[:, None] & inside
         dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
         dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
-        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
-        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
+        if rstd_ptr is not None:
+            x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+            rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
         if seed_ptr is not None:
             keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
-        x = x.to(tl.float32)
-        if residual_ptr is not None:
-            residual_start = row[:, None] * residual_row_stride
-            pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
-            residual = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            if seed_ptr is not None:
-                x = tl.where(keep, x * scale, 0.0)
-            x += residual
+        ds = dy.to(tl.float32)
+        if rstd_ptr is not None:
+            x = x.to(tl.float32)
+            if residual_ptr is not None:
+                residual_start = row[:, None] * residual_row_stride
+                pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
+                residual = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                if seed_ptr is not None:
+                    x = tl.where(keep, x * scale, 0.0)
+                x += residual
 
-        # Where there is no element, dy = 0 takes xhat out of every sum.
-        xhat = x
-        if mean_ptr is not None:
-            mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
-            xhat = (x - mean[:, None]) * rstd[:, None]
-        dy = dy.to(tl.float32)
-        if dweight_ptr is not None:
-            dweight += dy * xhat
-        if dbias_ptr is not None:
-            dbias += dy
-        if weight_ptr is not None:
-            dy *= weight
-        ds = norm_gradient(dy, xhat, rstd, inverse_c)
+            # Where there is no element, dy = 0 takes xhat out of every sum.
+            xhat = x
+            if mean_ptr is not None:
+                mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
+                xhat = (x - mean[:, None]) * rstd[:, None]
+            if dweight_ptr is not None:
+                dweight += ds * xhat
+            if dbias_ptr is not None:
+                dbias += ds
+            if weight_ptr is not None:
+                ds *= weight
+            ds = norm_gradient(ds, xhat, rstd, inverse_c)
         if dsum_ptr is not None:
             dsum_start = row[:, None] * dsum_row_stride
             pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
@@ -193,30 +195,49 @@ def residual_norm_backward(
     weight: Tensor,
     dropout: Dropout | None = None,
     *,
+    dsum: Tensor | None = None,
     dresidual_dtype: torch.dtype,
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Back from y = LayerNorm(residual + dropout(x)), of which the forward kept xhat (..., C) and rstd, fp32 (rows,).
 
-    Returns dresidual, dx (None where it would equal dresidual), both (..., C), and the sums over each program's rows for
-    weight, bias and the bias inside x, fp32 (programs, 3 * C), for `sum_partials`. C up to 8,192. Deterministic.
+    dsum: the gradient that arrives for that sum itself, (..., C). Returns dresidual, dx (None where it would equal
+    dresidual), both (..., C), and the sums over each program's rows for weight, bias and the bias inside x, fp32
+    (programs, 3 * C), for `sum_partials`. C up to 8,192. Deterministic.
     """
     dy, dy_stride = as_rows(dy)
+    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
     rows, columns = dy.shape[:-1].numel(), dy.shape[-1]
     dresidual = empty(dy.shape, dresidual_dtype, dy.device)
     separate = dropout is not None or dx_dtype != dresidual_dtype
     dx = empty(dy.shape, dx_dtype, dy.device) if separate else None
-    size = min(t.element_size() for t in (dy, xhat, dresidual, dx) if t is not None)
-    vector = run_length(size, dy_stride | columns, dy.data_ptr() | xhat.data_ptr() | weight.data_ptr())
-    dtypes = (dy.dtype, None, xhat.dtype, None, weight.dtype, dtype_of(dx), dresidual_dtype)
+    size = min(t.element_size() for t in (dy, dsum, xhat, dresidual, dx) if t is not None)
+    addresses = dy.data_ptr() | address_of(dsum) | xhat.data_ptr() | weight.data_ptr()
+    vector = run_length(size, dy_stride | dsum_stride | columns, addresses)
+    dtypes = (dy.dtype, dtype_of(dsum), xhat.dtype, None, weight.dtype, dtype_of(dx), dresidual_dtype)
     variant = backward_variant(columns, dtypes, True, True, dropout is not None, vector, True)
     programs = _programs(variant, rows, dy.device)
     partial = empty((programs, 3 * columns), torch.float32, dy.device)
     seed = None if dropout is None else dropout.seed
-    tensors = (dy, None, xhat, None, weight, seed, None, rstd, dx, dresidual, *partial.split(columns, 1))
-    sizes = (dy_stride, 0, columns, 0, 3 * columns, rows, columns)
+    tensors = (dy, dsum, xhat, None, weight, seed, None, rstd, dx, dresidual, *partial.split(columns, 1))
+    sizes = (dy_stride, dsum_stride, columns, 0, 3 * columns, rows, columns)
     launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
     return dresidual, dx, partial
+
+
+def dropped_backward(dsum: Tensor, dropout: Dropout, dx_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Back from residual + dropout(x) to x: dx (..., C), and its sums over each program's rows, fp32 (programs, C)."""
+    dsum, stride = as_rows(dsum)
+    rows, columns = dsum.shape[:-1].numel(), dsum.shape[-1]
+    dx = empty(dsum.shape, dx_dtype, dsum.device)
+    vector = run_length(min(dsum.element_size(), dx.element_size()), stride | columns, dsum.data_ptr())
+    dtypes = (dsum.dtype, None, None, None, None, dx_dtype, None)
+    variant = backward_variant(columns, dtypes, False, False, True, vector, True)
+    programs = _programs(variant, rows, dsum.device)
+    partial = empty((programs, columns), torch.float32, dsum.device)
+    tensors = (dsum, None, None, None, None, dropout.seed, None, None, dx, None, None, None, partial)
+    launch(variant, (programs,), *tensors, stride, 0, 0, 0, columns, rows, columns, *dropout_arguments(dropout))
+    return dx, partial
 
 
 def _programs(variant: Variant, rows: int, device: torch.device) -> int:
@@ -236,14 +257,14 @@ def backward_variant(
 ) -> Variant:
     """The program that takes all gradients in one pass; dtypes: of dy, dsum, x, residual, weight, dx and dresidual.
 
-    xhat: x is what was normalised, and dx is summed up as well.
+    xhat: x is what was normalised, if anything was, and dx is summed up as well.
     """
     config = (LAYER_NORM_BACKWARD if xhat else ADD_LAYER_NORM_BACKWARD)[block_of(columns)]
     if xhat and torch.float32 in dtypes[:3]:  # the third sum beside LayerNorm's two would make full tiles spill
         config = replace(config, rows=max(1, config.rows // 2))
     fp32 = torch.float32
     sums = (fp32 if with_dw else None, fp32 if with_db else None, fp32 if xhat else None)
-    statistics = (None if xhat else fp32, fp32)
+    statistics = (None if xhat else fp32, None if dtypes[2] is None else fp32)
     tensors = (*dtypes[:5], torch.int64 if dropout else None, *statistics, *dtypes[5:], *sums)
     types = (*map(pointer, tensors), *["i32"] * 5, "i64", "i32", "i32", "i32", "fp32")
     constants = row_constants(columns, config, vector)

@@ -1,10 +1,10 @@
 # mypy: allow-incomplete-defs
 """A whole feed-forward block in one kernel, forward: the hidden activation never leaves the multiprocessor.
 
-    h = dropout(activation(x @ w1^T + b1)),   s = residual + dropout(h @ w2^T + b2),   y = LayerNorm(s), or s's second term
+    h = dropout(activation(x @ w1^T + b1)),   s = residual + dropout(h @ w2^T + b2),   y = LayerNorm(s)
 
 x is (M, C), w1 (F, C), w2 (D, F), y (M, D), with C and D up to 256: a program keeps its rows of x, and the sums of its rows
-of y in fp32 registers, and goes over F. So h costs no memory, and a sum of any size is finite. The backward computes h once
+of s in fp32 registers, and goes over F; s may be all that is wanted, or its second term. So h costs no memory, and a sum of any size is finite. The backward computes h once
 more (`linear_backward` with `Recomputed`). Sources: Vaswani et al., 2017, arXiv:1706.03762, section 3.3; Dao et al., 2022,
 arXiv:2205.14135, whose loop over keys this is with weights in place of keys and values.
 """
@@ -24,7 +24,7 @@ from .configs import FEED_FORWARD, FEW_ROWS
 from .dropout import Dropout, dropout_arguments, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
-from .linear_norm import finish_rows
+from .linear_norm import Rows, finish_rows
 from .product_tiles import activate, precision, store_tile
 from .rows import address_of, as_rows, block_of, dtype_of, load_parameters, run_length, run_pointers
 
@@ -42,6 +42,7 @@ def feed_forward_kernel(
     norm_weight_ptr,
     norm_bias_ptr,
     y_ptr,
+    sum_ptr,
     xhat_ptr,
     rstd_ptr,
     seed_ptr,
@@ -70,7 +71,7 @@ def feed_forward_kernel(
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """EVEN: C fills its block and F whole steps. FULL: D fills its block. residual_ptr is None without LayerNorm."""
+    """EVEN: C fills its block and F whole steps. FULL: D fills its block. y_ptr is None where the sum is all there is."""
     first = tl.program_id(0) * BLOCK_M
     rows = M - first
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
@@ -104,8 +105,8 @@ def feed_forward_kernel(
         s = dot(h.to(x.dtype), w2.T, s, PRECISION)
     if residual_ptr is not None:
         finish_rows(
-            *(s, b2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, xhat_ptr, rstd_ptr, output_seed_ptr),
-            *(residual_row_stride, first, rows, D, offset, output_threshold, output_scale, eps),
+            *(s, b2_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, sum_ptr, xhat_ptr, rstd_ptr),
+            *(output_seed_ptr, residual_row_stride, first, rows, D, offset, output_threshold, output_scale, eps),
             *(BLOCK_M, BLOCK_D, FULL, VEC),
         )
     else:
@@ -116,13 +117,17 @@ def feed_forward_kernel(
 
 
 class Norm(NamedTuple):
-    """What is behind the second product: residual (..., D), weight and bias (D,) of LayerNorm, its eps, y's dtype."""
+    """What is behind the second product: residual (..., D), weight and bias (D,) of LayerNorm, its eps, y's dtype.
+
+    As `linear_norm_forward` takes them.
+    """
 
     residual: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     eps: float
     out_dtype: torch.dtype
+    with_sum: bool
     keep: bool
 
 
@@ -137,8 +142,8 @@ def feed_forward(
     activation: str,
     dropout: Dropout | None = None,
     output_dropout: Dropout | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The block over x (..., C): y (..., D), contiguous, and with norm.keep xhat in y's dtype and rstd, fp32 (rows,).
+) -> Rows:
+    """The block over x (..., C): y (..., D), and with a norm what `linear_norm_forward` gives.
 
     dropout acts on h, output_dropout, of the same seed and offset, on what is added to the residual.
     """
@@ -147,26 +152,26 @@ def feed_forward(
     w2, w2_stride = as_rows(w2)
     residual, residual_stride = (None, 0) if norm is None else as_rows(norm.residual)
     rows, C, F, D = x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0]
-    y = empty((*x.shape[:-1], D), x.dtype if norm is None else norm.out_dtype, x.device)
-    keep = norm is not None and norm.keep
-    xhat = empty(y.shape, y.dtype, x.device) if keep else None
-    rstd = empty((rows,), torch.float32, x.device) if keep else None
+    if norm is None:
+        out = Rows(empty((*x.shape[:-1], D), x.dtype, x.device), None, None, None)
+    else:
+        out = Rows.empty(x, norm.residual, norm.weight, norm.out_dtype, norm.with_sum, norm.keep)
     parameters = (None, None) if norm is None else (norm.weight, norm.bias)
     addresses = reduce(or_, map(address_of, (x, w1, w2, b2, residual, *parameters)))
     vector = run_length(x.element_size(), x_stride | w1_stride | w2_stride | residual_stride | C | D | F, addresses)
-    dtypes = tuple(map(dtype_of, (b1, b2, residual, *parameters, y, xhat)))
+    dtypes = tuple(map(dtype_of, (b1, b2, residual, *parameters, *out[:3])))
     drops = dropout is not None, output_dropout is not None
     variant = forward_variant(
         x.dtype, activation, (C, F, D), rows <= FEW_ROWS, dtypes, drops, vector, precision(x.dtype)
     )
     seeds = (None if one is None else one.seed for one in (dropout, output_dropout))
-    tensors = (x, w1, b1, w2, b2, residual, *parameters, y, xhat, rstd, *seeds)
+    tensors = (x, w1, b1, w2, b2, residual, *parameters, *out, *seeds)
     offset = max(dropout_arguments(dropout)[0], dropout_arguments(output_dropout)[0])
     drawn = (offset, *dropout_arguments(dropout)[1:], *dropout_arguments(output_dropout)[1:])
     sizes = (x_stride, w1_stride, w2_stride, residual_stride, rows, C, D, F)
     grid = (-(-rows // variant.constants["BLOCK_M"]),)
     launch(variant, grid, *tensors, *sizes, *drawn, 0.0 if norm is None else norm.eps)
-    return y, xhat, rstd
+    return out
 
 
 @cache
@@ -180,7 +185,8 @@ def forward_variant(
     vector: int,
     rounding: str,
 ) -> Variant:
-    """The program of `feed_forward`; widths C, F, D; dtypes of b1, b2, residual, norm weight and bias, y and xhat.
+    """The program of `feed_forward`; widths C, F, D; dtypes of b1, b2, residual, norm weight and bias, y, the sum and
+    xhat.
 
     rounding: see `product_tiles.precision`.
     """
@@ -212,7 +218,7 @@ def catalog_entries() -> Iterator[Entry]:
         ("_few", 33, Budget(184, 48 << 10, 256, 40 << 10)),
     ):
         sizes = (256, 2048, 256), rows <= FEW_ROWS
-        variant = forward_variant(bf16, "relu", *sizes, (bf16,) * 7, (True, True), 8, precision(bf16))
+        variant = forward_variant(bf16, "relu", *sizes, (*[bf16] * 6, None, bf16), (True, True), 8, precision(bf16))
         tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_F"])
         name = f"feed_forward_c256_relu_{TRITON_TYPES[bf16]}{suffix}"
         yield Entry("feed_forward", name, variant, tile, budget, partial(_example, rows, bf16))
@@ -224,7 +230,7 @@ def _example(rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[]
     w1, w2 = (torch.randn(s, device=device).to(dtype) / 16 for s in ((64, 256), (256, 64)))
     b1, b2, weight, bias = (torch.randn(n, device=device).to(dtype) for n in (64, 256, 256, 256))
     dropout = Dropout(torch.ones(1, dtype=torch.int64, device=device), 3, 0.1)
-    norm = Norm(x, weight, bias, 1e-5, dtype, True)
+    norm = Norm(x, weight, bias, 1e-5, dtype, False, True)
 
     def call() -> tuple[Tensor, ...]:
         options = {"dropout": dropout, "output_dropout": dropout}

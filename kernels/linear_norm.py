@@ -3,9 +3,9 @@
 
     s = residual + dropout(x @ w^T + bias),   y = xhat * norm_weight + norm_bias,   xhat = (s - mean(s)) * rstd(s)
 
-x is (M, K), w (C, K), residual and y (M, C) with C up to 256: whole rows lie in one tile. s stays in fp32 registers, so
-that it is finite where fp16 would not be; the backward, `residual_norm_backward`, gets xhat, which
-is no larger than sqrt(C), and rstd.
+x is (M, K), w (C, K), residual and y (M, C) with C up to 256: whole rows lie in one tile. s is in fp32 registers, so that
+it is finite where fp16 would not be. For pre-norm it is written as well, or alone; y comes from what was not rounded. The
+backward, `residual_norm_backward`, gets xhat, which is no larger than sqrt(C), and rstd.
 Source: Ba et al., 2016, arXiv:1607.06450 (LayerNorm).
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def linear_norm_kernel(
     norm_weight_ptr,
     norm_bias_ptr,
     y_ptr,
+    sum_ptr,
     xhat_ptr,
     rstd_ptr,
     seed_ptr,
@@ -75,7 +77,7 @@ def linear_norm_kernel(
     x_base = x_ptr + first.to(tl.int64) * x_row_stride
     s = product(x_base, row * x_row_stride, w_ptr, w_stride, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
     finish_rows(
-        *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, xhat_ptr, rstd_ptr, seed_ptr),
+        *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, sum_ptr, xhat_ptr, rstd_ptr, seed_ptr),
         *(residual_row_stride, first, rows, N, offset, threshold, scale, eps, BLOCK_M, BLOCK_N, FULL, VEC),
     )
 
@@ -88,6 +90,7 @@ def finish_rows(
     norm_weight_ptr,
     norm_bias_ptr,
     y_ptr,
+    sum_ptr,
     xhat_ptr,
     rstd_ptr,
     seed_ptr,
@@ -104,7 +107,7 @@ def finish_rows(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """From a product's whole rows, fp32 (BLOCK_M, BLOCK_N), to y: bias, dropout, residual, LayerNorm."""
+    """From a product's whole rows, fp32 (BLOCK_M, BLOCK_N), to the sum and y: bias, dropout, residual, LayerNorm."""
     column, inside, inverse_n = column_block(N, BLOCK_N, FULL, VEC)
     m = tl.arange(0, BLOCK_M)
     row = tl.minimum(m, rows - 1)[:, None]
@@ -117,21 +120,48 @@ def finish_rows(
     residual_base = residual_ptr + first.to(tl.int64) * residual_row_stride
     residual = tl.load(run_pointers(residual_base, row * residual_row_stride, column, VEC), mask=inside, other=0.0)
     s += residual.to(tl.float32)
-    if not FULL:
-        s = tl.where(inside, s, 0.0)
-    s -= (tl.sum(s, axis=1) * inverse_n)[:, None]
-    if not FULL:
-        s = tl.where(inside, s, 0.0)
-    rstd = tl.rsqrt(tl.sum(s * s, axis=1) * inverse_n + eps)
-    s *= rstd[:, None]
     place = first.to(tl.int64) * N
-    if xhat_ptr is not None:
-        store_tile(xhat_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
-        tl.store(rstd_ptr + first + m, rstd, mask=m < rows)
-    s *= load_parameters(norm_weight_ptr, column, inside, VEC)
-    if norm_bias_ptr is not None:
-        s += load_parameters(norm_bias_ptr, column, inside, VEC)
-    store_tile(y_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+    if sum_ptr is not None:
+        store_tile(sum_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+    if y_ptr is not None:
+        if not FULL:
+            s = tl.where(inside, s, 0.0)
+        s -= (tl.sum(s, axis=1) * inverse_n)[:, None]
+        if not FULL:
+            s = tl.where(inside, s, 0.0)
+        rstd = tl.rsqrt(tl.sum(s * s, axis=1) * inverse_n + eps)
+        s *= rstd[:, None]
+        if xhat_ptr is not None:
+            store_tile(xhat_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+            tl.store(rstd_ptr + first + m, rstd, mask=m < rows)
+        s *= load_parameters(norm_weight_ptr, column, inside, VEC)
+        if norm_bias_ptr is not None:
+            s += load_parameters(norm_bias_ptr, column, inside, VEC)
+        store_tile(y_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+
+
+class Rows(NamedTuple):
+    """What comes of whole rows, each contiguous, None where it was not wanted: y, the sum, xhat (..., C), rstd (rows,)."""
+
+    y: Tensor | None
+    total: Tensor | None
+    xhat: Tensor | None
+    rstd: Tensor | None
+
+    @classmethod
+    def empty(
+        cls, x: Tensor, residual: Tensor, norm_weight: Tensor | None, dtype: torch.dtype, with_sum: bool, keep: bool
+    ) -> Rows:
+        """Uninitialised: y and, where a backward is to come, xhat of `dtype`, the sum of x's and the residual's, promoted.
+
+        Without norm_weight the sum is all there is.
+        """
+        shape, device, norm = residual.shape, residual.device, norm_weight is not None
+        y, xhat = (empty(shape, dtype, device) if norm and wanted else None for wanted in (True, keep))
+        sum_dtype = torch.promote_types(x.dtype, residual.dtype)
+        total = empty(shape, sum_dtype, device) if with_sum or not norm else None
+        rstd = None if xhat is None else empty((shape[:-1].numel(),), torch.float32, device)
+        return cls(y, total, xhat, rstd)
 
 
 def linear_norm_forward(
@@ -139,43 +169,43 @@ def linear_norm_forward(
     w: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     *,
     dropout: Dropout | None = None,
     out_dtype: torch.dtype | None = None,
+    with_sum: bool = False,
     keep: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Rows:
     """LayerNorm(residual + dropout(x @ w^T + bias)), x (..., K), w (C, K), residual (..., C), the rest (C,).
 
-    residual may have another dtype than x; y gets out_dtype, the residual's where None. Returns y, contiguous, and with
-    keep what the backward needs: xhat in y's dtype and rstd, fp32 (rows,).
+    residual may have another dtype than x; y gets out_dtype, the residual's where None, and the sum, which is written
+    with_sum, that of both promoted. keep: also what the backward needs, xhat in y's dtype and rstd in fp32. Without
+    norm_weight the sum is all there is.
     """
     x, x_stride = as_rows(x)
     w, w_stride = as_rows(w)
     residual, residual_stride = as_rows(residual)
     rows, N, K = x.shape[:-1].numel(), w.shape[0], x.shape[-1]
-    y = empty(residual.shape, out_dtype or residual.dtype, x.device)
-    xhat = empty(y.shape, y.dtype, x.device) if keep else None
-    rstd = empty((rows,), torch.float32, x.device) if keep else None
+    out = Rows.empty(x, residual, norm_weight, out_dtype or residual.dtype, with_sum, keep)
     addresses = x.data_ptr() | w.data_ptr() | residual.data_ptr() | address_of(bias)
-    addresses |= norm_weight.data_ptr() | address_of(norm_bias)
+    addresses |= address_of(norm_weight) | address_of(norm_bias)
     vector = run_length(x.element_size(), x_stride | w_stride | residual_stride | N | K, addresses)
     form = Form(x.dtype, "none", K % 64 == 0, vector, precision(x.dtype))
-    dtypes = tuple(map(dtype_of, (bias, residual, norm_weight, norm_bias, y, xhat)))
+    dtypes = tuple(map(dtype_of, (bias, residual, norm_weight, norm_bias, *out[:3])))
     variant = forward_variant(form, N, rows <= FEW_ROWS, dtypes, dropout is not None)
     drop = drawn(dropout, (x_stride, residual_stride, w_stride, rows, N, K))
     grid = (-(-rows // variant.constants["BLOCK_M"]),)
-    launch(variant, grid, x, w, bias, residual, norm_weight, norm_bias, y, xhat, rstd, *drop, eps)
-    return y, xhat, rstd
+    launch(variant, grid, x, w, bias, residual, norm_weight, norm_bias, *out, *drop, eps)
+    return out
 
 
 @cache
 def forward_variant(
     form: Form, columns: int, few: bool, dtypes: tuple[torch.dtype | None, ...], dropout: bool
 ) -> Variant:
-    """The program of `linear_norm_forward`; dtypes of bias, residual, norm_weight, norm_bias, y and xhat."""
+    """The program of `linear_norm_forward`; dtypes of bias, residual, norm_weight, norm_bias, y, the sum and xhat."""
     config = LINEAR_NORM[form.dtype.itemsize, few]
     block = block_of(columns)
     constants = form.constants(config) | {"BLOCK_N": block, "FULL": columns == block}
@@ -188,30 +218,37 @@ def forward_variant(
 
 def catalog_entries() -> Iterator[Entry]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    # rows, columns, x's dtype, the residual's, the forward's budget
+    # rows, columns, x's dtype, the residual's, whether the sum is returned (pre-norm), the forward's budget
     forms = (
-        (FEW_ROWS + 1, 256, bf16, bf16, Budget(248, 82 << 10, 256, 64 << 10)),
-        (33, 256, bf16, fp32, Budget(248, 72 << 10, 256, 64 << 10)),  # autocast
-        (33, 100, fp32, fp32, Budget(248, 40 << 10, 256, 64 << 10)),
+        (FEW_ROWS + 1, 256, bf16, bf16, False, Budget(248, 82 << 10, 256, 64 << 10)),
+        (33, 256, bf16, fp32, True, Budget(248, 72 << 10, 256, 64 << 10)),  # autocast
+        (33, 100, fp32, fp32, False, Budget(248, 40 << 10, 256, 64 << 10)),
     )
-    for rows, columns, dtype, residual, budget in forms:
+    for rows, columns, dtype, residual, with_sum, budget in forms:
         vector = 16 // dtype.itemsize
         form = Form(dtype, "none", True, vector, precision(dtype))
-        example = partial(_example, rows, columns, dtype, residual)
-        suffix = f"c{columns}_{TRITON_TYPES[dtype]}" + ("_few" if rows <= FEW_ROWS else "")
-        ahead = forward_variant(form, columns, rows <= FEW_ROWS, (dtype, *[residual] * 5), True)
+        example = partial(_example, rows, columns, dtype, residual, with_sum)
+        suffix = f"c{columns}_{TRITON_TYPES[dtype]}" + ("_few" if rows <= FEW_ROWS else "") + "_sum" * with_sum
+        total = residual if with_sum else None
+        dtypes = (dtype, residual, residual, residual, residual, total, residual)
+        ahead = forward_variant(form, columns, rows <= FEW_ROWS, dtypes, True)
         tile = int(ahead.constants["BLOCK_M"]) * int(ahead.constants["BLOCK_N"])
         yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
-        if residual == dtype:
-            dtypes = (dtype, None, dtype, None, dtype, dtype, dtype)
-            back = backward_variant(columns, dtypes, True, True, True, vector, True)
+        if dtype == bf16:
+            read = (residual, total, residual, None, residual)
+            back = backward_variant(columns, (*read, dtype, residual), True, True, True, vector, True)
             limit = Budget(255, 8192, 256, 8192)
             name = f"residual_norm_backward_{suffix}"
             yield Entry("linear_add_layer_norm", name, back, tile_elements(back), limit, example)
 
 
 def _example(
-    rows: int, columns: int, dtype: torch.dtype, residual_dtype: torch.dtype, device: torch.device
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    with_sum: bool,
+    device: torch.device,
 ) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward with dropout."""
     x, w = (torch.randn(n, 64, device=device).to(dtype) for n in (rows, columns))
@@ -221,12 +258,15 @@ def _example(
     dropout = Dropout(torch.ones(1, dtype=torch.int64, device=device), 3, 0.1)
 
     def call() -> tuple[Tensor, ...]:
-        y, xhat, rstd = linear_norm_forward(x, w, bias, residual, weight, offset, 1e-5, dropout=dropout)
+        options: Any = {"dropout": dropout, "with_sum": with_sum}
+        y, total, xhat, rstd = linear_norm_forward(x, w, bias, residual, weight, offset, 1e-5, **options)
+        assert y is not None
         assert xhat is not None
         assert rstd is not None
-        dtypes = {"dresidual_dtype": residual_dtype, "dx_dtype": dtype}
-        ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, weight, dropout, **dtypes)
+        back: Any = {"dsum": dy if with_sum else None, "dresidual_dtype": residual_dtype, "dx_dtype": dtype}
+        ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, weight, dropout, **back)
         assert dproduct is not None
-        return y, xhat, rstd, ds, dproduct, *sum_partials((partial, residual_dtype))
+        outputs = (y, xhat, rstd, ds, dproduct, *sum_partials((partial, residual_dtype)))
+        return outputs if total is None else (*outputs, total)
 
     return call

@@ -81,7 +81,7 @@ def sum_and_norm(x: Tensor, residual: Tensor, norm: Any, p: float = 0.0) -> tupl
 def linear_add_norm(x: Tensor, linear: Any, residual: Tensor, norm: Any, p: float) -> Tensor:
     """norm(residual + dropout(linear(x)))."""
     if norm.weight is not None:
-        arguments = (x, linear.weight, linear.bias, residual, norm.weight, norm.bias, norm.eps, p)
+        arguments = (x, linear.weight, linear.bias, residual, norm.weight, norm.bias, norm.eps, p, False)
         if (kernel := LINEAR_ADD_LAYER_NORM.kernel(*arguments)) is not None:
             return kernel.run(*arguments)
     return add_norm(F.linear(x, linear.weight, linear.bias), residual, norm, p)
@@ -97,7 +97,7 @@ def feed_forward_add_norm(x: Tensor, parts: FeedForwardParts, norm: Any) -> Tens
     """norm(x + dropout(block(x)))."""
     if norm.weight is not None:
         weights = (parts.first.weight, parts.first.bias, parts.second.weight, parts.second.bias, norm.weight, norm.bias)
-        arguments = (x, *weights, norm.eps, parts.activation, parts.dropout_p, parts.output_dropout_p)
+        arguments = (x, *weights, norm.eps, parts.activation, parts.dropout_p, parts.output_dropout_p, None, False)
         if (kernel := FEED_FORWARD.kernel(*arguments)) is not None:
             return kernel.run(*arguments)
     return add_norm(feed_forward_of(x, parts), x, norm, parts.output_dropout_p)

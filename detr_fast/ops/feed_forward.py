@@ -36,15 +36,17 @@ def feed_forward(
     b2: Tensor | None,
     activation: str = "relu",
     dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    output_dropout_p: float = 0.0,
 ) -> Tensor:
-    """dropout(activation(x @ w1^T + b1)) @ w2^T + b2.
+    """dropout(activation(x @ w1^T + b1)) @ w2^T + b2; with a residual its sum with dropout of that, by output_dropout_p.
 
-    Shapes: x (..., C), w1 (F, C), b1 (F,), w2 (D, F), b2 (D,); the result is (..., D) in x's dtype (autocast's under
-    autocast). activation: relu, gelu (exact), gelu_tanh or silu. Raises ValueError for another activation, RuntimeError
+    Shapes: x (..., C), w1 (F, C), b1 (F,), w2 (D, F), b2 (D,), residual (..., D); the result is (..., D) in x's dtype
+    (autocast's under autocast), promoted with the residual's. activation: relu, gelu (exact), gelu_tanh or silu. Raises ValueError for another activation, RuntimeError
     where shapes do not fit, with torch's own message; BackendError as `use_backend` says.
     Source: Vaswani et al., 2017, arXiv:1706.03762, section 3.3.
     """
-    arguments = (x, w1, b1, w2, b2, None, None, 0.0, _known(activation), dropout_p, 0.0)
+    arguments = (x, w1, b1, w2, b2, None, None, 0.0, _known(activation), dropout_p, output_dropout_p, residual, False)
     return FEED_FORWARD(*arguments) if dispatch.intervening or x.is_cuda else _eager(*arguments)
 
 
@@ -60,13 +62,18 @@ def feed_forward_add_layer_norm(
     activation: str = "relu",
     dropout_p: float = 0.0,
     output_dropout_p: float = 0.0,
-) -> Tensor:
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+) -> Any:
     """LayerNorm(x + dropout(feed_forward(x))): the whole second block of a post-norm transformer layer.
 
-    As `feed_forward`, with D = C; norm_weight and norm_bias (C,). dropout_p acts on the hidden activation,
-    output_dropout_p on what is added to x. The result is in x's dtype (under autocast on a GPU: fp32).
+    As `feed_forward`; norm_weight and norm_bias (D,). dropout_p acts on the hidden activation, output_dropout_p on what is
+    added to x, or to the residual (..., D) in its place. The result is in the residual's dtype (under autocast on a GPU:
+    fp32). With `return_sum` also what is normalised, for pre-norm transformers, whose next residual it is: in the dtype of
+    both terms, promoted.
     """
-    arguments = (x, w1, b1, w2, b2, norm_weight, norm_bias, eps, _known(activation), dropout_p, output_dropout_p)
+    weights = (x, w1, b1, w2, b2, norm_weight, norm_bias)
+    arguments = (*weights, eps, _known(activation), dropout_p, output_dropout_p, residual, return_sum)
     return FEED_FORWARD(*arguments) if dispatch.intervening or x.is_cuda else _eager(*arguments)
 
 
@@ -88,13 +95,19 @@ def _eager(
     activation: str,
     dropout_p: float,
     output_dropout_p: float,
-) -> Tensor:
+    residual: Tensor | None,
+    return_sum: bool,
+) -> Any:
     h = ACTIVATIONS[activation](F.linear(x, w1, b1))
     y = F.linear(F.dropout(h, dropout_p) if dropout_p > 0.0 else h, w2, b2)
-    if norm_weight is None:
+    if norm_weight is None and residual is None:
         return y
-    y = x + (F.dropout(y, output_dropout_p) if output_dropout_p > 0.0 else y)
-    return F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
+    y = F.dropout(y, output_dropout_p) if output_dropout_p > 0.0 else y
+    total = (x if residual is None else residual) + y
+    if norm_weight is None:
+        return total
+    y = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+    return (y, total) if return_sum else y
 
 
 @dataclass(frozen=True)
@@ -102,14 +115,18 @@ class FeedForwardCall(ProductCall):
     hidden: int
     activation: str
     norm: bool
+    residual: bool  # beside x
+    return_sum: bool
 
     def shapes(self) -> str:
-        return super().shapes() + f" hidden {self.hidden} {self.activation}" + (" + norm" if self.norm else "")
+        behind = " + residual" * self.residual + " + norm" * self.norm + " with sum" * self.return_sum
+        return super().shapes() + f" hidden {self.hidden} {self.activation}{behind}"
 
 
 def _signature(x: Tensor, *rest: Any) -> tuple[Any, ...]:
-    *tensors, _eps, activation, dropout_p, output_dropout_p = rest
-    return (key(x), *map(key, tensors), activation, dropout_p > 0.0, output_dropout_p > 0.0, exact_fp32())
+    *tensors, _eps, activation, dropout_p, output_dropout_p, residual, return_sum = rest
+    settings = (activation, dropout_p > 0.0, output_dropout_p > 0.0, return_sum, exact_fp32())
+    return (key(x), *map(key, tensors), key(residual), *settings)
 
 
 def _describe(
@@ -124,23 +141,28 @@ def _describe(
     activation: str,
     dropout_p: float,
     output_dropout_p: float,
+    residual: Tensor | None,
+    return_sum: bool,
     *,
     situation: Situation,
 ) -> FeedForwardCall:
-    tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
+    tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, residual)
     width, hidden, columns = x.shape[-1], w1.shape[0], w2.shape[0]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "w1": (w1, (hidden, width)),
         "b1": (b1, (hidden,)),
         "w2": (w2, (columns, hidden)),
         "b2": (b2, (columns,)),
-        "norm_weight": (norm_weight, (width,)),
-        "norm_bias": (norm_bias, (width,)),
+        "norm_weight": (norm_weight, (columns,)),
+        "norm_bias": (norm_bias, (columns,)),
+        "residual": (residual, (*x.shape[:-1], columns)),
     }
     misfit = shape_misfit(expected, x.device)
-    if misfit is None and norm_weight is not None:
-        misfit = norm_misfit(x, (w1, b1, w2, b2), x, (norm_weight, norm_bias))
-        misfit = misfit or (None if columns == width else f"{columns} outputs can't be added to {width} inputs")
+    if misfit is None and (norm_weight is not None or residual is not None):
+        if residual is None and columns != width:
+            misfit = f"{columns} outputs can't be added to {width} inputs"
+        added = x if residual is None else residual
+        misfit = misfit or norm_misfit(x, (w1, b1, w2, b2), added, (norm_weight, norm_bias))
     if misfit is None and autocast_dtype(x) is None:
         given = [t for t in (w1, b1, w2, b2) if t is not None]
         misfit = next((f"{t.dtype} beside {x.dtype} inputs" for t in given if t.dtype != x.dtype), None)
@@ -161,6 +183,8 @@ def _describe(
         hidden=hidden,
         activation=activation,
         norm=norm_weight is not None,
+        residual=residual is not None,
+        return_sum=return_sum,
     )
 
 
@@ -172,30 +196,35 @@ class TritonFeedForward(TritonProduct):
     one_kernel: ClassVar[bool] = False
 
     def rehearse(self, call: FeedForwardCall) -> None:
-        _, _, b1, _, b2, norm_weight, norm_bias = call.dtypes
+        _, _, b1, _, b2, norm_weight, norm_bias, added = call.dtypes
         dtype, grad = call.computed_dtype, call.needs_grad
-        out = result_dtype(call.dtype, call.device_type)
+        if call.norm and added is None and dtype != call.dtype:
+            added = call.dtype
+        out = result_dtype(added or call.dtype, call.device_type)
         x, w1 = meta(dtype, call.rows, call.width), meta(dtype, call.hidden, call.width)
         w2, biases = (
             meta(dtype, call.columns, call.hidden),
             (meta(b1 and dtype, call.hidden), meta(b2 and dtype, call.columns)),
         )
         norm = [meta(d, call.columns) for d in (norm_weight, norm_bias)]
-        residual = meta(call.dtype if call.norm and dtype != call.dtype else None, call.rows, call.columns)
+        residual = meta(added, call.rows, call.columns)
         # Which of the two dropouts acts is not told apart: where one does, the other's form is compiled as well.
         for seed in (None, *[meta(torch.int64, 1)] * call.dropout):
             p = 0.0 if seed is None else 0.5
-            settings = (seed, call.activation, 0, p, p, 1e-5, out, grad, self.keeps_hidden, self.one_kernel)
-            y, saved, xhat, rstd = run_forward(x, w1, biases[0], w2, biases[1], *norm, residual, *settings)  # type: ignore[call-arg]
+            settings = (seed, call.activation, 0, p, p, 1e-5, out, call.return_sum, grad)
+            variant = (self.keeps_hidden, self.one_kernel)
+            y, total, saved, xhat, rstd = run_forward(
+                x, w1, biases[0], w2, biases[1], *norm, residual, *settings, *variant
+            )  # type: ignore[call-arg]
             if not grad:
                 continue
             kept: Any = (xhat, rstd, norm[0]) if call.norm else (None, None, None)
             hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, biases[0])
-            settled = (seed, call.activation, 0, p, p, call.dtype, b1 is not None)
-            run_backward(y, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
+            settled = (seed, call.activation, 0, p, p, added or call.dtype, b1 is not None)
+            run_backward(y, total if call.return_sum else None, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
 
     def compiled_key(self, call: FeedForwardCall) -> Any:
-        return super().compiled_key(call), call.hidden, call.activation, call.norm
+        return super().compiled_key(call), call.hidden, call.activation, call.return_sum
 
     def run(
         self,
@@ -210,18 +239,23 @@ class TritonFeedForward(TritonProduct):
         activation: str,
         dropout_p: float,
         output_dropout_p: float,
-    ) -> Tensor:
-        keep = wants_grad(x, w1, b1, w2, b2, norm_weight, norm_bias)
-        drops = dropout_p > 0.0 or (output_dropout_p > 0.0 and norm_weight is not None)
+        residual: Tensor | None,
+        return_sum: bool,
+    ) -> Any:
+        keep = wants_grad(x, w1, b1, w2, b2, norm_weight, norm_bias, residual)
+        if norm_weight is None and residual is None:
+            output_dropout_p = 0.0
+        drops = dropout_p > 0.0 or output_dropout_p > 0.0
         seed, offset = next_seed(x.device) if drops else (None, 0)
-        out = result_dtype(x.dtype, x.device.type)
+        out = result_dtype(x.dtype if residual is None else residual.dtype, x.device.type)
         # Under autocast the residual keeps x's own dtype; otherwise x is the residual, and its gradients are added in a
         # product's epilogue.
         cast, *parameters = autocast(x, w1, b1, w2, b2)
-        residual = x if norm_weight is not None and cast is not x else None
+        residual = x if norm_weight is not None and residual is None and cast is not x else residual
         norm = (norm_weight, norm_bias, residual)
-        settings = (activation, offset, dropout_p, output_dropout_p, eps, out, keep, self.keeps_hidden, self.one_kernel)
-        return forward(cast, *parameters, *norm, seed, *settings)[0]
+        settings = (activation, offset, dropout_p, output_dropout_p, eps, out, return_sum, keep)
+        y, total, *_ = forward(cast, *parameters, *norm, seed, *settings, self.keeps_hidden, self.one_kernel)
+        return (y, total) if return_sum else y
 
 
 class TritonRecomputingFeedForward(TritonFeedForward):
@@ -252,7 +286,7 @@ class TritonOneKernelFeedForward(TritonRecomputingFeedForward):
 class EagerFeedForward(Implementation):
     name = "eager"
 
-    def run(self, *arguments: Any) -> Tensor:
+    def run(self, *arguments: Any) -> Any:
         return _eager(*arguments)
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.kernels import linear as kernels
-from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
+from detr_fast.kernels.add_layer_norm_backward import dropped_backward, residual_norm_backward
 from detr_fast.kernels.dropout import scale
 from detr_fast.kernels.feed_forward import Norm, feed_forward
-from detr_fast.kernels.linear_norm import linear_norm_forward
+from detr_fast.kernels.linear_norm import Rows, linear_norm_forward
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import keep_mask
@@ -47,45 +47,65 @@ def run_forward(
     output_p: float,
     eps: float,
     out_dtype: torch.dtype,
+    with_sum: bool,
     keep: bool,
     keep_hidden: bool,
     one_kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """y (the sum, where there is a residual and no norm), the sum, what is kept of the hidden activation, xhat and rstd.
+
+    Each empty where it is not wanted.
+    """
     dropout = dropout_of(p, seed, offset) if p > 0.0 else None
     output_dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
+    adds = norm_weight is not None or residual is not None
     residual = x if residual is None else residual
+    saved = None
     if one_kernel:
-        norm = None if norm_weight is None else Norm(residual, norm_weight, norm_bias, eps, out_dtype, keep)
-        drops = {"dropout": dropout, "output_dropout": output_dropout if norm else None}
-        y, *kept = feed_forward(x, w1, b1, w2, b2, norm, activation=activation, **drops)
-        return y, *(y.new_empty(0) if t is None else t for t in (None, *kept))  # type: ignore[return-value]
-    keep_hidden &= keep
-    keep_pre = keep_hidden and activation != "relu"
-    h, pre = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
-    saved = pre if pre is not None else h if keep_hidden else h.new_empty(0)
-    if norm_weight is None:
-        y, _ = kernels.linear_forward(h, w2, b2)
-        return y, saved, y.new_empty(0), y.new_empty(0)
-    y, xhat, rstd = linear_norm_forward(
-        h, w2, b2, residual, norm_weight, norm_bias, eps, dropout=output_dropout, out_dtype=out_dtype, keep=keep
-    )
-    return y, saved, *(y.new_empty(0) if t is None else t for t in (xhat, rstd))  # type: ignore[return-value]
+        norm = Norm(residual, norm_weight, norm_bias, eps, out_dtype, with_sum, keep) if adds else None
+        drops = {"dropout": dropout, "output_dropout": output_dropout if adds else None}
+        found = feed_forward(x, w1, b1, w2, b2, norm, activation=activation, **drops)
+    else:
+        keep_hidden &= keep
+        keep_pre = keep_hidden and activation != "relu"
+        h, saved = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
+        saved = h if keep_hidden and not keep_pre else saved
+        if adds:
+            options = {"dropout": output_dropout, "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
+            found = linear_norm_forward(h, w2, b2, residual, norm_weight, norm_bias, eps, **options)
+        else:
+            found = Rows(kernels.linear_forward(h, w2, b2)[0], None, None, None)
+    y, total, *kept = found
+    y, total = (total, None) if y is None else (y, total)
+    return tuple(x.new_empty(0) if t is None else t for t in (y, total, saved, *kept))
 
 
 def _fake_forward(
-    x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, norm_weight: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, out_dtype, keep, keep_hidden, _ = rest
-    dtype = x.dtype if norm_weight is None else out_dtype
-    y = x.new_empty((*x.shape[:-1], w2.shape[0]), dtype=dtype)
+    x: Tensor,
+    w1: Tensor,
+    b1: Any,
+    w2: Tensor,
+    b2: Any,
+    norm_weight: Tensor | None,
+    norm_bias: Any,
+    residual: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, out_dtype, with_sum, keep, keep_hidden, _ = rest
+    shape = (*x.shape[:-1], w2.shape[0])
+    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtypes = (sum_dtype, None, None) if norm_weight is None else (out_dtype, sum_dtype, out_dtype)
+    wanted = (True, with_sum, keep)
+    y, total, xhat = (x.new_empty(0) if not (d and w) else x.new_empty(shape, dtype=d) for d, w in zip(dtypes, wanted))
     saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
-    if norm_weight is None or not keep:
-        return y, saved, y.new_empty(0), y.new_empty(0)
-    return y, saved, torch.empty_like(y), y.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    normed = norm_weight is not None and keep
+    rstd = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) if normed else x.new_empty(0)
+    return y, total, saved, xhat, rstd
 
 
 def run_backward(
     dy: Tensor,
+    dsum: Tensor | None,
     xhat: Tensor | None,
     rstd: Tensor | None,
     norm_weight: Tensor | None,
@@ -101,39 +121,45 @@ def run_backward(
     output_p: float,
     residual_dtype: torch.dtype,
     with_db1: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From y's gradient to the residual's, to those behind and before the hidden activation, and to that activation.
+) -> tuple[Tensor, ...]:
+    """From y's gradient, and the sum's, to the residual's, those behind and before the hidden activation, and to that.
 
-    saved: what the forward kept of it; without it, x, w1 and b1 compute it again. Returns ds, dz, dpre, h, the sums for
-    norm_weight, norm_bias and b2, (3 * D,), and for b1; each empty where it is another one (dz is ds or dy, h is saved)
-    or there is none.
+    saved: what the forward kept of the hidden activation; without it, x, w1 and b1 compute it again. Returns ds, dz, dpre,
+    h, the sums for norm_weight, norm_bias and b2, (3 * D,) (without a norm for b2 alone, (D,), where dropout is behind it),
+    and for b1; each empty where it is another one (dz is ds or dy, h is saved) or there is none.
     """
-    none = dy.new_empty(0)
     ds = separate = partial = None
     dz = dy
+    drop = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
     if xhat is not None and rstd is not None and norm_weight is not None:
-        drop = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
-        dtypes = {"dresidual_dtype": residual_dtype, "dx_dtype": w2.dtype}
-        ds, separate, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, drop, **dtypes)
+        options: Any = {"dsum": dsum, "dresidual_dtype": residual_dtype, "dx_dtype": w2.dtype}
+        ds, separate, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, drop, **options)
         dz = ds if separate is None else separate
+    elif drop is not None:
+        separate, partial = dropped_backward(dy, drop, w2.dtype)
+        dz = separate
+    elif dy.dtype != w2.dtype:
+        dz = separate = dy.to(w2.dtype)
     kept: Any = saved if saved is not None else kernels.Recomputed(x, w1, b1)  # type: ignore[arg-type]
     drop = dropout_of(p, seed, offset) if p > 0.0 else None
     dpre, h, hidden_partial = kernels.linear_backward(
         dz, w2, kept, activation=activation, dropout=drop, with_dbias=with_db1
     )
-    sums, db1 = none, none
-    if partial is not None and norm_weight is not None:
-        more = None if hidden_partial is None else (hidden_partial, w2.dtype)
-        sums, *rest = sum_partials((partial, norm_weight.dtype), more)
-        db1 = rest[0] if rest else none
-    elif hidden_partial is not None:
-        (db1,) = sum_partials((hidden_partial, w2.dtype))
-    found = (ds, separate, dpre, None if h is saved else h)
-    return *(dy.new_empty(0) if t is None else t for t in found), sums, db1  # type: ignore[return-value]
+    sums = db1 = None
+    more = None if hidden_partial is None else (hidden_partial, w2.dtype)
+    if partial is not None:
+        parameter = w2 if norm_weight is None else norm_weight
+        sums, *rest = sum_partials((partial, parameter.dtype), more)
+        db1 = rest[0] if rest else None
+    elif more is not None:
+        (db1,) = sum_partials(more)
+    found = (ds, separate, dpre, None if h is saved else h, sums, db1)
+    return tuple(dy.new_empty(0) if t is None else t for t in found)
 
 
 def _fake_backward(
     dy: Tensor,
+    dsum: Tensor | None,
     xhat: Tensor | None,
     rstd: Tensor | None,
     norm_weight: Tensor | None,
@@ -149,38 +175,44 @@ def _fake_backward(
     output_p: float,
     residual_dtype: torch.dtype,
     with_db1: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden = (*dy.shape[:-1], w2.shape[1])
-    separate = (seed is not None and output_p > 0.0) or residual_dtype != w2.dtype
+) -> tuple[Tensor, ...]:
+    hidden, columns = (*dy.shape[:-1], w2.shape[1]), dy.shape[-1]
+    none, norm, drops = dy.new_empty(0), norm_weight is not None, seed is not None and output_p > 0.0
+    separate = drops or (residual_dtype if norm else dy.dtype) != w2.dtype
+    sums = norm_weight.new_empty(3 * columns) if norm_weight is not None else w2.new_empty(columns) if drops else None
     return (
-        dy.new_empty(0) if norm_weight is None else dy.new_empty(dy.shape, dtype=residual_dtype),
-        dy.new_empty(dy.shape, dtype=w2.dtype) if norm_weight is not None and separate else dy.new_empty(0),
+        dy.new_empty(dy.shape, dtype=residual_dtype) if norm else none,
+        dy.new_empty(dy.shape, dtype=w2.dtype) if separate else torch.empty_like(none),
         w2.new_empty(hidden),
-        dy.new_empty(0) if saved is not None and activation == "relu" else w2.new_empty(hidden),
-        dy.new_empty(0) if norm_weight is None else norm_weight.new_empty(3 * dy.shape[-1]),
-        w2.new_empty(w2.shape[1]) if with_db1 else dy.new_empty(0),
+        torch.empty_like(none) if saved is not None and activation == "relu" else w2.new_empty(hidden),
+        torch.empty_like(none) if sums is None else sums,
+        w2.new_empty(w2.shape[1]) if with_db1 else torch.empty_like(none),
     )
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        y, saved, xhat, rstd = forward.below(*arguments)
+        y, total, saved, xhat, rstd = forward.below(*arguments)
         ctx.save_for_backward(*arguments[:8], arguments[8], saved, xhat, rstd)
-        ctx.settings, ctx.kept = arguments[9:14], arguments[16]
-        ctx.mark_non_differentiable(saved, xhat, rstd)
+        ctx.settings, ctx.kept = arguments[9:14], arguments[17]
+        with_sum = arguments[15]
+        ctx.mark_non_differentiable(saved, xhat, rstd, *(() if with_sum else (total,)))
         ctx.set_materialize_grads(False)
-        return y, saved, xhat, rstd
+        return y, total, saved, xhat, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        if dy is None:
-            return (None,) * 18
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
+        if dy is None and dsum is None:
+            return (None,) * 19
         *inputs, seed, saved, xhat, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            return (*eager_gradients(with_masks(seed, *ctx.settings), inputs, dy, wanted), *(None,) * 10)
-        return (*_gradients(inputs, seed, saved, xhat, rstd, ctx.settings, ctx.kept, dy, wanted), *(None,) * 10)
+            reference = with_masks(seed, *ctx.settings)
+            return (*eager_gradients(reference, inputs, (dy, dsum), wanted), *(None,) * 11)
+        dy = torch.zeros_like(xhat) if dy is None else dy
+        found = _gradients(inputs, seed, saved, xhat, rstd, ctx.settings, ctx.kept, (dy, dsum), wanted)
+        return (*found, *(None,) * 11)
 
 
 def _gradients(
@@ -191,22 +223,25 @@ def _gradients(
     rstd: Tensor,
     settings: tuple[Any, ...],
     kept: bool,
-    dy: Tensor,
+    upstream: tuple[Tensor, Tensor | None],
     wanted: Any,
 ) -> tuple[Tensor | None, ...]:
     x, w1, b1, w2, b2, norm_weight, norm_bias, residual = inputs
     activation, offset, p, output_p, _ = settings
+    dy, dsum = upstream
     norm = (None, None, None) if norm_weight is None else (xhat, rstd, norm_weight)
     hidden = (saved, None, None, None) if kept else (None, x, w1, b1)
     dtype = x.dtype if residual is None else residual.dtype
     settings = (seed, activation, offset, p, output_p, dtype, wanted[2])
-    ds, dz, dpre, h, sums, db1 = _backward(dy, *norm, w2, *hidden, *settings)
-    dz = flat(dz if dz.numel() else ds if norm_weight is not None else dy)
+    ds, dz, dpre, h, sums, db1 = _backward(dy, dsum, *norm, w2, *hidden, *settings)
+    ds = ds if norm_weight is not None else dy.to(dtype)
+    dz = flat(dz if dz.numel() else ds)
     h, dpre = flat(saved if kept and activation == "relu" else h), flat(dpre)
     dx = db2 = None
-    d_norm: Any = sums.chunk(3)  # of nothing where there is no norm
+    d_norm: Any
+    *d_norm, of_b2 = sums.chunk(3) if norm_weight is not None else (None, None, sums)
     if wanted[4]:
-        db2 = dz.sum(0) if norm_weight is None else d_norm[2].to(b2.dtype)
+        db2 = of_b2.to(b2.dtype) if of_b2.numel() else dz.sum(0)
     dw2 = torch.mm(dz.t(), h) if wanted[3] else None
     if wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
         adds = norm_weight is not None and residual is None
@@ -224,7 +259,7 @@ def _gradients(
 
 
 def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, output_p: float, eps: float) -> Any:
-    """The reference with the very elements dropped that the kernels drop."""
+    """The reference, y and the sum behind it, with the very elements dropped that the kernels drop."""
 
     def dropped(y: Tensor, p: float, hidden: bool) -> Tensor:
         if seed is None or p == 0.0:
@@ -242,13 +277,15 @@ def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, outp
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         residual: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         y = F.linear(dropped(ACTIVATIONS[activation](F.linear(x, w1, b1)), p, True), w2, b2)
+        if norm_weight is None and residual is None:
+            return (y,)
+        total = (x if residual is None else residual) + dropped(y, output_p, False)
         if norm_weight is None:
-            return y
-        y = (x if residual is None else residual) + dropped(y, output_p, False)
-        bias_of_norm = None if norm_bias is None else norm_bias.to(y.dtype)
-        return F.layer_norm(y, norm_weight.shape, norm_weight.to(y.dtype), bias_of_norm, eps)
+            return (total,)
+        bias_of_norm = None if norm_bias is None else norm_bias.to(total.dtype)
+        return F.layer_norm(total, norm_weight.shape, norm_weight.to(total.dtype), bias_of_norm, eps), total
 
     return reference
 
@@ -266,15 +303,15 @@ def _autograd_backward(*arguments: Any) -> Any:
 forward = define(
     "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool keep, bool keep_hidden, bool one_kernel) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
 )
 _backward = define(
-    "feed_forward_backward(Tensor dy, Tensor? xhat, Tensor? rstd, Tensor? norm_weight, Tensor w2, Tensor? saved, Tensor? x, "
-    "Tensor? w1, Tensor? b1, Tensor? seed, str activation, int offset, float p, float output_p, ScalarType residual_dtype, "
-    "bool with_db1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "feed_forward_backward(Tensor dy, Tensor? dsum, Tensor? xhat, Tensor? rstd, Tensor? norm_weight, Tensor w2, "
+    "Tensor? saved, Tensor? x, Tensor? w1, Tensor? b1, Tensor? seed, str activation, int offset, float p, float output_p, "
+    "ScalarType residual_dtype, bool with_db1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

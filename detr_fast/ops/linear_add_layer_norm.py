@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,15 +41,19 @@ def linear_add_layer_norm(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
-) -> Tensor:
-    """LayerNorm(residual + dropout(x @ weight^T + bias)): a block's last product in a post-norm transformer.
+    return_sum: bool = False,
+) -> Any:
+    """LayerNorm(residual + dropout(x @ weight^T + bias)): a block's last product and the norm behind it.
+
+    With `return_sum` also what is normalised, for pre-norm transformers, whose next residual it is.
 
     Shapes: x (..., K), weight (C, K), residual (..., C), bias, norm_weight and norm_bias (C,); the result is (..., C) in
-    the residual's dtype (under autocast on a GPU: fp32, as torch's LayerNorm gives). Where the kernel runs, the sum stays
-    in fp32 and is finite where fp16 would overflow. Raises RuntimeError where shapes do not fit, with torch's own message;
+    the residual's dtype (under autocast on a GPU: fp32, as torch's LayerNorm gives), the sum in that of x @ weight^T and
+    the residual, promoted. Where the kernel runs, what is normalised stays in fp32 and is finite where fp16 would overflow
+    (and where a sum that is returned does). Raises RuntimeError where shapes do not fit, with torch's own message;
     BackendError as `use_backend` says. Source: Vaswani et al., 2017, arXiv:1706.03762, section 3.1.
     """
-    arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, dropout_p)
+    arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, dropout_p, return_sum)
     if not (dispatch.intervening or x.is_cuda):
         return _eager(*arguments)
     return LINEAR_ADD_LAYER_NORM(*arguments)
@@ -63,16 +68,25 @@ def _eager(
     norm_bias: Tensor | None,
     eps: float,
     dropout_p: float,
-) -> Tensor:
+    return_sum: bool,
+) -> Any:
     y = F.linear(x, weight, bias)
-    if dropout_p > 0.0:
-        y = F.dropout(y, dropout_p)
-    return F.layer_norm(residual + y, norm_weight.shape, norm_weight, norm_bias, eps)
+    total = residual + (F.dropout(y, dropout_p) if dropout_p > 0.0 else y)
+    y = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+    return (y, total) if return_sum else y
+
+
+@dataclass(frozen=True)
+class LinearNormCall(ProductCall):
+    return_sum: bool
+
+    def shapes(self) -> str:
+        return super().shapes() + " with sum" * self.return_sum
 
 
 def _signature(x: Tensor, *rest: Any) -> tuple[Any, ...]:
-    *tensors, _eps, dropout_p = rest
-    return (key(x), *map(key, tensors), dropout_p > 0.0, exact_fp32())
+    *tensors, _eps, dropout_p, return_sum = rest
+    return (key(x), *map(key, tensors), dropout_p > 0.0, return_sum, exact_fp32())
 
 
 def _describe(
@@ -84,9 +98,10 @@ def _describe(
     norm_bias: Tensor | None,
     eps: float,
     dropout_p: float,
+    return_sum: bool,
     *,
     situation: Situation,
-) -> ProductCall:
+) -> LinearNormCall:
     tensors = (x, weight, bias, residual, norm_weight, norm_bias)
     width, columns = x.shape[-1], norm_weight.shape[-1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -95,7 +110,7 @@ def _describe(
     }
     for name, parameter in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         expected[name] = (parameter, (columns,))
-    return ProductCall(
+    return LinearNormCall(
         device=x.device,
         architecture=dispatch.architecture(x.device),
         dtype=x.dtype,
@@ -109,13 +124,14 @@ def _describe(
         dropout=dropout_p > 0.0,
         exact_fp32=exact_fp32(),
         misfit=shape_misfit(expected, x.device) or norm_misfit(x, (weight, bias), residual, (norm_weight, norm_bias)),
+        return_sum=return_sum,
     )
 
 
 def norm_misfit(x: Tensor, products: Any, residual: Tensor, norms: Any) -> str | None:
     """What dtypes the fused rows do not take: products in x's, residual and norms in theirs or, under autocast, fp32."""
-    if norms[0].shape[-1] > kernels.MAX_COLUMNS:
-        return f"{norms[0].shape[-1]} columns: whole rows of up to {kernels.MAX_COLUMNS} fit a tile"
+    if residual.shape[-1] > kernels.MAX_COLUMNS:
+        return f"{residual.shape[-1]} columns: whole rows of up to {kernels.MAX_COLUMNS} fit a tile"
     if autocast_dtype(x) is not None:
         given = [residual, *norms]
         return next((f"{t.dtype} beside autocast" for t in given if t is not None and t.dtype not in _AUTOCAST), None)
@@ -129,7 +145,7 @@ _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
 class TritonLinearAddLayerNorm(TritonProduct):
     op = "linear_add_layer_norm"
 
-    def rehearse(self, call: ProductCall) -> None:
+    def rehearse(self, call: LinearNormCall) -> None:
         _, _, bias, residual, norm_weight, norm_bias = call.dtypes
         out = result_dtype(residual or call.dtype, call.device_type)
         dtype, shape = call.computed_dtype, (call.rows, call.columns)
@@ -140,10 +156,14 @@ class TritonLinearAddLayerNorm(TritonProduct):
             meta(residual, *shape),
         )
         parameters = [meta(d, call.columns) for d in (bias and dtype, norm_weight, norm_bias)]
-        settings = (seed, 0, 0.5, 1e-5, out, call.needs_grad)
-        _, xhat, rstd = _run_forward(x, weight, parameters[0], residual_in, *parameters[1:], *settings)  # type: ignore[call-arg]
+        settings = (seed, 0, 0.5, 1e-5, out, call.return_sum, call.needs_grad)
+        _, total, xhat, rstd = _run_forward(x, weight, parameters[0], residual_in, *parameters[1:], *settings)  # type: ignore[call-arg]
         if call.needs_grad:
-            _run_backward(meta(out, *shape), xhat, rstd, parameters[1], seed, 0, 0.5, residual or dtype, dtype)
+            arriving = meta(out, *shape), total if call.return_sum else None
+            _run_backward(*arriving, xhat, rstd, parameters[1], seed, 0, 0.5, residual or dtype, dtype)
+
+    def compiled_key(self, call: LinearNormCall) -> Any:
+        return super().compiled_key(call), call.return_sum
 
     def run(
         self,
@@ -155,19 +175,22 @@ class TritonLinearAddLayerNorm(TritonProduct):
         norm_bias: Tensor | None,
         eps: float,
         dropout_p: float,
-    ) -> Tensor:
+        return_sum: bool,
+    ) -> Any:
         out = result_dtype(residual.dtype, x.device.type)
         x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
         seed, offset = next_seed(x.device) if dropout_p > 0.0 else (None, 0)
         keep = wants_grad(x, weight, bias, residual, norm_weight, norm_bias)
         norm = (norm_weight, norm_bias)
-        return _forward(x, weight, bias, residual, *norm, seed, offset, dropout_p, eps, out, keep)[0]
+        settings = (seed, offset, dropout_p, eps, out, return_sum, keep)
+        y, total, _, _ = _forward(x, weight, bias, residual, *norm, *settings)
+        return (y, total) if return_sum else y
 
 
 class EagerLinearAddLayerNorm(Implementation):
     name = "eager"
 
-    def run(self, *arguments: Any) -> Tensor:
+    def run(self, *arguments: Any) -> Any:
         return _eager(*arguments)
 
 
@@ -200,24 +223,29 @@ def _run_forward(
     p: float,
     eps: float,
     out_dtype: torch.dtype,
+    with_sum: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dropout = dropout_of(p, seed, offset)
+) -> tuple[Tensor, ...]:
     norm = (residual, norm_weight, norm_bias, eps)
-    y, xhat, rstd = kernels.linear_norm_forward(x, weight, bias, *norm, dropout=dropout, out_dtype=out_dtype, keep=keep)
-    return y, y.new_empty(0) if xhat is None else xhat, y.new_empty(0) if rstd is None else rstd
+    options = {"dropout": dropout_of(p, seed, offset), "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
+    found = kernels.linear_norm_forward(x, weight, bias, *norm, **options)
+    return tuple(residual.new_empty(0) if t is None else t for t in found)
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Any, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, out_dtype, keep = rest
-    y = residual.new_empty(residual.shape, dtype=out_dtype)
-    if not keep:
-        return y, y.new_empty(0), y.new_empty(0)
-    return y, torch.empty_like(y), y.new_empty(residual.shape[:-1].numel(), dtype=torch.float32)
+def _fake_forward(x: Tensor, weight: Tensor, bias: Any, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, out_dtype, with_sum, keep = rest
+    dtypes = (out_dtype, torch.promote_types(x.dtype, residual.dtype), out_dtype)
+    y, total, xhat = (
+        residual.new_empty(residual.shape, dtype=dtype) if wanted else residual.new_empty(0)
+        for dtype, wanted in zip(dtypes, (True, with_sum, keep))
+    )
+    rows = residual.shape[:-1].numel()
+    return y, total, xhat, residual.new_empty(rows, dtype=torch.float32) if keep else residual.new_empty(0)
 
 
 def _run_backward(
     dy: Tensor,
+    dsum: Tensor | None,
     xhat: Tensor,
     rstd: Tensor,
     norm_weight: Tensor,
@@ -227,14 +255,15 @@ def _run_backward(
     residual_dtype: torch.dtype,
     product_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtypes = {"dresidual_dtype": residual_dtype, "dx_dtype": product_dtype}
-    ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, dropout_of(p, seed, offset), **dtypes)
+    options: Any = {"dsum": dsum, "dresidual_dtype": residual_dtype, "dx_dtype": product_dtype}
+    ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, dropout_of(p, seed, offset), **options)
     (sums,) = sum_partials((partial, norm_weight.dtype))
     return ds, dy.new_empty(0) if dproduct is None else dproduct, sums
 
 
 def _fake_backward(
     dy: Tensor,
+    dsum: Tensor | None,
     xhat: Tensor,
     rstd: Tensor,
     norm_weight: Tensor,
@@ -253,47 +282,49 @@ def _fake_backward(
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        y, xhat, rstd = _forward.below(*arguments)
+        y, total, xhat, rstd = _forward.below(*arguments)
         ctx.save_for_backward(*arguments[:6], arguments[6], xhat, rstd)
         ctx.offset, ctx.p, ctx.eps = arguments[7:10]
-        ctx.mark_non_differentiable(xhat, rstd)
+        with_sum = arguments[11]
+        ctx.mark_non_differentiable(xhat, rstd, *(() if with_sum else (total,)))
         ctx.set_materialize_grads(False)
-        return y, xhat, rstd
+        return y, total, xhat, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        if dy is None:
-            return (None,) * 12
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
+        if dy is None and dsum is None:
+            return (None,) * 13
         *inputs, seed, xhat, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             reference = with_mask(seed, ctx.offset, ctx.p, ctx.eps)
-            return (*eager_gradients(reference, inputs, dy, wanted), *(None,) * 6)
+            return (*eager_gradients(reference, inputs, (dy, dsum), wanted), *(None,) * 7)
         x, weight, bias, residual, norm_weight, norm_bias = inputs
+        dy = torch.zeros_like(xhat) if dy is None else dy
         settings = (seed, ctx.offset, ctx.p, residual.dtype, x.dtype)
-        ds, dproduct, sums = _backward(dy, xhat, rstd, norm_weight, *settings)
+        ds, dproduct, sums = _backward(dy, dsum, xhat, rstd, norm_weight, *settings)
         rows = flat(dproduct if dproduct.numel() else ds)
         d_norm_weight, d_norm_bias, db = sums.chunk(3)
         dx = torch.mm(rows, weight).view(x.shape) if wanted[0] else None
         dw = torch.mm(rows.t(), flat(x)) if wanted[1] else None
         db = db.to(bias.dtype) if wanted[2] else None
         d_norm_bias = d_norm_bias.to(norm_bias.dtype) if wanted[5] else None
-        return dx, dw, db, ds if wanted[3] else None, d_norm_weight if wanted[4] else None, d_norm_bias, *(None,) * 6
+        return dx, dw, db, ds if wanted[3] else None, d_norm_weight if wanted[4] else None, d_norm_bias, *(None,) * 7
 
 
 def with_mask(seed: Tensor | None, offset: int, p: float, eps: float) -> Any:
-    """The reference with the very elements dropped that the kernel drops."""
+    """The reference, y and the sum, with the very elements dropped that the kernel drops."""
 
     def reference(
         x: Tensor, weight: Tensor, bias: Any, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         y = F.linear(x, weight, bias)
         if seed is not None:
             kept = keep_mask(seed, offset, p, 1, y.shape[:-1].numel(), y.shape[-1]).view(y.shape)
             y = torch.where(kept, y * scale(p), 0.0)
         s = residual + y
         bias_of_norm = None if norm_bias is None else norm_bias.to(s.dtype)
-        return F.layer_norm(s, norm_weight.shape, norm_weight.to(s.dtype), bias_of_norm, eps)
+        return F.layer_norm(s, norm_weight.shape, norm_weight.to(s.dtype), bias_of_norm, eps), s
 
     return reference
 
@@ -310,14 +341,15 @@ def _autograd_backward(*arguments: Any) -> Any:
 
 _forward = define(
     "linear_add_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, "
-    "Tensor? seed, int offset, float p, float eps, ScalarType out_dtype, bool keep) -> (Tensor, Tensor, Tensor)",
+    "Tensor? seed, int offset, float p, float eps, ScalarType out_dtype, bool with_sum, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
 )
 _backward = define(
-    "residual_norm_backward(Tensor dy, Tensor xhat, Tensor rstd, Tensor norm_weight, Tensor? seed, int offset, float p, "
-    "ScalarType residual_dtype, ScalarType product_dtype) -> (Tensor, Tensor, Tensor)",
+    "residual_norm_backward(Tensor dy, Tensor? dsum, Tensor xhat, Tensor rstd, Tensor norm_weight, Tensor? seed, int offset, "
+    "float p, ScalarType residual_dtype, ScalarType product_dtype) -> (Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

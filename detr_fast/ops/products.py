@@ -133,15 +133,20 @@ def dropout_of(p: float, seed: Tensor | None, offset: int) -> Dropout | None:
 
 
 def eager_gradients(
-    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
+    reference: Callable[..., Any], inputs: Sequence[Tensor | None], upstream: Any, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of `reference(*inputs)` that can be differentiated again: for a backward under `create_graph`."""
+    """Gradients of `reference(*inputs)` that can be differentiated again: for a backward under `create_graph`.
+
+    upstream: what arrives for the tensor that the reference gives; a tuple, with None for what has no gradient, where it
+    gives several.
+    """
     with torch.enable_grad():
         # A node of its own for each: the surrounding graph must not be walked here, and can be entered later.
         fresh = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
         sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
-        y = reference(*fresh)
-        found = iter(torch.autograd.grad(y, sources, dy.to(y.dtype), create_graph=True))
+        outputs, upstream = (v if isinstance(v, tuple) else (v,) for v in (reference(*fresh), upstream))
+        ys, arriving = zip(*((y, dy.to(y.dtype)) for y, dy in zip(outputs, upstream) if dy is not None))
+        found = iter(torch.autograd.grad(ys, sources, arriving, create_graph=True, allow_unused=True))
     return [next(found) if want and t is not None else None for t, want in zip(fresh, wanted)]
 
 

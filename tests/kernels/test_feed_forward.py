@@ -15,7 +15,7 @@ pytestmark = pytest.mark.interpreter
 
 
 def block(x, w1, b1, w2, b2, weight=None, bias=None, activation="relu", dropout=None, output_dropout=None, keep=False):
-    norm = None if weight is None else kernels.Norm(x, weight, bias, 1e-5, x.dtype, keep)
+    norm = None if weight is None else kernels.Norm(x, weight, bias, 1e-5, x.dtype, False, keep)
     drops = {"dropout": dropout, "output_dropout": output_dropout}
     return kernels.feed_forward(x, w1, b1, w2, b2, norm, activation=activation, **drops)
 
@@ -80,6 +80,12 @@ def test_it_drops_and_keeps_for_backward_what_two_kernels_do(interpreter, hidden
     h, _ = linear_forward(x, w1, b1, activation="silu", dropout=dropout)
     expected = linear_norm_forward(h, w2, b2, x, weight, bias, 1e-5, dropout=output_dropout)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    residual = torch.randn(37, 16)
+    for norm in ((weight, bias, 1e-5), (None, None, 0.0)):  # pre-norm: with the sum, or the sum alone
+        behind = kernels.Norm(residual, *norm, x.dtype, True, True)
+        found = kernels.feed_forward(x, w1, b1, w2, b2, behind, activation="silu", **drops)
+        expected = linear_norm_forward(h, w2, b2, residual, *norm, dropout=output_dropout, with_sum=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sum_over_fp16s_range_stays_finite_and_right(interpreter):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import linear_norm as kernels
+from detr_fast.kernels.add_layer_norm_backward import dropped_backward
 from detr_fast.kernels.dropout import Dropout
 from detr_fast.kernels.rows import sum_partials
 
@@ -25,7 +26,7 @@ def backward(dy, xhat, rstd, weight, dropout=None, **dtypes):
 class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, residual, norm_weight, norm_bias, dropout):
-        y, *kept = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5, dropout=dropout)
+        y, _, *kept = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5, dropout=dropout)
         ctx.save_for_backward(x, w, b, norm_weight, norm_bias, *kept)
         ctx.dropout, ctx.residual_dtype = dropout, residual.dtype
         return y
@@ -107,7 +108,7 @@ def test_a_sum_over_fp16s_range_stays_finite_and_right(interpreter):
 def test_the_residual_may_be_fp32_as_under_autocast(interpreter):
     dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
     x, w, b, residual, norm_weight, norm_bias = (t.to(d) for t, d in zip(inputs((9,), 16, 24), dtypes))
-    y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
+    y, _, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
     dtypes = {"dresidual_dtype": torch.float32, "dx_dtype": torch.bfloat16}
     ds, dproduct, sums = backward(y, xhat, rstd, norm_weight, **dtypes)
     assert (y.dtype, ds.dtype, dproduct.dtype, sums.dtype) == (torch.float32,) * 2 + (torch.bfloat16, torch.float32)
@@ -134,14 +135,40 @@ def test_expanded_rows_are_read_through_their_strides(interpreter, expanded):
 
 def test_without_a_backward_to_come_nothing_is_kept(interpreter):
     x, w, b, residual, norm_weight, norm_bias = inputs((3,), 16, 24)
-    y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5, keep=False)
-    assert (xhat, rstd) == (None, None)
+    y, *kept = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5, keep=False)
+    assert kept == [None, None, None]
     torch.testing.assert_close(y, eager()(x, w, b, residual, norm_weight, norm_bias))
     assert sum(interpreter.counts().values()) == 1
 
 
 def test_no_rows_give_zero_parameter_gradients(interpreter):
     x, w, b, residual, norm_weight, norm_bias = inputs((0,), 16, 24)
-    y, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
+    y, _, xhat, rstd = kernels.linear_norm_forward(x, w, b, residual, norm_weight, norm_bias, 1e-5)
     _, _, sums = backward(y, xhat, rstd, norm_weight, dresidual_dtype=y.dtype, dx_dtype=y.dtype)
     assert torch.equal(sums, torch.zeros(3 * 24))
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_is_returned_in_the_dtype_of_its_terms_promoted_beside_the_norm(interpreter, residual_dtype):
+    dtypes = [torch.bfloat16] * 3 + [residual_dtype] * 3
+    arguments = [t.to(d) for t, d in zip(inputs((9,), 16, 24), dtypes)]
+    options = {"dropout": DROPOUT, "out_dtype": torch.float32}
+    alone = kernels.linear_norm_forward(*arguments, 1e-5, **options)
+    both = kernels.linear_norm_forward(*arguments, 1e-5, **options, with_sum=True)
+    only = kernels.linear_norm_forward(*arguments[:4], None, None, 0.0, dropout=DROPOUT)
+    assert torch.equal(both.y, alone.y)
+    assert torch.equal(both.total, only.total)
+    assert (both.total.dtype, alone.total, only.y, only.xhat, only.rstd) == (residual_dtype, *[None] * 4)
+    expected = F.layer_norm(both.total.float(), (24,), *(t.float() for t in arguments[4:]))
+    torch.testing.assert_close(both.y, expected, rtol=1e-4, atol=1e-4 if residual_dtype == torch.float32 else 0.1)
+
+
+def test_dropout_alone_goes_back_as_it_went(interpreter):
+    x, w, b, residual, _, _ = inputs((37,), 16, 24)
+    forward = kernels.linear_norm_forward(x, w, b, residual, None, None, 0.0, dropout=DROPOUT).total
+    plain = kernels.linear_norm_forward(x, w, b, residual, None, None, 0.0).total
+    kept = (forward - residual) / (plain - residual)  # 0 or 1 / (1 - p)
+    dsum = torch.randn(1, 24).expand(37, 24)
+    dx, partial = dropped_backward(dsum, DROPOUT, torch.float32)
+    torch.testing.assert_close(dx, dsum * kept, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(partial.sum(0), dx.sum(0))

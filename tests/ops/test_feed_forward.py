@@ -60,6 +60,47 @@ def test_it_is_as_accurate_as_eager(kernel, activation, dtype, rows, norm):
     assert_as_accurate_as_eager(ours(activation, norm), reference=eager(activation, norm), inputs=inputs, dtype=dtype)
 
 
+def residual_form(ours, sums_only, p=0.0, output_p=0.0):
+    """What a pre-norm layer runs, ours or eager: (norm, sum) side by side, or the sum alone; the residual is the last input."""
+
+    def compute(x, w1, b1, w2, b2, norm_weight, norm_bias, residual):
+        weights, norm = (w1, b1, w2, b2), (norm_weight, norm_bias)
+        if ours and sums_only:
+            return ops.feed_forward(x, *weights, "relu", p, residual, output_p)
+        if ours:
+            options = (1e-5, "relu", p, output_p, residual, True)
+            return torch.cat(ops.feed_forward_add_layer_norm(x, *weights, *norm, *options), -1)
+        total = residual + F.linear(F.relu(F.linear(x, w1, b1)), w2, b2)
+        return total if sums_only else torch.cat([F.layer_norm(total, total.shape[-1:], *norm), total], -1)
+
+    return compute
+
+
+@interpreter
+@pytest.mark.parametrize("sums_only", [False, True], ids=["norm and sum", "sum"])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, (2, 17)), (torch.bfloat16, (9,)), (torch.float16, (0,))])
+def test_with_a_residual_it_is_as_accurate_as_eager(kernel, dtype, rows, sums_only):
+    inputs = [*tensors(rows), torch.randn(*rows, 16)]
+    if sums_only:
+        inputs[5:7] = [None, None]
+    ours, theirs = (residual_form(one, sums_only) for one in (True, False))
+    assert_as_accurate_as_eager(ours, reference=theirs, inputs=inputs, dtype=dtype)
+
+
+@interpreter
+@pytest.mark.parametrize("sums_only", [False, True], ids=["norm and sum", "sum"])
+def test_with_a_residual_the_backward_drops_what_the_forward_dropped(kernel, sums_only):
+    leaves = [t.requires_grad_() for t in (*tensors((40,)), torch.randn(40, 16))]
+    inputs = [*leaves[:5], None, None, leaves[7]] if sums_only else leaves
+    leaves = [t for t in inputs if t is not None]
+    y = residual_form(True, sums_only, 0.3, 0.4)(*inputs)
+    dy = torch.randn_like(y)
+    by_kernel = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    eagerly = torch.autograd.grad(y, leaves, dy, create_graph=True)  # recomputed with the twin of the mask
+    for one, other in zip(by_kernel, eagerly):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 @interpreter
 def test_biases_may_be_absent(kernel):
     x, w1, _, w2, _, norm_weight, _ = tensors()
@@ -98,14 +139,17 @@ def test_dropout_hits_hidden_and_output_independently(kernel):
 def test_opcheck_accepts_the_ops():
     seed = torch.tensor([3])
     for norm, activation in ((True, "silu"), (False, "relu")):
-        inputs = [*tensors(norm=norm, grad=True), *[None] * (0 if norm else 2), None, seed]
-        arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, True, norm, False)
-        torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, arguments)
+        residual = torch.randn(2, 5, 16) if norm else None
+        for added in {residual, None}:
+            inputs = [*tensors(norm=norm, grad=True), *[None] * (0 if norm else 2), added, seed]
+            arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, norm and added is not None)
+            torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, (*arguments, True, norm, False))
         kept = (torch.randn(10, 16), torch.rand(10), torch.randn(16)) if norm else (None, None, None)
         again = (torch.randn(10, 16), torch.randn(40, 16), torch.randn(40))
         settings = (seed, activation, 1, 0.25, 0.5, torch.float32, True)
         for hidden in ((torch.randn(10, 40), None, None, None), (None, *again)):
-            backward = (torch.randn(10, 16), *kept, torch.randn(16, 40), *hidden, *settings)
+            dsum = torch.randn(10, 16) if norm else None
+            backward = (torch.randn(10, 16), dsum, *kept, torch.randn(16, 40), *hidden, *settings)
             torch.library.opcheck(torch.ops.detr_fast.feed_forward_backward.default, backward)
 
 
@@ -137,16 +181,31 @@ def test_without_gradients_nothing_is_kept(kernel):
         assert count(lambda: ours("gelu", True)(*inputs)).saved_bytes == 0
 
 
-def test_launches_and_bytes_kept_of_detrs_block(kernel):
-    inputs = [t.detach().to("meta").requires_grad_() for t in tensors((1000,), 256, 2048)]
-    dy = torch.empty(1000, 256, device="meta")
-    run = ours("relu", True, 0.1, 0.1)
-    forward, both = count(run, *inputs), count(lambda *a: run(*a).backward(dy), *inputs)
+@pytest.mark.parametrize("form", ["post-norm", "norm and sum", "sum"])
+def test_launches_and_bytes_kept_of_detrs_block(kernel, form):
+    inputs = [t.detach().to("meta").requires_grad_() for t in (*tensors((1000,), 256, 2048), torch.randn(1000, 256))]
+    x, w1, b1, w2, b2, *norm, residual = inputs
+
+    def run(*_):
+        if form == "sum":
+            return (ops.feed_forward(x, w1, b1, w2, b2, "relu", 0.1, residual, 0.1),)
+        added = (residual, True) if form == "norm and sum" else (None, False)
+        found = ops.feed_forward_add_layer_norm(x, w1, b1, w2, b2, *norm, 1e-5, "relu", 0.1, 0.1, *added)
+        return found if added[1] else (found,)
+
+    def step(*_):
+        results = run()
+        torch.autograd.backward(results, [torch.empty_like(y) for y in results])
+
+    forward, both = count(run, *inputs), count(step, *inputs)
     products = ["feed_forward_kernel"] if kernel == "triton_one_kernel" else ["linear_kernel", "linear_norm_kernel"]
     assert forward.launches == dict.fromkeys([*products, "aten.randint.low"], 1)  # a seed a step
-    assert both.total_launches - forward.total_launches == 6
-    hidden = 2048 if kernel == "triton" else 0
-    assert forward.saved_bytes <= 1000 * (hidden + 256 + 1) * 4 + 8  # hidden, xhat, rstd and the seed
+    backward = both.launches - forward.launches
+    launches = dict.fromkeys(["add_layer_norm_backward_kernel", "linear_backward_kernel", "sum_partials_kernel"], 1)
+    products = {"aten.mm.default": 2, "aten.addmm_.default": 1} if form == "post-norm" else {"aten.mm.default": 3}
+    assert backward == launches | products
+    hidden, norm = 2048 if kernel == "triton" else 0, 0 if form == "sum" else 256 + 1
+    assert forward.saved_bytes <= 1000 * (hidden + norm) * 4 + 8  # hidden, xhat, rstd and the seed
 
 
 def test_fake_cuda_tensors_trace_forward_without_a_gpu(kernel):
@@ -159,7 +218,7 @@ def test_fake_cuda_tensors_trace_forward_without_a_gpu(kernel):
 def test_auto_stays_eager_until_measured():
     with FakeTensorMode():
         inputs = [t.cuda() for t in tensors((100_000,), 256, 2048)]
-        assert FEED_FORWARD.choose(*inputs, 1e-5, "relu", 0.0, 0.0).name == "eager"
+        assert FEED_FORWARD.choose(*inputs, 1e-5, "relu", 0.0, 0.0, None, False).name == "eager"
 
 
 def test_what_does_not_fit_is_refused_in_words(kernel):
