@@ -98,12 +98,11 @@ class Packing:
             return x[0].index_select(0, self.index % x.shape[1])[None]
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
-    def attend(self, attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`attention` of packed keys and values (1, T, C) to the keys themselves, or to (B, Q, C), some for each image."""
-        return attention.out_proj(self.heads(attention, query, key, value))
-
     def heads(self, attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What the output projection of `attend` gets, shaped as the query."""
+        """What `attention`'s output projection gets, shaped as the query.
+
+        Packed keys and values (1, T, C) are attended to by the keys themselves, or by (B, Q, C), some for each image.
+        """
         batch = len(self.cu_seqlens) - 1
         if query is key:
             ends, longest = self.cu_seqlens, self.longest

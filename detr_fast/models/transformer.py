@@ -15,14 +15,12 @@ from detr_fast import nn
 from detr_fast.models.packing import Packing
 from detr_fast.nn.fusion import (
     attend_add_norm,
-    feed_forward,
     feed_forward_add_norm,
+    feed_forward_sum,
     followed,
-    last_sum,
     normed,
     norms_ahead,
     project_add_norm,
-    sum_and_norm,
 )
 from detr_fast.nn.memory import readers, shared_memory
 from detr_fast.ops.dropout import shared_seed
@@ -60,24 +58,20 @@ class TransformerEncoderLayer(nn.Module):
         With a packing, all of them are packed, (1, T, C), and there is no mask.
         """
 
-        def attend(x: Tensor) -> Tensor:
+        x, residual = (normed(self.norm1, source), source) if self.pre_norm else (source, None)
+        behind = (self.self_attn, self.dropout1, self.norm2 if self.pre_norm else self.norm1)
+        if packing is not None:
             query = x + position
-            if packing is not None:
-                return packing.attend(self.self_attn, query, query, x)
-            return self.self_attn(query, query, x, key_padding_mask=key_padding_mask, need_weights=False)[0]
-
+            heads = packing.heads(self.self_attn, query, query, x)
+            found = project_add_norm(*behind, heads, source, self.pre_norm)
+        else:
+            masks: Any = {"key_padding_mask": key_padding_mask}
+            found = attend_add_norm(*behind, x, residual=residual, position=position, **masks)
         hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
         if self.pre_norm:
-            source, x = sum_and_norm(attend(normed(self.norm1, source)), source, self.dropout1, self.norm2)
-            return last_sum(self, feed_forward(x, *hidden), source, self.dropout2)
-        if packing is not None:
-            query = source + position
-            heads = packing.heads(self.self_attn, query, query, source)
-            source = project_add_norm(self.self_attn, self.dropout1, self.norm1, heads, source)
-        else:
-            parts = (self.self_attn, self.dropout1, self.norm1)
-            source = attend_add_norm(*parts, source, position=position, key_padding_mask=key_padding_mask)
-        return feed_forward_add_norm(source, *hidden, self.dropout2, self.norm2)
+            source, x = found
+            return feed_forward_sum(self, x, source, *hidden, self.dropout2)
+        return feed_forward_add_norm(found, *hidden, self.dropout2, self.norm2)
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -121,32 +115,37 @@ class TransformerDecoderLayer(nn.Module):
             (B, Q, C)
         """
 
-        def attend_to_queries(x: Tensor) -> Tensor:
-            query = x + query_position
-            return self.self_attn(query, query, x, need_weights=False)[0]
-
-        def attend_to_memory(x: Tensor) -> Tensor:
-            if packing is not None:
-                return packing.attend(self.multihead_attn, x + query_position, memory_key, memory)
-            return self.multihead_attn(
-                x + query_position, memory_key, memory, key_padding_mask=key_padding_mask, need_weights=False
-            )[0]
-
+        cross: Any = {"key_padding_mask": key_padding_mask, "packing": packing}
         hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
         if self.pre_norm:
             x = normed(self.norm1, target)
-            target, x = sum_and_norm(attend_to_queries(x), target, self.dropout1, self.norm2)
-            target, x = sum_and_norm(attend_to_memory(x), target, self.dropout2, self.norm3)
-            return last_sum(self, feed_forward(x, *hidden), target, self.dropout3)
+            parts = (self.self_attn, self.dropout1, self.norm2)
+            target, x = attend_add_norm(*parts, x, residual=target, position=query_position)
+            target, x = self._attend_to_memory(self.norm3, x, target, memory, memory_key, query_position, **cross)
+            return feed_forward_sum(self, x, target, *hidden, self.dropout3)
         target = attend_add_norm(self.self_attn, self.dropout1, self.norm1, target, position=query_position)
-        if packing is not None:
-            heads = packing.heads(self.multihead_attn, target + query_position, memory_key, memory)
-            target = project_add_norm(self.multihead_attn, self.dropout2, self.norm2, heads, target)
-        else:
-            keys: Any = {"memory_key": memory_key, "key_padding_mask": key_padding_mask}
-            parts = (self.multihead_attn, self.dropout2, self.norm2)
-            target = attend_add_norm(*parts, target, memory, position=query_position, **keys)
+        target = self._attend_to_memory(self.norm2, target, None, memory, memory_key, query_position, **cross)
         return feed_forward_add_norm(target, *hidden, self.dropout3, self.norm3)
+
+    def _attend_to_memory(
+        self,
+        norm: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        memory: Tensor,
+        memory_key: Tensor,
+        position: Tensor,
+        *,
+        key_padding_mask: Tensor | None,
+        packing: Packing | None,
+    ) -> Any:
+        """Attention to the memory, its residual and `norm`: as `attend_add_norm`."""
+        parts = (self.multihead_attn, self.dropout2, norm)
+        if packing is None:
+            sources: Any = {"memory_key": memory_key, "position": position, "key_padding_mask": key_padding_mask}
+            return attend_add_norm(*parts, x, memory, residual=residual, **sources)
+        heads = packing.heads(self.multihead_attn, x + position, memory_key, memory)
+        return project_add_norm(*parts, heads, x if residual is None else residual, residual is not None)
 
 
 class TransformerEncoder(nn.Module):

@@ -37,59 +37,120 @@ def attend_add_norm(
     x: Tensor,
     memory: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     position: Tensor | None = None,
     memory_key: Tensor | None = None,
     **masks: Any,
-) -> Tensor:
+) -> Any:
     """norm(x + dropout(attention(x + position, key, value))), batch first or not as the attention is.
 
-    Key and value: see `MultiheadAttention.heads`.
+    Key and value: see `MultiheadAttention.heads`. With a residual, which is added in x's place, as a pre-norm layer goes
+    on: (the sum, its norm).
     """
+    pre_norm = residual is not None
     if _may_fuse(x, attention, dropout, norm) and _plain(attention.out_proj):
-        projection, p = attention.out_proj, _probability(dropout)
+        projection, parameters = attention.out_proj, (norm.weight, norm.bias, norm.eps, _probability(dropout), pre_norm)
         weights = (projection.weight, projection.bias)
         # What attention gives looks like x; the choice is made before anything is computed.
-        fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x, norm.weight, norm.bias, norm.eps, p)
+        fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x if residual is None else residual, *parameters)
         if fused is not None:
             sources: Any = {"position": position, "memory_key": memory_key}
             found = attention.heads(x, memory, **sources, **masks)
             if found is not None:
-                heads, residual = found
-                return fused.run(heads, *weights, residual, norm.weight, norm.bias, norm.eps, p)
+                heads, x = found
+                return _sum_first(fused.run(heads, *weights, x if residual is None else residual, *parameters))
     query, key, value = attention_inputs(x, memory, position, memory_key)
     y = attention(query, key, value, need_weights=False, **masks)[0]
-    return add_norm(y, x, dropout, norm)
+    return _sum_first(add_norm(y, x if residual is None else residual, dropout, norm, return_sum=pre_norm))
 
 
-def project_add_norm(attention: Any, dropout: Any, norm: Any, heads: Tensor, residual: Tensor) -> Tensor:
-    """norm(residual + dropout(attention.out_proj(heads))), where what attention gives was computed elsewhere."""
+def project_add_norm(
+    attention: Any, dropout: Any, norm: Any, heads: Tensor, residual: Tensor, pre_norm: bool = False
+) -> Any:
+    """norm(residual + dropout(attention.out_proj(heads))), where what attention gives was computed elsewhere.
+
+    pre_norm: (the sum, its norm).
+    """
     projection = attention.out_proj
     if _may_fuse(heads, attention, dropout, norm) and _plain(projection):
-        parameters = (norm.weight, norm.bias, norm.eps, _probability(dropout))
+        parameters = (norm.weight, norm.bias, norm.eps, _probability(dropout), pre_norm)
         arguments = (heads, projection.weight, projection.bias, residual, *parameters)
         fused = LINEAR_ADD_LAYER_NORM.kernel(*arguments)
         if fused is not None:
-            return fused.run(*arguments)
-    return add_norm(projection(heads), residual, dropout, norm)
+            return _sum_first(fused.run(*arguments))
+    return _sum_first(add_norm(projection(heads), residual, dropout, norm, return_sum=pre_norm))
+
+
+def _sum_first(found: Any) -> Any:
+    """What comes of (the norm, the sum) in the order in which a layer uses them, or the norm alone."""
+    return found[::-1] if isinstance(found, tuple) else found
 
 
 def feed_forward_add_norm(
     x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any, output_dropout: Any, norm: Any
 ) -> Tensor:
     """norm(x + output_dropout(linear2(dropout(activation(linear1(x))))))."""
-    name = activation_name(activation)
-    narrow = x.shape[-1] <= MAX_COLUMNS  # wider rows fit no tile: the block, then the sum and its norm
-    if narrow and name is not None and _may_fuse(x, linear1, dropout, linear2, output_dropout, norm):
-        weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias, norm.weight, norm.bias)
-        arguments = (x, *weights, norm.eps, name, _probability(dropout), _probability(output_dropout))
-        fused = FEED_FORWARD.kernel(*arguments)
-        if fused is not None:
-            return fused.run(*arguments)
-    elif not narrow:
-        y = feed_forward(x, linear1, activation, dropout, linear2)
-        return add_norm(y, x, output_dropout, norm)
-    y = linear2(dropout(activation(linear1(x))))
+    parts = (linear1, activation, dropout, linear2)
+    fused = _fused_feed_forward(x, *parts, output_dropout, norm)
+    if fused is not None:
+        return fused
+    if x.shape[-1] > MAX_COLUMNS:
+        y = feed_forward(x, *parts)
+    else:
+        y = linear2(dropout(activation(linear1(x))))
     return add_norm(y, x, output_dropout, norm)
+
+
+def feed_forward_sum(
+    layer: Any,
+    n: Tensor,
+    residual: Tensor,
+    linear1: Any,
+    activation: Any,
+    dropout: Any,
+    linear2: Any,
+    output_dropout: Any,
+) -> Tensor:
+    """residual + output_dropout(linear2(dropout(activation(linear1(n))))), which a pre-norm layer returns.
+
+    Where a norm follows on the layer (`norms_ahead`), it is taken here, and `normed` finds it.
+    """
+    parts = (linear1, activation, dropout, linear2)
+    norm = _norm_behind(layer)
+    found = _fused_feed_forward(n, *parts, output_dropout, norm, residual)
+    if found is None:
+        y = feed_forward(n, *parts)
+        if norm is None:
+            return residual + output_dropout(y)
+        found = add_norm(y, residual, output_dropout, norm, return_sum=True)
+    if norm is None:
+        return found
+    following, total = found
+    _ahead.found = (total, norm, following)
+    return total
+
+
+def _fused_feed_forward(
+    x: Tensor,
+    linear1: Any,
+    activation: Any,
+    dropout: Any,
+    linear2: Any,
+    output_dropout: Any,
+    norm: Any,
+    residual: Tensor | None = None,
+) -> Any:
+    """The block up to its norm, or its sum, in few launches: as the op gives it; None where its parts are to run."""
+    name = activation_name(activation)
+    parts = (linear1, dropout, output_dropout, linear2, *([] if norm is None else [norm]))
+    if name is None or x.shape[-1] > MAX_COLUMNS or not _may_fuse(x, *parts):
+        return None
+    behind = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias, *behind)
+    returns_sum = norm is not None and residual is not None
+    arguments = (x, *weights, name, _probability(dropout), _probability(output_dropout), residual, returns_sum)
+    fused = FEED_FORWARD.kernel(*arguments)
+    return None if fused is None else fused.run(*arguments)
 
 
 def feed_forward(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any) -> Tensor:
@@ -97,16 +158,10 @@ def feed_forward(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2
     name = activation_name(activation)
     if name is not None and _may_fuse(x, linear1, dropout, linear2):
         weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
-        arguments = (x, *weights, None, None, 0.0, name, _probability(dropout), 0.0)
+        arguments = (x, *weights, None, None, 0.0, name, _probability(dropout), 0.0, None, False)
         if (fused := FEED_FORWARD.kernel(*arguments)) is not None:
             return fused.run(*arguments)
     return linear2(dropout(activation(linear1(x))))
-
-
-def sum_and_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """x + dropout(y), and its norm, which the next block of a pre-norm layer gets."""
-    found = add_norm(y, x, dropout, norm, return_sum=True)
-    return found[1], found[0]
 
 
 def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, return_sum: bool = False) -> Any:
@@ -156,20 +211,15 @@ def norms_ahead(followed: Iterable[tuple[Any, Any]]) -> Iterator[None]:
             _ahead.norms, _ahead.found, _ahead.entered = before
 
 
-def last_sum(layer: Any, y: Tensor, x: Tensor, dropout: Any) -> Tensor:
-    """x + dropout(y), what a pre-norm layer returns; `normed` finds the norm that follows."""
-    norm = None
-    if not torch.compiler.is_compiling() and _ahead.norms is not None and _ahead.entered == recording():
-        norm = _ahead.norms.get(layer)
-    if norm is None:
-        return x + dropout(y)
-    total, n = sum_and_norm(y, x, dropout, norm)
-    _ahead.found = (total, norm, n)
-    return total
+def _norm_behind(layer: Any) -> Any:
+    """The norm that follows on the layer, or None where that is not to be taken with the layer's last sum."""
+    if torch.compiler.is_compiling() or _ahead.norms is None or _ahead.entered != recording():
+        return None
+    return _ahead.norms.get(layer)
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:
-    """norm(x), which `last_sum` may have taken already."""
+    """norm(x), which `feed_forward_sum` may have taken already."""
     if not torch.compiler.is_compiling() and _ahead.found is not None:
         (total, of, n), _ahead.found = _ahead.found, None
         if total is x and of is norm:

@@ -15,13 +15,11 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 from detr_fast import dispatch
 from detr_fast.nn.fusion import (
     attend_add_norm,
-    feed_forward,
     feed_forward_add_norm,
+    feed_forward_sum,
     followed,
-    last_sum,
     normed,
     norms_ahead,
-    sum_and_norm,
 )
 from detr_fast.nn.memory import readers, shared_memory
 from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
@@ -52,10 +50,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         with shared_seed():
             if self.norm_first:
                 n = normed(self.norm1, src)
-                y = self.self_attn(n, n, n, need_weights=False, **masks)[0]
-                x, n = sum_and_norm(y, src, self.dropout1, self.norm2)
-                y = feed_forward(n, self.linear1, self.activation, self.dropout, self.linear2)
-                return last_sum(self, y, x, self.dropout2)
+                x, n = attend_add_norm(self.self_attn, self.dropout1, self.norm2, n, residual=src, **masks)
+                hidden = (self.linear1, self.activation, self.dropout, self.linear2)
+                return feed_forward_sum(self, n, x, *hidden, self.dropout2)
             x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, **masks)
             return feed_forward_add_norm(
                 x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2
@@ -145,12 +142,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         with shared_seed():
             if self.norm_first:
                 n = normed(self.norm1, tgt)
-                y = self.self_attn(n, n, n, need_weights=False, **own)[0]
-                x, n = sum_and_norm(y, tgt, self.dropout1, self.norm2)
-                y = self.multihead_attn(n, memory, memory, need_weights=False, **cross)[0]
-                x, n = sum_and_norm(y, x, self.dropout2, self.norm3)
-                y = feed_forward(n, self.linear1, self.activation, self.dropout, self.linear2)
-                return last_sum(self, y, x, self.dropout3)
+                x, n = attend_add_norm(self.self_attn, self.dropout1, self.norm2, n, residual=tgt, **own)
+                parts = (self.multihead_attn, self.dropout2, self.norm3)
+                x, n = attend_add_norm(*parts, n, memory, residual=x, **cross)
+                hidden = (self.linear1, self.activation, self.dropout, self.linear2)
+                return feed_forward_sum(self, n, x, *hidden, self.dropout3)
             x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, **own)
             x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, memory, **cross)
             return feed_forward_add_norm(
