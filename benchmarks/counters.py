@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,18 @@ def attention(library: Any) -> Counts:
     return step(module, x, x, x, key_padding_mask=padding(), need_weights=False)
 
 
-def encoder_layer(library: Any) -> Counts:
-    layer = library.TransformerEncoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16)
+def encoder_layer(library: Any, **options: Any) -> Counts:
+    layer = library.TransformerEncoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16, **options)
     return step(layer, on_meta(B, L, C), src_key_padding_mask=padding())
 
 
-def decoder_layer(library: Any) -> Counts:
-    layer = library.TransformerDecoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16)
+def decoder_layer(library: Any, **options: Any) -> Counts:
+    layer = library.TransformerDecoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16, **options)
     return step(layer, on_meta(B, Q, C), on_meta(B, L, C), memory_key_padding_mask=padding())
 
 
-def transformer(library: Any) -> Counts:
-    model = library.Transformer(C, 8, 6, 6, 2048, 0.1, batch_first=True, device="meta", dtype=BF16)
+def transformer(library: Any, **options: Any) -> Counts:
+    model = library.Transformer(C, 8, 6, 6, 2048, 0.1, batch_first=True, device="meta", dtype=BF16, **options)
     masks = {"src_key_padding_mask": padding(), "memory_key_padding_mask": padding()}
     return step(model, on_meta(B, L, C), on_meta(B, Q, C), **masks)
 
@@ -152,8 +153,11 @@ CASES: dict[str, Callable[[Any], Counts]] = {
     "LayerNorm": layer_norm,
     "MultiheadAttention, key padding": attention,
     "TransformerEncoderLayer": encoder_layer,
+    "TransformerEncoderLayer, pre-norm": partial(encoder_layer, norm_first=True),
     "TransformerDecoderLayer": decoder_layer,
+    "TransformerDecoderLayer, pre-norm": partial(decoder_layer, norm_first=True),
     "Transformer, 6 + 6 layers": transformer,
+    "Transformer, 6 + 6 layers, pre-norm": partial(transformer, norm_first=True),
     "DETR-R50, forward and backward": detr,
     "DETR losses, forward": detr_losses,
     "DETR losses, forward and backward": detr_losses_step,
