@@ -304,7 +304,10 @@ def test_pre_norm_detr_is_the_same_detr():
 
 @pytest.mark.parametrize(
     ("backend", "kernel"),
-    [({"add_layer_norm": "triton"}, "add_layer_norm_forward_kernel"), (KERNELS, "linear_norm_kernel")],
+    [
+        ({"add_layer_norm": "triton", "attention": "triton"}, "add_layer_norm_forward_kernel"),
+        (KERNELS, "linear_norm_kernel"),
+    ],
     ids=["norms", "products"],
 )
 def test_a_pre_norm_stack_takes_each_sum_with_the_norm_behind_it(backend, kernel):
