@@ -48,6 +48,22 @@ def eager_qkv(x: Tensor, w: Tensor, b: Tensor, position: Tensor) -> Tensor:
     return torch.cat([F.linear(x + position, w[:n], b[:n]), F.linear(x, w[n:], b[n:])], -1)
 
 
+LENGTH, HEADS, DIM = 4, 2, 32
+PADDING = torch.tensor([[False] * (LENGTH - 1) + [True]])
+ENDS = torch.tensor([0, LENGTH - 1], dtype=torch.int32)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As nn.MultiheadAttention computes it, between its projections, where weights are asked for."""
+    q, k, v = (t.transpose(1, 2) for t in (q * DIM**-0.5, k, v))
+    scores = (q @ k.transpose(2, 3)).masked_fill(PADDING[:, None, None], -torch.inf)
+    return (F.dropout(scores.softmax(-1), P) @ v).transpose(1, 2)
+
+
 Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]
 ROW, SQUARE, LINE = (ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH,)
 CASES: dict[str, Case] = {
@@ -70,6 +86,21 @@ CASES: dict[str, Case] = {
         partial(ops.feed_forward_add_layer_norm, dropout_p=P, output_dropout_p=P),
         eager_feed_forward,
         [ROW, (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), LINE, LINE, LINE],
+    ),
+    "attention": (
+        partial(ops.attention, key_padding_mask=PADDING),
+        partial(sdpa, mask=~PADDING[:, None, None]),
+        [(1, LENGTH, HEADS, DIM)] * 3,
+    ),
+    "attention_dropout": (
+        partial(ops.attention, key_padding_mask=PADDING, dropout_p=P),
+        eager_attention,
+        [(1, LENGTH, HEADS, DIM)] * 3,
+    ),
+    "attention_varlen": (
+        lambda q, k, v: ops.attention_varlen(q, k, v, ENDS, ENDS, LENGTH, LENGTH),
+        lambda q, k, v: sdpa(q[None], k[None], v[None])[0],
+        [(LENGTH, HEADS, DIM)] * 3,
     ),
     "qkv_projection": (ops.qkv_projection, eager_qkv, [ROW, (3 * WIDTH, WIDTH), (3 * WIDTH,), ROW]),
 }

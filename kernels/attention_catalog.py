@@ -14,9 +14,11 @@ from .attention_backward import attention_backward, keys_variant, mask_variant, 
 from .attention_split import combine_variant
 from .attention_tiles import Form, Problem, Sequences
 from .attention_weights import attention_weights, weights_run, weights_variant
-from .entry import Budget, Entry
+from .entry import TARGETS, Budget, Entry
+from .launch import Variant
 
 EXAMPLE_KEYS = 72
+GENERATIONS = {"sm_90": "hopper", "sm_100": "blackwell", "sm_120": "blackwell"}
 SPLIT, SPLIT_KEYS = "hd128_fp16_split", 200  # the form whose example has too few programs, and keys enough to share
 
 
@@ -29,8 +31,11 @@ def catalog_entries() -> Iterator[Entry]:
         "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True),
         "hd32_fp16_packed_dropout": Form(fp16, 32, 32, dropout=True, packed=True, vector=8),
         "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
-        "hd32_bf16_padding_warpgroups": replace(padded, warpgroups=True),
-        "hd64_bf16_causal_warpgroups": Form(bf16, 64, 64, causal=True, vector=8, warpgroups=True),
+        "hd32_bf16_padding_warpgroups": replace(padded, generation="hopper"),
+        "hd64_bf16_float_mask_dropout_blackwell": Form(
+            bf16, 64, 64, padding=True, mask=bf16, dropout=True, vector=8, mask_vector=8, generation="blackwell"
+        ),
+        "hd64_bf16_causal_warpgroups": Form(bf16, 64, 64, causal=True, vector=8, generation="hopper"),
         SPLIT: Form(fp16, 128, 128, vector=8),
         "hd256_bf16": Form(bf16, 256, 256, vector=8),
         "hd20_fp32_bool_mask_unaligned": Form(fp32, 20, 40, padding=True, mask=torch.bool),
@@ -39,10 +44,12 @@ def catalog_entries() -> Iterator[Entry]:
     # dimension of 128 or more leave 256 registers each, and some spill.
     budget = Budget(255, 99 << 10, 512, 64 << 10, amd_spills=1024, large_shared=113 << 10)
     wide = replace(budget, spills=80)  # fp32 products by multiply-adds; 72 bytes on sm_120
-    masked = replace(budget, blackwell_spills=64)  # what the forward takes there with a mask; 48 with dropout
     # Neighbours of these cover what they have: the catalog is kept short.
     left_out = {
         "keys_hd32_fp16_padding_dropout",
+        "queries_hd32_fp16_packed_dropout",
+        "queries_hd64_bf16_float_mask_dropout_blackwell",
+        "keys_hd64_bf16_float_mask_dropout_blackwell",
         "queries_hd32_bf16_padding_warpgroups",
         "keys_hd32_bf16_padding_warpgroups",
         "queries_hd64_bf16_causal_warpgroups",
@@ -53,27 +60,34 @@ def catalog_entries() -> Iterator[Entry]:
     for name, form in forms.items():
         split = name == SPLIT
         example = partial(_example, form, SPLIT_KEYS if split else EXAMPLE_KEYS)
-        variants = {
-            "forward": forward_variant(form, split),
-            "queries": queries_variant(form, False, split),
-            "keys": keys_variant(form),
+        builds: dict[str, Callable[[Form], Variant]] = {
+            "forward": partial(forward_variant, split=split),
+            "queries": partial(queries_variant, split=split),
+            "keys": keys_variant,
         }
-        for kind, variant in variants.items():
+        for kind, build in builds.items():
+            variant = build(form)
             tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
-            heavy = kind == "forward" and (form.dropout or form.mask is not None)
-            limit = wide if form.dtype == fp32 else masked if heavy else budget
+            limit = wide if form.dtype == fp32 else budget
             if f"{kind}_{name}" not in left_out:
-                targets = ("sm_90",) if form.warpgroups else None
+                targets = _targets(build, form)
                 yield Entry("attention", f"attention_{kind}_{name}", variant, tile, limit, example, targets)
         if split:
             variant = combine_variant(form, form.value_dim, True)
             yield Entry("attention", f"attention_combine_{name}", variant, 16 * form.value_dim, budget, example)
-        if form.mask == bf16:
+        if form.mask == bf16 and not form.dropout:
             variant = mask_variant(form, False, False)
             yield Entry("attention", f"attention_mask_{name}", variant, 32 * 16, budget, example)
-        if form.dropout and not form.packed:
+        if form.dropout and form.dtype == fp16 and not form.packed:
             variant = weights_variant(form, True, form.dtype, weights_run(EXAMPLE_KEYS, form.dtype))
             yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example)
+
+
+def _targets(build: Callable[[Form], Variant], form: Form) -> tuple[str, ...] | None:
+    """The targets whose launches take the form's variant; None: all."""
+    variant = build(form)
+    found = tuple(t for t in TARGETS if build(replace(form, generation=GENERATIONS.get(t, ""))) == variant)
+    return None if len(found) == len(TARGETS) else found
 
 
 def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
@@ -99,7 +113,7 @@ def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[
         seed=torch.zeros(1, dtype=torch.int64, device=device),
         tf32=form.tf32,
         sequences=_sequences(device) if form.packed else None,
-        warpgroups=form.warpgroups,
+        generation=form.generation,
     )
 
     def call() -> tuple[Tensor, ...]:

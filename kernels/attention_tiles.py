@@ -29,7 +29,7 @@ class Form:
     """What the machine programs of a call depend on, besides the configuration of tiles.
 
     vector, mask_vector: neighbouring elements that stay together at a multiple of 16 bytes, 1 where some do not.
-    mask: dtype of attn_mask, or None. warpgroups: see `launch.has_warpgroups`.
+    mask: dtype of attn_mask, or None. generation: of the GPU, see `launch.generation`.
     """
 
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Form:
     packed: bool = False
     vector: int = 1
     mask_vector: int = 1
-    warpgroups: bool = False
+    generation: str = ""
 
     @property
     def listed(self) -> bool:
@@ -63,7 +63,10 @@ class Form:
             dropout=self.dropout,
             masked=self.mask is not None,
             listed=self.listed,
-            warpgroups=self.warpgroups,
+            causal=self.causal,
+            scattered=self.mask is not None and self.mask_vector == 1,
+            unaligned=self.vector == 1,
+            generation=self.generation,
         )
 
     def masks(self) -> tuple[torch.dtype | None, ...]:
@@ -118,7 +121,7 @@ class Problem:
     sequences: of a packed batch, whose q, k and v have a batch of 1, and which has neither padding nor mask. What lies behind the
     last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
     largest lengths, and lse is (B, H, max_q), -inf where a sequence has ended.
-    warpgroups: of the GPU that it is for; None: of q's device.
+    generation: of the GPU that it is for; None: of q's device.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class Problem:
         offset: int = 0,
         tf32: bool = False,
         sequences: Sequences | None = None,
-        warpgroups: bool | None = None,
+        generation: str | None = None,
     ) -> None:
         self.given = q, k, v
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
@@ -154,7 +157,7 @@ class Problem:
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.dropout_p = dropout_p
         self.causal, self.tf32 = causal, tf32
-        self.warpgroups = launch.has_warpgroups(q.device) if warpgroups is None else warpgroups
+        self.generation = launch.generation(q.device) if generation is None else generation
         self.sequences = sequences
         if sequences is not None:
             self.batch = len(sequences.ends_q) - 1
@@ -175,7 +178,7 @@ class Problem:
             packed=self.sequences is not None,
             vector=tile_run(self.q, self.k, self.v, *others),
             mask_vector=1 if self.mask is None else mask_run(self.mask),
-            warpgroups=self.warpgroups,
+            generation=self.generation,
         )
 
     def tiles(self, rows: int) -> int:

@@ -20,6 +20,7 @@ from . import (
     linear_norm,
     matching_cost,
 )
+from .entry import TARGETS as TARGETS
 from .entry import Budget as Budget
 from .entry import Entry as Entry
 
@@ -36,18 +37,6 @@ FAMILIES = (
     attention_catalog,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())
-
-# What Triton compiles for: backend, architecture, threads a warp.
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_86": ("cuda", 86, 32),
-    "sm_89": ("cuda", 89, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "sm_120": ("cuda", 120, 32),
-    "gfx90a": ("hip", "gfx90a", 64),
-    "gfx942": ("hip", "gfx942", 64),
-}
 
 
 def entries(op: str | None = None) -> tuple[Entry, ...]:

@@ -103,7 +103,7 @@ class TileConfig:
 
 
 # Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two. At most 99 KB of shared
-# memory, which is what sm_86, sm_89 and sm_120 have, and no spilled register in 16 bits up to a head dimension of 128.
+# memory, which is what sm_86, sm_89 and sm_120 have.
 ATTENTION = {
     ("forward", 2, 16): TileConfig(128, 64, 4, 3),
     ("forward", 2, 32): TileConfig(128, 64, 4, 3),
@@ -153,29 +153,63 @@ ATTENTION_WARPGROUPS = {
 }
 
 
+# On sm_100, whose accumulators come a whole row to a lane, and sm_120: 8 warps where 4 spill up to 304 bytes a thread.
+ATTENTION_BLACKWELL = {
+    16: TileConfig(128, 64, 8, 3),
+    32: TileConfig(128, 64, 8, 3),
+    64: TileConfig(128, 64, 8, 3),
+}
+# Elements of a mask that are loaded one by one have an address each: 8 a lane.
+ATTENTION_SCATTERED = TileConfig(32, 32, 4, 1)
+
+
 def attention_config(
-    kernel: str, itemsize: int, block: int, *, dropout: bool, masked: bool, listed: bool, warpgroups: bool
+    kernel: str,
+    itemsize: int,
+    block: int,
+    *,
+    dropout: bool,
+    masked: bool,
+    listed: bool,
+    causal: bool,
+    scattered: bool,
+    unaligned: bool,
+    generation: str,
 ) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
 
-    dropout, masked (with an attn_mask): their tiles need registers of their own in the backward. listed: keys are read
-    through a list, whose loads take stages of their own. warpgroups: see `launch.has_warpgroups`.
+    No variant in 16 bits spills a register up to a head dimension of 128 (tests/kernels/test_attention_code.py).
+    dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
+    whose loads take stages of their own. scattered: an attn_mask is loaded one by one; unaligned: q, k or v are.
+    generation: see `launch.generation`.
     """
     if kernel == "mask":
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
     if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
         side = 64 if itemsize == 2 and block <= 128 else 32
         return TileConfig(side, side, 4, 1)
+    narrow = itemsize == 2 and block <= 64
+    if scattered and narrow:
+        return ATTENTION_SCATTERED
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
-    if warpgroups and not heavy:
+    if generation == "hopper" and not heavy:
         config = ATTENTION_WARPGROUPS.get((kernel, itemsize, block), config)
+    if generation == "blackwell" and kernel == "forward" and narrow and (heavy or block == 64):
+        config = ATTENTION_BLACKWELL[block]
+        if masked and block == 64:
+            config = replace(config, columns=32)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
         return replace(config, rows=max(16, config.rows // 2))
-    if heavy and kernel == "keys":
-        return replace(config, columns=max(16, config.columns // 2))
+    if kernel == "keys":
+        if heavy:
+            config = replace(config, columns=max(16, config.columns // 2))
+        elif causal and narrow and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
+            config = replace(config, rows=64 if generation == "hopper" else 32, columns=64)
+        if unaligned and narrow:
+            config = replace(config, num_warps=8)
     return config
 
 

@@ -10,6 +10,18 @@ from torch import Tensor
 
 from .launch import Variant
 
+# What Triton compiles for: backend, architecture, threads a warp.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
 # Makes small inputs on a device, and returns a call that launches an entry's variant (among others) on them.
 Example = Callable[[torch.device], Callable[[], tuple[Tensor, ...]]]
 
@@ -19,7 +31,6 @@ class Budget:
     """The most that a variant may use, on any NVIDIA target and on any AMD one: registers a thread, bytes a program.
 
     large_shared: shared memory on sm_80, sm_90 and sm_100, which have 163 KiB a program or more; 0: as `shared`.
-    blackwell_spills: `spills` on sm_100 and sm_120, where those are more.
     """
 
     registers: int
@@ -29,7 +40,6 @@ class Budget:
     spills: int = 0
     amd_spills: int = 0
     large_shared: int = 0
-    blackwell_spills: int = 0
 
 
 @dataclass(frozen=True)

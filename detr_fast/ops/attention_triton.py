@@ -12,7 +12,7 @@ from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels import attention_weights as weights_kernels
 from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem
-from detr_fast.kernels.launch import compile_variant, has_warpgroups
+from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype
 from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
@@ -140,7 +140,7 @@ def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
         dropout_p=0.5 if call.dropout else 0.0,
         seed=seed,
         tf32=tf32(),
-        warpgroups=has_warpgroups(call.device),
+        generation=generation(call.device),
     )
 
 

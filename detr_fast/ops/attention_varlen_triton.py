@@ -11,7 +11,7 @@ from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem, Sequences
-from detr_fast.kernels.launch import compile_variant, has_warpgroups
+from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import tf32
 from detr_fast.ops.attention_triton import OPTIONS, autocast, autocast_dtype, drawn, reference
@@ -78,7 +78,7 @@ def _meta_problem(call: VarlenCall) -> Problem:
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     options = (call.is_causal, 0.5 if call.dropout else 0.0, 1.0, 0, tf32())
     q, k, v = tensors
-    return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options, warpgroups=has_warpgroups(call.device))
+    return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options, generation=generation(call.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def _problem(
     max_k: int,
     seed: Tensor | None,
     *options: Any,
-    warpgroups: bool | None = None,
+    generation: str | None = None,
 ) -> Problem:
     causal, dropout_p, scale, offset, tf32 = options
     return Problem(
@@ -109,7 +109,7 @@ def _problem(
         offset=offset,
         tf32=tf32,
         sequences=Sequences(ends_q, ends_k, max_q, max_k),
-        warpgroups=warpgroups,
+        generation=generation,
     )
 
 

@@ -19,8 +19,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 class KernelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, padding, mask, causal, scale, warpgroups=None):
-        ctx.problem = Problem(q, k, v, padding, mask, causal=causal, scale=scale, warpgroups=warpgroups)
+    def forward(ctx, q, k, v, padding, mask, causal, scale, generation=None):
+        ctx.problem = Problem(q, k, v, padding, mask, causal=causal, scale=scale, generation=generation)
         out, lse = kernels.attention_forward(ctx.problem)
         ctx.save_for_backward(out, lse)
         return out
@@ -44,9 +44,9 @@ def qkv(batch, queries, keys, heads, dim, value_dim=None, key_heads=None):
     return [torch.randn(batch, *shape) for shape in shapes]
 
 
-def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, warpgroups=None, **options):
+def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, generation=None, **options):
     assert_as_accurate_as_eager(
-        lambda q, k, v, mask: KernelAttention.apply(q, k, v, padding, mask, causal, scale, warpgroups),
+        lambda q, k, v, mask: KernelAttention.apply(q, k, v, padding, mask, causal, scale, generation),
         reference=lambda q, k, v, mask: eager(q, k, v, padding, mask, causal, scale),
         inputs=[*inputs, mask],
         dtype=[dtype] * 3 + [FP32 if dtype == BF16 else dtype],
@@ -111,7 +111,7 @@ def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, m
 )
 def test_tiles_for_warpgroups_are_as_accurate_as_eager(interpreter, dtype, shape, padding, causal):
     padding = None if padding is None else padded(padding, shape[0], shape[2])
-    check(dtype, qkv(*shape), padding, None, causal, warpgroups=True)
+    check(dtype, qkv(*shape), padding, None, causal, generation="hopper")
 
 
 @jit
@@ -136,12 +136,12 @@ def test_three_of_32_exponentials_are_polynomials_of_an_error_below_one_in_ten_t
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, in the interpreter
-@pytest.mark.parametrize("warpgroups", [False, True])
+@pytest.mark.parametrize("generation", ["", "hopper"])
 @pytest.mark.parametrize("key", [3, 200])
-def test_nan_in_a_visible_key_is_not_hidden(interpreter, warpgroups, key):
+def test_nan_in_a_visible_key_is_not_hidden(interpreter, generation, key):
     q, k, v = (t.half() for t in qkv(1, 5, 201, 1, 32))
     k[:, key] = torch.nan
-    out, _ = kernels.attention_forward(Problem(q, k, v, warpgroups=warpgroups))
+    out, _ = kernels.attention_forward(Problem(q, k, v, generation=generation))
     assert out.isnan().all()
 
 

@@ -7,6 +7,7 @@ import torch
 from detr_fast.kernels import analysis
 from detr_fast.kernels.attention import forward_variant
 from detr_fast.kernels.attention_backward import keys_variant, queries_variant
+from detr_fast.kernels.attention_catalog import GENERATIONS
 from detr_fast.kernels.attention_tiles import Form
 from detr_fast.kernels.offline import compile_variant, older_compiler
 
@@ -48,8 +49,30 @@ def check_loops(variant, target, most):
     ],
 )
 def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, kernel, most):
-    form = Form(torch.bfloat16, dim, dim, padding=True, vector=8, warpgroups=target == "sm_90")
+    form = Form(torch.bfloat16, dim, dim, padding=True, vector=8, generation=GENERATIONS.get(target, ""))
     check_loops(VARIANTS[kernel](form), target, most)
+
+
+# What spills with tiles for most forms and targets.
+@pytest.mark.offline
+@pytest.mark.parametrize(
+    ("target", "dim", "kernel", "features"),
+    [
+        ("sm_80", 32, "keys", {"causal": True, "padding": True}),
+        ("sm_90", 32, "keys", {"causal": True}),
+        ("sm_80", 32, "keys", {"padding": True, "vector": 1}),
+        ("sm_100", 64, "forward", {"padding": True}),
+        ("sm_100", 32, "forward", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_120", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_100", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
+        ("sm_100", 64, "queries", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
+        ("sm_100", 64, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
+    ],
+)
+def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
+    form = Form(torch.bfloat16, dim, dim, **{"vector": 8, **features}, generation=GENERATIONS.get(target, ""))
+    _, _, resources = compile_variant(VARIANTS[kernel](form), target)
+    assert resources.spills <= (20 if older_compiler() else 0)
 
 
 # bf16 with a float mask, no padding.

@@ -31,7 +31,7 @@ def sample(index: int, target: str) -> list[Entry]:
 # cover what differs between targets (types, layouts, tile sizes) without compiling all of everything.
 COVER = {target: list(CATALOG) if target == "sm_90" else sample(index, target) for index, target in enumerate(TARGETS)}
 for target in ("sm_100", "sm_120"):
-    COVER[target] += [one for one in CATALOG if one.budget.blackwell_spills and one not in COVER[target]]
+    COVER[target] += [one for one in CATALOG if one.targets == ("sm_100", "sm_120") and one not in COVER[target]]
 
 
 @offline_only

@@ -316,10 +316,10 @@ def test_what_is_compiled_beforehand_is_for_the_calls_gpu(monkeypatch):
     from detr_fast.ops.attention_varlen import ATTENTION_VARLEN
 
     for module in (launch, attention_varlen_triton):
-        monkeypatch.setattr(module, "has_warpgroups", lambda device: device.type == "cuda", raising=False)
+        monkeypatch.setattr(module, "generation", lambda device: "hopper" if device.type == "cuda" else "")
     call = ATTENTION_VARLEN._describe(*problem((3,), (4,)), False, 0.0, None, situation=situation("cpu"))
     calls = (dataclasses.replace(call, device=torch.device(device)) for device in ("cuda", "cpu"))
-    assert [attention_varlen_triton._meta_problem(one).form().warpgroups for one in calls] == [True, False]
+    assert [attention_varlen_triton._meta_problem(one).form().generation for one in calls] == ["hopper", ""]
 
 
 @pytest.mark.gpu
