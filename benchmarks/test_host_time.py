@@ -54,7 +54,8 @@ ENDS = torch.tensor([0, LENGTH - 1], dtype=torch.int32)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
