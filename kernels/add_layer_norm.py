@@ -13,19 +13,21 @@ wide_rows.py takes over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from . import wide_rows
-from .add_layer_norm_backward import add_layer_norm_backward, backward_variant
+from .add_layer_norm_backward import BackwardForm, add_layer_norm_backward, backward_variant
 from .configs import LAYER_NORM_FORWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, pointer, tl
 from .rows import (
     MAX_BLOCK,
+    MAX_PLANS,
+    Plan,
     address_of,
     aligned_run,
     as_rows,
@@ -122,25 +124,39 @@ def add_layer_norm_forward(
     """
     x, x_stride = as_rows(x)
     residual, residual_stride = as_rows(residual)
-    rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    sum_dtype = torch.promote_types(x.dtype, residual.dtype)
-    y = empty(x.shape, out_dtype or sum_dtype, x.device)
-    total = empty(x.shape, sum_dtype, x.device) if with_sum else None
-    mean = empty((rows,), torch.float32, x.device)
-    rstd = empty((rows,), torch.float32, x.device)
+    shape, device, columns = x.shape, x.device, x.shape[-1]
+    sum_dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    out_dtype = out_dtype or sum_dtype
+    rows = (shape[:-1].numel(),)
+    y = empty(shape, out_dtype, device)
+    total = empty(shape, sum_dtype, device) if with_sum else None
+    mean, rstd = empty(rows, torch.float32, device), empty(rows, torch.float32, device)
     if columns > MAX_BLOCK:
         wide_rows.forward(x, residual, weight, bias, y, total, mean, rstd, eps, dropout)
         return y, total, mean, rstd
 
-    addresses = x.data_ptr() | residual.data_ptr() | address_of(weight) | address_of(bias)
-    size = min(x.element_size(), residual.element_size())
-    vector = run_length(size, x_stride | residual_stride | columns, addresses)
-    dtypes = (x.dtype, residual.dtype, dtype_of(weight), dtype_of(bias), y.dtype)
-    variant = forward_variant(columns, *dtypes, with_sum, dropout is not None, vector)
-    grid = (-(-rows // variant.constants["ROWS"]),)
+    offset = (x.data_ptr() | residual.data_ptr() | address_of(weight) | address_of(bias)) % 16
+    dtypes = (x.dtype, residual.dtype, dtype_of(weight), dtype_of(bias), out_dtype)
+    drops = dropout is not None
+    plan = _plan_forward(*rows, columns, (x_stride, residual_stride), dtypes, with_sum, drops, offset)
     tensors = (x, residual, weight, bias, None if dropout is None else dropout.seed, y, total, mean, rstd)
-    launch(variant, grid, *tensors, x_stride, residual_stride, rows, columns, eps, *dropout_arguments(dropout))
+    launch(plan.variant, plan.grid, *tensors, *plan.sizes, eps, *dropout_arguments(dropout))
     return y, total, mean, rstd
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan_forward(
+    rows: int,
+    columns: int,
+    strides: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype | None, torch.dtype],
+    with_sum: bool,
+    dropout: bool,
+    offset: int,
+) -> Plan:
+    vector = run_length(min(dtypes[0].itemsize, dtypes[1].itemsize), strides[0] | strides[1] | columns, offset)
+    variant = forward_variant(columns, *dtypes, with_sum, dropout, vector)
+    return Plan(variant, (-(-rows // variant.constants["ROWS"]),), (*strides, rows, columns))
 
 
 def compile_add_layer_norm(
@@ -175,7 +191,7 @@ def compile_add_layer_norm(
     compile_variant(forward_variant(columns, *forward, with_sum, dropout, vector), device)
     if needs_grad:
         vector = aligned_run(columns, backward[:4] + backward[5:])
-        compile_variant(backward_variant(columns, backward, affine, has_bias, dropout, vector), device)
+        compile_variant(backward_variant(columns, BackwardForm(backward, affine, has_bias, dropout), vector), device)
         if affine or has_bias:
             compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (affine + has_bias)), device)
 
@@ -215,7 +231,7 @@ def catalog_entries() -> Iterator[Entry]:
         read = (residual, residual, None) if with_sum else (None, x, residual)
         dtypes = (residual, *read, residual, x if p else None, residual)
         ahead = forward_variant(columns, x, *(residual,) * 4, with_sum, p > 0, vector)
-        back = backward_variant(columns, dtypes, True, True, p > 0, vector)
+        back = backward_variant(columns, BackwardForm(dtypes, True, True, p > 0), vector)
         for kind, variant, budget in (
             ("forward", ahead, Budget(192, 128, 128, 128)),
             ("backward", back, Budget(255, 8192, 256, 16384)),

@@ -8,8 +8,9 @@ linear_norm.py).
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from operator import or_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
 from .rows import (
     MAX_BLOCK,
+    MAX_PLANS,
     ParameterSums,
+    Plan,
     address_of,
     as_rows,
     block_of,
@@ -164,28 +167,48 @@ def add_layer_norm_backward(
     x, x_stride = as_rows(x)
     dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
     residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    shape, device, columns = x.shape, x.device, x.shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
-    dx, dresidual = (
-        None if dtype is None else empty(x.shape, dtype, x.device) for dtype in (dx_dtype, dresidual_dtype)
-    )
+    dx = None if dx_dtype is None else empty(shape, dx_dtype, device)
+    dresidual = None if dresidual_dtype is None else empty(shape, dresidual_dtype, device)
     if columns > MAX_BLOCK:
         found = (dy, dsum, x, residual, weight, mean, rstd, dx, dresidual, dropout)
         return (dx, dresidual, *wide_rows.backward(*found, with_dw, with_db, parameter_dtype))
 
-    strides = dy_stride | dsum_stride | x_stride | residual_stride | columns
-    addresses = reduce(or_, map(address_of, (dy, dsum, x, residual, weight)))
-    size = min(t.element_size() for t in (dy, dsum, x, residual, dx, dresidual) if t is not None)
-    vector = run_length(size, strides, addresses)
-    dtypes = tuple(map(dtype_of, (dy, dsum, x, residual, weight, dx, dresidual)))
-    variant = backward_variant(columns, dtypes, with_dw, with_db, dropout is not None, vector)
-    programs = _programs(variant, rows, x.device)
-    sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
+    addresses = dy.data_ptr() | x.data_ptr() | address_of(dsum) | address_of(residual) | address_of(weight)
+    read = (dy.dtype, dtype_of(dsum), x.dtype, dtype_of(residual), dtype_of(weight))
+    form = BackwardForm((*read, dx_dtype, dresidual_dtype), with_dw, with_db, dropout is not None)
+    strides = (dy_stride, dsum_stride, x_stride, residual_stride, columns)
+    plan = _plan(form, rstd.numel(), columns, strides, addresses % 16, device)
+    sums = ParameterSums(with_dw, with_db, plan.grid[0], columns, device)
     seed = None if dropout is None else dropout.seed
     tensors = (dy, dsum, x, residual, weight, seed, mean, rstd, dx, dresidual, sums.dw, sums.db, None)
-    sizes = (dy_stride, dsum_stride, x_stride, residual_stride, columns, rows, columns)
-    launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
+    launch(plan.variant, plan.grid, *tensors, *plan.sizes, *dropout_arguments(dropout))
     return (dx, dresidual, *sums.total(parameter_dtype))
+
+
+class BackwardForm(NamedTuple):
+    """What the program depends on, besides the columns and whether they are aligned."""
+
+    dtypes: tuple[torch.dtype | None, ...]  # of dy, dsum, x, residual, weight, dx and dresidual
+    with_dw: bool
+    with_db: bool
+    dropout: bool
+    xhat: bool = False  # x is what was normalised, if anything was, and dx is summed up as well
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(
+    form: BackwardForm, rows: int, columns: int, strides: tuple[int, ...], offset: int, device: torch.device
+) -> Plan:
+    """strides: of rows of dy, dsum, x, residual and the partial sums; offset: of all addresses from multiples of 16."""
+    *given, _weight, dx, dresidual = form.dtypes
+    size = min(dtype.itemsize for dtype in (*given, dx, dresidual) if dtype is not None)
+    vector = run_length(size, reduce(or_, strides) | columns, offset)
+    variant = backward_variant(columns, form, vector)
+    tiles = -(-rows // variant.constants["ROWS"])
+    programs = min(tiles, multiprocessors(device) * LAYER_NORM_BACKWARD[variant.constants["BLOCK_C"]].programs)
+    return Plan(variant, (programs,), (*strides, rows, columns))
 
 
 def residual_norm_backward(
@@ -207,58 +230,40 @@ def residual_norm_backward(
     """
     dy, dy_stride = as_rows(dy)
     dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
-    rows, columns = dy.shape[:-1].numel(), dy.shape[-1]
-    dresidual = empty(dy.shape, dresidual_dtype, dy.device)
+    shape, device, columns = dy.shape, dy.device, dy.shape[-1]
+    dresidual = empty(shape, dresidual_dtype, device)
     separate = dropout is not None or dx_dtype != dresidual_dtype
-    dx = empty(dy.shape, dx_dtype, dy.device) if separate else None
-    size = min(t.element_size() for t in (dy, dsum, xhat, dresidual, dx) if t is not None)
-    addresses = dy.data_ptr() | address_of(dsum) | xhat.data_ptr() | weight.data_ptr()
-    vector = run_length(size, dy_stride | dsum_stride | columns, addresses)
+    dx = empty(shape, dx_dtype, device) if separate else None
     dtypes = (dy.dtype, dtype_of(dsum), xhat.dtype, None, weight.dtype, dtype_of(dx), dresidual_dtype)
-    variant = backward_variant(columns, dtypes, True, True, dropout is not None, vector, True)
-    programs = _programs(variant, rows, dy.device)
-    partial = empty((programs, 3 * columns), torch.float32, dy.device)
+    form = BackwardForm(dtypes, True, True, dropout is not None, True)
+    offset = (dy.data_ptr() | address_of(dsum) | xhat.data_ptr() | weight.data_ptr()) % 16
+    plan = _plan(form, rstd.numel(), columns, (dy_stride, dsum_stride, columns, 0, 3 * columns), offset, device)
+    partial = empty((*plan.grid, 3 * columns), torch.float32, device)
+    sums = (partial, partial[:, columns:], partial[:, 2 * columns :])  # the kernel reads but where they start
     seed = None if dropout is None else dropout.seed
-    tensors = (dy, dsum, xhat, None, weight, seed, None, rstd, dx, dresidual, *partial.split(columns, 1))
-    sizes = (dy_stride, dsum_stride, columns, 0, 3 * columns, rows, columns)
-    launch(variant, (programs,), *tensors, *sizes, *dropout_arguments(dropout))
+    tensors = (dy, dsum, xhat, None, weight, seed, None, rstd, dx, dresidual, *sums)
+    launch(plan.variant, plan.grid, *tensors, *plan.sizes, *dropout_arguments(dropout))
     return dresidual, dx, partial
 
 
 def dropped_backward(dsum: Tensor, dropout: Dropout, dx_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Back from residual + dropout(x) to x: dx (..., C), and its sums over each program's rows, fp32 (programs, C)."""
     dsum, stride = as_rows(dsum)
-    rows, columns = dsum.shape[:-1].numel(), dsum.shape[-1]
-    dx = empty(dsum.shape, dx_dtype, dsum.device)
-    vector = run_length(min(dsum.element_size(), dx.element_size()), stride | columns, dsum.data_ptr())
-    dtypes = (dsum.dtype, None, None, None, None, dx_dtype, None)
-    variant = backward_variant(columns, dtypes, False, False, True, vector, True)
-    programs = _programs(variant, rows, dsum.device)
-    partial = empty((programs, columns), torch.float32, dsum.device)
+    shape, device, columns = dsum.shape, dsum.device, dsum.shape[-1]
+    dx = empty(shape, dx_dtype, device)
+    form = BackwardForm((dsum.dtype, None, None, None, None, dx_dtype, None), False, False, True, True)
+    strides = (stride, 0, 0, 0, columns)
+    plan = _plan(form, shape[:-1].numel(), columns, strides, dsum.data_ptr() % 16, device)
+    partial = empty((*plan.grid, columns), torch.float32, device)
     tensors = (dsum, None, None, None, None, dropout.seed, None, None, dx, None, None, None, partial)
-    launch(variant, (programs,), *tensors, stride, 0, 0, 0, columns, rows, columns, *dropout_arguments(dropout))
+    launch(plan.variant, plan.grid, *tensors, *plan.sizes, *dropout_arguments(dropout))
     return dx, partial
 
 
-def _programs(variant: Variant, rows: int, device: torch.device) -> int:
-    tiles = -(-rows // variant.constants["ROWS"])
-    return min(tiles, multiprocessors(device) * LAYER_NORM_BACKWARD[variant.constants["BLOCK_C"]].programs)
-
-
 @cache
-def backward_variant(
-    columns: int,
-    dtypes: tuple[torch.dtype | None, ...],
-    with_dw: bool,
-    with_db: bool,
-    dropout: bool,
-    vector: int,
-    xhat: bool = False,
-) -> Variant:
-    """The program that takes all gradients in one pass; dtypes: of dy, dsum, x, residual, weight, dx and dresidual.
-
-    xhat: x is what was normalised, if anything was, and dx is summed up as well.
-    """
+def backward_variant(columns: int, form: BackwardForm, vector: int) -> Variant:
+    """The program that takes all gradients in one pass over rows of `columns` columns, read in runs of `vector`."""
+    dtypes, with_dw, with_db, dropout, xhat = form
     config = (LAYER_NORM_BACKWARD if xhat else ADD_LAYER_NORM_BACKWARD)[block_of(columns)]
     if xhat and torch.float32 in dtypes[:3]:  # the third sum beside LayerNorm's two would make full tiles spill
         config = replace(config, rows=max(1, config.rows // 2))

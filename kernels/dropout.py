@@ -20,6 +20,7 @@ Source: Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -55,7 +56,12 @@ class Dropout(NamedTuple):
 
 def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, float]:
     """The kernels' offset, threshold and scale."""
-    return (0, 0, 1.0) if dropout is None else (dropout.offset, threshold(dropout.p), scale(dropout.p))
+    return (0, 0, 1.0) if dropout is None else (dropout.offset, *_threshold_and_scale(dropout.p))
+
+
+@lru_cache(maxsize=64)
+def _threshold_and_scale(p: float) -> tuple[int, float]:
+    return threshold(p), scale(p)
 
 
 @jit

@@ -12,9 +12,9 @@ it was active and kept), pre, the product before the activation, for the others,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial, reduce
+from functools import cache, lru_cache, partial, reduce
 from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .product_tiles import Form, activate, drawn, precision, product, store_tile, tile_of
-from .rows import address_of, as_rows, dtype_of, run_length, run_pointers
+from .rows import MAX_PLANS, Plan, address_of, as_rows, dtype_of, run_length, run_pointers
 
 
 @jit
@@ -186,17 +186,28 @@ def linear_forward(
     """
     x, x_stride = as_rows(x)
     w, w_stride = as_rows(w)
-    rows, N, K = x.shape[:-1].numel(), w.shape[0], x.shape[-1]
+    dtype, device, N, K = x.dtype, x.device, w.shape[0], x.shape[-1]
+    leading = x.shape[:-1]
+    rows = leading.numel()
     position, position_stride, position_rows = _position(position, rows)
-    y = empty((*x.shape[:-1], N), x.dtype, x.device)
-    pre = empty(y.shape, x.dtype, x.device) if keep_pre else None
-    addresses = x.data_ptr() | w.data_ptr() | address_of(position)
-    vector = run_length(x.element_size(), x_stride | w_stride | position_stride | N | K, addresses)
-    form = Form(x.dtype, activation, K % 64 == 0, vector, precision(x.dtype))
-    variant = forward_variant(form, dtype_of(bias), dropout is not None, keep_pre, position is not None)
+    y = empty((*leading, N), dtype, device)
+    pre = empty((*leading, N), dtype, device) if keep_pre else None
+    offset = (x.data_ptr() | w.data_ptr() | address_of(position)) % 16
     sizes = (x_stride, position_stride, position_rows, position_columns, w_stride, rows, N, K)
-    launch(variant, grid_of(variant, rows, N), x, position, w, bias, y, pre, *drawn(dropout, sizes))
+    given = dtype_of(bias), dropout is not None, keep_pre, position is not None
+    plan = _plan_forward(dtype, activation, precision(dtype), sizes, given, offset)
+    launch(plan.variant, plan.grid, x, position, w, bias, y, pre, *drawn(dropout, sizes))
     return y, pre
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan_forward(
+    dtype: torch.dtype, activation: str, rounding: str, sizes: tuple[int, ...], given: Any, offset: int
+) -> Plan:
+    x_stride, position_stride, _, _, w_stride, rows, N, K = sizes
+    vector = run_length(dtype.itemsize, x_stride | w_stride | position_stride | N | K, offset)
+    variant = forward_variant(Form(dtype, activation, K % 64 == 0, vector, rounding), *given)
+    return Plan(variant, grid_of(variant, rows, N), sizes)
 
 
 class Recomputed(NamedTuple):
@@ -223,25 +234,34 @@ def linear_backward(
     """
     dy, dy_stride = as_rows(dy)
     w, w_stride = as_rows(w)
-    rows, N, K = dy.shape[:-1].numel(), w.shape[1], dy.shape[-1]
+    dtype, device, N, K = dy.dtype, dy.device, w.shape[1], dy.shape[-1]
+    leading = dy.shape[:-1]
+    rows = leading.numel()
     x, own_w, bias, kept = (*saved, None) if isinstance(saved, Recomputed) else (None, None, None, saved)
     x, x_stride = (None, 0) if x is None else as_rows(x)
     own_w, own_stride = (None, 0) if own_w is None else as_rows(own_w)
     own_K = 0 if x is None else x.shape[-1]
-    dpre = empty((*dy.shape[:-1], N), dy.dtype, dy.device)
+    dpre = empty((*leading, N), dtype, device)
     active = activation == "relu" and kept is not None  # and so y itself
-    y = kept if active and kept is not None else empty(dpre.shape, dy.dtype, dy.device)
-    addresses = reduce(or_, map(address_of, (dy, w, kept, x, own_w)))
-    strides = dy_stride | w_stride | x_stride | own_stride
-    vector = run_length(dy.element_size(), strides | N | K | own_K, addresses)
-    form = Form(dy.dtype, activation, (K | own_K) % 64 == 0, vector, precision(dy.dtype))
-    variant = backward_variant(form, dropout is not None and not active, with_dbias, kept is not None, dtype_of(bias))
-    tiles = -(-rows // variant.constants["BLOCK_M"])
-    partial = empty((tiles, N), torch.float32, dy.device) if with_dbias else None
+    y = kept if active and kept is not None else empty((*leading, N), dtype, device)
+    offset = (dy.data_ptr() | w.data_ptr() | address_of(kept) | address_of(x) | address_of(own_w)) % 16
     sizes = (dy_stride, w_stride, x_stride, own_stride, rows, N, K, own_K)
+    given = dropout is not None and not active, with_dbias, kept is not None, dtype_of(bias)
+    plan = _plan_backward(dtype, activation, precision(dtype), sizes, given, offset)
+    partial = empty((-(-rows // plan.variant.constants["BLOCK_M"]), N), torch.float32, device) if with_dbias else None
     tensors = (dy, w, kept, x, own_w, bias, dpre, None if active else y, partial)
-    launch(variant, grid_of(variant, rows, N), *tensors, *drawn(dropout, sizes, masks=not active))
+    launch(plan.variant, plan.grid, *tensors, *drawn(dropout, sizes, masks=not active))
     return dpre, y, partial
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan_backward(
+    dtype: torch.dtype, activation: str, rounding: str, sizes: tuple[int, ...], given: Any, offset: int
+) -> Plan:
+    *strides, rows, N, K, own_K = sizes
+    vector = run_length(dtype.itemsize, reduce(or_, strides) | N | K | own_K, offset)
+    variant = backward_variant(Form(dtype, activation, (K | own_K) % 64 == 0, vector, rounding), *given)
+    return Plan(variant, grid_of(variant, rows, N), sizes)
 
 
 def grid_of(variant: Variant, rows: int, columns: int) -> tuple[int]:

@@ -12,19 +12,21 @@ Source: Ba et al., 2016, arXiv:1607.06450 (LayerNorm).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .add_layer_norm_backward import backward_variant, residual_norm_backward
+from .add_layer_norm_backward import BackwardForm, backward_variant, residual_norm_backward
 from .configs import FEW_ROWS, LINEAR_NORM
 from .dropout import Dropout, keep_rows, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .product_tiles import Form, drawn, precision, product, store_tile
 from .rows import (
+    MAX_PLANS,
+    Plan,
     address_of,
     as_rows,
     block_of,
@@ -158,8 +160,9 @@ class Rows(NamedTuple):
         """
         shape, device, norm = residual.shape, residual.device, norm_weight is not None
         y, xhat = (empty(shape, dtype, device) if norm and wanted else None for wanted in (True, keep))
-        sum_dtype = torch.promote_types(x.dtype, residual.dtype)
-        total = empty(shape, sum_dtype, device) if with_sum or not norm else None
+        total = None
+        if with_sum or not norm:
+            total = empty(shape, torch.promote_types(x.dtype, residual.dtype), device)
         rstd = None if xhat is None else empty((shape[:-1].numel(),), torch.float32, device)
         return cls(y, total, xhat, rstd)
 
@@ -189,16 +192,29 @@ def linear_norm_forward(
     residual, residual_stride = as_rows(residual)
     rows, N, K = x.shape[:-1].numel(), w.shape[0], x.shape[-1]
     out = Rows.empty(x, residual, norm_weight, out_dtype or residual.dtype, with_sum, keep)
-    addresses = x.data_ptr() | w.data_ptr() | residual.data_ptr() | address_of(bias)
-    addresses |= address_of(norm_weight) | address_of(norm_bias)
-    vector = run_length(x.element_size(), x_stride | w_stride | residual_stride | N | K, addresses)
-    form = Form(x.dtype, "none", K % 64 == 0, vector, precision(x.dtype))
-    dtypes = tuple(map(dtype_of, (bias, residual, norm_weight, norm_bias, *out[:3])))
-    variant = forward_variant(form, N, rows <= FEW_ROWS, dtypes, dropout is not None)
-    drop = drawn(dropout, (x_stride, residual_stride, w_stride, rows, N, K))
-    grid = (-(-rows // variant.constants["BLOCK_M"]),)
-    launch(variant, grid, x, w, bias, residual, norm_weight, norm_bias, *out, *drop, eps)
+    parameters = bias, residual, norm_weight, norm_bias
+    offset = x.data_ptr() | w.data_ptr() | residual.data_ptr()
+    offset = (offset | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
+    dtypes = tuple(map(dtype_of, (*parameters, *out[:3])))
+    sizes = (x_stride, residual_stride, w_stride, rows, N, K)
+    plan = _plan(x.dtype, precision(x.dtype), sizes, dtypes, dropout is not None, offset)
+    launch(plan.variant, plan.grid, x, w, *parameters, *out, *drawn(dropout, sizes), eps)
     return out
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(
+    dtype: torch.dtype,
+    rounding: str,
+    sizes: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    dropout: bool,
+    offset: int,
+) -> Plan:
+    x_stride, residual_stride, w_stride, rows, N, K = sizes
+    vector = run_length(dtype.itemsize, x_stride | w_stride | residual_stride | N | K, offset)
+    variant = forward_variant(Form(dtype, "none", K % 64 == 0, vector, rounding), N, rows <= FEW_ROWS, dtypes, dropout)
+    return Plan(variant, (-(-rows // variant.constants["BLOCK_M"]),), sizes)
 
 
 @cache
@@ -236,7 +252,7 @@ def catalog_entries() -> Iterator[Entry]:
         yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
         if dtype == bf16:
             read = (residual, total, residual, None, residual)
-            back = backward_variant(columns, (*read, dtype, residual), True, True, True, vector, True)
+            back = backward_variant(columns, BackwardForm((*read, dtype, residual), True, True, True, True), vector)
             limit = Budget(255, 8192, 256, 8192)
             name = f"residual_norm_backward_{suffix}"
             yield Entry("linear_add_layer_norm", name, back, tile_elements(back), limit, example)

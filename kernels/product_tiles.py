@@ -7,6 +7,7 @@ in 64. Sources: Hendrycks and Gimpel, 2016, arXiv:1606.08415 (GELU); Elfwing et 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -143,11 +144,16 @@ class Form(NamedTuple):
         }
 
 
+@cache
+def _interpreted() -> bool:
+    return launching.triton is not None and bool(launching.triton.knobs.runtime.interpret)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32 operands: exactly, or as tf32 where torch's setting of matmul precision allows it."""
-    if launching.triton is not None and launching.triton.knobs.runtime.interpret:
+    if _interpreted():
         return "interpreted"
-    rounds = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    rounds = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
     return "tf32" if rounds else "ieee"
 
 

@@ -62,7 +62,13 @@ class Boundary:
 
     def __call__(self, *args: Any) -> Any:
         """The op with gradients."""
-        return self._op(*args) if self._shortcut(args[0]) is None else self._autograd(*args)
+        run = self._shortcut(args[0])
+        if run is None:
+            return self._op(*args)
+        if torch.is_grad_enabled():
+            return self._autograd(*args)
+        with below_autograd():
+            return run(*args)
 
     def below(self, *args: Any) -> Any:
         """The op below autograd: what its autograd kernel calls."""

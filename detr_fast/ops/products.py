@@ -152,4 +152,4 @@ def eager_gradients(
 
 def flat(tensor: Tensor) -> Tensor:
     """(..., C) as (rows, C)."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])

@@ -173,7 +173,9 @@ def test_the_backward_is_deterministic_and_its_offsets_fit(columns):
 BF16 = torch.bfloat16
 PRE_NORM = {
     "forward": kernels.forward_variant(256, *(BF16,) * 5, True, False, 8),
-    "backward": kernels.backward_variant(256, (BF16, BF16, BF16, None, BF16, None, BF16), True, True, False, 8),
+    "backward": kernels.backward_variant(
+        256, kernels.BackwardForm((BF16, BF16, BF16, None, BF16, None, BF16), True, True, False), 8
+    ),
 }
 
 
