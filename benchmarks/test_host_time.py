@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.test_overhead import interleaved
-from detr_fast import dispatch, implementation, ops, use_backend
+from detr_fast import dispatch, implementation, nn, ops, use_backend
 from detr_fast.ops import boundary
 from tests.conftest import INTERPRETING, StubGPU
 
@@ -140,15 +141,37 @@ def _step(function: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> Cal
     return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_host_time(name: str, stub_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
-    function, original, shapes = CASES[name]
+def _report(name: str, ours: Callable[[], object], theirs: Callable[[], object], capsys: Any) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with use_backend("triton"):
-            ours, theirs, ratio = interleaved(_step(function, shapes), _step(original, shapes))
+            mine, other, ratio = interleaved(ours, theirs)
     finally:
         torch.set_num_threads(threads)
     with capsys.disabled():
-        print(f"\n{name:24} ours {ours * 1e6:7.1f} µs   PyTorch {theirs * 1e6:7.1f} µs   ratio {ratio:.2f}")
+        print(f"\n{name:24} ours {mine * 1e6:7.1f} µs   PyTorch {other * 1e6:7.1f} µs   ratio {ratio:.2f}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_host_time(name: str, stub_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    function, original, shapes = CASES[name]
+    with use_backend("triton"):
+        ours = _step(function, shapes)
+    _report(name, ours, _step(original, shapes), capsys)
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_host_time_of_a_layer(name: str, stub_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole layer in training, with dropout and key padding, beside torch.nn's."""
+    inputs = [torch.randn(1, ROWS, WIDTH, requires_grad=True) for _ in range(1 + ("Decoder" in name))]
+    padding = torch.tensor([[False] * (ROWS - 1) + [True]])
+    masks = {"memory_key_padding_mask" if "Decoder" in name else "src_key_padding_mask": padding}
+    dy = torch.randn(1, ROWS, WIDTH)
+
+    def step(layer: torch.nn.Module) -> Callable[[], object]:
+        leaves = [*inputs, *layer.parameters()]
+        return lambda: torch.autograd.grad(layer(*inputs, **masks), leaves, dy)
+
+    ours, theirs = (getattr(library, name)(WIDTH, 2, HIDDEN, P, batch_first=True) for library in (nn, torch.nn))
+    _report(name, step(ours), step(theirs), capsys)
