@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from detr_fast import dispatch, implementation
 from detr_fast.kernels import launch
+from detr_fast.ops import boundary
+from detr_fast.testing.interpreter import poisoned
 from detr_fast.testing.ptx.machine import Machine
 from detr_fast.testing.ptx.memory import GlobalMemory
 from detr_fast.testing.ptx.shadow import Clock
@@ -32,13 +36,13 @@ class Loaded:
 
 @dataclass
 class Emulation:
-    """launches: kernel name and grid of each launch, in order. limit: instructions that one program may run.
+    """launches: kernel name and grid of each launch, in order.
 
-    rewrite: changes the PTX before it is translated (a test of the emulator takes barriers out).
+    limit: instructions that one program may run. identical: arguments that several programs may write, the same values.
     """
 
-    limit: int = LIMIT
-    rewrite: Callable[[str], str] | None = None
+    limit: int
+    identical: frozenset[str]
     launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
 
 
@@ -88,25 +92,29 @@ class EmulatedGPU:
         def run(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
             arguments = rest[4:]  # after two kinds of metadata and two hooks
             taken = [
-                (name, kind, value) for name, kind, value in zip(names, kinds, arguments) if kind not in (None, "constexpr")
+                (name, kind, value)
+                for name, kind, value in zip(names, kinds, arguments)
+                if kind not in (None, "constexpr")
             ]
             assert self.emulation is not None
             text, shared = function
-            if self.emulation.rewrite is not None:
-                text = self.emulation.rewrite(text)
             run_grid(translate(text), (x, y, z), taken, shared, self.emulation)
 
         return run
 
 
 def run_grid(
-    program: Program, grid: tuple[int, int, int], arguments: list[tuple[str, str, Any]], shared: int, emulation: Emulation
+    program: Program,
+    grid: tuple[int, int, int],
+    arguments: list[tuple[str, str, Any]],
+    shared: int,
+    emulation: Emulation,
 ) -> None:
     """Run all programs of a grid; arguments: name, Triton's type and value of each that the program takes."""
     emulation.launches.append((program.kernel.name, grid))
     clock = Clock()
     tensors = {name: value for name, kind, value in arguments if isinstance(value, Tensor)}
-    memory = GlobalMemory(tensors, program.granule_global, clock)
+    memory = GlobalMemory(tensors, program.granule_global, clock, emulation.identical)
     values = [_bits(kind, value) for _, kind, value in arguments]
     parameters = dict(zip((name for name, _ in program.kernel.parameters), [*values, 0, 0]))
     for z in range(grid[2]):
@@ -127,24 +135,29 @@ _gpu: EmulatedGPU | None = None
 
 
 @contextmanager
-def emulated_gpu(*, limit: int = LIMIT, rewrite: Callable[[str], str] | None = None) -> Iterator[Emulation]:
-    """Inside the block, launches of Triton kernels on CPU tensors run their compiled PTX, with all checks."""
+def emulated_gpu(*, limit: int = LIMIT, identical_writes: Iterable[str] = ()) -> Iterator[Emulation]:
+    """Inside the block, launches of Triton kernels on CPU tensors run their compiled PTX, with all checks.
+
+    limit: instructions that one program may run. identical_writes: names of kernel arguments that several programs of a
+    launch may write, provided that they write the same values and each reads only what it wrote. Raises RuntimeError where
+    kernels are interpreted.
+    """
     from triton import knobs
     from triton.runtime import driver
 
     if knobs.runtime.interpret:
         raise RuntimeError("kernels are interpreted, and never compiled: unset TRITON_INTERPRET")
-    from detr_fast.testing.interpreter import poisoned
-
     global _gpu
     _gpu = _gpu or EmulatedGPU()
-    before, driver._active = driver._active, _gpu
-    _gpu.emulation = Emulation(limit, rewrite)
-    knobs.runtime.kernel_load_start_hook.add(_gpu.remember_files)
-    try:
-        with launch.allocating_with(poisoned):
-            yield _gpu.emulation
-    finally:
-        knobs.runtime.kernel_load_start_hook.remove(_gpu.remember_files)
-        driver._active = before
-        _gpu.emulation = None
+    with ExitStack() as stack:
+        for module in (implementation, boundary):  # ops asked for their kernels by name take CPU tensors, too
+            stack.enter_context(mock.patch.object(module, "INTERPRETING", True))
+        for op in dispatch._ops.values():
+            stack.callback(op.forget)
+        stack.enter_context(mock.patch.object(driver, "_active", _gpu))
+        stack.enter_context(mock.patch.object(_gpu, "emulation", Emulation(limit, frozenset(identical_writes))))
+        stack.enter_context(launch.allocating_with(poisoned))
+        knobs.runtime.kernel_load_start_hook.add(_gpu.remember_files)
+        stack.callback(knobs.runtime.kernel_load_start_hook.remove, _gpu.remember_files)
+        assert _gpu.emulation is not None
+        yield _gpu.emulation

@@ -1,139 +1,35 @@
-"""One program of the grid while it runs: who is where, and memory accesses with all checks. Generated code calls it `m`."""
+"""One program of the grid while it runs: memory accesses with all checks, and what warps do. Generated code calls it `m`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from detr_fast.testing.ptx import warps
-from detr_fast.testing.ptx.faults import Deadlock, Endless, Fault, MisalignedAccess, OutsideMemory, Race, Uninitialised
-from detr_fast.testing.ptx.memory import POISON, GlobalMemory, SharedMemory, granules
-from detr_fast.testing.ptx.shadow import NOBODY, Clock, Conflict, Shadow
-from detr_fast.testing.ptx.translator import DTYPES, END, Program
-
-Array = np.ndarray
-Mask = Array | None
+from detr_fast.testing.ptx.faults import Fault, OutsideMemory, Race, Uninitialised
+from detr_fast.testing.ptx.memory import POISON, granules
+from detr_fast.testing.ptx.shadow import Shadow
+from detr_fast.testing.ptx.threads import Array, Mask, Threads
+from detr_fast.testing.ptx.translator import DTYPES
 
 
-class Machine:
-    """Threads of one program in lockstep, block by block; where they part, those furthest behind in the program run first."""
-
-    def __init__(
-        self,
-        program: Program,
-        memory: GlobalMemory,
-        clock: Clock,
-        parameters: dict[str, int],
-        place: tuple[int, int, int],
-        grid: tuple[int, int, int],
-        shared: int,
-        limit: int,
-    ) -> None:
-        self.program, self.memory, self.clock = program, memory, clock
-        self.parameters, self.place, self.grid = parameters, place, grid
-        self.number = (place[2] * grid[1] + place[1]) * grid[0] + place[0]
-        self.threads = program.kernel.threads
-        self.lanes = np.arange(self.threads, dtype=np.int16)
-        self.shared = SharedMemory(shared, program.granule_shared, clock)
-        self.left = self.limit = limit
-        self.waiting: dict[int, Array] = {}  # by block: threads that are to go on there
-        self.at_barrier: dict[int, Array] = {}
-        self.alive = np.ones(self.threads, bool)
-        self.open_copies: list[tuple[Any, ...]] = []
-        self.groups: list[list[tuple[Any, ...]]] = []
-        self.identical_writes = 0
-        clock.start_program()
-
-    def run(self) -> None:
-        with np.errstate(all="ignore"):
-            self.program.run(self)
-
-    # ---- values
-
-    def unset(self, kind: str) -> Array:
-        return np.full(self.threads, 1, bool) if kind == "?" else np.full(4096, 0xFF, np.uint8).view(kind)[: self.threads]
-
-    def parameter(self, name: str, kind: str) -> Array:
-        dtype = DTYPES[kind]
-        bits = np.array([self.parameters[name]], np.uint64).astype(f"u{dtype.itemsize}").view(dtype)
-        return np.repeat(bits, self.threads)
-
-    def special(self, register: str, axis: str) -> Array:
-        index = "xyz".index(axis)
-        if register in ("laneid", "warpid"):
-            return (self.lanes & 31 if register == "laneid" else self.lanes >> 5).astype(np.uint32)
-        if register == "tid":
-            return self.lanes.astype(np.uint32) * np.uint32(index == 0)
-        sizes = {"ntid": (self.threads, 1, 1), "ctaid": self.place, "nctaid": self.grid}
-        return np.full(self.threads, sizes[register][index], np.uint32)
-
-    # ---- control flow
-
-    def spend(self, instructions: int) -> None:
-        self.left -= instructions
-        if self.left < 0:
-            raise Endless(f"{self._name()} ran more than {self.limit} instructions: a loop that never ends?")
-
-    @staticmethod
-    def merge(active: Array, before: tuple[Array, ...], after: tuple[Array, ...]) -> Iterator[Array]:
-        return (np.where(active, new, old) for new, old in zip(after, before))
-
-    def branch(self, active: Mask, taken: Array, target: int, following: int) -> tuple[int, Mask]:
-        """The active threads part: those of `taken` go to `target`. Returns the block that runs next, and who runs it."""
-        active = self.alive if active is None else active
-        for block, mask in ((target, active & taken), (following, active & ~taken)):
-            self._send(block, mask)
-        return self._next()
-
-    def barrier(self, site: int, active: Mask, following: int) -> tuple[int, Mask]:
-        if active is not None and not np.array_equal(active, self.alive):
-            self.at_barrier[site] = self.at_barrier.get(site, False) | active
-            arrived = np.logical_or.reduce(list(self.at_barrier.values()))
-            self._send(following, active)
-            if not np.array_equal(arrived, self.alive):
-                return self._next()
-            self.at_barrier.clear()
-        self.clock.start_phase()
-        return (following, active) if not self.waiting else self._next()
-
-    def _send(self, block: int, mask: Array) -> None:
-        if not mask.any():
-            return
-        if block == END:
-            self.alive = self.alive & ~mask
-        else:
-            self.waiting[block] = self.waiting[block] | mask if block in self.waiting else mask
-
-    def _next(self) -> tuple[int, Mask]:
-        stopped = np.logical_or.reduce(list(self.at_barrier.values())) if self.at_barrier else None
-        ready = {b: m for b, m in self.waiting.items() if stopped is None or not (m & stopped).any()}
-        if not ready:
-            if not self.waiting:
-                return END, None
-            sites = ", ".join(self._describe(site) for site in self.at_barrier)
-            raise Deadlock(f"{self._name()}: threads wait at {sites}, which the others never reach")
-        block = min(ready)
-        mask = self.waiting.pop(block)
-        return block, None if mask.all() else mask
-
-    def warp_barrier(self, site: int, active: Mask) -> None:
-        self._whole_warps(site, active)
-        self.clock.now += 1
-
-    def _whole_warps(self, site: int, active: Mask) -> None:
-        if active is None:
-            return
-        by_warp = active.reshape(-1, 32)
-        parted = by_warp.any(1) & ~by_warp.all(1)
-        if parted.any():
-            raise Deadlock(f"{self._name()}: part of warp {int(parted.argmax())} reaches {self._describe(site)}")
+class Machine(Threads):
+    """A mask names the threads that take part in an access; None: all."""
 
     # ---- global memory
 
     def load_global(
-        self, site: int, base: Array, offset: int, kind: str, wide: str, count: int, mask: Mask, old: tuple[Array, ...] | None
+        self,
+        site: int,
+        base: Array,
+        offset: int,
+        kind: str,
+        wide: str,
+        count: int,
+        mask: Mask,
+        old: tuple[Array, ...] | None,
     ) -> tuple[Array, ...]:
         threads, addresses = self._active(base, offset, mask)
         size = DTYPES[kind].itemsize * count
@@ -143,7 +39,9 @@ class Machine:
             self._read(site, self.memory.shadow(region), offsets, size, self.memory.granule, threads[lanes], region.low)
         return self._results(rows, wide, threads, mask, old)
 
-    def store_global(self, site: int, base: Array, offset: int, kind: str, values: tuple[Array, ...], mask: Mask) -> None:
+    def store_global(
+        self, site: int, base: Array, offset: int, kind: str, values: tuple[Array, ...], mask: Mask
+    ) -> None:
         threads, addresses = self._active(base, offset, mask)
         size = DTYPES[kind].itemsize * len(values)
         rows = np.stack([value[threads] for value in values], 1) if threads.size else np.zeros((0, len(values)), kind)
@@ -157,6 +55,7 @@ class Machine:
                 self.memory.granule,
                 threads[lanes],
                 region.low,
+                region.identical,
             )
 
     def _regions(self, site: int, threads: Array, addresses: Array, size: int) -> Iterator[tuple[Any, Any, Array]]:
@@ -183,10 +82,52 @@ class Machine:
             lanes, rest = rest[inside], rest[~inside]
             yield lanes, region, (addresses[lanes] - np.uint64(region.low)).astype(np.int64)
 
+    def atomic(
+        self,
+        site: int,
+        space: str,
+        base: Array,
+        offset: int,
+        operation: str,
+        kind: str,
+        operands: tuple[Array, ...],
+        mask: Mask,
+        old: Array | None,
+    ) -> Array:
+        """Thread after thread, as far as several hit one place. Returns what was there before."""
+        threads, addresses = self._active(base, offset, mask)
+        if space != "global":
+            raise Fault(f"{self._describe(site)}: atomics in shared memory are not known to the emulator")
+        size, granule = DTYPES[kind].itemsize, self.memory.granule
+        before = np.zeros(threads.size, kind)
+        values = [operand[threads] for operand in operands]
+        for lanes, region, offsets in self._regions(site, threads, addresses, size):
+            shadow, view = self.memory.shadow(region), region.view(kind, 1)
+            names, touched = np.repeat(threads[lanes], size // granule), granules(offsets, size, granule)
+            conflict = shadow.read(touched, names, site, self.number, atomic=True)
+            unchanged = np.zeros(touched.shape, bool)
+            conflict = conflict or shadow.write(touched, names, site, self.number, unchanged, atomic=True)
+            if conflict is not None:
+                self._race(site, conflict, threads[lanes], offsets, size // granule, region.low)
+            for lane, index in zip(np.arange(threads.size)[lanes], offsets // size):
+                before[lane] = view[index, 0]
+                view[index, 0] = _updated(operation, view[index, 0], [value[lane] for value in values])
+        result = np.zeros(self.threads, kind) if old is None else old.copy()
+        result[threads] = before
+        return result
+
     # ---- shared memory
 
     def load_shared(
-        self, site: int, base: Array, offset: int, kind: str, wide: str, count: int, mask: Mask, old: tuple[Array, ...] | None
+        self,
+        site: int,
+        base: Array,
+        offset: int,
+        kind: str,
+        wide: str,
+        count: int,
+        mask: Mask,
+        old: tuple[Array, ...] | None,
     ) -> tuple[Array, ...]:
         threads, addresses = self._active(base, offset, mask)
         size = DTYPES[kind].itemsize * count
@@ -212,7 +153,9 @@ class Machine:
         self._read(site, shared.shadow, offsets, size, shared.granule, threads, 0)
         return shared.view(kind, count)[offsets // size]
 
-    def store_shared(self, site: int, base: Array, offset: int, kind: str, values: tuple[Array, ...], mask: Mask) -> None:
+    def store_shared(
+        self, site: int, base: Array, offset: int, kind: str, values: tuple[Array, ...], mask: Mask
+    ) -> None:
         threads, addresses = self._active(base, offset, mask)
         size = DTYPES[kind].itemsize * len(values)
         shared = self.shared
@@ -264,7 +207,15 @@ class Machine:
     # ---- asynchronous copies
 
     def copy_async(
-        self, site: int, to: Array, offset: int, source: Array, from_offset: int, size: int, read: Array | None, mask: Mask
+        self,
+        site: int,
+        to: Array,
+        offset: int,
+        source: Array,
+        from_offset: int,
+        size: int,
+        read: Array | None,
+        mask: Mask,
     ) -> None:
         threads, addresses = self._active(to, offset, mask)
         if not threads.size:
@@ -274,12 +225,16 @@ class Machine:
         rows = np.zeros((threads.size, size), np.uint8)
         wanted = np.full(threads.size, size) if read is None else read[threads].astype(np.int64)
         if ((wanted != 0) & (wanted != size)).any():
-            raise Fault(f"{self._where(site, threads[0])} copies part of {size} bytes, which the emulator does not know")
+            raise Fault(
+                f"{self._where(site, threads[0])} copies part of {size} bytes, which the emulator does not know"
+            )
         copying = np.flatnonzero(wanted)
         _, sources = self._active(source, from_offset, mask)
         for lanes, region, starts in self._regions(site, threads[copying], sources[copying], size):
             rows[copying[lanes]] = region.view("u1", size)[starts // size]
-            self._read(site, self.memory.shadow(region), starts, size, self.memory.granule, threads[copying[lanes]], region.low)
+            self._read(
+                site, self.memory.shadow(region), starts, size, self.memory.granule, threads[copying[lanes]], region.low
+            )
         touched = granules(offsets, size, shared.granule)
         # From now until the wait nobody may read or write it: the copy may land at any moment.
         if shared.pending[touched].any():
@@ -318,8 +273,7 @@ class Machine:
 
     def shuffle(self, site: int, mode: str, a: Array, b: Array, c: Array, active: Mask) -> Array:
         self._whole_warps(site, active)
-        source, inside = warps.shuffle_source(mode, b, c)
-        return a[source]
+        return a[warps.shuffle_source(mode, b, c)]
 
     def reduce_warp(self, site: int, function: Any, a: Array, active: Mask) -> Array:
         self._whole_warps(site, active)
@@ -357,7 +311,15 @@ class Machine:
         return tuple(results)
 
     def _read(
-        self, site: int, shadow: Shadow, offsets: Array, size: int, granule: int, threads: Array, low: int, atomic: bool = False
+        self,
+        site: int,
+        shadow: Shadow,
+        offsets: Array,
+        size: int,
+        granule: int,
+        threads: Array,
+        low: int,
+        atomic: bool = False,
     ) -> None:
         touched, each = granules(offsets, size, granule), size // granule
         names = threads if each == 1 else np.repeat(threads, each)
@@ -366,53 +328,54 @@ class Machine:
             self._race(site, conflict, threads, offsets, each, low)
 
     def _write(
-        self, site: int, shadow: Shadow, view: Array, offsets: Array, rows: Array, granule: int, threads: Array, low: int
+        self,
+        site: int,
+        shadow: Shadow,
+        view: Array,
+        offsets: Array,
+        rows: Array,
+        granule: int,
+        threads: Array,
+        low: int,
+        identical: bool = False,
     ) -> None:
         size = rows.shape[1] * rows.itemsize
         touched, each = granules(offsets, size, granule), size // granule
         names = threads if each == 1 else np.repeat(threads, each)
         index = offsets // size
-        unchanged = (view[index].view(np.uint8) == np.ascontiguousarray(rows).view(np.uint8)).reshape(-1, granule).all(1)
-        conflict = shadow.write(touched, names, site, self.number, unchanged)
+        unchanged = (
+            (view[index].view(np.uint8) == np.ascontiguousarray(rows).view(np.uint8)).reshape(-1, granule).all(1)
+        )
+        conflict = shadow.write(touched, names, site, self.number, unchanged, identical)
         if conflict is not None:
             self._race(site, conflict, threads, offsets, each, low)
         view[index] = rows
-        lost = (view[index].view(np.uint8) != np.ascontiguousarray(rows).view(np.uint8)).any(1)
-        if lost.any():
+        lost = (view[index] != rows).any(1)
+        if lost.any() and not _rounded_alike(view[index[lost]], rows[lost]):
             first = int(lost.argmax())
             raise Race(
                 f"{self._where(site, threads[first])} and another thread write different values to "
                 f"{self._spot(int(offsets[first]), low)} in the same instruction"
             )
 
-    # ---- messages
 
-    def _race(self, site: int, conflict: Conflict, threads: Array, offsets: Array, each: int, low: int) -> NoReturn:
-        index = conflict.index // each
-        other = "another program" if conflict.other_program else "other threads"
-        if conflict.other != NOBODY:
-            other = f"thread {conflict.other} (warp {conflict.other >> 5})"
-        needed = "in the same launch" if conflict.other_program else "with no barrier between"
-        raise Race(
-            f"{self._where(site, threads[index])}: {conflict.kind} of {self._spot(int(offsets[index]), low)}, by {other} at "
-            f"{self._describe(conflict.site)}, {needed}"
-        )
+def _rounded_alike(one: Array, other: Array) -> bool:
+    """Whether 32-bit words, as fp32, differ by rounding alone.
 
-    def _spot(self, offset: int, low: int) -> str:
-        return f"shared memory at {offset}" if low == 0 else self.memory.nearest(low + offset)
+    All threads that hold a sum of butterfly shuffles may store it; where a product was fused into the first addition, each
+    has rounded another one of the two products. Which one stays is undefined, and no error.
+    """
+    if one.dtype != np.uint32:
+        return False
+    a, b = one.view(np.float32), other.view(np.float32)
+    return bool((np.abs(a - b) <= 2.0**-20 * np.abs(a).max()).all())
 
-    def _misaligned(self, site: int, threads: Array, addresses: Array, size: int, index: int) -> NoReturn:
-        raise MisalignedAccess(
-            f"{self._where(site, threads[index])} touches {size} bytes at {int(addresses[index]):#x}, which is no multiple of {size}"
-        )
 
-    def _describe(self, site: int) -> str:
-        one = self.program.kernel.instructions[site]
-        source = f", {one.source}" if one.source else ""
-        return f"'{one.text}' (PTX line {one.line}{source})"
-
-    def _name(self) -> str:
-        return f"{self.program.kernel.name}, program {self.place}"
-
-    def _where(self, site: int, thread: Any) -> str:
-        return f"{self._name()}, thread {int(thread)} (warp {int(thread) >> 5}), {self._describe(site)}"
+def _updated(operation: str, old: Any, values: list[Any]) -> Any:
+    """What an atomic operation leaves: cas compares with the first value and stores the second."""
+    if operation == "cas":
+        return values[1] if old == values[0] else old
+    if operation == "exch":
+        return values[0]
+    function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+    return function.get(operation, np.bitwise_xor)(old, values[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ class Region:
     name: str
     start: int
     end: int
+    identical: bool = False  # several programs may write the same values
     views: dict[tuple[str, int], Array] = field(default_factory=dict)
     shadow: Shadow | None = None
 
@@ -35,16 +37,19 @@ class Region:
         if found is None:
             size = (self.end - self.low + 15) & ~15
             raw = (ctypes.c_uint8 * size).from_address(self.low)
-            found = self.views[kind, count] = np.frombuffer(raw, kind).reshape(-1, count)
+            found = self.views[kind, count] = np.frombuffer(memoryview(raw), kind).reshape(-1, count)
         return found
 
 
 class GlobalMemory:
     """The tensors of one launch by address. Tensors that overlap (views of one storage) share a region."""
 
-    def __init__(self, tensors: dict[str, Tensor], granule: int, clock: Clock) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], granule: int, clock: Clock, identical: Container[str] = frozenset()
+    ) -> None:
         self.granule, self.clock = granule, clock
-        self.regions = _merged([_region(name, tensor) for name, tensor in tensors.items() if tensor.numel()])
+        regions = [_region(name, tensor, name in identical) for name, tensor in tensors.items() if tensor.numel()]
+        self.regions = _merged(regions)
         self.lows = np.array([region.start for region in self.regions], np.uint64)
 
     def find(self, lowest: int, highest: int) -> Region | None:
@@ -96,9 +101,9 @@ def granules(offsets: Array, size: int, granule: int) -> Array:
     return first if count == 1 else (first[:, None] + np.arange(count)).ravel()
 
 
-def _region(name: str, tensor: Tensor) -> Region:
+def _region(name: str, tensor: Tensor, identical: bool) -> Region:
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
-    return Region(name, tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size())
+    return Region(name, tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size(), identical)
 
 
 def _merged(regions: list[Region]) -> list[Region]:
@@ -108,7 +113,7 @@ def _merged(regions: list[Region]) -> list[Region]:
             last = merged[-1]
             if region.name not in last.name.split(" and "):
                 last.name += f" and {region.name}"
-            last.end = max(last.end, region.end)
+            last.end, last.identical = max(last.end, region.end), last.identical and region.identical
         else:
             merged.append(region)
     return merged

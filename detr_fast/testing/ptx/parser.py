@@ -60,7 +60,12 @@ class Kernel:
 
     def register_class(self, name: str) -> str | None:
         """pred, b16, b32, …; None where it is no register."""
-        return self.registers.get(name) or self.registers.get(re.sub(r"\d+$", "", name))
+        found = self.registers.get(name)
+        if found is None and (prefix := name.rstrip("0123456789")) != name:
+            found = self.registers.get(prefix)
+            if found is not None:
+                self.registers[name] = found
+        return found
 
 
 def parse(text: str) -> Kernel:

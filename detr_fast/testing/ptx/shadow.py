@@ -7,7 +7,8 @@ accesses to one granule, at least one a write, race
 * in different threads of one warp, unless a bar.sync or bar.warp.sync does;
 * in different programs of a launch, always.
 
-Writes of the value that is there already are told apart: replicated data, which Triton writes several times.
+A write of the value that is there already is told apart. Within a program it is no race with another write: Triton stores
+replicated data several times. Between programs it is none where the caller has declared such writes.
 """
 
 from __future__ import annotations
@@ -80,13 +81,23 @@ class Shadow:
         return conflict
 
     def write(
-        self, granules: Array, threads: Array, site: int, program: int, same: Array | None, atomic: bool = False
+        self,
+        granules: Array,
+        threads: Array,
+        site: int,
+        program: int,
+        same: Array,
+        declared: bool = False,
+        atomic: bool = False,
     ) -> Conflict | None:
-        """Note writes; same: which of them leave the value that was there. The first conflict, if there is one."""
+        """Note writes; the first conflict, if there is one.
+
+        same: which of them leave the value that was there. declared: whether several programs may write the same value.
+        """
         conflict = None
         if self.last_write >= (0 if self.across_programs else self.clock.barrier):
-            conflict = self._against_writes(granules, threads, "write", atomic, same)
-        conflict = conflict or self._against_readers(granules, threads, program)
+            conflict = self._against_writes(granules, threads, "write", atomic, same, declared)
+        conflict = conflict or self._against_readers(granules, threads, program, same & declared)
         self.write_time[granules] = self.last_write = self.clock.now
         self.writer[granules] = threads
         self.write_site[granules] = site
@@ -94,31 +105,38 @@ class Shadow:
         return conflict
 
     def _against_writes(
-        self, granules: Array, threads: Array, verb: str, atomic: bool, same: Array | None = None
+        self,
+        granules: Array,
+        threads: Array,
+        verb: str,
+        atomic: bool,
+        same: Array | None = None,
+        declared: bool = False,
     ) -> Conflict | None:
         clock, time = self.clock, self.write_time[granules]
         earlier = (time < clock.program) & (time != NEVER)
         writer = self.writer[granules]
         foreign = (time >= clock.barrier) & (writer >> 5 != threads >> 5)
         foreign |= (time == clock.now) & (writer != threads)
+        if same is not None:
+            foreign &= ~same
+            earlier &= ~(same & declared)
         wrong = foreign | earlier if self.across_programs else foreign
         if atomic:
             wrong &= ~self.atomic[granules]
-        if same is not None:
-            wrong &= ~same
         if not wrong.any():
             return None
         index = int(wrong.argmax())
         site, elsewhere = int(self.write_site[granules[index]]), bool(earlier[index])
         return Conflict(index, f"{verb} after write", NOBODY if elsewhere else int(writer[index]), site, elsewhere)
 
-    def _against_readers(self, granules: Array, threads: Array, program: int) -> Conflict | None:
+    def _against_readers(self, granules: Array, threads: Array, program: int, allowed: Array) -> Conflict | None:
         clock, time = self.clock, self.read_time[granules]
         current = time >= clock.barrier
         elsewhere = np.zeros(granules.shape, bool)
         if self.across_programs:
             reading = self.reading_program[granules]
-            elsewhere = (reading != NOBODY) & (reading != program)
+            elsewhere = (reading != NOBODY) & (reading != program) & ~allowed
         elif not current.any():
             return None
         wrong = current & (self.reading_warp[granules] != threads >> 5)

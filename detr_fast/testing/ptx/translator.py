@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 
 from detr_fast.testing.ptx import arithmetic
+from detr_fast.testing.ptx.accesses import emit
 from detr_fast.testing.ptx.faults import Unsupported
-from detr_fast.testing.ptx.instructions import emit
 from detr_fast.testing.ptx.parser import Instruction, Kernel, Operand, parse
 
 SHARED_BASE = 1024  # address of a program's shared memory: not 0, so that offsets taken for addresses are seen
 END = -1  # the block after `ret`
-DTYPES = {kind: np.dtype("bool" if kind == "?" else kind) for kind in "? u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split()}
+DTYPES = {
+    kind: np.dtype("bool" if kind == "?" else kind)
+    for kind in ["?", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
+}
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$")
 
 
@@ -326,7 +329,6 @@ def _granule(kernel: Kernel, space: str) -> int:
         if parts[0] in ("ld", "st", "atom", "red") and any(part.split("::")[0] == space for part in parts):
             count = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
             sizes.add(min(16, count * int(re.sub(r"\D", "", parts[-1])) // 8))
-        elif one.opcode.startswith("cp.async.c"):
-            if one.parts[2] in ("ca", "cg"):
-                sizes.add(int(str(one.operands[2]), 0))
+        elif one.opcode.startswith(("cp.async.ca.", "cp.async.cg.")):
+            sizes.add(int(str(one.operands[2]), 0))
     return min(sizes)

@@ -53,8 +53,8 @@ def matrix_registers(rows: Array, transposed: bool) -> tuple[Array, ...]:
     return tuple(words.reshape(len(words), -1))
 
 
-def shuffle_source(mode: str, b: Array, c: Array) -> tuple[Array, Array]:
-    """The thread that each thread reads, and which of them lie inside their segment (the others keep their own)."""
+def shuffle_source(mode: str, b: Array, c: Array) -> Array:
+    """The thread that each thread reads: itself where that one lies outside its segment."""
     lane = np.arange(b.size) & 31
     b, c = b.astype(np.int64) & 31, c.astype(np.int64)
     bound, segment = c & 31, (c >> 8) & 31
@@ -73,4 +73,4 @@ def shuffle_source(mode: str, b: Array, c: Array) -> tuple[Array, Array]:
         source = least | (b & ~segment)
         inside = source <= most
     source = np.where(inside, source, lane)
-    return (np.arange(b.size) & ~31) + source, inside
+    return (np.arange(b.size) & ~31) + source
