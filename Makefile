@@ -14,10 +14,12 @@ help: ## say what each target does
 setup: $(VENV)/.installed ## create .venv with everything that demo and test need
 
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
+	@echo 'installing PyTorch and all that demo and test need into $(VENV): some 6 GB, a few minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
+	@echo "ready; '. $(BIN)/activate' puts detr-fast and python on your PATH"
 
 demo: setup ## train a small DETR on generated scenes, evaluate it and draw its predictions (QUICK=1: one minute)
 	$(BIN)/detr-fast demo $(if $(QUICK),--quick)

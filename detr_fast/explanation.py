@@ -21,6 +21,14 @@ from detr_fast.testing.counters import Counts, counting
 TIMED_RUNS = 5
 
 
+def reasons_in_words(reasons: Mapping[str, str]) -> str:
+    """Each reason once, behind all the implementations that it is against."""
+    against: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        against.setdefault(reason, []).append(name)
+    return "; ".join(f"not {', '.join(names)}: {reason}" for reason, names in against.items())
+
+
 @dataclass(frozen=True)
 class Record:
     """One dispatched call, explained."""
@@ -34,7 +42,7 @@ class Record:
     calls: int = 1
 
     def __str__(self) -> str:
-        against = "; ".join(f"not {name}: {reason}" for name, reason in self.reasons.items())
+        against = reasons_in_words(self.reasons)
         text = f"{self.module or '(call)'}: {self.op} {self.shapes} -> {self.chosen}"
         text += f" ×{self.calls}" if self.calls > 1 else ""
         return text + (f" ({self.note})" if self.note else "") + (f"  [{against}]" if against else "")

@@ -9,7 +9,9 @@ import typer
 
 
 def convert_weights(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, a safetensors file or a Hugging Face folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="A run folder, a checkpoint, a safetensors file or a Hugging Face folder.")
+    ],
     destination: Annotated[Path, typer.Argument(help="What to write; must not exist yet.")],
     to: Annotated[str, typer.Option("--to", help="original, huggingface or safetensors.")] = "safetensors",
 ) -> None:

@@ -22,12 +22,15 @@ def demo(
     """
     import dataclasses
     import os
+    import shlex
+    import shutil
+    import sys
 
     from rich.console import Console
     from rich.table import Table
 
     from detr_fast.cli.explain import summarize_choices
-    from detr_fast.cli.progress import ProgressReporter, progress_bar
+    from detr_fast.cli.progress import ProgressReporter, progress_bar, speed
     from detr_fast.engine.demo import compare_with_torch, demo_config, make_scenes, scene_counts
     from detr_fast.engine.trainer import train
 
@@ -49,14 +52,16 @@ def demo(
     table.add_row("AP, AP50", f"{result.metrics['AP']:.3f}, {result.metrics['AP50']:.3f} on the validation images")
     minutes, seconds = divmod(round(result.seconds), 60)
     table.add_row(
-        "training", f"{result.steps} steps in {minutes} min {seconds:02d} s, {result.images_per_second:.0f} img/s"
+        "training", f"{result.steps} steps in {minutes} min {seconds:02d} s, {speed(result.images_per_second)}"
     )
     table.add_row("speed", str(comparison))
     for number, line in enumerate(choices):
         table.add_row("what ran" if number == 0 else "", line)
     run = result.run
     table.add_row("look at", f"{run.predictions}, {run.curves}")
-    table.add_row("next", f"detr-fast predict {run.path} {config.data}/images --out predictions")
+    command = "detr-fast" if shutil.which("detr-fast") else shlex.quote(os.path.relpath(sys.argv[0]))  # of `make demo`
+    paths = [shlex.quote(str(path)) for path in (run.path, f"{config.data}/images")]
+    table.add_row("next", f"{command} predict {' '.join(paths)} --out predictions")
     console.print()
     console.print(table, highlight=False)
     if quick:

@@ -31,6 +31,7 @@ def doctor(
     if page is not None:
         with explained(page):
             report.draw(page)
+        typer.echo(f"drew {page}", err=True)
     if fix is not None:
         removed = examination.fix(data, fix)
         for split, counts in removed.items():

@@ -31,6 +31,8 @@ def explain(
     import dataclasses
     import json
 
+    from rich.console import Console
+
     from detr_fast.cli.devices import pick_device
     from detr_fast.cli.presets import MODELS, preset
     from detr_fast.engine.trained import load_trained_model
@@ -44,7 +46,8 @@ def explain(
     else:
         trained = load_trained_model(model, where)
         config, detector = trained.config, trained.model.requires_grad_(training)
-    explanation = explain_model(detector, config, where, training, batch_size, image_size, counted=True)
+    with Console(stderr=True).status("running it once, counted"):
+        explanation = explain_model(detector, config, where, training, batch_size, image_size, counted=True)
     print(json.dumps(explanation.as_dicts(), indent=1) if as_json else explanation)
 
 
@@ -84,11 +87,12 @@ def summarize_choices(model: Detr, config: TrainConfig, device: torch.device | s
     """One line an op and implementation for a training step: how often it ran, and why not on another."""
     from collections import Counter
 
+    from detr_fast.explanation import reasons_in_words
+
     model.requires_grad_(True)
     counts: Counter[tuple[str, str, str]] = Counter()
     for record in explain_model(model, config, device, training=True, batch_size=config.batch_size):
-        against = "; ".join(f"not {name}: {reason}" for name, reason in record.reasons.items())
-        counts[record.op, record.chosen, against] += record.calls
+        counts[record.op, record.chosen, reasons_in_words(record.reasons)] += record.calls
     return [
         f"{op} ×{calls} on {chosen}" + (f" ({against})" if against else "")
         for (op, chosen, against), calls in counts.items()

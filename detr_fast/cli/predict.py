@@ -19,22 +19,30 @@ def predict(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Draw the pictures.")] = True,
 ) -> None:
-    """Detect objects in images: writes a picture of each with its boxes, and predictions.json with all of them."""
+    """Detect objects in images: writes a picture of each with its boxes, and predictions.json with all of them.
+
+    Files that cannot be read are named and left out, and the exit status is then 1.
+    """
+    import sys
     from collections import Counter
 
     from rich.console import Console
 
     from detr_fast.cli.devices import pick_device
     from detr_fast.cli.progress import progress_bar
+    from detr_fast.engine.errors import PredictionError
     from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, write_predictions
     from detr_fast.engine.trained import load_trained_model
 
     paths = find_images(images)
     trained = load_trained_model(model, pick_device(device))
+    unreadable: list[PredictionError] = []
     with progress_bar(Console(stderr=True), "predicting") as progress:
 
         def counted():  # type: ignore[no-untyped-def]
-            predictions = predict_images(trained, paths, threshold=threshold, batch_size=batch_size)
+            predictions = predict_images(
+                trained, paths, threshold=threshold, batch_size=batch_size, unreadable=unreadable
+            )
             for number, prediction in enumerate(predictions, start=1):
                 yield prediction
                 progress(number, len(paths))
@@ -44,3 +52,7 @@ def predict(
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no objects"
     what = "pictures and " if pictures else ""
     print(f"{len(records)} images: {found} above {threshold:g}; {what}{JSON_NAME} in {out}")
+    for error in unreadable:
+        print(f"Warning: {str(error).rpartition(';')[0]}; left out", file=sys.stderr)
+    if unreadable:
+        raise typer.Exit(1)

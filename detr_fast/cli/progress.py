@@ -31,6 +31,23 @@ def figure(value: float) -> str:
     return "–" if value < 0 else f"{value:.3f}"
 
 
+def speed(images_per_second: float) -> str:
+    """Two digits where there are few: "0.06 img/s", "3.1 img/s", "128 img/s"."""
+    return f"{images_per_second:.0f} img/s" if images_per_second >= 9.5 else f"{images_per_second:.2g} img/s"
+
+
+def duration(seconds: float) -> str:
+    """As one says it: "40 s", "3 min", "2 h 10 min", "12 days"."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 60 * 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes / 60 / 24:.0f} days"
+
+
 @contextmanager
 def progress_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for a callback of (done, total)."""
@@ -47,8 +64,8 @@ class ProgressReporter(Reporter):
         self.progress = Progress(*_columns(), console=console, disable=not console.is_terminal)
         self.training = self.progress.add_task("training", total=None, note="")
         self.evaluation = self.progress.add_task("evaluating", total=None, note="", visible=False)
-        self.total = 0
-        self._last_line = 0.0
+        self.first = self.total = 0
+        self._begun = self._last_line = 0.0
 
     def __enter__(self) -> ProgressReporter:
         self.progress.start()
@@ -58,26 +75,26 @@ class ProgressReporter(Reporter):
         self.progress.stop()
 
     def start(self, step: int, total: int) -> None:
-        self.total = total
-        self._last_line = time.monotonic()
+        self.first, self.total = step, total
+        self._begun = self._last_line = time.monotonic()
         self.progress.reset(self.training, total=total, completed=step, note="")
+
+    def about(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         self.console.print(f"[yellow]note[/] {text}", highlight=False, soft_wrap=True)
 
     def step(self, step: int, record: dict[str, Any] | None) -> None:
         self.progress.update(self.training, completed=step)
-        if record is None:
-            return
-        note = f"loss {record['loss']:.3f}  {record['images_per_second']:.0f} img/s"
-        self.progress.update(self.training, note=note)
+        note = "" if record is None else f"loss {record['loss']:.3f}  {speed(record['images_per_second'])}"
+        if note:
+            self.progress.update(self.training, note=note)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._last_line >= LINE_EVERY:
             self._last_line = now
-            images = record["images_per_second"]
-            self.console.print(
-                f"step {step}/{self.total}  loss {record['loss']:.3f}  {images:.0f} img/s", soft_wrap=True
-            )
+            left = duration((now - self._begun) / (step - self.first) * (self.total - step))
+            self.console.print(f"step {step}/{self.total}  {note + '  ' * bool(note)}{left} left", soft_wrap=True)
 
     def evaluating(self, done: int, total: int) -> None:
         self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)

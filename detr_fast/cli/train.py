@@ -53,16 +53,24 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Passes over the data.", rich_help_panel=_RECIPE)
+        int | None,
+        typer.Option("--epochs", help="Passes over the data.", show_default="300; small: 50", rich_help_panel=_RECIPE),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Images a step.", rich_help_panel=_RECIPE)
+        int | None,
+        typer.Option("--batch-size", help="Images a step.", show_default="2; small: 8", rich_help_panel=_RECIPE),
     ] = None,
     image_size: Annotated[
-        int, typer.Option("--image-size", help="Shorter side in pixels; 0 is the model's own.", rich_help_panel=_RECIPE)
+        int,
+        typer.Option(
+            "--image-size", help="Shorter side in pixels.", show_default="800; small: 128", rich_help_panel=_RECIPE
+        ),
     ] = 0,
     queries: Annotated[
-        int | None, typer.Option("--queries", help="The most objects an image can get.", rich_help_panel=_RECIPE)
+        int | None,
+        typer.Option(
+            "--queries", help="The most objects an image can get.", show_default="100", rich_help_panel=_RECIPE
+        ),
     ] = None,
     focal: Annotated[
         bool,
@@ -71,10 +79,19 @@ def train(
         ),
     ] = False,
     lr: Annotated[
-        float | None, typer.Option("--lr", help="Learning rate of the transformer.", rich_help_panel=_RECIPE)
+        float | None,
+        typer.Option(
+            "--lr",
+            help="Learning rate of the transformer.",
+            show_default="0.0001; small: 0.0005",
+            rich_help_panel=_RECIPE,
+        ),
     ] = None,
     lr_backbone: Annotated[
-        float | None, typer.Option("--lr-backbone", help="… of the backbone.", rich_help_panel=_RECIPE)
+        float | None,
+        typer.Option(
+            "--lr-backbone", help="… of the backbone.", show_default="1e-05; small: 0.0005", rich_help_panel=_RECIPE
+        ),
     ] = None,
     ema: Annotated[
         float | None, typer.Option("--ema", help="Average the weights, for example 0.999.", rich_help_panel=_RECIPE)
@@ -88,17 +105,22 @@ def train(
         typer.Option("--color-jitter", help="Augment brightness, contrast and saturation.", rich_help_panel=_RECIPE),
     ] = 0.0,
     evaluate_every: Annotated[
-        int | None, typer.Option("--evaluate-every", help="Epochs between evaluations.", rich_help_panel=_RECIPE)
+        int | None,
+        typer.Option("--evaluate-every", help="Epochs between evaluations.", show_default="1", rich_help_panel=_RECIPE),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Of weights, order and augmentation.", rich_help_panel=_RECIPE)
+        int | None,
+        typer.Option("--seed", help="Of weights, order and augmentation.", show_default="0", rich_help_panel=_RECIPE),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=_MACHINE)] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu or cuda.", show_default="auto", rich_help_panel=_MACHINE)
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="no, bf16 or fp16.", rich_help_panel=_MACHINE)
+        str | None, typer.Option("--precision", help="no, bf16 or fp16.", show_default="no", rich_help_panel=_MACHINE)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", help="Processes that load images.", rich_help_panel=_MACHINE)
+        int | None,
+        typer.Option("--workers", help="Processes that load images.", show_default="2", rich_help_panel=_MACHINE),
     ] = None,
 ) -> None:
     """Train a DETR on a COCO-format folder; classes and their names come from its annotations.
@@ -108,10 +130,11 @@ def train(
     import os
     from dataclasses import replace
 
+    import torch
     from rich.console import Console
 
     from detr_fast.cli.presets import preset
-    from detr_fast.cli.progress import ProgressReporter, figure
+    from detr_fast.cli.progress import ProgressReporter, figure, speed
     from detr_fast.engine import trainer
     from detr_fast.engine.errors import ConfigError
 
@@ -144,6 +167,13 @@ def train(
         if model != "small" and weights is None and weights_backbone is None:
             settings["backbone_norm"] = "batch"
             console.print("[yellow]note[/] no weights given: the backbone trains from scratch, which needs much data")
+        if model != "small" and device != "cuda" and not torch.cuda.is_available():
+            console.print(
+                f"[yellow]note[/] no GPU: a step of {model} at {config.transforms.eval_size} pixels takes a CPU many seconds; "
+                "--model small --image-size 160 is made for one",
+                soft_wrap=True,
+                highlight=False,
+            )
         config = replace(
             config,
             model=replace(config.model, **settings),
@@ -157,10 +187,10 @@ def train(
         with ProgressReporter(console) as reporter:
             result = trainer.train(config, overwrite=overwrite, reporter=reporter)
     figures = f"AP {figure(result.metrics['AP'])}, AP50 {figure(result.metrics['AP50'])}; " if result.metrics else ""
-    speed = f"{result.images_per_second:.1f} img/s; " if result.seconds else ""
+    pace = f"{speed(result.images_per_second)}; " if result.seconds else ""
     folder = result.run.path
     console.print(
-        f"{figures}{speed}{result.steps} steps; in {folder}: checkpoint.pt, metrics.jsonl, curves.png, predictions.png",
+        f"{figures}{pace}{result.steps} steps; in {folder}: checkpoint.pt, metrics.jsonl, curves.png, predictions.png",
         highlight=False,
         soft_wrap=True,
     )

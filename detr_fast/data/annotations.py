@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
         DataError: the first problem found, with the file, the record and the remedy.
     """
     raw = read_coco_json(path)
-    remedy = f"run 'detr-fast doctor {path.parent}'"
+    remedy = f"run 'detr-fast doctor {shlex.quote(str(path.parent))}'"
 
     def fail(message: str) -> DataError:
         return DataError(f"{path}: {message}; {remedy}")

@@ -15,11 +15,11 @@ from torch import Tensor
 from detr_fast.data.errors import DataError
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = False) -> np.ndarray:
     """Decode a file to (height, width, 3) uint8 RGB.
 
     Where `size` (height, width) is given, the image must have it. Pictures whose EXIF orientation gives that size are
-    turned, others are not: annotation tools differ in whether they annotate the turned picture.
+    turned, others are not: annotation tools differ in whether they annotate the turned picture. With `turned`, all are.
 
     Raises:
         DataError: the file is missing, truncated, no image, or of another size.
@@ -27,7 +27,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     try:
         with Image.open(path) as file:
             picture: Image.Image = file
-            if size is not None and (picture.height, picture.width) != size:
+            if turned or (size is not None and (picture.height, picture.width) != size):
                 picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip all above 255 to white
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))

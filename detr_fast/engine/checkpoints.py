@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
     if not is_checkpoint(state):
         raise CheckpointError(
-            f"{path} is not a checkpoint of a detr-fast run; to fine-tune from it: detr-fast train --weights {path}"
+            f"{path} is not a checkpoint of a detr-fast run; to fine-tune from it: detr-fast train --weights {shlex.quote(str(path))}"
         )
     return checked(state, path)
 
@@ -97,7 +98,8 @@ def require_same_classes(names: Sequence[str], found: Sequence[str], config: Tra
     if tuple(names) != tuple(found):
         raise CheckpointError(
             f"{config.data} has the classes {', '.join(found)}, but the run {config.run} knows {', '.join(names)}; restore the "
-            f"data, or start a new run from these weights: detr-fast train --data {config.data} --weights {config.run}/{CHECKPOINT}"
+            f"data, or start a new run from these weights: detr-fast train --data {shlex.quote(config.data)} "
+            f"--weights {shlex.quote(f'{config.run}/{CHECKPOINT}')}"
         )
 
 

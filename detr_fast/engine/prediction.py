@@ -76,12 +76,22 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def predict_images(
-    trained: TrainedModel, paths: Sequence[Path], *, threshold: float = 0.5, batch_size: int = 4
+    trained: TrainedModel,
+    paths: Sequence[Path],
+    *,
+    threshold: float = 0.5,
+    batch_size: int = 4,
+    unreadable: list[PredictionError] | None = None,
 ) -> Iterator[Prediction]:
     """Detect objects in each file, in order; the model's device does the work.
 
+    Pictures are turned as their EXIF orientation says, as viewers show them; boxes are in the pixels of the turned one.
+
+    Args:
+        unreadable: gets an error for each file that cannot be read as an image, and the others are gone on with.
+
     Raises:
-        PredictionError: a threshold outside [0, 1], or a file that cannot be read as an image.
+        PredictionError: a threshold outside [0, 1]; a file that cannot be read, without `unreadable`; or none that can.
     """
     if not 0 <= threshold <= 1:
         raise PredictionError(f"the threshold is {threshold}, expected a score from 0 to 1")
@@ -89,14 +99,25 @@ def predict_images(
     device = next(trained.model.parameters()).device
     post_process = PostProcess(trained.model.focal)
     for start in range(0, len(paths), batch_size):
-        part = paths[start : start + batch_size]
-        pixels = [_read(path) for path in part]
+        part, pixels = [], []
+        for path in paths[start : start + batch_size]:
+            try:
+                pixels.append(_read(path))
+                part.append(path)
+            except PredictionError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(error)
+        if not part:
+            continue
         images = [transform(tv_tensors.Image(torch.from_numpy(p).permute(2, 0, 1))) for p in pixels]
         sizes = torch.tensor([p.shape[:2] for p in pixels], device=device)
         with torch.inference_mode():
             outputs = trained.model([image.as_subclass(torch.Tensor).to(device) for image in images])
         for path, own, found in zip(part, pixels, post_process(outputs, sizes)):
             yield Prediction(path, Image.fromarray(own), boxes_above(found, threshold))
+    if unreadable and len(unreadable) == len(paths):
+        raise unreadable[0]
 
 
 def write_predictions(
@@ -121,7 +142,7 @@ def write_predictions(
 
 def _read(path: Path) -> Any:
     try:
-        return read_image(path)
+        return read_image(path, turned=True)
     except DataError as error:
         reason = str(error).partition(": ")[2].partition(";")[0]
         raise PredictionError(f"{path}: {reason}; give another image") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from detr_fast.engine.errors import RunFolderError
+from detr_fast.models.convert import RUN_FILES
 
-CHECKPOINT = "checkpoint.pt"
-BEST = "best.pt"
+BEST, CHECKPOINT = RUN_FILES
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 CURVES = "curves.png"
@@ -68,7 +69,7 @@ class RunFolder:
 
     @property
     def how_to_go_on(self) -> str:
-        return f"detr-fast train --resume {self.path}"
+        return f"detr-fast train --resume {shlex.quote(str(self.path))}"
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> RunFolder:
@@ -78,7 +79,7 @@ class RunFolder:
             occupied = [p for p in (run.checkpoint, run.best, run.metrics) if p.exists()]
             if occupied and not overwrite:
                 raise RunFolderError(
-                    f"{run.path} already holds a run ({occupied[0].name}); go on with '{run.how_to_go_on}', or choose another --run"
+                    f"{run.path} already holds a run ({occupied[0].name}); go on with '{run.how_to_go_on}', replace it with --overwrite, or choose another --run"
                 )
             for file in (*occupied, run.curves, run.predictions):
                 file.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,13 +15,14 @@ from detr_fast.engine.errors import Interrupted
 class StopSignals:
     """While entered, SIGINT and SIGTERM are remembered, and `check` raises Interrupted for them at a moment of the caller's choice.
 
-    A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. Forked data workers inherit the handler, so a Ctrl-C in the
+    A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. `announced` says so on stderr at the first. Forked data workers inherit the handler, so a Ctrl-C in the
     terminal, which reaches the whole process group, doesn't kill them under the main process. Off the main thread it does nothing.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, announced: bool = False) -> None:
+        self.announced = announced
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -37,6 +40,12 @@ class StopSignals:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if (
+            self.announced and self.received is None
+        ):  # by the system call: the signal may have come in the middle of a print
+            again = "; Ctrl-C again stops at once, without saving" if signum == signal.SIGINT else ""
+            with suppress(OSError):
+                os.write(2, f"\nstopping after this step{again}\n".encode())
         self.received = signum
 
     def check(self) -> None:

@@ -13,7 +13,6 @@ import torch
 from detr_fast.engine.checkpoints import checked, is_checkpoint, load_weights
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError
-from detr_fast.engine.run_folder import BEST, CHECKPOINT
 from detr_fast.models import convert
 from detr_fast.models.build import build_model
 from detr_fast.models.detr import Detr
@@ -76,16 +75,18 @@ def load_trained_model(path: str | os.PathLike[str], device: str | torch.device 
 def _find(path: Path) -> Path:
     """`path` itself, or what to use of the folder `path`: a run's best checkpoint, else its last; a Hugging Face folder."""
     if not path.exists():
-        raise CheckpointError(f"no checkpoint {path}; give a run folder, a checkpoint or published weights that exist")
+        raise CheckpointError(
+            f"no checkpoint {path}; give a run folder, a checkpoint or published weights ({convert.NOT_FETCHED})"
+        )
     if not path.is_dir():
         return path
-    for name in (BEST, CHECKPOINT):
+    for name in convert.RUN_FILES:
         if (path / name).exists():
             return path / name
     if any((path / name).exists() for name in convert.FOLDER_FILES):
         return path
     raise CheckpointError(
-        f"{path} holds neither {BEST} nor {CHECKPOINT} nor a Hugging Face model; give the folder of a run that has saved one"
+        f"{path} holds neither {' nor '.join(convert.RUN_FILES)} nor a Hugging Face model; give the folder of a run that has saved one"
     )
 
 

@@ -45,6 +45,9 @@ LOGGED = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinali
 class Reporter:
     """Hears how training goes; this one is silent. The command line's draws progress bars."""
 
+    def about(self, text: str) -> None:
+        """What is trained, on what and where, in one line."""
+
     def start(self, step: int, total: int) -> None:
         """Training goes on from `step` to `total`."""
 
@@ -211,16 +214,31 @@ class Trainer:
             return max(0.0, (self.total_steps - step) / max(1, self.total_steps - config.warmup_steps))
         return 0.1 if step >= config.lr_drop * self.total_steps else 1.0
 
+    def _summary(self) -> str:
+        config, data = self.config, self.data
+        parameters = sum(p.numel() for p in self.bare.parameters()) / 1e6
+        processes = self.accelerator.num_processes
+        where = self.device.type + (f" ×{processes}" if processes > 1 else "")
+        images = f"{data.training_images} training images"
+        if data.validation is not None:
+            images += f", {len(data.validation)} for validation"
+        steps = f"{config.epochs} epochs of {data.steps_per_epoch} steps of {config.batch_size * processes} images"
+        return (
+            f"{config.model.backbone} DETR, {parameters:.1f} M parameters, on {where}: "
+            f"{images}, {len(data.names)} classes; {steps}"
+        )
+
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run_all(self) -> TrainResult:
         """Train up to the last epoch, evaluating and saving on the way."""
         self.seconds, self.images = 0.0, 0
+        self.reporter.about(self._summary())
         self.reporter.start(self.step, self.total_steps)
         if self.step >= self.total_steps:
             self.reporter.message(f"all {self.config.epochs} epochs are done already; give --epochs to go further")
         try:
-            with StopSignals() as signals:
+            with StopSignals(announced=self.main) as signals:
                 while self.step < self.total_steps:
                     self._train_epoch(signals)
                     epoch = self.step // self.data.steps_per_epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class TrainingData:
         sampler: of all processes' training batches.
         loader, validation_loader: of this process's share; no validation where the data have none.
         steps_per_epoch: of each process.
+        training_images: of all processes.
         drawn: the images that pictures are drawn of.
     """
 
@@ -38,6 +40,7 @@ class TrainingData:
     sampler: GroupedBatchSampler
     loader: DataLoader[Any]
     steps_per_epoch: int
+    training_images: int
     validation: CocoDetection | None
     validation_loader: DataLoader[Any] | None
     drawn: CocoDetection
@@ -67,7 +70,8 @@ def load_training_data(
         )
     if dataset.max_boxes == 0:
         raise ConfigError(
-            f"none of the {len(dataset)} training images of {config.data} has a box: nothing to learn; run 'detr-fast doctor {config.data}'"
+            f"none of the {len(dataset)} training images of {config.data} has a box: "
+            f"nothing to learn; run 'detr-fast doctor {shlex.quote(config.data)}'"
         )
     area = config.transforms.max_area  # a batch of a wide and a tall image takes no more memory than any other
     buckets = None
@@ -92,6 +96,7 @@ def load_training_data(
         sampler=sampler,
         loader=_share(loader, accelerator),
         steps_per_epoch=len(sampler) // processes,
+        training_images=len(dataset),
         validation=validation,
         validation_loader=validation_loader,
         drawn=validation or CocoDetection(folder, "train", eval_transforms(config.transforms)),

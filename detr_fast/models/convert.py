@@ -33,6 +33,8 @@ from detr_fast.models.weight_names import StateDict, from_huggingface, infer_con
 
 Format = Literal["original", "huggingface", "safetensors"]
 FORMATS: tuple[Format, ...] = ("original", "huggingface", "safetensors")
+NOT_FETCHED = "addresses and names of a hub are not downloaded"
+RUN_FILES = ("best.pt", "checkpoint.pt")  # of a folder of our runs, likewise
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, the first that is there
 
 
@@ -164,7 +166,7 @@ def convert_weights(
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Read a checkpoint of the original repository, a Hugging Face folder, a safetensors file or our own checkpoint.
+    """Read a checkpoint of the original repository, a Hugging Face folder, a safetensors file, our own checkpoint or run folder.
 
     Raises:
         WeightsError: missing, damaged, of an unknown kind, or it wants code executed.
@@ -173,7 +175,9 @@ def read_weights(path: str | Path) -> Weights:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise WeightsError(f"no weights at {path}; give a checkpoint file, a safetensors file or a Hugging Face folder")
+        raise WeightsError(
+            f"no weights at {path}; give a checkpoint file, a safetensors file or a Hugging Face folder ({NOT_FETCHED})"
+        )
     if path.name in FOLDER_FILES and _is_huggingface_config(path.with_name("config.json")):
         return _read_folder(path.parent)  # the file alone does not say how many heads there are
     if path.suffix == ".safetensors":
@@ -198,8 +202,13 @@ def _is_huggingface_config(file: Path) -> bool:
 def _read_folder(folder: Path) -> Weights:
     config_file = folder / "config.json"
     files = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    for file in () if files else [folder / name for name in RUN_FILES]:
+        if file.is_file():
+            return read_weights(file)
     if not config_file.is_file() or not files:
-        raise WeightsError(f"{folder} is no Hugging Face folder; expected config.json and model.safetensors in it")
+        raise WeightsError(
+            f"{folder} is neither a Hugging Face folder nor a run's; expected config.json and model.safetensors, or {RUN_FILES[0]}"
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:

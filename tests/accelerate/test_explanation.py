@@ -32,6 +32,15 @@ def test_the_costs_of_calls_of_one_module_are_added_up():
     assert (record.calls, record.launches) == (2, 2)
 
 
+def test_a_reason_against_several_implementations_is_said_once():
+    layer = ours.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    records = detr_fast.explain(layer, torch.ones(1, 3, 8), quiet=True)
+    (block,) = (str(record) for record in records if record.op == "feed_forward")
+    assert block.endswith(
+        "[not triton, triton_recompute, triton_one_kernel: tensors on cpu: Triton kernels run on GPUs]"
+    )
+
+
 def test_a_models_arguments_may_have_any_name():
     class Scale(nn.Module):
         def forward(self, x, model):

@@ -210,7 +210,8 @@ def test_a_signal_to_all_processes_keeps_a_checkpoint_from_which_resume_goes_on(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signum
-    assert error.startswith(f"stopped by {name}: step ")
-    assert error.count("\n") == 1
+    assert error.startswith("\nstopping after this step")
+    assert error.count("\n") == 3
+    assert error.splitlines()[2].startswith(f"stopped by {name}: step ")
     steps = int(error.split("step ")[1].split(" of ")[0])
     assert status("train", "--resume", run, "--epochs", steps // 2 + 1) == 0

@@ -1,0 +1,181 @@
+"""What the command line says while nothing is wrong with the user's data: at the start, on the way, and what to do next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+pytest.importorskip("accelerate")
+
+from detr_fast.cli import app, main
+from detr_fast.cli.presets import preset
+from detr_fast.cli.progress import ProgressReporter, duration, speed
+from detr_fast.data.scenes import generate_scenes
+from detr_fast.models import convert
+
+SMALL = ["--model", "small", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+
+
+def status(*args: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in args])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_scenes(tmp_path_factory.mktemp("with spaces") / "my scenes", train=8, val=2, size=40)
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("with spaces") / "my run"
+    assert status("train", "--data", scenes, "--run", folder, *SMALL, "--epochs", "1") == 0
+    return folder
+
+
+def test_training_says_at_its_start_what_is_trained_and_on_what(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("train", "--data", scenes, "--run", tmp_path / "run", *SMALL, "--epochs", "1") == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("conv DETR, ")
+    assert "M parameters, on cpu: 8 training images, 2 for validation, 6 classes; 1 epochs of 2 steps of 4" in first
+
+
+def test_a_resnet_without_a_gpu_comes_with_a_warning_of_what_it_takes(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = ["train", "--data", scenes, "--run", tmp_path / "run", "--model", "resnet18", "--device", "cpu"]
+    assert status(*full, "--weights-backbone", "none.pth") == 2
+    assert "note no GPU: a step of resnet18 at 800 pixels takes a CPU many seconds; --model" in capsys.readouterr().out
+
+
+def test_lines_without_a_terminal_come_by_time_and_say_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("detr_fast.cli.progress.time.monotonic", lambda: now)
+    reporter = ProgressReporter(Console(width=120))
+    reporter.start(50, 250)
+    for step in range(51, 61):  # 15 s a step, of which every tenth reads the loss
+        now += 15.0
+        reporter.step(step, {"loss": 1.5, "images_per_second": 0.1333} if step % 10 == 0 else None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 52/250  50 min left"
+    assert lines[-1] == "step 60/250  loss 1.500  0.13 img/s  48 min left"
+    assert len(lines) == 5
+
+
+def test_speeds_and_times_are_in_the_digits_that_one_reads() -> None:
+    assert [speed(v) for v in (0.0611, 3.14, 9.6, 127.6)] == ["0.061 img/s", "3.1 img/s", "10 img/s", "128 img/s"]
+    assert [duration(s) for s in (40, 99.4, 300, 7800, 900_000)] == ["40 s", "99 s", "5 min", "2 h 10 min", "10 days"]
+
+
+def test_defaults_in_the_help_of_train_are_those_of_the_recipes() -> None:
+    from typer.main import get_command
+
+    recipes = {name: preset(name, "", "") for name in ("resnet50", "small")}
+    settings = {
+        name: {
+            **asdict(config),
+            "image_size": config.transforms.eval_size,
+            "queries": config.model.num_queries,
+        }
+        for name, config in recipes.items()
+    }
+    checked = 0
+    for option in get_command(app).commands["train"].params:  # type: ignore[attr-defined]
+        default = getattr(option, "show_default", None)
+        if not isinstance(default, str):
+            continue
+        full, _, small = default.partition("; small: ")
+        assert full == str(settings["resnet50"][option.name]), option.name
+        assert (small or full) == str(settings["small"][option.name]), option.name
+        checked += 1
+    assert checked == 11
+
+
+def test_a_command_that_is_advised_can_be_pasted_where_paths_have_spaces(
+    scenes: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("train", "--data", scenes, "--run", trained, *SMALL) == 2
+    error = capsys.readouterr().err
+    assert f"go on with 'detr-fast train --resume {shlex.quote(str(trained))}', replace it with --overwrite" in error
+
+
+def test_ctrl_c_is_answered_at_once() -> None:
+    code = (
+        "import os, signal\n"
+        "from detr_fast.engine.signals import StopSignals\n"
+        "with StopSignals(announced=True) as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stderr.startswith("\nstopping after this step\n")
+    assert run.stderr.count("stopping") == 1
+    assert run.stderr.rstrip().endswith("KeyboardInterrupt")
+    code = code.replace("SIGTERM", "SIGINT").rsplit("    os.kill", 1)[0]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stderr.startswith("\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+    assert run.returncode == -signal.SIGINT
+
+
+def test_predict_names_what_it_cannot_read_in_a_folder_and_goes_on(
+    scenes: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "some photos"
+    photos.mkdir()
+    good = (scenes / "images").glob("*")
+    for name in ("a.png", "c.png"):
+        (photos / name).write_bytes(next(good).read_bytes())
+    (photos / "b.png").write_bytes((photos / "a.png").read_bytes()[:200])
+    out = tmp_path / "out"
+    assert status("predict", trained, photos, "--out", out, "--batch-size", "1", "--device", "cpu") == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("2 images: ")
+    assert printed.err.startswith(f"Warning: {photos / 'b.png'}: cannot be decoded")
+    assert printed.err.endswith("; left out\n")
+    assert printed.err.count("\n") == 1
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "c.png", "predictions.json"]
+
+
+def test_predict_turns_pictures_as_cameras_meant_them(trained: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (50, 30)).save(tmp_path / "phone.jpg", exif=exif)
+    assert status("predict", trained, tmp_path / "phone.jpg", "--out", tmp_path / "out", "--device", "cpu") == 0
+    assert Image.open(tmp_path / "out" / "phone.png").size == (30, 50)
+
+
+def test_a_run_folder_is_a_place_to_take_weights_from(trained: Path, tmp_path: Path) -> None:
+    assert status("convert-weights", trained, tmp_path / "w.safetensors") == 0
+    best, written = (convert.read_weights(path).state for path in (trained / "best.pt", tmp_path / "w.safetensors"))
+    assert best.keys() == written.keys()
+    assert all(written[name].equal(best[name]) for name in best)
+
+
+def test_weights_on_a_hub_are_said_not_to_be_fetched(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["evaluate", "facebook/detr-resnet-50"],
+        ["train", "--data", scenes, "--run", "never", *SMALL, "--weights", "https://example.org/detr.pth"],
+    ):
+        assert status(*command) == 2
+        assert "addresses and names of a hub are not downloaded" in capsys.readouterr().err
+    assert not os.path.exists("never")
+
+
+def test_the_doctor_says_where_its_page_is(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("doctor", scenes, "--page", tmp_path / "page.png") == 0
+    assert capsys.readouterr().err == f"drew {tmp_path / 'page.png'}\n"
