@@ -113,6 +113,7 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
     index: dict[tuple[str, ...], int] = {}
     known = () if model is None else (*model.parameters(), *model.buffers())
     seen = [0, 0]
+    own = threading.get_ident()
 
     def settle() -> None:
         """Give what was counted since the last time to the record that it belongs to."""
@@ -129,6 +130,8 @@ def explaining(model: nn.Module | None = None, *, counted: bool = False) -> Iter
             explanation[row] = replace(old, launches=old.launches + launches, bytes_moved=old.bytes_moved + moved)
 
     def record(op: str, decision: Any) -> None:
+        if not stack.path and threading.get_ident() != own:
+            return  # in the middle of a module that another thread entered before: none of ours
         settle()
         module = stack.path[-1] if stack.path else ""
         kind = MeasuredRecord if counted else Record

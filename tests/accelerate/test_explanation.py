@@ -10,6 +10,7 @@ from torch import nn
 
 import detr_fast
 from detr_fast import nn as ours
+from detr_fast import ops
 from detr_fast.explanation import explaining, measured_times
 
 
@@ -68,6 +69,25 @@ def test_models_are_explained_while_other_threads_run_theirs():
         stop.set()
         thread.join()
     assert not errors
+
+
+def test_what_another_thread_is_in_the_middle_of_is_not_explained():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def forward(self, x):
+            inside.set()
+            assert go_on.wait(60)
+            return ops.layer_norm(x, (8,))
+
+    model = Waiting()
+    thread = threading.Thread(target=model, args=(torch.ones(2, 8),))
+    thread.start()
+    assert inside.wait(60)
+    with explaining(model) as records:
+        go_on.set()
+        thread.join()
+    assert records == []
 
 
 def test_explaining_a_step_counts_nothing_unless_asked():
