@@ -15,13 +15,11 @@ from torch import Tensor
 
 from detr_fast.kernels import linear as kernels
 from detr_fast.kernels.add_layer_norm_backward import dropped_backward, residual_norm_backward
-from detr_fast.kernels.dropout import scale
 from detr_fast.kernels.feed_forward import Norm, feed_forward
 from detr_fast.kernels.linear_norm import Rows, linear_norm_forward
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
-from detr_fast.ops.dropout import keep_mask
-from detr_fast.ops.products import dropout_of, eager_gradients, flat
+from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -191,52 +189,71 @@ def _fake_backward(
 
 
 class _Forward(torch.autograd.Function):
+    """Keeps xhat and rstd, not the residual or the sum; a double backward reaches those through them, its own outputs."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         y, total, saved, xhat, rstd = forward.below(*arguments)
-        ctx.save_for_backward(*arguments[:8], arguments[8], saved, xhat, rstd)
-        ctx.settings, ctx.kept = arguments[9:14], arguments[17]
-        with_sum = arguments[15]
-        ctx.mark_non_differentiable(saved, xhat, rstd, *(() if with_sum else (total,)))
+        x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed = arguments[:9]
+        ctx.save_for_backward(x, w1, b1, w2, b2, norm_weight, seed, saved, xhat, rstd)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (norm_bias, residual))
+        ctx.settings, with_sum, ctx.kept = arguments[9:13], arguments[15], arguments[17]
+        normed = norm_weight is not None
+        ctx.mark_non_differentiable(saved, *(() if normed else (xhat, rstd)), *(() if with_sum else (total,)))
         ctx.set_materialize_grads(False)
         return y, total, saved, xhat, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
-        if dy is None and dsum is None:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None, *twice: Tensor | None) -> Any:
+        if all(t is None for t in (dy, dsum, *twice)):
             return (None,) * 19
-        *inputs, seed, saved, xhat, rstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:8]
-        if torch.is_grad_enabled():
-            reference = with_masks(seed, *ctx.settings)
-            return (*eager_gradients(reference, inputs, (dy, dsum), wanted), *(None,) * 11)
-        dy = torch.zeros_like(xhat) if dy is None else dy
-        found = _gradients(inputs, seed, saved, xhat, rstd, ctx.settings, ctx.kept, (dy, dsum), wanted)
-        return (*found, *(None,) * 11)
+        eagerly = torch.is_grad_enabled() or any(t is not None for t in twice)
+        gradients = _eager_gradients if eagerly else _gradients
+        return (*gradients(ctx, dy, dsum, *twice), *(None,) * 11)
 
 
-def _gradients(
-    inputs: list[Any],
-    seed: Tensor | None,
-    saved: Tensor,
-    xhat: Tensor,
-    rstd: Tensor,
-    settings: tuple[Any, ...],
-    kept: bool,
-    upstream: tuple[Tensor, Tensor | None],
-    wanted: Any,
-) -> tuple[Tensor | None, ...]:
-    x, w1, b1, w2, b2, norm_weight, norm_bias, residual = inputs
-    activation, offset, p, output_p, _ = settings
-    dy, dsum = upstream
+def _eager_gradients(ctx: Any, dy: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`_gradients` to be differentiated again, with the very elements dropped that the kernels drop."""
+    x, w1, b1, w2, b2, norm_weight, seed, _, xhat, rstd = ctx.saved_tensors
+    norm_bias_dtype, residual_dtype = ctx.dtypes
+    activation, offset, p, output_p = ctx.settings
+    wanted = ctx.needs_input_grad[:8]
+
+    def block(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+        h = ACTIVATIONS[activation](F.linear(x, w1, b1))
+        return F.linear(dropped(h, seed, offset, p, hidden=True), w2, b2)
+
+    ds: Any = dy
+    d_norm_weight: Any = None
+    d_norm_bias: Any = None
+    if norm_weight is not None:
+        ds, d_norm_weight, d_norm_bias = eager_norm_gradients((dy, *upstream), xhat, rstd, norm_weight)
+    dz = dropped(ds, seed, offset, output_p)
+    dx, *others = eager_gradients(block, (x, w1, b1, w2, b2), dz, wanted[:5])
+    if norm_weight is not None and residual_dtype is None and dx is not None:
+        dx = dx + ds.to(x.dtype)
+    return (
+        dx,
+        *others,
+        d_norm_weight.to(norm_weight.dtype) if wanted[5] else None,
+        d_norm_bias.to(norm_bias_dtype) if wanted[6] else None,
+        ds.to(residual_dtype) if wanted[7] else None,
+    )
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, w1, b1, w2, b2, norm_weight, seed, saved, xhat, rstd = ctx.saved_tensors
+    norm_bias_dtype, residual_dtype = ctx.dtypes
+    wanted = ctx.needs_input_grad[:8]
+    activation = ctx.settings[0]
+    dy = torch.zeros_like(xhat) if dy is None else dy
     norm = (None, None, None) if norm_weight is None else (xhat, rstd, norm_weight)
-    hidden = (saved, None, None, None) if kept else (None, x, w1, b1)
-    dtype = x.dtype if residual is None else residual.dtype
-    settings = (seed, activation, offset, p, output_p, dtype, wanted[2])
-    ds, dz, dpre, h, sums, db1 = _backward(dy, dsum, *norm, w2, *hidden, *settings)
+    hidden = (saved, None, None, None) if ctx.kept else (None, x, w1, b1)
+    dtype = residual_dtype or x.dtype
+    ds, dz, dpre, h, sums, db1 = _backward(dy, dsum, *norm, w2, *hidden, seed, *ctx.settings, dtype, wanted[2])
     ds = ds if norm_weight is not None else dy.to(dtype)
     dz = flat(dz if dz.numel() else ds)
-    h, dpre = flat(saved if kept and activation == "relu" else h), flat(dpre)
+    h, dpre = flat(saved if ctx.kept and activation == "relu" else h), flat(dpre)
     dx = db2 = None
     d_norm: Any
     *d_norm, of_b2 = sums.chunk(3) if norm_weight is not None else (None, None, sums)
@@ -244,7 +261,7 @@ def _gradients(
         db2 = of_b2.to(b2.dtype) if of_b2.numel() else dz.sum(0)
     dw2 = torch.mm(dz.t(), h) if wanted[3] else None
     if wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
-        adds = norm_weight is not None and residual is None
+        adds = norm_weight is not None and residual_dtype is None
         dx = (flat(ds).addmm_(dpre, w1) if adds else torch.mm(dpre, w1)).view(x.shape)
     return (
         dx,
@@ -253,41 +270,9 @@ def _gradients(
         dw2,
         db2,
         d_norm[0] if wanted[5] else None,
-        d_norm[1].to(norm_bias.dtype) if wanted[6] else None,
+        d_norm[1].to(norm_bias_dtype) if wanted[6] else None,
         ds if wanted[7] else None,
     )
-
-
-def with_masks(seed: Tensor | None, activation: str, offset: int, p: float, output_p: float, eps: float) -> Any:
-    """The reference, y and the sum behind it, with the very elements dropped that the kernels drop."""
-
-    def dropped(y: Tensor, p: float, hidden: bool) -> Tensor:
-        if seed is None or p == 0.0:
-            return y
-        heads = 2 if hidden else 1
-        kept = keep_mask(seed, offset, p, heads, y.shape[:-1].numel(), y.shape[-1], tiles=hidden)[-1]
-        return torch.where(kept.view(y.shape), y * scale(p), 0.0)
-
-    def reference(
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor | None,
-        w2: Tensor,
-        b2: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        y = F.linear(dropped(ACTIVATIONS[activation](F.linear(x, w1, b1)), p, True), w2, b2)
-        if norm_weight is None and residual is None:
-            return (y,)
-        total = (x if residual is None else residual) + dropped(y, output_p, False)
-        if norm_weight is None:
-            return (total,)
-        bias_of_norm = None if norm_bias is None else norm_bias.to(total.dtype)
-        return F.layer_norm(total, norm_weight.shape, norm_weight.to(total.dtype), bias_of_norm, eps), total
-
-    return reference
 
 
 def _autograd_forward(*arguments: Any) -> Any:

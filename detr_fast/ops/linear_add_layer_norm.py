@@ -13,17 +13,17 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels import linear_norm as kernels
 from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
-from detr_fast.kernels.dropout import scale
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
-from detr_fast.ops.dropout import keep_mask, next_seed
+from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.products import (
     ProductCall,
     TritonProduct,
     autocast,
     autocast_dtype,
     dropout_of,
-    eager_gradients,
+    dropped,
+    eager_norm_gradients,
     exact_fp32,
     flat,
     key,
@@ -280,53 +280,47 @@ def _fake_backward(
 
 
 class _Forward(torch.autograd.Function):
+    """Keeps xhat and rstd, not the residual or the sum; a double backward reaches those through them, its own outputs."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         y, total, xhat, rstd = _forward.below(*arguments)
-        ctx.save_for_backward(*arguments[:6], arguments[6], xhat, rstd)
-        ctx.offset, ctx.p, ctx.eps = arguments[7:10]
-        with_sum = arguments[11]
-        ctx.mark_non_differentiable(xhat, rstd, *(() if with_sum else (total,)))
+        x, weight, bias, residual, norm_weight, norm_bias, seed = arguments[:7]
+        ctx.save_for_backward(x, weight, norm_weight, seed, xhat, rstd)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (bias, residual, norm_bias))
+        ctx.offset, ctx.p = arguments[7:9]
+        if not arguments[11]:
+            ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         return y, total, xhat, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
-        if dy is None and dsum is None:
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        if all(t is None for t in upstream):
             return (None,) * 13
-        *inputs, seed, xhat, rstd = ctx.saved_tensors
+        x, weight, norm_weight, seed, xhat, rstd = ctx.saved_tensors
+        bias_dtype, residual_dtype, norm_bias_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled():
-            reference = with_mask(seed, ctx.offset, ctx.p, ctx.eps)
-            return (*eager_gradients(reference, inputs, (dy, dsum), wanted), *(None,) * 7)
-        x, weight, bias, residual, norm_weight, norm_bias = inputs
-        dy = torch.zeros_like(xhat) if dy is None else dy
-        settings = (seed, ctx.offset, ctx.p, residual.dtype, x.dtype)
-        ds, dproduct, sums = _backward(dy, dsum, xhat, rstd, norm_weight, *settings)
-        rows = flat(dproduct if dproduct.numel() else ds)
-        d_norm_weight, d_norm_bias, db = sums.chunk(3)
-        dx = torch.mm(rows, weight).view(x.shape) if wanted[0] else None
-        dw = torch.mm(rows.t(), flat(x)) if wanted[1] else None
-        db = db.to(bias.dtype) if wanted[2] else None
-        d_norm_bias = d_norm_bias.to(norm_bias.dtype) if wanted[5] else None
-        return dx, dw, db, ds if wanted[3] else None, d_norm_weight if wanted[4] else None, d_norm_bias, *(None,) * 7
-
-
-def with_mask(seed: Tensor | None, offset: int, p: float, eps: float) -> Any:
-    """The reference, y and the sum, with the very elements dropped that the kernel drops."""
-
-    def reference(
-        x: Tensor, weight: Tensor, bias: Any, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, weight, bias)
-        if seed is not None:
-            kept = keep_mask(seed, offset, p, 1, y.shape[:-1].numel(), y.shape[-1]).view(y.shape)
-            y = torch.where(kept, y * scale(p), 0.0)
-        s = residual + y
-        bias_of_norm = None if norm_bias is None else norm_bias.to(s.dtype)
-        return F.layer_norm(s, norm_weight.shape, norm_weight.to(s.dtype), bias_of_norm, eps), s
-
-    return reference
+        dy, dsum, *twice = upstream
+        if torch.is_grad_enabled() or any(t is not None for t in twice):
+            ds, d_norm_weight, d_norm_bias = eager_norm_gradients(upstream, xhat, rstd, norm_weight)
+            rows = flat(dropped(ds, seed, ctx.offset, ctx.p)).to(x.dtype)
+            db = rows.sum(0)
+        else:
+            dy = torch.zeros_like(xhat) if dy is None else dy
+            settings = (seed, ctx.offset, ctx.p, residual_dtype, x.dtype)
+            ds, dproduct, sums = _backward(dy, dsum, xhat, rstd, norm_weight, *settings)
+            rows = flat(dproduct if dproduct.numel() else ds)
+            d_norm_weight, d_norm_bias, db = sums.chunk(3)
+        return (
+            torch.mm(rows, weight).view(x.shape) if wanted[0] else None,
+            torch.mm(rows.t(), flat(x)) if wanted[1] else None,
+            db.to(bias_dtype) if wanted[2] else None,
+            ds.to(residual_dtype) if wanted[3] else None,
+            d_norm_weight.to(norm_weight.dtype) if wanted[4] else None,
+            d_norm_bias.to(norm_bias_dtype) if wanted[5] else None,
+            *(None,) * 7,
+        )
 
 
 def _autograd_forward(*arguments: Any) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from detr_fast.dispatch import Call, TritonImplementation
 from detr_fast.kernels import launch
-from detr_fast.kernels.dropout import Dropout
+from detr_fast.kernels.dropout import Dropout, scale
 from detr_fast.ops import regimes
+from detr_fast.ops.dropout import keep_mask
 
 
 @dataclass(frozen=True)
@@ -133,21 +134,46 @@ def dropout_of(p: float, seed: Tensor | None, offset: int) -> Dropout | None:
 
 
 def eager_gradients(
-    reference: Callable[..., Any], inputs: Sequence[Tensor | None], upstream: Any, wanted: Sequence[bool]
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of `reference(*inputs)` that can be differentiated again: for a backward under `create_graph`.
-
-    upstream: what arrives for the tensor that the reference gives; a tuple, with None for what has no gradient, where it
-    gives several.
-    """
+    """Gradients of `reference(*inputs)` that can, under `create_graph`, be differentiated again."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         # A node of its own for each: the surrounding graph must not be walked here, and can be entered later.
         fresh = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
         sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
-        outputs, upstream = (v if isinstance(v, tuple) else (v,) for v in (reference(*fresh), upstream))
-        ys, arriving = zip(*((y, dy.to(y.dtype)) for y, dy in zip(outputs, upstream) if dy is not None))
-        found = iter(torch.autograd.grad(ys, sources, arriving, create_graph=True, allow_unused=True))
+        y = reference(*fresh)
+        found = iter(torch.autograd.grad(y, sources, dy.to(y.dtype), create_graph=again))
     return [next(found) if want and t is not None else None for t, want in zip(fresh, wanted)]
+
+
+def eager_norm_gradients(upstream: Sequence[Tensor | None], xhat: Tensor, rstd: Tensor, weight: Tensor) -> Any:
+    """Back through y = xhat * weight + bias, xhat being the sum s (..., C) less its mean times rstd (rows,).
+
+    upstream: what arrives for y, s, xhat and rstd, or None. By operations of PyTorch's, to be differentiated by xhat and
+    rstd, which stand for s: no sum need be kept for that. Returns the gradients of s, weight and bias, fp32.
+    """
+    dy, dsum, dxhat, drstd = (None if t is None else t.float() for t in upstream)
+    xhat, row = xhat.float(), rstd.view(*xhat.shape[:-1], 1)
+    d_weight, d_bias = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+    arriving = [] if dsum is None else [dsum]
+    if dy is not None:
+        d_weight, d_bias = flat(dy * xhat).sum(0), flat(dy).sum(0)
+        dxhat = dy * weight if dxhat is None else dxhat + dy * weight
+    if dxhat is not None:
+        mean = dxhat.mean(-1, keepdim=True)
+        arriving.append(row * (dxhat - mean - xhat * (dxhat * xhat).mean(-1, keepdim=True)))
+    if drstd is not None:
+        arriving.append(drstd.view_as(row) * row.square() * xhat / -xhat.shape[-1])
+    return torch.stack(arriving).sum(0), d_weight, d_bias
+
+
+def dropped(x: Tensor, seed: Tensor | None, offset: int, p: float, hidden: bool = False) -> Tensor:
+    """What the kernels make of x (..., C) where they drop rows' elements; hidden: the inner dropout of a block."""
+    if seed is None or p == 0.0:
+        return x
+    kept = keep_mask(seed, offset, p, 1 + hidden, x.shape[:-1].numel(), x.shape[-1], tiles=hidden)[-1]
+    return torch.where(kept.view(x.shape), x * scale(p), 0.0)
 
 
 def flat(tensor: Tensor) -> Tensor:

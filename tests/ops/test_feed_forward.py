@@ -102,6 +102,30 @@ def test_with_a_residual_the_backward_drops_what_the_forward_dropped(kernel, sum
 
 
 @interpreter
+@pytest.mark.parametrize("form", ["plain", "post-norm", "norm and sum", "sum"])
+def test_the_double_backward_is_right(kernel, form):
+    leaves = [t.requires_grad_() for t in (*tensors((7,)), torch.randn(7, 16))]
+    if form in ("plain", "post-norm"):
+        leaves = leaves[: 7 if form == "post-norm" else 5]
+        functions = [f("gelu", form == "post-norm") for f in (ours, eager)]
+        inputs = leaves
+    else:
+        inputs = [*leaves[:5], None, None, leaves[7]] if form == "sum" else leaves
+        leaves = [t for t in inputs if t is not None]
+        functions = [residual_form(one, form == "sum") for one in (True, False)]
+
+    def penalty(function):
+        gradients = torch.autograd.grad(function(*inputs).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves, allow_unused=True)
+
+    for one, other in zip(*map(penalty, functions)):
+        one, other = (torch.zeros(1) if t is None else t for t in (one, other))
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(one, other), rtol=1e-3, atol=1e-3 * other.abs().max().item()
+        )
+
+
+@interpreter
 def test_biases_may_be_absent(kernel):
     x, w1, _, w2, _, norm_weight, _ = tensors()
     inputs = [x, w1, None, w2, None, norm_weight, None]
