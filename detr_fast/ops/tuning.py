@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -55,14 +56,23 @@ def ceiling(timings: Iterable[Timing]) -> int:
 
 
 def tune(device: torch.device, progress: Progress = print) -> Iterator[Regime]:
-    """Measure all that is decided by measurement on such a device, one after the other; about a minute."""
+    """Measure all that is decided by measurement on such a device, one after the other; about a minute.
+
+    What can't be measured is told, and stays as it was.
+    """
+    measures: dict[str, Callable[[], Regime]] = {}
     if device.type != "cpu":
-        yield tune_layer_norm(device, progress)
-        yield tune_matching_cost(device, progress)
-        yield tune_linear_assignment(device, progress)
-        for group in GROUPS:
-            yield tune_group(group, device, progress)
-    yield tune_threads(progress)
+        measures["layer_norm"] = partial(tune_layer_norm, device, progress)
+        measures["matching_cost"] = partial(tune_matching_cost, device, progress)
+        measures |= {group.regime: partial(tune_group, group, device, progress) for group in GROUPS}
+        measures["linear_assignment"] = partial(tune_linear_assignment, device, progress)
+    measures["linear_assignment on the CPU"] = partial(tune_threads, progress)
+    for name, measure in measures.items():
+        try:
+            yield measure()
+        except Exception as error:  # a kernel that fails here must not keep the others from being measured
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            progress(f"FAILED {name}, which stays as it was: {type(error).__name__}: {reason}")
 
 
 def tune_group(group: Group, device: torch.device, progress: Progress = print) -> Regime:

@@ -101,6 +101,22 @@ def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache,
     assert chosen == ["threads"]
 
 
+def test_what_cannot_be_measured_is_told_and_the_rest_is_measured(monkeypatch):
+    def fails(*_):
+        raise dispatch.BackendError("triton: out of registers\nand more")
+
+    monkeypatch.setattr(tuning, "tune_group", lambda group, *_: Regime(group.regime, "sm_90", 0, 0, ""))
+    for name in ("tune_layer_norm", "tune_linear_assignment"):
+        monkeypatch.setattr(tuning, name, fails)
+    for name in ("tune_matching_cost", "tune_threads"):
+        monkeypatch.setattr(tuning, name, lambda *_: Regime("other", "sm_90", 0, 0, ""))
+    told: list[str] = []
+    measured = [regime.op for regime in tuning.tune(torch.device("cuda"), told.append)]
+    assert measured == ["other", *(group.regime for group in tuning_cases.GROUPS), "other"]
+    reason = "which stays as it was: BackendError: triton: out of registers"
+    assert told == [f"FAILED layer_norm, {reason}", f"FAILED linear_assignment, {reason}"]
+
+
 def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured(monkeypatch):
     monkeypatch.setattr(tuning, "_against", lambda other, op, *_, **__: Regime(op, "sm_90", 0, 0, ""))
     for name in ("tune_linear_assignment", "tune_threads"):
