@@ -37,7 +37,7 @@ lint: setup ## style and types
 	$(BIN)/mypy
 
 gpu: ## on a machine with a GPU (no network needed): tests, benchmarks, results in OUT
-	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
+	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY))
 
 clean: ## remove what setup and test have made
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,24 +1,24 @@
 """One command for a machine with a GPU and no network: tests on the hardware, benchmarks, tuning, a summary.
 
-    make gpu                 # results in benchmarks/results/<gpu>/
-    make gpu OUT=folder
+    make gpu                                # results in benchmarks/results/<gpu>/
+    make gpu OUT=folder ONLY=tests,tune     # some sections again: measurements are added to what the folder holds
 
-Needs torch >= 2.11 with triton and pytest; uses pytest-benchmark where it is there. The checkout is installed without
-network (`pip install --no-deps --no-build-isolation -e .`). Packages that such a machine lacks (pycocotools, say) are
-carried as wheels in `wheels/`, filled on a machine with network by
+Needs torch >= 2.11 with triton and pytest; with pytest-xdist results are checked in many processes first, which is also
+what fills Triton's and torch.compile's caches, and a test that breaks CUDA breaks no other. The checkout is installed without
+network (`pip install --no-deps --no-build-isolation -e .`). Packages that such a machine lacks are carried as wheels in
+`wheels/`, filled on a machine with network, say for the libraries beside which kernels are timed, by
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels pycocotools
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels liger-kernel
 
-Sections are independent, each has its own time limit (together at most nine minutes), and each writes as it goes.
-See docs/gpu-run.md.
+Sections are independent and in the order of what matters most. Each has its own time limit, all together have nine
+minutes, and each writes as it goes. See docs/gpu-run.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
+import importlib.util
 import os
 import re
 import shutil
@@ -29,12 +29,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import report  # noqa: E402
+
 LARGEST_FILE = 16 << 20
+SECONDS = 535.0  # of all sections together
+STOPPING = 12.0  # seconds before its limit in which a section should begin nothing new
+Section = tuple[str, list[str], int]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks in one run")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<gpu>)")
+    parser.add_argument("--only", help="sections to run, separated by commas: words of their names (default: all)")
     arguments = parser.parse_args()
     try:
         import torch
@@ -47,56 +55,108 @@ def main() -> int:
     name = torch.cuda.get_device_name().replace(" ", "-").lower()
     out = arguments.out or ROOT / "benchmarks" / "results" / name
     out.mkdir(parents=True, exist_ok=True)
-    return run(sections(out), out, f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    chosen = sections(out)
+    if arguments.only:
+        wanted = arguments.only.split(",")
+        chosen = [part for part in chosen if any(word in part[0] for word in ("wheels", "install", *wanted))]
+    return run(chosen, out, f"{torch.cuda.get_device_name()}, torch {torch.__version__}", SECONDS)
 
 
-def sections(out: Path) -> list[tuple[str, list[str], int]]:
+def sections(out: Path) -> list[Section]:
     """(name, command, seconds it may take), in the order of what matters most."""
     python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu"]
+    many, one = processes(min(12, max(2, (os.cpu_count() or 4) - 2)), 180), processes(1, 60)
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
-    timed, step = [*pytest, "-m", "gpu"], "benchmarks/test_step.py"
+    step = "benchmarks/test_step.py"
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if needs_gpu(path))
+    names = ("layers", "attention", "layer_norm", "losses", "criterion", "attention_forms")
+    timed = [f"benchmarks/test_{name}.py" for name in names]
+    # The compilers of many processes share the cores, and the longest compilation begins first.
+    sharing = ["env", "DETR_FAST_CHECK_ONLY=1", "TORCHINDUCTOR_COMPILE_THREADS=4", "OMP_NUM_THREADS=1"]
     calls = [python, "benchmarks/kernel_calls.py"]
     # Without PyTorch's own pool of memory, an access outside a tensor is one outside an allocation.
     sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "9", "--tool"]
     return [
-        *([("wheels", [*install, *wheels], 20)] if wheels else []),
+        *([("wheels", [*install, *wheels], 30)] if wheels else []),
         ("install", [*install, "-e", "."], 40),
-        ("tests", [*pytest, "-m", "gpu", "tests"], 110),
-        ("graphs and host synchronisation", [*calls, "graphs"], 40),
-        ("benchmarks", [*timed, "benchmarks", "--ignore", step, f"--benchmark-json={out / 'benchmarks.json'}"], 110),
-        ("training step", [*timed, step, f"--benchmark-json={out / 'benchmarks-step.json'}"], 70),
-        ("profile", [*calls, "profile", str(out)], 35),
-        ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 35),
-        ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 35),
-        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 55),
+        ("tests and checks", [*sharing, *pytest, *many, step, *timed, *files], 200),
+        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 70),
+        ("training step", [*pytest, *one, step], 80),
+        ("profile", [python, "-m", "benchmarks.step_profile", str(out)], 60),
+        ("benchmarks", [*pytest, *one, *timed], 150),
+        ("graphs and host synchronisation", [*calls, "graphs"], 60),
+        ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 60),
+        ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 60),
     ]
 
 
-def run(parts: list[tuple[str, list[str], int]], out: Path, machine: str) -> int:
-    """Run each part within its time, keep its output, and end with a one-page summary."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"DETR_FAST_CACHE": str(out)}
-    environment["PYTHONUNBUFFERED"] = "1"
+def needs_gpu(path: Path) -> bool:
+    """Whether a file has tests for a GPU: others may import what is not installed there."""
+    return "mark.gpu" in path.read_text() or "NEEDS_GPU" in path.read_text()
+
+
+def processes(number: int, seconds: int) -> list[str]:
+    """pytest's options: so many processes that begin tests one by one in order; a test that hangs ends its own after `seconds`."""
+    options = ["-p", "benchmarks.fresh_process"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(number), "--maxschedchunk", "1", "--max-worker-restart", "30"]
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout", str(seconds), "--timeout-method", "thread"]
+    return options
+
+
+def run(parts: list[Section], out: Path, machine: str, seconds: float = SECONDS) -> int:
+    """Run each part within its time and what is left of all, keep its output, and bring the one-page summary up to date."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "DETR_FAST_CACHE": str(out.resolve()),
+        "DETR_FAST_RESULTS": str(out.resolve()),
+        "PYTHONUNBUFFERED": "1",
+    }
     lines, failed = [f"# {machine}", ""], []
     log = out / "log.txt"
     log.write_text("")
-    for name, command, limit in parts:
-        start = time.monotonic()
-        status, output = _run_part(name, command, limit, environment, log)
+    end = time.monotonic() + seconds
+    for name, command, longest in parts:
+        begun = time.monotonic()
+        limit = min(longest, int(end - begun))
+        if limit < min(longest, 10):
+            status, output = f"skipped: {seconds:.0f} s were over", ""
+        else:
+            environment["DETR_FAST_DEADLINE"] = str(time.time() + limit - STOPPING)
+            status, output = _run_part(name, command, limit, environment, log)
         if status.startswith(("FAILED", "STOPPED")):
             failed.append(name)
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
-        lines.append(f"- {name}: {status}, {time.monotonic() - start:.0f} s. {last.strip()[:160]}")
-        lines += [f"    - {line[:200]}" for line in output.splitlines() if re.match(r"(FAILED|ERROR) ", line)][:12]
-        medians = medians_by_case(out)
-        (out / "summary.md").write_text(
-            "\n".join(lines + next_steps(failed, medians) + slower_than_a_peer(medians)) + "\n"
-        )
+        lines.append(f"- {name}: {status}, {time.monotonic() - begun:.0f} s. {last.strip()[:160]}")
+        lines += [f"    - {line[:200]}" for line in failures(output)][:12]
+        (out / "summary.md").write_text("\n".join(lines + report.page(report.measurements(out), failed)) + "\n")
         print(f"- {name}: {status}", flush=True)
+        if name == "install" and name in failed:
+            import_from_checkout(environment)
     drop_large_files(out)
-    print((out / "summary.md").read_text())
+    print("\n".join(lines + report.page(report.measurements(out), failed, times=False)))
+    print(f"\nAll times: {out / 'summary.md'}")
     return 1 if failed else 0
+
+
+def import_from_checkout(environment: dict[str, str]) -> None:
+    """What the installation would have done for the sections that follow: `kernels/` is `detr_fast.kernels`."""
+    link = ROOT / "detr_fast" / "kernels"
+    if not link.exists():
+        link.symlink_to(Path("..") / "kernels", target_is_directory=True)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+
+
+def failures(output: str) -> list[str]:
+    """Lines that begin with FAILED or ERROR, each test once: as it ends, and again, with the reason, at the end of a run."""
+    found: dict[str, str] = {}
+    for line in output.splitlines():
+        if told := re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?((?:FAILED|ERROR) (\S+).*)", line):
+            found[told[2]] = told[1]
+    return list(found.values())
 
 
 def _run_part(name: str, command: list[str], limit: int, environment: dict[str, str], log: Path) -> tuple[str, str]:
@@ -141,52 +201,6 @@ def drop_large_files(out: Path) -> None:
                 path.write_bytes(path.read_bytes()[-LARGEST_FILE // 2 :])
             else:
                 path.unlink()
-
-
-def next_steps(failed: list[str], medians: dict[str, dict[str, float]]) -> list[str]:
-    """What to change next: failures first, then where `auto` could be faster by another choice or a better kernel."""
-    steps = [f"mend {name}: its output is in log.txt" for name in failed]
-    for case, peers in medians.items():
-        best = min(peers, key=lambda peer: peers[peer])
-        if "auto" in peers and peers["auto"] > 1.05 * peers[best]:
-            remedy = (
-                "a wrong choice: an entry in detr_fast/ops/regimes.py"
-                if best in ("eager", "triton", "sdpa")
-                else "another library is ahead: kernels/configs.py, then the kernel"
-            )
-            steps.append(f"{case}: auto takes {peers['auto'] / peers[best]:.2f} × {best} ({remedy})")
-    return (
-        ["", "What to change next:", *[f"{number}. {step}" for number, step in enumerate(steps[:12], 1)]]
-        if steps
-        else []
-    )
-
-
-def medians_by_case(out: Path) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each peer in each benchmark of `out` that has peers."""
-    cases: dict[str, dict[str, float]] = {}
-    for path in sorted(out.glob("benchmarks*.json")):
-        try:
-            benchmarks = json.loads(path.read_text())["benchmarks"]
-        except (OSError, ValueError, KeyError):
-            continue
-        for entry in benchmarks:
-            if peer := (entry.get("params") or {}).get("peer"):
-                cases.setdefault(entry["group"], {})[peer] = entry["stats"]["median"] * 1e3
-    return cases
-
-
-def slower_than_a_peer(cases: dict[str, dict[str, float]]) -> list[str]:
-    """Where `auto` (what users get) is slower than the best peer, worst first, with medians in ms; at most a page."""
-    rows = []
-    for case, medians in cases.items():
-        best = min(medians, key=lambda peer: medians[peer])
-        rows.append((medians["auto"] / medians[best] if "auto" in medians else math.inf, case, medians, best))
-    lines = ["", "| case | auto / best | best | medians, ms |", "|---|---|---|---|"] if rows else []
-    for ratio, case, medians, best in sorted(rows, reverse=True, key=lambda row: row[0])[:25]:
-        listed = ", ".join(f"{peer} {median:.4f}" for peer, median in sorted(medians.items(), key=lambda item: item[1]))
-        lines.append(f"| {case} | {'auto failed' if ratio == math.inf else f'{ratio:.2f}'} | {best} | {listed} |")
-    return lines
 
 
 if __name__ == "__main__":

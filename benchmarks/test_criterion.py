@@ -1,23 +1,26 @@
 """Matcher and criterion beside the original's algorithm: 6 layers, 8 images, 20 boxes an image, 100 queries.
 
-python -m pytest benchmarks/test_criterion.py                  # on the CPU, and on a GPU where there is one
-python -m benchmarks.test_criterion                            # the ratio, both in turn in one process
+python -m pytest benchmarks/test_criterion.py                  # needs a GPU
+python -m benchmarks.test_criterion                            # on the CPU: the ratio, both in turn
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import DEVICE, sized
+from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
 from benchmarks.original_step import OriginalCriterion
+from benchmarks.timing import Claim, compare
 from detr_fast.models import ModelConfig, Targets, build_criterion
+
+pytestmark = NEEDS_GPU
 
 LAYERS, IMAGES, BOXES, QUERIES, CLASSES = sized((6, 8, 20, 100, 91), (2, 2, 3, 10, 91))
 
@@ -49,18 +52,27 @@ def functions(device: str) -> dict[str, Callable[[], dict[str, Tensor]]]:
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE.type, marks=pytest.mark.gpu, id="gpu")])
-@pytest.mark.parametrize("peer", ["auto", "original"])
-def test_criterion(benchmark: Any, device: str, peer: str) -> None:
-    call = functions(device)[peer]
-    benchmark.group = f"criterion {LAYERS}x{IMAGES}x{BOXES}x{QUERIES} {device}"
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+def test_criterion(backward: bool) -> None:
+    found = functions(DEVICE.type)
+    weights = build_criterion(ModelConfig(num_classes=CLASSES)).weight_dict
 
-    def run() -> None:
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def step(call: Callable[[], dict[str, Tensor]]) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            losses = call()
+            if backward:
+                weighted(weights, losses).backward()
+            return list(losses.values())
 
-    benchmark.pedantic(run, warmup_rounds=3, rounds=30)
+        return run
+
+    case = f"matcher and criterion {LAYERS} x {IMAGES} x {BOXES} x {QUERIES}, {'forward and backward' if backward else 'forward'}"
+    claims = [Claim("matcher and criterion: over the original's algorithm", ("original",), 4.0)]
+    compare(case, {name: step(call) for name, call in found.items()}, claims=claims)
+
+
+def weighted(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([weights[name] * value for name, value in losses.items() if name in weights]).sum()
 
 
 def ratio(rounds: int = 30, backward: bool = False) -> tuple[float, float, float]:
@@ -73,7 +85,7 @@ def ratio(rounds: int = 30, backward: bool = False) -> tuple[float, float, float
             begun = time.perf_counter()
             losses = call()
             if backward:
-                sum(weights[n] * v for n, v in losses.items() if n in weights).backward()  # type: ignore[union-attr]
+                weighted(weights, losses).backward()
             times[name].append((time.perf_counter() - begun) * 1e3)
     ratios = [b / a for a, b in zip(times["auto"], times["original"])]
     return statistics.median(times["auto"]), statistics.median(times["original"]), statistics.median(ratios)

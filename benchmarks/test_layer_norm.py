@@ -1,4 +1,4 @@
-"""LayerNorm, forward and backward, beside its peers. A wrong result is never timed.
+"""LayerNorm, alone and behind a residual sum, beside its peers.
 
 python -m pytest benchmarks/test_layer_norm.py          # needs a GPU
 """
@@ -9,47 +9,86 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import libraries
 from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
+from benchmarks.timing import Claim, compare, compiled
 from detr_fast import ops, use_backend
 
 pytestmark = NEEDS_GPU
 
-# queries, a batch of images, …
-SHAPES = sized([(200, 256), (4_000, 256), (32_000, 256), (500_000, 256), (32_000, 1024)], [(20, 256), (9, 1024)])
+# From 16 MB of input on, memory's speed counts; before, a batch's queries and tokens.
+SHAPES = sized(
+    [(32_768, 256), (524_288, 256), (32_768, 1024), (6_800, 256), (800, 256)],
+    [(20, 256), (9, 1024)],
+)
+LARGE = sized(16_000_000, 0)
 
 
 def eager(x, weight, bias):
     return F.layer_norm(x, x.shape[-1:], weight, bias)
 
 
-def ours(x, weight, bias):
-    with use_backend(layer_norm="triton"):
-        return ops.layer_norm(x, x.shape[-1:], weight, bias)
+def eager_sum(x, weight, bias, residual):
+    return eager(residual + x, weight, bias)
 
 
-def auto(x, weight, bias):
+def layer_norm(x, weight, bias):
     return ops.layer_norm(x, x.shape[-1:], weight, bias)
 
 
-PEERS = {"eager": eager, "triton": ours, "auto": auto, "torch.compile": torch.compile(eager)}
+def add_layer_norm(x, weight, bias, residual):
+    return ops.add_layer_norm(x, residual, weight, bias)
 
 
-@pytest.mark.parametrize("peer", PEERS)
+def named(function, **backends):
+    def run(*tensors):
+        with use_backend(**backends):
+            return function(*tensors)
+
+    return run
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["forward and backward", "forward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_norm_forward_and_backward(benchmark, shape, peer):
-    benchmark.group = f"layer_norm {shape} bf16, forward and backward"
-    x, dy = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    weight, bias = (torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    x.requires_grad_()
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+def test_row_wise_norms(op, shape, backward):
+    original, ours = (eager, layer_norm) if op == "layer_norm" else (eager_sum, add_layer_norm)
+    count = 2 if op == "layer_norm" else 3
+    x, dy, *residual = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(count))
+    weight, bias = (torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    leaves = [t.requires_grad_(backward) for t in (x, weight, bias, *residual)]
+    exact = [t.detach().double().requires_grad_(backward) for t in leaves]
 
-    def step():
-        y = PEERS[peer](x, weight, bias)
-        gradients = torch.autograd.grad(y, (x, weight, bias), dy)
-        torch.cuda.synchronize()
-        return y, *gradients
+    def step(function, leaves=leaves):
+        def run():
+            y = function(*leaves)
+            return (y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))) if backward else (y,)
 
-    y = eager(x, weight, bias)
-    for found, expected in zip(step(), (y, *torch.autograd.grad(y, (x, weight, bias), dy))):
-        error = (found - expected).float().norm() / expected.float().norm()
-        assert error < 2e-2, f"{peer} is wrong (relative error {error:.2e}): not timed"
-    benchmark.pedantic(step, rounds=50, iterations=4, warmup_rounds=5)
+        return run
+
+    # x and the residual in, y out, and their sum for backward; there, the saved input and y's gradient in, x's out.
+    passes = (2 if op == "layer_norm" else 3) + backward * (3 if op == "layer_norm" else 4)
+    moves = passes * x.numel() * x.element_size()
+    source, target = (torch.empty(moves // 2, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    peers = {
+        "auto": step(ours),
+        "triton": step(named(ours, **{op: "triton"})),
+        "eager": step(original),
+        "torch.compile": step(compiled(original)),
+        "copy": lambda: [target.copy_(source)],  # as many bytes, and nothing else
+    }
+    peers |= {name: step(function) for name, function in libraries.ROW_NORMS[op].items()}
+    claims = []
+    if x.numel() * x.element_size() >= LARGE:
+        claims.append(Claim("norms: copy bandwidth from 16 MB up", ("copy",), 0.85, "triton", "gpu"))
+    if backward:
+        claims.append(Claim("norms: over eager, forward and backward", ("eager",), 1.5, "triton", "gpu"))
+    compare(
+        f"{op} {shape} bf16, {'forward and backward' if backward else 'forward'}",
+        peers,
+        eager=step(original),
+        truth=step(original, exact),
+        checks={"copy": step(original)},
+        claims=claims,
+        moves=moves,
+    )

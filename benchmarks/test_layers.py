@@ -1,4 +1,4 @@
-"""Post-norm layers and their feed-forward block, forward and backward, beside their peers. A wrong result is never timed.
+"""Whole layers, their feed-forward block and their other parts, forward and backward, beside their peers.
 
 python -m pytest benchmarks/test_layers.py          # needs a GPU
 """
@@ -13,62 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn as torch_nn
 
-from benchmarks.hardware import DEVICE, NEEDS_GPU, check, sized
+from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
+from benchmarks.timing import Claim, compare, compiled
 from detr_fast import nn, ops, use_backend
 
 pytestmark = NEEDS_GPU
 
 WIDTH, HEADS, HIDDEN = sized((256, 8, 2048), (32, 2, 48))
-ROWS = sized([800, 6800, 27200], [20])  # 8 images' queries; their tokens at stride 32; at stride 16
-SHAPES = sized([(8, 100), (8, 850)], [(2, 6)])
+ROWS = sized([6800, 800, 3400, 27200], [20])  # 8 images' tokens at stride 32; their queries; 4 images'; 8 at stride 16
+BATCHES = sized(
+    [(4, 1050, True), (2, 850, True), (8, 850, False), (8, 100, False)], [(2, 6, True)]
+)  # images, tokens, padded
+DROPOUT = 0.1
 FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
 BY_NAME = {name: FUSED | {"feed_forward": name} for name in ("triton_recompute", "triton_one_kernel")}
+PEERS: dict[str, dict[str, str]] = BACKENDS | BY_NAME
 
 
 def eager_block(x, w1, b1, w2, b2, norm_weight, norm_bias):
-    y = torch_nn.functional.linear(torch_nn.functional.linear(x, w1, b1).relu(), w2, b2)
-    return torch_nn.functional.layer_norm(x + y, (WIDTH,), norm_weight, norm_bias)
+    y = F.linear(F.linear(x, w1, b1).relu(), w2, b2)
+    return F.layer_norm(x + y, (WIDTH,), norm_weight, norm_bias)
 
 
-def run_checked(benchmark, peer, step, eager, truth):
-    """Check one step's results, then time it."""
-    check(peer, step(), eager(), truth())
-
-    def synchronised():
-        step()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(synchronised, rounds=30, iterations=4, warmup_rounds=5)
-
-
-@pytest.mark.parametrize("peer", [*BACKENDS, *BY_NAME])
-@pytest.mark.parametrize("rows", ROWS)
-def test_feed_forward_block(benchmark, rows, peer):
-    benchmark.group = f"feed-forward block ({rows}, {WIDTH}) hidden {HIDDEN} bf16, forward and backward"
-    shapes = [(rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), *[(WIDTH,)] * 3]
-    tensors = [torch.randn(s, device=DEVICE, dtype=torch.bfloat16) * s[-1] ** -0.5 for s in shapes]
-    tensors = [t.requires_grad_() for t in tensors]
-    dy = torch.randn(rows, WIDTH, device=DEVICE, dtype=torch.bfloat16)
-    block: Any = ops.feed_forward_add_layer_norm
-    if peer in ("eager", "torch.compile"):
-        block = torch.compile(eager_block) if peer == "torch.compile" else eager_block
-    backend = {**BACKENDS, **BY_NAME}[peer]
-
-    def step(function=block, tensors=tensors):
-        y = function(*tensors)
-        return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
-
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-
-    with use_backend(**backend):
-        run_checked(benchmark, peer, step, lambda: step(eager_block), lambda: step(eager_block, exact))
-
-
-@pytest.mark.parametrize("peer", [*BACKENDS, *BY_NAME])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_encoder_layer(benchmark, shape, peer):
-    benchmark.group = f"encoder layer {shape} d {WIDTH} hidden {HIDDEN} bf16, forward and backward"
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_encoder_layer(batch):
+    images, tokens, padded = batch
     settings: dict[str, Any] = {
         "d_model": WIDTH,
         "nhead": HEADS,
@@ -76,36 +46,60 @@ def test_encoder_layer(benchmark, shape, peer):
         "batch_first": True,
         "device": DEVICE,
         "dtype": torch.bfloat16,
-        "dropout": 0.0,
     }
-    original = torch_nn.TransformerEncoderLayer(**settings)
-    layer: torch_nn.Module = original
-    if peer == "torch.compile":
-        layer = torch.compile(original)  # type: ignore[assignment]
-    elif peer != "eager":
-        layer = nn.TransformerEncoderLayer(**settings)
-        layer.load_state_dict(original.state_dict())
-    x = torch.randn(*shape, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    original = torch_nn.TransformerEncoderLayer(**settings, dropout=0.0)
+    exact = copy.deepcopy(original).double()
+    x = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_()
     dy = torch.randn_like(x)
-    backend = {**BACKENDS, **BY_NAME}[peer]
+    padding = None
+    if padded:
+        ends = torch.linspace(tokens, tokens * 2 // 3, images, device=DEVICE)
+        padding = torch.arange(tokens, device=DEVICE) >= ends[:, None]
 
-    def step(module=layer, x=x):
-        y = module(x)
-        return y, *torch.autograd.grad(y, (x, *module.parameters()), dy.to(y.dtype))
+    def made(peer, dropout):
+        source = torch_nn if peer in ("eager", "torch.compile") else nn
+        layer = source.TransformerEncoderLayer(**settings, dropout=dropout)
+        layer.load_state_dict(original.state_dict())
+        return compiled(layer) if peer == "torch.compile" else layer
 
-    exact, exact_x = copy.deepcopy(original).double(), x.detach().double().requires_grad_()
+    def step(layer, x=x, **backends):
+        def run():
+            with use_backend(**backends):
+                y = layer(x, src_key_padding_mask=padding)
+                return y, *torch.autograd.grad(y, (x, *layer.parameters()), dy.to(y.dtype))
 
-    with use_backend(**backend):
-        run_checked(benchmark, peer, step, lambda: step(original), lambda: step(exact, exact_x))
+        return run
+
+    compare(
+        f"encoder layer ({images}, {tokens}{', padded' * padded}) d {WIDTH} hidden {HIDDEN} dropout {DROPOUT} bf16",
+        {peer: step(made(peer, DROPOUT), **backends) for peer, backends in PEERS.items()},
+        eager=step(original),
+        truth=step(exact, exact_x),
+        checks={peer: step(made(peer, 0.0), **backends) for peer, backends in PEERS.items()},
+        claims=[
+            Claim("encoder layer: over eager torch.nn, forward and backward", ("eager",), 2.0),
+            Claim("encoder layer: over torch.compile, forward and backward", ("torch.compile",), 1.3),
+        ],
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_feed_forward_block(rows):
+    shapes = [(rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), *[(WIDTH,)] * 3]
+    tensors = [torch.randn(s, device=DEVICE, dtype=torch.bfloat16) * s[-1] ** -0.5 for s in shapes]
+    compare_function(
+        f"feed-forward block ({rows}, {WIDTH}) hidden {HIDDEN} bf16, forward and backward",
+        dict.fromkeys(PEERS, ops.feed_forward_add_layer_norm),
+        eager_block,
+        [t.requires_grad_() for t in tensors],
+        PEERS,
+        [Claim("feed-forward: at least eager's speed, or not chosen", ("eager",), 1.0)],
+    )
 
 
 C = sized(256, 64)  # two thirds of 3 * 64 columns are whole tiles
 PARTS: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {  # ours, eager, shapes behind those of x (rows, C)
-    "add_layer_norm": (
-        ops.add_layer_norm,
-        lambda x, residual, w, b: F.layer_norm(residual + x, (C,), w, b),
-        [(-1, C), (C,), (C,)],
-    ),
     "linear_add_layer_norm": (
         ops.linear_add_layer_norm,
         lambda x, w1, b1, residual, w, b: F.layer_norm(residual + F.linear(x, w1, b1), (C,), w, b),
@@ -121,11 +115,9 @@ PARTS: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {  # ours, eager, sha
 }
 
 
-@pytest.mark.parametrize("peer", ["eager", "torch.compile", "auto", "triton"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", PARTS)
-def test_part_of_a_layer(benchmark, name, rows, peer):
-    benchmark.group = f"{name} ({rows}, {C}) bf16, forward and backward"
+def test_part_of_a_layer(name, rows):
     ours, original, shapes = PARTS[name]
     tensors = [
         (torch.randn(rows if n < 0 else n, *rest, device=DEVICE) / (rest[-1] if n > 0 and rest else 1) ** 0.5)
@@ -133,13 +125,30 @@ def test_part_of_a_layer(benchmark, name, rows, peer):
         .requires_grad_()
         for n, *rest in ((rows, C), *shapes)
     ]
-    function = {"eager": original, "torch.compile": torch.compile(original)}.get(peer, ours)
+    peers = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": {name: "triton"}}
+    compare_function(
+        f"{name} ({rows}, {C}) bf16, forward and backward",
+        dict.fromkeys(peers, ours),
+        original,
+        tensors,
+        peers,
+        [Claim(f"{name}: at least eager's speed, or not chosen", ("eager",), 1.0)],
+    )
+
+
+def compare_function(case, functions, original, tensors, backends, claims):
+    """`functions` under their backends beside the original and what torch.compile makes of it: the result and all gradients."""
     dy = torch.randn_like(original(*tensors))
-
-    def step(function=function, tensors=tensors):
-        y = function(*tensors)
-        return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
-
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    with use_backend(**({name: "triton"} if peer == "triton" else {})):
-        run_checked(benchmark, peer, step, lambda: step(original), lambda: step(original, exact))
+
+    def step(function, tensors=tensors, **backends):
+        def run():
+            with use_backend(**backends):
+                y = function(*tensors)
+                return y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))
+
+        return run
+
+    functions = functions | {"eager": original, "torch.compile": compiled(original)}
+    peers = {peer: step(function, **backends[peer]) for peer, function in functions.items()}
+    compare(case, peers, eager=step(original), truth=step(original, exact), claims=claims)

@@ -3,6 +3,7 @@
     export DETR_FAST_REHEARSAL=1 TRITON_INTERPRET=1
     python -m pytest -p tests.rehearsal -m gpu tests benchmarks      # each value of each parameter at least once
     python -m tests.rehearsal benchmarks/kernel_calls.py graphs      # on meta tensors: no kernel runs
+    python -m tests.rehearsal benchmarks.step_profile FOLDER         # a tiny step
     python -m tests.rehearsal tune                                   # of tiny sizes, timed by the host's clock
 
 Kernels run in the checked interpreter and torch.compile compiles nothing: this shows that the bodies run and that what they
@@ -11,7 +12,6 @@ assert of results holds, so that their first run on a GPU does not end in a typo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -26,24 +26,21 @@ from tests.stub_cuda import stubs
 
 def pytest_configure(config):
     from benchmarks import hardware
-    from detr_fast.engine import captured
 
     if not hardware.REHEARSAL:
         raise pytest.UsageError("set DETR_FAST_REHEARSAL=1 and TRITON_INTERPRET=1: nothing would be small else")
+    _in_place_of_cuda()
+
+
+def _in_place_of_cuda():
+    from benchmarks import timing
+    from detr_fast.engine import captured
+
     for name, value in stubs().items():
         setattr(torch.cuda, name, value)
     torch.compile = lambda function=None, **options: function
     captured.why_no_graph = lambda *_: None
-    _time_once()
-
-
-def _time_once():
-    """Each benchmark is one call: the report is as on a GPU, and its numbers mean nothing."""
-    with contextlib.suppress(ImportError):
-        from pytest_benchmark.fixture import BenchmarkFixture
-
-        pedantic = BenchmarkFixture.pedantic
-        BenchmarkFixture.pedantic = lambda self, target, **_: pedantic(self, target, rounds=1, iterations=1)
+    timing._wall = lambda call, repeats: 1.0  # a call saved: another is timed as the GPU's
 
 
 def pytest_collection_modifyitems(items):
@@ -119,7 +116,14 @@ def _first_case(group):
     return dataclasses.replace(group, cases=((text, size, lambda _: tiny(torch.device("cpu"))),))
 
 
+def _profile(folder: str) -> int:
+    from benchmarks import step_profile
+
+    return step_profile.main(Path(folder))
+
+
 if __name__ == "__main__":
-    for name, value in stubs().items():
-        setattr(torch.cuda, name, value)
-    sys.exit(_tune() if sys.argv[1] == "tune" else _script(sys.argv[1], sys.argv[2:]))
+    _in_place_of_cuda()
+    if sys.argv[1] == "tune":
+        sys.exit(_tune())
+    sys.exit(_profile(sys.argv[2]) if sys.argv[1] == "benchmarks.step_profile" else _script(sys.argv[1], sys.argv[2:]))

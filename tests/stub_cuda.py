@@ -106,6 +106,8 @@ def stubs() -> dict[str, Any]:
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda device=None: None,
         "set_sync_debug_mode": lambda mode: None,
+        "_sleep": lambda cycles: None,
+        "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
         "get_device_name": lambda device=None: "Stub GPU",

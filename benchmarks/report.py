@@ -1,0 +1,134 @@
+"""One page of what `make gpu` has measured: what is claimed and whether it shows, what to change, where a peer is faster.
+
+python benchmarks/report.py FOLDER          # from measurements.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+OTHER_IMPLEMENTATIONS = ("eager", "triton", "chunked", "padded")  # which the dispatcher could have chosen
+
+
+def measurements(folder: Path) -> list[dict[str, Any]]:
+    """All lines that are whole; of a case that was measured twice, the later."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        lines = (folder / "measurements.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    for number, line in enumerate(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut off in the middle
+            continue
+        found[entry.get("case", str(number))] = entry
+    return list(found.values())
+
+
+def page(entries: Sequence[Mapping[str, Any]], failed: Sequence[str] = (), *, times: bool = True) -> list[str]:
+    """times: with all peers' times of each case, which are most of the page."""
+    cases = [entry for entry in entries if "peers" in entry]
+    facts = [entry for entry in entries if "peers" not in entry]
+    short = [*told(facts), *claims(cases), *next_steps(cases, failed), *absent(cases)]
+    return short + all_times(cases) if times else short
+
+
+def told(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is no comparison: the machine, the parts of a step, how busy the GPU is, launches."""
+    lines: list[str] = []
+    for fact in facts:
+        for title, values in fact.items():
+            shown = values if isinstance(values, str) else ", ".join(f"{k} {_short(v)}" for k, v in values.items())
+            lines.append(f"- {title}: {shown}")
+    return ["", *lines] if lines else []
+
+
+def claims(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One row for each claim: in how many cases it holds, and where it is furthest off."""
+    judged: dict[tuple[str, float], list[tuple[float, float, str]]] = {}
+    for entry in cases:
+        for claim in entry["claims"]:
+            ratios = (math.nan if claim[kind] is None else claim[kind] for kind in ("measured", "gpu"))
+            judged.setdefault((claim["claim"], claim["wanted"]), []).append((*ratios, entry["case"]))
+    title = ["", "| claim | wanted | holds in | least | there, GPU alone | where |", "|---|---|---|---|---|---|"]
+    lines = title if judged else []
+    for (text, wanted), values in sorted(judged.items()):
+        known = sorted(value for value in values if not math.isnan(value[0]))
+        holds = sum(value[0] >= wanted for value in known)
+        least, alone, where = known[0] if known else (math.nan, math.nan, "nothing to compare with ran")
+        lines.append(
+            f"| {text} | ≥ {wanted:g} × | {holds} of {len(values)} | {least:.2f} × | {alone:.2f} × | {where} |"
+        )
+    return lines
+
+
+def next_steps(cases: Iterable[Mapping[str, Any]], failed: Sequence[str]) -> list[str]:
+    """Failures first, then where `auto` could be faster by another choice or a better kernel, worst first."""
+    steps = [f"mend {name}: its output is in log.txt" for name in failed]
+    slower = []
+    for entry in cases:
+        for name, peer in entry["peers"].items():
+            if "failed" in peer:
+                steps.append(f"mend {name} in {entry['case']}: {peer['failed']}")
+        walls = _times(entry, "wall")
+        walls.pop("copy", None)
+        if "auto" in walls:
+            best = min(walls, key=lambda name: walls[name])
+            slower.append((walls["auto"] / walls[best], entry["case"], best))
+    for ratio, case, best in sorted(slower, reverse=True):
+        if ratio > 1.05:
+            own = best in OTHER_IMPLEMENTATIONS or best.startswith("triton")
+            remedy = "a wrong choice: detr_fast/ops/regimes.py" if own else "kernels/configs.py, then the kernel"
+            steps.append(f"{case}: auto takes {ratio:.2f} × {best} ({remedy})")
+    numbered = [f"{number}. {step}" for number, step in enumerate(steps[:20], 1)]
+    return ["", "What to change next:", *numbered] if steps else []
+
+
+def absent(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Peers that are not installed, and those that take no such call."""
+    missing = {name for entry in cases for name, peer in entry["peers"].items() if "absent" in peer}
+    refused: dict[str, int] = {}
+    for entry in cases:
+        for name, peer in entry["peers"].items():
+            refused[name] = refused.get(name, 0) + ("refused" in peer)
+    lines = [f"Not installed, so not measured: {', '.join(sorted(missing))}."] if missing else []
+    told = ", ".join(f"{name} {count}" for name, count in sorted(refused.items()) if count)
+    return [
+        "",
+        *lines,
+        *([f"Cases that a peer refused or got wrong (why: measurements.jsonl): {told}."] if told else []),
+    ]
+
+
+def all_times(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every case: the times of all peers, fastest first."""
+    lines = ["", "| case | wall, ms | GPU alone with a cold cache, ms | GB/s | peak, MiB |", "|---|---|---|---|---|"]
+    for entry in cases:
+        gpu = _times(entry, "gpu")
+        own = next((gpu[name] for name in ("triton", "auto") if name in gpu), 0.0)
+        rate = f"{entry['moves'] / own / 1e6:.0f}" if entry.get("moves") and own else ""
+        walls = _listed(_times(entry, "wall"))
+        lines.append(f"| {entry['case']} | {walls} | {_listed(gpu)} | {rate} | {_listed(_times(entry, 'MiB'), 0)} |")
+    return lines if len(lines) > 3 else []
+
+
+def _times(entry: Mapping[str, Any], kind: str) -> dict[str, float]:
+    return {name: peer[kind] for name, peer in entry["peers"].items() if kind in peer}
+
+
+def _listed(values: Mapping[str, float], digits: int = 4) -> str:
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in sorted(values.items(), key=lambda item: item[1]))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    print("\n".join(page(measurements(Path(sys.argv[1])))))

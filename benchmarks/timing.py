@@ -1,0 +1,224 @@
+"""Peers side by side on a GPU: `compare` checks all of them, then times them in turn. A wrong result is never timed.
+
+Two times for each peer, in ms, medians over rounds in which all take their turn, so that a drifting clock hits all alike:
+
+    wall    of calls one after the other, with one wait at the end: what a training loop sees, the host's time where it is longer
+    gpu     between two events, with an empty L2 cache, behind a pause in which the host queues the whole call
+
+Each case is one line of `measurements.jsonl` in the folder $DETR_FAST_RESULTS, written as soon as it is measured; without the
+variable it is printed. DETR_FAST_CHECK_ONLY=1 compares results and times nothing, which also fills Triton's and
+torch.compile's caches. Cases that come after $DETR_FAST_DEADLINE (in time.time()'s seconds) are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.hardware import DEVICE, check, sized
+
+CHECK_ONLY = os.environ.get("DETR_FAST_CHECK_ONLY") == "1"
+SECONDS = 0.08  # a peer, for each of its two times
+ROUNDS = sized((5, 50), (1, 1))
+FLUSHED = sized(256 << 20, 1 << 10)  # bytes, five times an H100's L2 cache
+OURS = ("auto", "triton", "chunked", "padded", "uncaptured", "eager")  # and what begins so
+Step = Callable[[], Sequence[Tensor]]
+
+
+class NotInstalled(Exception):
+    """A peer's library is not here; the message names it."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to show: `ours` takes at most 1/`times` of the time of the fastest of `over`, of those that ran.
+
+    time: "wall" or "gpu".
+    """
+
+    text: str
+    over: tuple[str, ...]
+    times: float
+    ours: str = "auto"
+    time: str = "wall"
+
+    def judged(self, peers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            "claim": self.text,
+            "wanted": self.times,
+            "measured": self._ratio(peers, self.time),
+            "gpu": self._ratio(peers, "gpu"),
+        }
+
+    def _ratio(self, peers: Mapping[str, Mapping[str, Any]], kind: str) -> float | None:
+        others = [peers[name][kind] for name in self.over if kind in peers.get(name, {})]
+        own = peers.get(self.ours, {}).get(kind)
+        return min(others) / own if others and own else None
+
+
+def compare(
+    case: str,
+    peers: Mapping[str, Step],
+    *,
+    eager: Step | None = None,
+    truth: Step | None = None,
+    checks: Mapping[str, Step] | None = None,
+    claims: Sequence[Claim] = (),
+    moves: int = 0,
+) -> None:
+    """Check what each of `peers` computes against `eager`'s error from `truth`, time those that are right, and record it.
+
+    A peer that fails or is wrong does not stop the others. One of `OURS` is an error, raised at the end; another's is only
+    recorded, since it may not take such a call.
+
+    Args:
+        eager, truth: PyTorch's own result, and the same in fp64; without them nothing is checked.
+        checks: what is checked in place of a peer's timed call, say without dropout.
+        claims: judged of the times, and recorded with them.
+        moves: bytes that must be read and written, for the record.
+    """
+    if time.time() > float(os.environ.get("DETR_FAST_DEADLINE", "inf")):
+        pytest.skip("out of time")
+    recorded: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Step] = {}
+    failures: dict[str, BaseException] = {}
+    expected, exact = (None if call is None else [t.detach() for t in call()] for call in (eager, truth))
+    for name, call in peers.items():
+        try:
+            found = (checks or {}).get(name, call)()
+            if expected is not None and exact is not None:
+                check(name, found, expected, exact)
+            del found
+            if checks:
+                call()
+            synchronize()
+            ready[name] = call
+        except NotInstalled as absent:
+            recorded[name] = {"absent": str(absent)}
+        except torch.OutOfMemoryError as error:
+            if CHECK_ONLY:  # beside other processes
+                pytest.skip(f"out of memory: {first_line(error)}")
+            recorded[name] = {"refused": first_line(error)}
+        except Exception as error:  # whatever a peer throws, the others go on
+            wrong = name.startswith(OURS)
+            recorded[name] = {"failed" if wrong else "refused": first_line(error)}
+            if wrong:
+                failures[name] = error
+            try:
+                synchronize()
+            except RuntimeError as broken:  # CUDA, for this whole process
+                if not CHECK_ONLY:
+                    record({"case": case, "moves": moves, "peers": recorded, "claims": []})
+                raise AssertionError(f"{name} broke CUDA: {first_line(error)}") from broken
+    del expected, exact
+    if not CHECK_ONLY:
+        recorded |= timed(ready)
+        judged = [claim.judged(recorded) for claim in claims]
+        record({"case": case, "moves": moves, "peers": recorded, "claims": judged})
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if failures:
+        name, first = next(iter(failures.items()))
+        raise AssertionError(f"{', '.join(failures)} failed; {name}: {first_line(first)}") from first
+
+
+def timed(calls: Mapping[str, Step]) -> dict[str, dict[str, Any]]:
+    """Of each call: "wall" and "gpu" ms, their quartiles' distance as a share, and the peak of memory in MiB."""
+    issue, once = {}, {}
+    memory: dict[str, int] = {}
+    for name, call in calls.items():
+        for _ in range(sized(3, 0)):
+            call()
+        synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        call()
+        issue[name] = time.perf_counter() - begun
+        synchronize()
+        once[name] = max(time.perf_counter() - begun, 1e-6)
+        memory[name] = torch.cuda.max_memory_allocated() - before
+    rounds = int(min(max(SECONDS * len(calls) / max(sum(once.values()), 1e-9), ROUNDS[0]), ROUNDS[1]))
+    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE)
+    walls: dict[str, list[float]] = {name: [] for name in calls}
+    gpus: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            walls[name].append(_wall(call, sized(max(1, min(20, round(2e-3 / once[name]))), 1)))
+        for name, call in calls.items():
+            gpus[name].append(_gpu(call, issue[name], flushed))
+    return {
+        name: {
+            "wall": statistics.median(walls[name]),
+            "gpu": statistics.median(gpus[name]),
+            "spread": max(_spread(walls[name]), _spread(gpus[name])),
+            "MiB": memory[name] / 2**20,
+            "rounds": rounds,
+        }
+        for name in calls
+    }
+
+
+def _wall(call: Step, repeats: int) -> float:
+    synchronize()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - begun) / repeats * 1e3
+
+
+def _gpu(call: Step, issue: float, flushed: Tensor) -> float:
+    """issue: the host's seconds for one call, in which the GPU is kept busy before the first event."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flushed.zero_()
+    torch.cuda._sleep(int(min(1.5 * issue + 5e-5, 0.3) * 2e9))  # in cycles, of at most 2 GHz
+    start.record()
+    call()
+    end.record()
+    synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _spread(times: list[float]) -> float:
+    if len(times) < 4:
+        return 0.0
+    lower, middle, upper = statistics.quantiles(times, n=4)
+    return (upper - lower) / middle
+
+
+def record(entry: Mapping[str, Any]) -> None:
+    """Append a line to the results, or print it."""
+    line = json.dumps(entry)
+    folder = os.environ.get("DETR_FAST_RESULTS")
+    if folder is None:
+        print(f"\n{line}")
+        return
+    with (Path(folder) / "measurements.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for the shapes of one case, which `compare` forgets afterwards: else a function that was compiled too
+    often runs eagerly from then on, without a word."""
+    return torch.compile(function, dynamic=False)
+
+
+def synchronize() -> None:
+    torch.cuda.synchronize()
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
