@@ -62,7 +62,8 @@ class MeasuredRecord(Record):
 
     def __str__(self) -> str:
         text, reasons, rest = super().__str__().partition("  [")
-        text += f", {self.launches} launch{'' if self.launches == 1 else 'es'}, {_readable(self.bytes_moved)}"
+        if self.launches or self.bytes_moved:  # a block that left the work to its parts has none
+            text += f", {self.launches} launch{'' if self.launches == 1 else 'es'}, {_readable(self.bytes_moved)}"
         text += "" if self.milliseconds is None else f", {self.milliseconds:.3f} ms"
         return text + reasons + rest
 

@@ -1,27 +1,121 @@
-"""Code on documentation pages runs."""
+"""Code on documentation pages runs, and what the pages say is so."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_block_of_the_transformer_page_runs_in_order():
-    page = (ROOT / "docs" / "transformer.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 5
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "docs/transformer.md", "exec"), namespace)
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
+
+# What a page's first block takes as given.
+GIVEN = {
+    "docs/accelerate.md": """
+        import torch
+
+        class MyAttention(torch.nn.Module):
+            pass
+
+        class Detector(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+                self.mine = MyAttention()
+
+            def forward(self, pixel_values, pixel_mask):
+                return self.encoder(pixel_values, src_key_padding_mask=pixel_mask)
+
+        model, images, mask = Detector(), torch.rand(2, 3, 16), torch.zeros(2, 3, dtype=torch.bool)
+    """,
+    "docs/layers.md": """
+        import torch
+
+        from detr_fast import nn
+
+        encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model, batch = (lambda x: encoder(x).sum()), torch.rand(1, 3, 16)
+    """,
+    "docs/training-step.md": """
+        import torch
+
+        from detr_fast.data.batching import Batch
+        from detr_fast.models.build import ModelConfig, build_criterion, build_model
+        from detr_fast.models.structures import Targets, nested_tensor_from_list
+
+        config = ModelConfig(backbone="conv", backbone_width=4, backbone_stride=32, num_classes=3, num_queries=4,
+                             d_model=16, heads=2, encoder_layers=1, decoder_layers=1, feedforward=16)
+        model, criterion = build_model(config), build_criterion(config)
+        boxes = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+        loader = [Batch(nested_tensor_from_list([torch.rand(3, 64, 64)]), Targets.from_list([boxes], 2), [])]
+
+        class scheduler:
+            step = staticmethod(lambda: None)
+    """,
+}
+# Likewise of the first block that asks for kernels: small, as the interpreter takes its time.
+GIVEN_FOR_KERNELS = GIVEN | {
+    "README.md": """
+        import torch
+
+        import detr_fast
+
+        model, source, target = detr_fast.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.rand(1, 3, 16), None
+    """
+}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+def blocks_of(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def asks_for_kernels(block: str) -> bool:
+    return '"triton"' in block
+
+
+def run_blocks(page: str, with_kernels: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a page's blocks in order; comments that are lines of their own are what the line before them prints."""
+    namespace: dict[str, object] = {"__name__": "page"}
+    exec(dedent((GIVEN_FOR_KERNELS if with_kernels else GIVEN).get(page, "")), namespace)
+    for block in blocks_of(page):
+        if asks_for_kernels(block) != with_kernels:
+            continue
+        exec(compile(block, page, "exec"), namespace)
+        printed = capsys.readouterr().out
+        assert not [line for line in re.findall(r"^# (.*)$", block, re.MULTILINE) if line not in printed]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not all(map(asks_for_kernels, blocks_of(page)))])
+def test_every_block_of_a_page_runs_and_prints_what_it_says(page, capsys):
+    run_blocks(page, False, capsys)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(asks_for_kernels, blocks_of(page)))])
+def test_every_block_that_asks_for_kernels_runs(page, capsys):
+    run_blocks(page, True, capsys)
+
+
+def test_the_readmes_counts_are_those_of_the_pages_that_a_test_keeps():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    layers = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
+    step = (ROOT / "docs" / "training-step.md").read_text(encoding="utf-8")
+    eager, ours = (
+        [float(value) for value in re.search(rf"^\| .*\| {name} \| (.*) \|$", layers, re.MULTILINE)[1].split(" | ")]
+        for name in ("eager torch.nn", "`triton_recompute`")
+    )
+    assert f"{ours[0] + ours[1]:.0f} launches instead of torch.nn's {eager[0] + eager[1]:.0f}" in readme
+    assert 0.24 < ours[2] / eager[2] < 0.26
+    waits = re.search(r"^\| the original's .* \| (\d+):", step, re.MULTILINE)[1]
+    assert f"0 times instead of {waits}" in readme
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
@@ -60,3 +154,8 @@ def test_every_command_that_the_pages_show_has_the_options_that_they_show():
             assert not [o for o in re.findall(r"(?<= )--[a-z-]+", rest) if o not in known], (page.name, name, rest)
             shown += 1
     assert shown > 10
+
+
+def test_every_page_is_listed_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "README.md" and f"]({p.name})" not in index]
