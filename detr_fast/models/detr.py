@@ -119,10 +119,11 @@ class Detr(nn.Module):
     def with_packing(self, images: NestedTensor) -> NestedTensor:
         """The batch for a captured step: with a packing in place of sizes on the host, if packed, and never with sizes.
 
-        Its tensors have one of few shapes for each padded size. It is made on the host, page-locked where there is a GPU.
+        Its tensors have one of few shapes for each padded size. It is made on the host, page-locked where there is a GPU; one
+        that the batch has already stays.
         """
-        packing = None
-        if self.packed and images.padded and images.sizes is not None:
+        packing = images.packing if self.packed and images.padded else None
+        if packing is None and self.packed and images.padded and images.sizes is not None:
             height, width = images.tensors.shape[-2:]
             sizes = images.sizes, (height, width), self.backbone.map_size(height, width)
             packing = Packing.of_images(*sizes, capacity=Packing.capacity(*sizes))

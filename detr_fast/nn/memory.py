@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.nn.bare import is_bare
+from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.dropout import recording
 from detr_fast.ops.qkv_projection import QKV_PROJECTION, TritonQkvProjection
 
@@ -108,8 +109,14 @@ def _project(shared: _Memory) -> dict[Any, Projected]:
         halves = (None, None) if bias is None else bias.chunk(2)
         products = map(F.linear, (shared.key, memory), weight.chunk(2), halves)
         packs = [_by_layer(attentions, y) for y in products]
-    shares = zip(queries, query_biases, zip(*packs))
-    return {attention: Projected(w, b, list(pack)) for attention, (w, b, pack) in zip(attentions, shares)}
+    sources = (memory, shared.key, shared.position)
+    shares = {}
+    for attention, w, b, *pack in zip(attentions, queries, query_biases, *packs):
+        # What was projected beside trained layers' weights must not look trained where it is not: attention is chosen by
+        # the layer's own parameters, and would have a backward without need.
+        trained = wants_grad(*sources, attention.in_proj_weight, attention.in_proj_bias)
+        shares[attention] = Projected(w, b, pack if trained else [t.detach() for t in pack])
+    return shares
 
 
 def _by_layer(attentions: list[Any], y: Tensor) -> tuple[Tensor, ...]:

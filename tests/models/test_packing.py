@@ -119,6 +119,7 @@ def test_a_batch_with_a_packing_made_beforehand_gives_the_same_in_a_fixed_number
     assert len(beforehand.packing.index) > len(Packing.of_images(images.sizes, (96, 128), (6, 8)).index)
     for name in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(packed(beforehand)[name], packed(images)[name])
+    assert packed.with_packing(beforehand).packing is beforehand.packing
     assert packed.with_packing(replace(images, padded=False)).packing is None
 
 

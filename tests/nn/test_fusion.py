@@ -248,6 +248,21 @@ def test_a_decoders_memory_is_projected_in_one_product():
     assert products(ours, *inputs) > 2 * 3 + 1
 
 
+def test_a_frozen_layer_that_shares_its_memory_has_no_backward():
+    ours = decoders()[0].to("meta")
+    inputs = torch.randn(2, 3, 16, device="meta"), torch.randn(2, 4, 16, device="meta")
+
+    def backward():
+        with use_backend(**FEWEST):
+            forward, both = count(ours, *inputs), count(lambda *a: ours(*a).sum().backward(), *inputs)
+        launches = both.launches - forward.launches
+        return sum(n for name, n in launches.items() if name.startswith("attention_backward"))
+
+    all_trained = backward()
+    ours.layers[0].requires_grad_(False)
+    assert backward() == all_trained // 3 * 2 > 0
+
+
 def test_a_checkpointed_layer_projects_the_memory_by_itself():
     layer = pair("TransformerDecoderLayer")[0].to("meta")
     x, memory = (torch.randn(2, n, 16, device="meta", requires_grad=True) for n in (3, 4))
