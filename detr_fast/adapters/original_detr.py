@@ -2,7 +2,7 @@
 
 Its layers throw the attention weights away, but don't tell nn.MultiheadAttention, which then writes them to memory, in
 fp32 and for each head, only to average and drop them. Here they are asked for only where a hook might look at them, as the
-repository's own visualisation does. Post-norm layers run on the same fused blocks as torch.nn's.
+repository's own visualisation does. Layers run on the same fused blocks as torch.nn's.
 """
 
 from __future__ import annotations
@@ -33,13 +33,23 @@ def attend(attention: Module, query: Tensor, key: Tensor, value: Tensor, mask: A
 
 
 def attend_add_norm(
-    attention: Module, dropout: Any, norm: Any, x: Tensor, mask: Any, padding: Any, memory: Any = None, **sources: Any
-) -> Tensor:
-    """norm(x + dropout(attention(...))); sources: positions, as `fusion.attend_add_norm` takes them."""
+    attention: Module,
+    dropout: Any,
+    norm: Any,
+    x: Tensor,
+    mask: Any,
+    padding: Any,
+    memory: Any = None,
+    residual: Any = None,
+    **sources: Any,
+) -> Any:
+    """norm(x + dropout(attention(...))), or (sum, norm) with a residual; as `fusion.attend_add_norm` takes positions."""
     if attention._forward_hooks:
         inputs = attention_inputs(x, memory, sources.get("position"), sources.get("memory_key"))
-        return norm(x + dropout(attend(attention, *inputs, mask, padding)))
-    masks = {"attn_mask": mask, "key_padding_mask": padding}
+        y = dropout(attend(attention, *inputs, mask, padding))
+        total = (x if residual is None else residual) + y
+        return norm(total) if residual is None else (total, norm(total))
+    masks = {"attn_mask": mask, "key_padding_mask": padding, "residual": residual}
     return fusion.attend_add_norm(attention, dropout, norm, x, memory, **sources, **masks)
 
 
@@ -54,11 +64,10 @@ class EncoderLayer(Scriptable):
         with shared_seed():
             if not self.normalize_before:
                 x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, *masks, position=pos)
-                return _feed_forward_add_norm(self, x, self.dropout2, self.norm2)
-            x = self.norm1(src)
-            q = self.with_pos_embed(x, pos)
-            x = src + self.dropout1(attend(self.self_attn, q, q, x, *masks))
-            return x + self.dropout2(_feed_forward(self, self.norm2(x)))
+                return fusion.feed_forward_add_norm(x, *_hidden(self), self.dropout2, self.norm2)
+            parts = (self.self_attn, self.dropout1, self.norm2)
+            x, n = attend_add_norm(*parts, self.norm1(src), *masks, residual=src, position=pos)
+            return fusion.feed_forward_sum(self, n, x, *_hidden(self), self.dropout2)
 
 
 class DecoderLayer(Scriptable):
@@ -77,28 +86,21 @@ class DecoderLayer(Scriptable):
     ) -> Tensor:
         """As the original's: query positions are added to queries and self-attention's keys, positions to memory's keys."""
         own, cross = (tgt_mask, tgt_key_padding_mask), (memory_mask, memory_key_padding_mask)
-        memory_keys = self.with_pos_embed(memory, pos)
+        sources = {"memory": memory, "memory_key": self.with_pos_embed(memory, pos), "position": query_pos}
         with shared_seed():
             if not self.normalize_before:
                 x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, *own, position=query_pos)
-                sources = {"memory": memory, "memory_key": memory_keys, "position": query_pos}
                 x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, *cross, **sources)
-                return _feed_forward_add_norm(self, x, self.dropout3, self.norm3)
-            x = self.norm1(tgt)
-            q = self.with_pos_embed(x, query_pos)
-            x = tgt + self.dropout1(attend(self.self_attn, q, q, x, *own))
-            q = self.with_pos_embed(self.norm2(x), query_pos)
-            x = x + self.dropout2(attend(self.multihead_attn, q, memory_keys, memory, *cross))
-            return x + self.dropout3(_feed_forward(self, self.norm3(x)))
+                return fusion.feed_forward_add_norm(x, *_hidden(self), self.dropout3, self.norm3)
+            parts = (self.self_attn, self.dropout1, self.norm2)
+            x, n = attend_add_norm(*parts, self.norm1(tgt), *own, residual=tgt, position=query_pos)
+            parts = (self.multihead_attn, self.dropout2, self.norm3)
+            x, n = attend_add_norm(*parts, n, *cross, residual=x, **sources)
+            return fusion.feed_forward_sum(self, n, x, *_hidden(self), self.dropout3)
 
 
-def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
-
-
-def _feed_forward_add_norm(layer: Any, x: Tensor, dropout: Any, norm: Any) -> Tensor:
-    parts = (layer.linear1, layer.activation, layer.dropout, layer.linear2)
-    return fusion.feed_forward_add_norm(x, *parts, dropout, norm)
+def _hidden(layer: Any) -> tuple[Any, Any, Any, Any]:
+    return layer.linear1, layer.activation, layer.dropout, layer.linear2
 
 
 _MIXINS = {"TransformerEncoderLayer": EncoderLayer, "TransformerDecoderLayer": DecoderLayer}

@@ -94,11 +94,7 @@ def feed_forward_add_norm(
     fused = _fused_feed_forward(x, *parts, output_dropout, norm)
     if fused is not None:
         return fused
-    if x.shape[-1] > MAX_COLUMNS:
-        y = feed_forward(x, *parts)
-    else:
-        y = linear2(dropout(activation(linear1(x))))
-    return add_norm(y, x, output_dropout, norm)
+    return add_norm(_without_sum(x, *parts), x, output_dropout, norm)
 
 
 def feed_forward_sum(
@@ -119,7 +115,7 @@ def feed_forward_sum(
     norm = _norm_behind(layer)
     found = _fused_feed_forward(n, *parts, output_dropout, norm, residual)
     if found is None:
-        y = feed_forward(n, *parts)
+        y = _without_sum(n, *parts)
         if norm is None:
             return residual + output_dropout(y)
         found = add_norm(y, residual, output_dropout, norm, return_sum=True)
@@ -153,10 +149,10 @@ def _fused_feed_forward(
     return None if fused is None else fused.run(*arguments)
 
 
-def feed_forward(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any) -> Tensor:
-    """linear2(dropout(activation(linear1(x))))."""
+def _without_sum(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any) -> Tensor:
+    """linear2(dropout(activation(linear1(x)))), where no kernel takes what is behind it as well: rows too wide for a tile."""
     name = activation_name(activation)
-    if name is not None and _may_fuse(x, linear1, dropout, linear2):
+    if name is not None and x.shape[-1] > MAX_COLUMNS and _may_fuse(x, linear1, dropout, linear2):
         weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
         arguments = (x, *weights, None, None, 0.0, name, _probability(dropout), 0.0, None, False)
         if (fused := FEED_FORWARD.kernel(*arguments)) is not None:

@@ -15,6 +15,7 @@ import detr_fast
 from detr_fast import nn as ours
 from detr_fast import use_backend
 from detr_fast.explanation import explaining
+from detr_fast.testing import count
 
 
 class Layer(nn.Module):
@@ -162,7 +163,7 @@ def test_attention_weights_are_not_computed_unless_a_hook_may_look_at_them(monke
     assert asked[6:] == [False, True, False, False, False, False]
 
 
-def test_post_norm_layers_ask_for_the_fused_blocks_and_pre_norm_layers_for_norms():
+def test_layers_of_both_kinds_ask_for_the_fused_blocks():
     counts = []
     for normalize_before in (False, True):
         model = Model(normalize_before)
@@ -172,7 +173,19 @@ def test_post_norm_layers_ask_for_the_fused_blocks_and_pre_norm_layers_for_norms
         counts.append(Counter({op: sum(r.calls for r in records if r.op == op) for op in {r.op for r in records}}))
     post, pre = counts
     assert (post["linear_add_layer_norm"], post["feed_forward"]) == (6, 4)
-    assert (pre["linear_add_layer_norm"], pre["layer_norm"]) == (0, 10)
+    assert (pre["linear_add_layer_norm"], pre["feed_forward"], pre["layer_norm"]) == (6, 4, 4)
+
+
+def test_a_pre_norm_layer_is_few_launches():
+    model = Model(normalize_before=True, dropout=0.1).to("meta")
+    detr_fast.accelerate(model)
+    src, pos = (torch.empty(6, 3, 32, device="meta", requires_grad=True) for _ in range(2))
+    query_pos = torch.empty(4, 3, 32, device="meta", requires_grad=True)
+    with use_backend("triton", qkv_projection="auto"):
+        launches = count(model, src, None, pos, query_pos).launches
+    assert launches["linear_norm_kernel"] == 6 + 4  # behind each attention and each feed-forward block
+    assert launches["layer_norm_forward_kernel"] == 4  # each layer's first
+    assert launches["aten.native_dropout.default"] == 0
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
