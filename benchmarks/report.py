@@ -16,18 +16,18 @@ OTHER_IMPLEMENTATIONS = ("eager", "triton", "chunked", "padded")  # which the di
 
 
 def measurements(folder: Path) -> list[dict[str, Any]]:
-    """All lines that are whole; of a case that was measured twice, the later."""
+    """All lines that are whole; of a case or a fact that was measured twice, the later."""
     found: dict[str, dict[str, Any]] = {}
     try:
         lines = (folder / "measurements.jsonl").read_text().splitlines()
     except OSError:
         return []
-    for number, line in enumerate(lines):
+    for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:  # cut off in the middle
             continue
-        found[entry.get("case", str(number))] = entry
+        found[entry.get("case") or next(iter(entry))] = entry
     return list(found.values())
 
 

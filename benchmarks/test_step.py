@@ -142,16 +142,18 @@ def test_training_step() -> None:
         peaks[f"{peer}, GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30  # a graph's own memory, too
         return lambda: [step()]
 
-    compare(
-        f"DETR-R50 training step, {BATCH} × 800×1066, bf16, auxiliary losses, dropout 0.1",
-        {peer: deferred(made, peer) for peer in PEERS},
-        claims=[
-            Claim("training step: over Hugging Face's, torch.compile", ("torch.compile",), 2.0),
-            Claim("training step: over Hugging Face's, eager", ("huggingface",), 2.0),
-        ],
-    )
-    if not CHECK_ONLY:
-        record({"peak memory of a training step, beside the model's own": peaks})
+    case = f"DETR-R50 training step, {BATCH} × 800×1066, bf16, auxiliary losses, dropout 0.1"
+    steps = {peer: deferred(made, peer) for peer in PEERS}
+    claims = [
+        Claim("training step: over Hugging Face's, torch.compile", ("torch.compile",), 2.0),
+        Claim("training step: over Hugging Face's, eager", ("huggingface",), 2.0),
+    ]
+    # Without torch.compile first: it may take longer than there is time, and the last line of a case is the one that counts.
+    rounds = [steps] if CHECK_ONLY or REHEARSAL else [{n: s for n, s in steps.items() if n != "torch.compile"}, steps]
+    for peers in rounds:
+        compare(case, peers, claims=claims)
+        if not CHECK_ONLY:
+            record({"peak memory of a training step, beside the model's own": peaks})
 
 
 def deferred(make: Callable[[str], Callable[[], list[Tensor]]], peer: str) -> Callable[[], list[Tensor]]:

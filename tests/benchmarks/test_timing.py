@@ -129,6 +129,7 @@ def test_the_page_says_which_claims_hold_and_what_to_change_next():
 
 def test_lines_that_were_cut_off_are_left_out_and_the_later_of_two_counts(tmp_path):
     lines = [json.dumps({"case": "a", "n": 1}), json.dumps({"case": "a", "n": 2}), '{"case": "b", "n"']
+    lines[1:1] = [json.dumps({"ceilings": n}) for n in (1, 2)]
     (tmp_path / "measurements.jsonl").write_text("\n".join(lines))
-    assert report.measurements(tmp_path) == [{"case": "a", "n": 2}]
+    assert report.measurements(tmp_path) == [{"case": "a", "n": 2}, {"ceilings": 2}]
     assert report.measurements(tmp_path / "nowhere") == []
