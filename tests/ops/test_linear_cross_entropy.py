@@ -364,43 +364,6 @@ def test_auto_materialises_small_logits_and_cuts_large_ones(monkeypatch):
     assert chosen[1][0] == "chunked"
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 3, 17])
-def test_linear_softmax_is_softmax_of_linear(chunked, rows, bias):
-    x, weight, b, _ = inputs(rows=rows)
-    b = b if bias else None
-    torch.testing.assert_close(ops.linear_softmax(x, weight, b), F.linear(x, weight, b).softmax(-1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.linear_softmax(x, weight, b).dtype == F.linear(x, weight, b).softmax(-1).dtype
-
-
-@pytest.mark.parametrize("k", [1, 4, 13])
-def test_top_k_probabilities_are_softmaxs_without_writing_it(monkeypatch, k):
-    x, weight, bias, _ = inputs()
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 17 * 3)
-    probabilities, classes = ops.linear_softmax_topk(x.view(1, 17, 6), weight, bias, k=k)
-    expected = F.linear(x, weight, bias).softmax(-1).topk(k)
-    torch.testing.assert_close(probabilities[0], expected.values)
-    assert torch.equal(classes[0], expected.indices)
-
-
-def test_probabilities_are_written_once_and_top_k_never_writes_them_all():
-    x, weight = torch.empty(4096, 16, device="meta"), torch.empty(32000, 16, device="meta")
-    with torch.no_grad():
-        whole = count(lambda: ops.linear_softmax(x, weight))
-        best = count(lambda: ops.linear_softmax_topk(x, weight, k=5))
-    logits = 4 * 4096 * 32000
-    blocked = -(-4096 // (blocks.BLOCK_ELEMENTS // 32000))
-    assert whole.launches["aten.softmax.int_out"] == blocked  # straight into the result
-    assert whole.launches["aten._softmax.default"] == 1  # of no rows
-    assert not any("copy" in name for name in whole.launches)
-    assert (
-        whole.bytes_moved < 4.1 * logits
-    )  # the logits written and read, the result (operand and result of an `out=`) twice
-    assert best.bytes_moved < 4.1 * logits  # each block's logits are written, and read by logsumexp and top-k
-    assert "aten._softmax.default" not in best.launches
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -427,12 +390,6 @@ def test_integers_of_any_width_are_targets_and_nothing_else_is(backend):
         assert torch.equal(ops.linear_cross_entropy(x, weight, bias, target.int()), expected)
         with pytest.raises(TypeError, match=r"got target of torch.float32; expected integers"):
             ops.linear_cross_entropy(x, weight, bias, target.float())
-
-
-def test_k_outside_the_classes_is_refused():
-    x, weight, bias, _ = inputs()
-    with pytest.raises(ValueError, match=r"k must lie in \[1, V\] = \[1, 13\]; got 14"):
-        ops.linear_softmax_topk(x, weight, bias, k=14)
 
 
 @pytest.mark.gpu
