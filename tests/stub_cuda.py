@@ -70,8 +70,8 @@ class Event:
     def synchronize(self) -> None:
         pass
 
-    def elapsed_time(self, end: Event) -> float:
-        return (end.moment - self.moment) * 1e3
+    def elapsed_time(self, end_event: Event) -> float:
+        return (end_event.moment - self.moment) * 1e3
 
 
 class Stream:
@@ -80,7 +80,7 @@ class Stream:
     def __init__(self, device: Any = None) -> None:
         pass
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, stream: Stream) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -88,10 +88,10 @@ class Stream:
 
 
 @contextlib.contextmanager
-def captured(graph, pool=None, capture_error_mode="global"):
-    with graph:
+def captured(cuda_graph, pool=None, capture_error_mode="global"):
+    with cuda_graph:
         yield
-    graph.restore()
+    cuda_graph.restore()
 
 
 def stubs() -> dict[str, Any]:
@@ -105,7 +105,7 @@ def stubs() -> dict[str, Any]:
         "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda device=None: None,
-        "set_sync_debug_mode": lambda mode: None,
+        "set_sync_debug_mode": lambda debug_mode: None,
         "_sleep": lambda cycles: None,
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
