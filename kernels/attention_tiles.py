@@ -8,6 +8,7 @@ bits; where a tile starts is computed in 64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from . import dropout, launch
 from .configs import TileConfig, attention_config
 from .dropout import keep_tile, load_seed
 from .launch import empty, jit, tl
-from .rows import run_pointers
+from .rows import MAX_PLANS, run_pointers
 
 MAX_HEAD_DIM = 256
 MAX_TILE_STRIDE = 1 << 24  # of rows and columns inside a tile, in elements
@@ -56,18 +57,7 @@ class Form:
         return block_of(self.head_dim), block_of(self.value_dim)
 
     def config(self, kernel: str) -> TileConfig:
-        return attention_config(
-            kernel,
-            self.dtype.itemsize,
-            max(self.blocks),
-            dropout=self.dropout,
-            masked=self.mask is not None,
-            listed=self.listed,
-            causal=self.causal,
-            scattered=self.mask is not None and self.mask_vector == 1,
-            unaligned=self.vector == 1,
-            generation=self.generation,
-        )
+        return _config(self, kernel)
 
     def masks(self) -> tuple[torch.dtype | None, ...]:
         """Dtypes of `Problem.tensors`."""
@@ -166,19 +156,19 @@ class Problem:
 
     def form(self, *others: Tensor) -> Form:
         """The form of launches that also read `others`, (B, L, H, E); what they write is allocated aligned."""
-        return Form(
+        return _form(
             self.q.dtype,
             self.head_dim,
             self.value_dim,
-            padding=self.padding is not None,
-            mask=None if self.mask is None else self.mask.dtype,
-            causal=self.causal,
-            dropout=self.seed is not None,
-            tf32=self.tf32,
-            packed=self.sequences is not None,
-            vector=tile_run(self.q, self.k, self.v, *others),
-            mask_vector=1 if self.mask is None else mask_run(self.mask),
-            generation=self.generation,
+            self.padding is not None,
+            None if self.mask is None else self.mask.dtype,
+            self.causal,
+            self.seed is not None,
+            self.tf32,
+            self.sequences is not None,
+            tile_run(self.q, self.k, self.v, *others),
+            1 if self.mask is None else mask_run(self.mask),
+            self.generation,
         )
 
     def tiles(self, rows: int) -> int:
@@ -208,10 +198,32 @@ class Problem:
         padding = (0, 0) if self.padding is None else self.padding.stride()
         mask = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
         numbers = (self.queries, self.keys, self.heads, self.group, self.scale * LOG2_E)
-        drop: tuple[int | float, ...] = (0, 0, 1.0)
-        if self.seed is not None:
-            drop = (self.offset, dropout.threshold(self.dropout_p), dropout.scale(self.dropout_p))
-        return *padding, *mask, *numbers, *drop
+        return *padding, *mask, *numbers, self.offset, *_threshold_and_scale(self.dropout_p)
+
+
+@cache
+def _config(form: Form, kernel: str) -> TileConfig:
+    return attention_config(
+        kernel,
+        form.dtype.itemsize,
+        max(form.blocks),
+        dropout=form.dropout,
+        masked=form.mask is not None,
+        listed=form.listed,
+        causal=form.causal,
+        scattered=form.mask is not None and form.mask_vector == 1,
+        unaligned=form.vector == 1,
+        generation=form.generation,
+    )
+
+
+# Calls are alike: what follows from a few numbers is remembered, as to work it out takes the host longer than to look it up.
+_form = lru_cache(maxsize=MAX_PLANS)(Form)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _threshold_and_scale(dropout_p: float) -> tuple[int, float]:
+    return (dropout.threshold(dropout_p), dropout.scale(dropout_p)) if dropout_p > 0.0 else (0, 1.0)
 
 
 PACKED_TYPES = ("i32", "i32")  # tokens, batches
@@ -221,39 +233,54 @@ COMMON_TYPES = ("i64", "i32", "i64", "i64", "i32", "i32", "i32", "i32", "i32", "
 
 def readable(tensor: Tensor) -> Tensor:
     """The tensor itself where tiles over dimensions 1 and 3 can be read in place, else a contiguous copy."""
-    adjacent = tensor.stride(3) == 1 or tensor.shape[3] == 1
-    return tensor if adjacent and tensor.stride(1) <= MAX_TILE_STRIDE else tensor.contiguous()
+    _, row, _, column = tensor.stride()
+    adjacent = column == 1 or tensor.shape[3] == 1
+    return tensor if adjacent and row <= MAX_TILE_STRIDE else tensor.contiguous()
 
 
 def places(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides over batch, heads and rows of a (B, L, H, E) tensor; zeros where there is none."""
-    return (0, 0, 0) if tensor is None else (tensor.stride(0), tensor.stride(2), tensor.stride(1))
+    if tensor is None:
+        return 0, 0, 0
+    batch, row, head, _ = tensor.stride()
+    return batch, head, row
 
 
 def layout(tensor: Tensor) -> tuple[int, ...]:
     """The tensor's strides, 0 where there is a single element to step over: what programs depend on."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return _layout(tensor.shape, tensor.stride())
+
+
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides))
 
 
 def tile_run(*tensors: Tensor) -> int:
     """Elements a run: 16 bytes where every row of every tensor starts at such a multiple and holds whole runs, else 1."""
     vector = 16 // tensors[0].element_size()
+    addresses = 0
     for tensor in tensors:
-        a, b, c, _ = layout(tensor)
-        together = a | b | c | tensor.shape[3]
-        if together % vector or tensor.data_ptr() % 16:
+        if _together(tensor.shape, tensor.stride()) % vector:
             return 1
-    return vector
+        addresses |= tensor.data_ptr()
+    return 1 if addresses % 16 else vector
 
 
 def mask_run(mask: Tensor) -> int:
     """The longest run, up to 16 bytes, at whose multiples all rows of the mask (B, H, L, S) start and end."""
-    if mask.stride(3) != 1:
+    strides = mask.stride()
+    if strides[3] != 1:
         return 1
     size = mask.element_size()
-    a, b, c, _ = layout(mask)
-    together = mask.data_ptr() // size | a | b | c | mask.shape[3]
+    together = mask.data_ptr() // size | _together(mask.shape, strides)
     return min(16 // size, together & -together)
+
+
+@lru_cache(maxsize=4 * MAX_PLANS)
+def _together(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """What a power of two divides where it divides the strides of all dimensions but the last, and that one's size."""
+    a, b, c, _ = _layout(shape, strides)
+    return a | b | c | shape[3]
 
 
 @jit

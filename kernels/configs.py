@@ -159,8 +159,8 @@ ATTENTION_BLACKWELL = {
     32: TileConfig(128, 64, 8, 3),
     64: TileConfig(128, 64, 8, 3),
 }
-# Elements of a mask that are loaded one by one have an address each: 8 a lane.
-ATTENTION_SCATTERED = TileConfig(32, 32, 4, 1)
+# Elements of a mask that are loaded one by one have an address each: 4 a lane.
+ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
 
 
 def attention_config(
@@ -189,7 +189,7 @@ def attention_config(
         side = 64 if itemsize == 2 and block <= 128 else 32
         return TileConfig(side, side, 4, 1)
     narrow = itemsize == 2 and block <= 64
-    if scattered and narrow:
+    if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
@@ -204,12 +204,14 @@ def attention_config(
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
         return replace(config, rows=max(16, config.rows // 2))
     if kernel == "keys":
+        if causal and generation == "blackwell" and itemsize == 2 and block == 128:
+            config = replace(config, columns=64)
         if heavy:
             config = replace(config, columns=max(16, config.columns // 2))
         elif causal and narrow and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
             config = replace(config, rows=64 if generation == "hopper" else 32, columns=64)
-        if unaligned and narrow:
-            config = replace(config, num_warps=8)
+    if unaligned and narrow and (kernel == "keys" or (kernel == "forward" and block == 64)):
+        config = replace(config, num_warps=8)
     return config
 
 
