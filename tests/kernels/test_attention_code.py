@@ -64,9 +64,11 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_100", 64, "forward", {"padding": True}),
         ("sm_100", 32, "forward", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_120", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
-        ("sm_100", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
-        ("sm_100", 64, "queries", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
-        ("sm_100", 64, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
+        ("sm_80", 64, "forward", {"padding": True, "vector": 1}),
+        ("sm_100", 128, "keys", {"dropout": True, "causal": True}),
+        ("sm_120", 128, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
+        ("sm_120", 128, "queries", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
+        ("sm_100", 128, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
