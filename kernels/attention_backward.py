@@ -60,7 +60,8 @@ def attention_backward(
     packed, counts = problem.packed(q, parts > 1)
     inputs = (*of_rows, *problem.tensors(), *packed)
     arguments = (*tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
-    launch(queries_variant(form, dlse is not None, parts > 1), (problem.tiles(rows), parts), *arguments)
+    exact = with_mask and parts == 1 and form.dtype != torch.float32  # where shared, no program sees a row whole
+    launch(queries_variant(form, dlse is not None, parts > 1, exact), (problem.tiles(rows), parts), *arguments)
     if split is not None:
         split.combine(form)
 
@@ -91,22 +92,26 @@ def _mask_gradient(problem: Problem, statistics: Tensor, dout: Tensor) -> Tensor
     return dmask
 
 
-def backward_variants(problem: Problem, device: torch.device, with_dlse: bool = False) -> list[Variant]:
-    """All that `attention_backward` launches on `device`, without the gradient of a mask; with_dlse: with dlse or without."""
+def backward_variants(
+    problem: Problem, device: torch.device, with_dlse: bool = False, with_mask: bool = False
+) -> list[Variant]:
+    """All that `attention_backward` launches on `device`, but the gradient of a mask; with_dlse: with dlse or without."""
     form = problem.form()
     split = key_parts(problem, form.config("queries").rows, device) > 1
-    variants = [queries_variant(form, dlse, split) for dlse in ((False, True) if with_dlse else (False,))]
+    exact = with_mask and not split and form.dtype != torch.float32
+    variants = [queries_variant(form, dlse, split, exact) for dlse in ((False, True) if with_dlse else (False,))]
     if split:
         variants.append(combine_variant(form, problem.head_dim, False))
     return [*variants, keys_variant(form)]
 
 
 @cache
-def queries_variant(form: Form, with_dlse: bool = False, split: bool = False) -> Variant:
-    """The program that takes dq and the rows' statistics; split: with parts of dq as its result."""
+def queries_variant(form: Form, with_dlse: bool = False, split: bool = False, exact: bool = False) -> Variant:
+    """The program that takes dq and the rows' statistics; split: with parts of dq as its result; exact: see the kernel."""
     fp32, listed = torch.float32, torch.int32 if form.padding else None
     rows = (fp32, fp32 if with_dlse else None, fp32, listed)
-    return _variant(attention_backward_queries_kernel, "queries", form, rows, fp32 if split else form.dtype)
+    result = fp32 if split else form.dtype
+    return _variant(attention_backward_queries_kernel, "queries", form, rows, result, EXACT=exact)
 
 
 @cache
@@ -116,12 +121,12 @@ def keys_variant(form: Form) -> Variant:
 
 
 def _variant(
-    kernel: object, name: str, form: Form, rows: tuple[torch.dtype | None, ...], result: torch.dtype
+    kernel: object, name: str, form: Form, rows: tuple[torch.dtype | None, ...], result: torch.dtype, **more: bool
 ) -> Variant:
     config = form.config(name)
     tensors = (*(form.dtype,) * 5, result, *rows, *form.masks(), *form.ends())
     types = (*map(pointer, tensors), *PLACE_TYPES * 6, *COMMON_TYPES, "fp32", *PACKED_TYPES)
-    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
+    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), **more}
     return Variant(kernel, types, constants, config.num_warps, config.num_stages)
 
 

@@ -11,6 +11,7 @@ from .launch import jit, tl
 @jit
 def _pass_over_keys(
     dq,
+    excess,
     q,
     dout,
     lse,
@@ -32,6 +33,7 @@ def _pass_over_keys(
     BLOCK_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
+    """dq, and in `excess` the sums over keys of dscores where they are wanted."""
     E: tl.constexpr = FORM[0]
     EV: tl.constexpr = FORM[1]
     BLOCK_E: tl.constexpr = FORM[2]
@@ -39,6 +41,7 @@ def _pass_over_keys(
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
     LISTED: tl.constexpr = FORM[8]
+    EXACT: tl.constexpr = FORM[9]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -59,8 +62,10 @@ def _pass_over_keys(
         if drop[0] is not None:
             dweights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), dweights * drop[4], 0.0)
         dscores = weights * (dweights - delta[:, None])
+        if EXACT:
+            excess += tl.sum(dscores, 1)
         dq = dot(dscores.to(k.dtype), k, dq, PRECISION)
-    return dq
+    return dq, excess
 
 
 @jit
@@ -125,10 +130,15 @@ def attention_backward_queries_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e)."""
+    """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e).
+
+    EXACT: delta, which `out` gives as exactly as it is rounded, is corrected for the launches that follow: a row's dscores add
+    up to what arrives for its log-sum-exp.
+    """
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, EXACT)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -167,10 +177,12 @@ def attention_backward_queries_kernel(
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
     for MASKED in tl.static_range(2):
         if MASKED or mask_ptr is None:
-            dq = _pass_over_keys(
+            dq, excess = _pass_over_keys(
                 dq,
+                excess,
                 q,
                 dout,
                 lse,
@@ -192,6 +204,10 @@ def attention_backward_queries_kernel(
                 BLOCK_N,
                 FORM,
             )
+    if EXACT:
+        if dlse_ptr is not None:
+            excess -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
+        tl.store(statistics_ptr + all_rows + rows, delta + excess, mask=exists)
     if ends_q_ptr is not None:
         step = tl.cdiv(longest, BLOCK_M) * BLOCK_M
         place = (dq_batch, dq_head, dq_row)

@@ -62,7 +62,7 @@ def catalog_entries() -> Iterator[Entry]:
         example = partial(_example, form, SPLIT_KEYS if split else EXAMPLE_KEYS)
         builds: dict[str, Callable[[Form], Variant]] = {
             "forward": partial(forward_variant, split=split),
-            "queries": partial(queries_variant, split=split),
+            "queries": partial(queries_variant, split=split, exact=form.mask == bf16),
             "keys": keys_variant,
         }
         for kind, build in builds.items():

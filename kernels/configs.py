@@ -153,12 +153,6 @@ ATTENTION_WARPGROUPS = {
 }
 
 
-# On sm_100, whose accumulators come a whole row to a lane, and sm_120: 8 warps where 4 spill up to 304 bytes a thread.
-ATTENTION_BLACKWELL = {
-    16: TileConfig(128, 64, 8, 3),
-    32: TileConfig(128, 64, 8, 3),
-    64: TileConfig(128, 64, 8, 3),
-}
 # Elements of a mask that are loaded one by one have an address each: 4 a lane.
 ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
 
@@ -188,30 +182,48 @@ def attention_config(
     if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
         side = 64 if itemsize == 2 and block <= 128 else 32
         return TileConfig(side, side, 4, 1)
-    narrow = itemsize == 2 and block <= 64
     if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
-    if generation == "hopper" and not heavy:
+    wide_keys = kernel == "keys" and itemsize == 2 and block == 128 and (causal or unaligned)
+    if generation == "hopper" and not heavy and not wide_keys:
         config = ATTENTION_WARPGROUPS.get((kernel, itemsize, block), config)
-    if generation == "blackwell" and kernel == "forward" and narrow and (heavy or block == 64):
-        config = ATTENTION_BLACKWELL[block]
-        if masked and block == 64:
-            config = replace(config, columns=32)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
         return replace(config, rows=max(16, config.rows // 2))
+    if wide_keys and (unaligned or generation == "blackwell"):
+        config = replace(config, columns=64)
+    if heavy and kernel == "keys":
+        config = replace(config, columns=max(16, config.columns // 2))
+    if itemsize == 2 and block <= 64:
+        return _of_64_columns(config, kernel, block, heavy, dropout and masked, causal, unaligned, generation)
+    return config
+
+
+def _of_64_columns(
+    config: TileConfig,
+    kernel: str,
+    block: int,
+    heavy: bool,
+    both: bool,
+    causal: bool,
+    unaligned: bool,
+    generation: str,
+) -> TileConfig:
+    """What 16 bits and head dimensions up to 64 need not to spill beyond that; both: dropout and an attn_mask."""
     if kernel == "keys":
-        if causal and generation == "blackwell" and itemsize == 2 and block == 128:
-            config = replace(config, columns=64)
-        if heavy:
-            config = replace(config, columns=max(16, config.columns // 2))
-        elif causal and narrow and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
+        if causal and not heavy and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
             config = replace(config, rows=64 if generation == "hopper" else 32, columns=64)
-    if unaligned and narrow and (kernel == "keys" or (kernel == "forward" and block == 64)):
-        config = replace(config, num_warps=8)
+        return replace(config, num_warps=8) if unaligned else config
+    if kernel == "forward":
+        # On sm_100, where accumulators come a whole row to a lane, and sm_120, up to 304 bytes a thread spill with 4 warps.
+        crowded = generation == "blackwell" and (heavy or block == 64)
+        if crowded or (block == 64 and (unaligned or (both and generation == "hopper"))):
+            config = replace(config, num_warps=8)
+        if generation == "blackwell" and heavy and block == 64:
+            config = replace(config, columns=32)
     return config
 
 

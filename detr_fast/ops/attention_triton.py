@@ -60,7 +60,8 @@ class TritonAttention(TritonImplementation):
         problem = _meta_problem(call)
         variants = kernels.forward_variants(problem, call.device)
         if call.needs_grad:
-            variants += backward_kernels.backward_variants(problem, call.device, with_dlse=call.return_lse)
+            wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
+            variants += backward_kernels.backward_variants(problem, call.device, **wanted)
         if call.mask_grad:
             rows, columns = (1, 1, *call.mask_shape)[-2:]
             variants.append(backward_kernels.mask_variant(problem.form(), rows == 1, columns == 1))

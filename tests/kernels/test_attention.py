@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward, attention_split, dropout
-from detr_fast.kernels.attention_tiles import Problem, mask_run, readable, tile_run
+from detr_fast.kernels.attention_tiles import LOG2_E, Problem, mask_run, readable, tile_run
 from detr_fast.kernels.launch import Variant, jit, launch, tl
 
 from detr_fast.ops.attention_eager import EagerAttention, attention_weights
@@ -268,6 +268,17 @@ def test_rows_whose_mask_hides_all_keys_are_zero_with_zero_gradients(interpreter
     assert not dq[:, :3].any()
     assert not dk[:, 7:].any()
     assert all(t.isfinite().all() for t in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_row_of_the_masks_gradient_adds_up_exactly_whatever_the_output_is_rounded_to(interpreter, dropout_p):
+    q, k, v = (t.bfloat16() for t in qkv(2, 20, 5, 1, 16))
+    mask, seed = torch.randn(2, 1, 20, 5), torch.tensor([5])
+    problem = Problem(q, k, v, None, mask, dropout_p=dropout_p, seed=seed)
+    out, lse = kernels.attention_forward(problem)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dmask = attention_backward.attention_backward(problem, out, lse, dout, dlse, with_mask=True)[3]
+    torch.testing.assert_close(dmask.sum(-1), dlse * LOG2_E, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("offset", "dtype"), [(-1e4, FP32), (1e4, FP32), (-1e4, FP16), (1e4, BF16)])
