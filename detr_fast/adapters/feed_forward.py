@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters.base import MARK, Adapter, Scriptable, joined, kind_of, why_not_fuse, why_not_switch
-from detr_fast.adapters.blocks import (
-    FeedForwardParts,
-    activation_name,
-    feed_forward_of,
-    is_dispatched,
-    is_plain,
-    probability,
-)
+from detr_fast.adapters.blocks import activation_name, feed_forward_of, is_dispatched, is_plain
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.blocks import FeedForwardParts, probability
 
 
 class _Names(NamedTuple):

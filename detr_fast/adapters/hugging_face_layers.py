@@ -13,19 +13,10 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, joined, kind_of, reads, why_not_fuse, why_not_switch
-from detr_fast.adapters.blocks import (
-    FeedForwardParts,
-    activation_name,
-    add_norm,
-    comes_apart,
-    feed_forward_add_norm,
-    is_norm,
-    linear_add_norm,
-    probability,
-    sum_and_norm,
-)
+from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_norm, linear_add_norm
 from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability, sum_and_norm
 from detr_fast.ops.dropout import shared_seed
 
 
@@ -78,7 +69,7 @@ class DetrEncoderLayer(Scriptable):
             )[0]
             p = probability(self.dropout, self.training)
             x = _block_add_norm(
-                self.mlp, add_norm(x, hidden_states, self.self_attn_layer_norm, p), self.final_layer_norm
+                self.mlp, norm_of_sum(x, hidden_states, self.self_attn_layer_norm, p), self.final_layer_norm
             )
         # What the original clamps can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight.
         return clamped(x) if self.training and x.dtype == torch.float16 else x
@@ -170,15 +161,15 @@ def _decoder_comes_apart(layer: Any, x: Tensor) -> bool:
 def _decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | None) -> Tensor:
     p = probability(layer.dropout, layer.training)
     with shared_seed():
-        x = add_norm(layer.self_attn(hidden_states=x, **own)[0], x, layer.self_attn_layer_norm, p)
+        x = norm_of_sum(layer.self_attn(hidden_states=x, **own)[0], x, layer.self_attn_layer_norm, p)
         if cross is not None:
-            x = add_norm(layer.encoder_attn(hidden_states=x, **cross)[0], x, layer.encoder_attn_layer_norm, p)
+            x = norm_of_sum(layer.encoder_attn(hidden_states=x, **cross)[0], x, layer.encoder_attn_layer_norm, p)
         return _block_add_norm(layer.mlp, x, layer.final_layer_norm)
 
 
 def _block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
     parts = parts_of(block) if is_bare(block) else None
-    return add_norm(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
+    return norm_of_sum(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
 
 
 def _is_intermediate(module: Module) -> bool:

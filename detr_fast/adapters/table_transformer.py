@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -18,17 +17,10 @@ from transformers.models.table_transformer import modeling_table_transformer as 
 from detr_fast import dispatch
 from detr_fast.adapters import hugging_face
 from detr_fast.adapters.base import Adapter, Scriptable, kind_of, names, names_used, why_not_switch
-from detr_fast.adapters.blocks import (
-    FeedForwardParts,
-    activation_name,
-    comes_apart,
-    feed_forward_of,
-    is_plain,
-    probability,
-    sum_and_norm,
-)
+from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_sum, is_plain
 from detr_fast.adapters.hugging_face import padding_of
 from detr_fast.adapters.hugging_face_layers import clamped
+from detr_fast.nn.blocks import FeedForwardParts, probability, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.dropout import shared_seed
 
@@ -105,7 +97,7 @@ class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer, Scriptab
             y = self.self_attn_layer_norm(hidden_states)
             y, *weights = self.self_attn(y, attention_mask, object_queries, output_attentions=output_attentions)
             x, y = sum_and_norm(y, hidden_states, self.final_layer_norm, parts.output_dropout_p)
-            x = x + F.dropout(feed_forward_of(y, parts), parts.output_dropout_p, self.training)
+            x = feed_forward_sum(y, parts, x)
         x = clamped(x) if self.training else x
         return (x, *weights) if output_attentions else (x,)
 
@@ -138,7 +130,7 @@ class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer, Scriptab
             memory = (encoder_hidden_states, object_queries)
             y, cross = self.encoder_attn(y, encoder_attention_mask, queries, *memory, **weigh)
             x, y = sum_and_norm(y, x, norms[1], p)
-            x = x + F.dropout(feed_forward_of(y, parts), p, self.training)
+            x = feed_forward_sum(y, parts, x)
         return (x, own, cross) if output_attentions else (x,)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, kind_of, names, names_used, reads, why_not_switch
-from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched, sum_and_norm
+from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched
+from detr_fast.nn.blocks import sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
 

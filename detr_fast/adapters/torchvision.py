@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, kind_of, reads, why_not_switch
-from detr_fast.adapters.blocks import comes_apart, probability, sum_and_norm
+from detr_fast.adapters.blocks import comes_apart
+from detr_fast.nn.blocks import probability, sum_and_norm
 
 _KNOWN = ("self input", "torch _assert dim shape ln_1 self_attention dropout ln_2 mlp")
 

@@ -7,23 +7,31 @@ Fusing is legal only while each part is exactly the class that is expected and b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import dispatch
 from detr_fast.kernels.linear_norm import MAX_COLUMNS
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.blocks import (
+    FeedForwardParts,
+    activation_name,
+    fused_feed_forward,
+    fused_linear,
+    norm_of_sum,
+    norms_are_free,
+    probability,
+    sum_and_norm,
+    sum_first,
+)
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
-from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM, add_layer_norm
 from detr_fast.ops.dropout import recording
-from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
 
@@ -49,7 +57,7 @@ def attend_add_norm(
     """
     pre_norm = residual is not None
     if _may_fuse(x, attention, dropout, norm) and _plain(attention.out_proj):
-        projection, parameters = attention.out_proj, (norm.weight, norm.bias, norm.eps, _probability(dropout), pre_norm)
+        projection, parameters = attention.out_proj, (norm.weight, norm.bias, norm.eps, probability(dropout), pre_norm)
         weights = (projection.weight, projection.bias)
         # What attention gives looks like x; the choice is made before anything is computed.
         fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x if residual is None else residual, *parameters)
@@ -58,10 +66,10 @@ def attend_add_norm(
             found = attention.heads(x, memory, **sources, **masks)
             if found is not None:
                 heads, x = found
-                return _sum_first(fused.run(heads, *weights, x if residual is None else residual, *parameters))
+                return sum_first(fused.run(heads, *weights, x if residual is None else residual, *parameters))
     query, key, value = attention_inputs(x, memory, position, memory_key)
     y = attention(query, key, value, need_weights=False, **masks)[0]
-    return _sum_first(add_norm(y, x if residual is None else residual, dropout, norm, return_sum=pre_norm))
+    return add_norm(y, x if residual is None else residual, dropout, norm, pre_norm)
 
 
 def project_add_norm(
@@ -73,17 +81,10 @@ def project_add_norm(
     """
     projection = attention.out_proj
     if _may_fuse(heads, attention, dropout, norm) and _plain(projection):
-        parameters = (norm.weight, norm.bias, norm.eps, _probability(dropout), pre_norm)
-        arguments = (heads, projection.weight, projection.bias, residual, *parameters)
-        fused = LINEAR_ADD_LAYER_NORM.kernel(*arguments)
+        fused = fused_linear(heads, projection, residual, norm, probability(dropout), pre_norm)
         if fused is not None:
-            return _sum_first(fused.run(*arguments))
-    return _sum_first(add_norm(projection(heads), residual, dropout, norm, return_sum=pre_norm))
-
-
-def _sum_first(found: Any) -> Any:
-    """What comes of (the norm, the sum) in the order in which a layer uses them, or the norm alone."""
-    return found[::-1] if isinstance(found, tuple) else found
+            return fused
+    return add_norm(projection(heads), residual, dropout, norm, pre_norm)
 
 
 def feed_forward_add_norm(
@@ -118,10 +119,10 @@ def feed_forward_sum(
         y = _without_sum(n, *parts)
         if norm is None:
             return residual + output_dropout(y)
-        found = add_norm(y, residual, output_dropout, norm, return_sum=True)
+        found = add_norm(y, residual, output_dropout, norm, pre_norm=True)
     if norm is None:
         return found
-    following, total = found
+    total, following = found
     _ahead.found = (total, norm, following)
     return total
 
@@ -136,36 +137,31 @@ def _fused_feed_forward(
     norm: Any,
     residual: Tensor | None = None,
 ) -> Any:
-    """The block up to its norm, or its sum, in few launches: as the op gives it; None where its parts are to run."""
+    """The block up to its norm, or its sum, in few launches; None where its parts are to run."""
     name = activation_name(activation)
-    parts = (linear1, dropout, output_dropout, linear2, *([] if norm is None else [norm]))
-    if name is None or x.shape[-1] > MAX_COLUMNS or not _may_fuse(x, *parts):
+    ends = (linear2,) if norm is None else (linear2, norm)
+    if name is None or not _may_fuse(x, linear1, dropout, output_dropout, *ends):
         return None
-    behind = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias, *behind)
-    returns_sum = norm is not None and residual is not None
-    arguments = (x, *weights, name, _probability(dropout), _probability(output_dropout), residual, returns_sum)
-    fused = FEED_FORWARD.kernel(*arguments)
-    return None if fused is None else fused.run(*arguments)
+    parts = FeedForwardParts(linear1, name, probability(dropout), linear2, probability(output_dropout))
+    return fused_feed_forward(x, parts, norm, residual)
 
 
 def _without_sum(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2: Any) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), where no kernel takes what is behind it as well: rows too wide for a tile."""
     name = activation_name(activation)
     if name is not None and x.shape[-1] > MAX_COLUMNS and _may_fuse(x, linear1, dropout, linear2):
-        weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
-        arguments = (x, *weights, None, None, 0.0, name, _probability(dropout), 0.0, None, False)
-        if (fused := FEED_FORWARD.kernel(*arguments)) is not None:
-            return fused.run(*arguments)
+        fused = fused_feed_forward(x, FeedForwardParts(linear1, name, probability(dropout), linear2, 0.0))
+        if fused is not None:
+            return fused
     return linear2(dropout(activation(linear1(x))))
 
 
-def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, return_sum: bool = False) -> Any:
-    """norm(x + dropout(y)), which is one op while both are plain; with return_sum also that sum."""
+def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, pre_norm: bool = False) -> Any:
+    """norm(x + dropout(y)), which is one op while both are plain; pre_norm: (the sum, its norm)."""
     if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1 and norms_are_free():
-        return add_layer_norm(y, x, norm.weight, norm.bias, norm.eps, _probability(dropout), return_sum=return_sum)
+        return (sum_and_norm if pre_norm else norm_of_sum)(y, x, norm, probability(dropout))
     total = x + dropout(y)
-    return (norm(total), total) if return_sum else norm(total)
+    return (total, norm(total)) if pre_norm else norm(total)
 
 
 class _Ahead(threading.local):
@@ -223,22 +219,6 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return norm(x)
 
 
-def norms_are_free() -> bool:
-    """Whether a norm may be computed with the sum before it: who asks for a norm's implementation by name gets that."""
-    return LAYER_NORM.requested is None or ADD_LAYER_NORM.requested is not None
-
-
-def activation_name(activation: Callable[..., Any]) -> str | None:
-    """Our name for torch's activation, a function or a module; None for one that we do not know."""
-    if isinstance(activation, nn.Module) and not is_bare(activation):
-        return None
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", nn.ReLU: "relu", nn.SiLU: "silu"}.get(
-        type(activation) if isinstance(activation, nn.Module) else activation  # type: ignore[call-overload]
-    )
-
-
 def _may_fuse(x: Tensor, *parts: Any) -> bool:
     """Whether the parts may be taken apart for a kernel, which a tensor on a CPU leaves at once."""
     if not (dispatch.intervening or x.is_cuda) or x.is_nested:
@@ -249,7 +229,3 @@ def _may_fuse(x: Tensor, *parts: Any) -> bool:
 
 def _plain(part: Any) -> bool:
     return type(part) in _CLASSES and is_bare(part)
-
-
-def _probability(dropout: nn.Dropout) -> float:
-    return float(dropout.p) if dropout.training else 0.0

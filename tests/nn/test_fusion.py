@@ -13,7 +13,8 @@ from detr_fast import nn, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.models.transformer import Transformer
 from detr_fast.nn.bare import is_bare
-from detr_fast.nn.fusion import activation_name, norms_ahead
+from detr_fast.nn.blocks import activation_name
+from detr_fast.nn.fusion import norms_ahead
 from detr_fast.nn.memory import shared_memory
 from detr_fast.testing import count
 
