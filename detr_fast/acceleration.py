@@ -63,6 +63,11 @@ class Report:
     def __str__(self) -> str:
         before = f", {self.already} were before" if self.already else ""
         lines = [f"{self.model}: {len(self.switched)} modules {self.action}{before}, {len(self.left)} left alone"]
+        if not self.switched and not self.left and not self.already and self.action == "switched":
+            lines.append(
+                "  nothing in it is known: torch.nn's transformer parts, and the layers of the libraries in docs/accelerate.md; "
+                "build yours from detr_fast.nn"
+            )
         kinds = Counter((one.original, one.now) for one in self.switched)
         lines += [f"  {count} × {original} -> {now}" for (original, now), count in kinds.items()]
         reasons: dict[tuple[str, str], list[str]] = {}

@@ -44,7 +44,7 @@ def attention_inputs(
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`, on the implementation that the dispatcher chooses for `ops.attention`.
 
-    Where PyTorch's own is chosen, the original's forward runs, with its inference fast path and nested tensors. Where a
+    Arguments, shapes, state_dict and errors are its own. Where PyTorch's own is chosen, the original's forward runs, with its inference fast path and nested tensors. Where a
     Triton kernel is chosen, or an implementation was asked for by name, projections and attention run here, in the layout
     that the projections leave, and masks stay as small as they were given.
 

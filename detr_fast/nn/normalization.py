@@ -13,7 +13,10 @@ from detr_fast.ops.layer_norm import LAYER_NORM
 
 @replaces(nn.LayerNorm)
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm`, on the implementation that the dispatcher chooses for `ops.layer_norm`."""
+    """`torch.nn.LayerNorm`, on the implementation that the dispatcher chooses for `ops.layer_norm`.
+
+    Arguments, shapes, state_dict and errors are its own.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         # Anything but a tensor has no is_cuda, and torch.fx's Proxy one that is no bool; both are rare, so they come last.

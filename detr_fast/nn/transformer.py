@@ -32,7 +32,10 @@ from detr_fast.ops.dropout import shared_seed
 @keeps_whole
 @converts_children
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """`torch.nn.TransformerEncoderLayer` with our attention and norms inside."""
+    """`torch.nn.TransformerEncoderLayer`, each block in as few launches as the dispatcher finds worth it.
+
+    Arguments, shapes, state_dict and errors are its own.
+    """
 
     def forward(
         self,
@@ -83,7 +86,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 @keeps_whole
 @converts_children
 class TransformerEncoder(nn.TransformerEncoder):
-    """`torch.nn.TransformerEncoder` over our layers."""
+    """`torch.nn.TransformerEncoder` over our layers. Arguments, shapes, state_dict and errors are its own."""
 
     def forward(
         self,
@@ -111,7 +114,10 @@ class TransformerEncoder(nn.TransformerEncoder):
 @keeps_whole
 @converts_children
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
-    """`torch.nn.TransformerDecoderLayer` with our attention and norms inside."""
+    """`torch.nn.TransformerDecoderLayer`, each block in as few launches as the dispatcher finds worth it.
+
+    Arguments, shapes, state_dict and errors are its own.
+    """
 
     def forward(
         self,
@@ -158,7 +164,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 @keeps_whole
 @converts_children
 class TransformerDecoder(nn.TransformerDecoder):
-    """`torch.nn.TransformerDecoder` over our layers."""
+    """`torch.nn.TransformerDecoder` over our layers. Arguments, shapes, state_dict and errors are its own."""
 
     def forward(
         self,
@@ -187,7 +193,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 @keeps_whole
 @converts_children
 class Transformer(nn.Transformer):
-    """`torch.nn.Transformer` over our encoder and decoder."""
+    """`torch.nn.Transformer` over our encoder and decoder. Arguments, shapes, state_dict and errors are its own."""
 
 
 def _overrides(layer: nn.Module, *blocks: str) -> bool:

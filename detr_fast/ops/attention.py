@@ -75,6 +75,7 @@ def attention(
     fp32 (B, H, L), natural logarithm, -inf without any visible key.
 
     Raises ValueError for shapes or masks that do not fit, BackendError as `use_backend` says.
+    Sources: Vaswani et al., 2017, arXiv:1706.03762; Dao, 2023, arXiv:2307.08691. How it works: docs/attention.md.
     """
     _check(q, k, v, key_padding_mask, attn_mask, dropout_p, enable_gqa)
     return ATTENTION(q, k, v, key_padding_mask, attn_mask, is_causal, dropout_p, scale, enable_gqa, return_lse)
@@ -91,7 +92,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`: the same signature, layout (B, H, L, E) and numerics."""
+    """`torch.nn.functional.scaled_dot_product_attention`: the same signature, layout (B, H, L, E), errors and numerics."""
     four = query.ndim == key.ndim == value.ndim == 4
     if not four or not (dispatch.intervening or query.is_cuda):
         return F.scaled_dot_product_attention(
@@ -117,7 +118,8 @@ def attention_with_weights(
 
     The weights are (B, H, L, S), or with `average` their mean over the heads, (B, L, S), in q's dtype (under autocast its
     dtype on a CPU, fp32 on a GPU). They are zero for a query without any visible key, and differentiable: their own
-    backward computes them again in plain PyTorch, and only where someone asks for that gradient.
+    backward computes them again in plain PyTorch, and only where someone asks for that gradient. Raises as `attention`, and
+    has its sources.
     """
     _check(q, k, v, key_padding_mask, attn_mask, dropout_p)
     weights = "mean" if average else "heads"

@@ -88,6 +88,8 @@ def attention_varlen(
 
     Raises:
         ValueError: shapes or lengths that do not fit (lengths are checked on the CPU only).
+
+    Sources: as `attention`'s; the layout is Dao's, 2023, arXiv:2307.08691.
     """
     check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, enable_gqa)
     options = (is_causal, dropout_p, scale, enable_gqa, return_lse)

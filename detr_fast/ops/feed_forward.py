@@ -70,7 +70,7 @@ def feed_forward_add_layer_norm(
     As `feed_forward`; norm_weight and norm_bias (D,). dropout_p acts on the hidden activation, output_dropout_p on what is
     added to x, or to the residual (..., D) in its place. The result is in the residual's dtype (under autocast on a GPU:
     fp32). With `return_sum` also what is normalised, for pre-norm transformers, whose next residual it is: in the dtype of
-    both terms, promoted.
+    both terms, promoted. Raises as `feed_forward`.
     """
     weights = (x, w1, b1, w2, b2, norm_weight, norm_bias)
     arguments = (*weights, eps, _known(activation), dropout_p, output_dropout_p, residual, return_sum)

@@ -52,7 +52,7 @@ def linear_cross_entropy(
     "sum", or "none", which gives (...). The loss is in x's dtype (fp32 under autocast); the softmax is computed in fp32 at
     least. Another target is an error of PyTorch's where it computes, and makes the kernel's loss NaN.
     Raises ValueError for shapes or a reduction that do not fit, TypeError for a target that holds no integers,
-    BackendError as `use_backend` says.
+    BackendError as `use_backend` says. Sources: Hsu et al., 2024, arXiv:2410.10989; Wijmans et al., 2024, arXiv:2411.09009.
     """
     check_linear(x, weight, bias)
     if target.shape != x.shape[:-1]:

@@ -20,7 +20,7 @@ def linear_softmax(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """`F.softmax(F.linear(x, weight, bias), -1)` for inference, (..., V) in x's dtype: only the result is whole in memory.
 
     Shapes: x (..., E), weight (V, E), bias (V,) or None. Differentiable by PyTorch's own ops, which keep more.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes that do not fit. Source: Milakov and Gimelshein, 2018, arXiv:1805.02867.
     """
     check_linear(x, weight, bias)
     if wants_grad(x, weight, bias) or x.numel() == 0:
@@ -41,7 +41,8 @@ def linear_softmax_topk(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     """The k largest of `linear_softmax`'s probabilities and their classes, (..., k), in falling order.
 
     The probabilities are never written: blocks of the vocabulary leave their k largest logits and the sum so far.
-    The probabilities are fp32 at least. Not differentiable. Raises ValueError for shapes that do not fit or k outside [1, V].
+    Shapes: x (..., E), weight (V, E), bias (V,) or None. The probabilities are fp32 at least. Not differentiable. Raises ValueError for shapes that do not fit or k outside [1, V].
+    Source: Milakov and Gimelshein, 2018, arXiv:1805.02867.
     """
     check_linear(x, weight, bias)
     classes = weight.shape[0]

@@ -398,3 +398,9 @@ def test_example_inputs_may_be_keywords_and_must_be_one_or_the_other():
     assert detr_fast.accelerate(model, example_inputs={"input": torch.ones(2, 8)}).explanation[0].op == "layer_norm"
     with pytest.raises(TypeError, match=r"example_inputs must be a tuple.*got Tensor. Write example_inputs=\(x,\)"):
         detr_fast.accelerate(model, example_inputs=torch.ones(2, 8))
+
+
+def test_a_model_with_nothing_known_in_it_says_what_would_be():
+    report = str(detr_fast.accelerate(nn.Linear(2, 2)))
+    assert report.splitlines()[0] == "Linear: 0 modules switched, 0 left alone"
+    assert "nothing in it is known: torch.nn's transformer parts" in report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from textwrap import dedent
@@ -159,3 +160,20 @@ def test_every_command_that_the_pages_show_has_the_options_that_they_show():
 def test_every_page_is_listed_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert not [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "README.md" and f"]({p.name})" not in index]
+
+
+def test_every_public_op_says_its_shapes_its_errors_and_its_source():
+    import detr_fast.ops
+
+    silent = {}
+    public = [n for n, f in vars(detr_fast.ops).items() if inspect.isfunction(f) and not n.startswith("_")]
+    assert len(public) > 10
+    for name in public:
+        text = getattr(detr_fast.ops, name).__doc__ or ""
+        said = {
+            "shapes": re.search(r"\([\w…., ·+]*[A-Z]\w*\b.*?\)|Shapes|As `|same signature", text),
+            "errors": re.search(r"Raises|errors", text),
+            "source": re.search(r"arXiv:|[Ss]ources?|torch\.nn\.functional|F\.\w+\(|As `", text),
+        }
+        silent[name] = [what for what, found in said.items() if not found]
+    assert not {name: missing for name, missing in silent.items() if missing}

@@ -17,8 +17,8 @@ def python(code: str, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    # From a copy of the files that make the package: building in the checkout would leave build/ behind.
+def sources(tmp_path_factory) -> Path:
+    """A copy of the files that make the package: building in the checkout would leave build/ behind."""
     import shutil
 
     source = tmp_path_factory.mktemp("source")
@@ -26,8 +26,13 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
         shutil.copy(ROOT / name, source)
     for name in ("detr_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, sources]
     subprocess.run(command, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
@@ -37,7 +42,22 @@ def test_the_wheel_is_pure_python_and_holds_the_kernels_as_detr_fast_kernels(whe
     names = wheel.namelist()
     assert wheel.filename.endswith("-py3-none-any.whl")
     assert "detr_fast/kernels/layer_norm.py" in names
-    assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+    assert {name.split("/")[0] for name in names} == {
+        "detr_fast",
+        Path(wheel.filename).name.rpartition("-py3")[0] + ".dist-info",
+    }
+    assert {"detr_fast/py.typed", "detr_fast/__main__.py"} <= set(names)
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_source_distribution_holds_what_a_wheel_is_built_from(sources, tmp_path):
+    import tarfile
+
+    python(f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=sources)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "pyproject.toml", "LICENSE", "detr_fast/py.typed", "kernels/layer_norm.py"} <= names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
 
 
 def test_the_wheel_imports_and_runs_where_triton_is_missing(wheel, tmp_path):
