@@ -103,7 +103,8 @@ def test_attention(shape, case):
 
         return run
 
-    functions: dict[str, Callable[..., Any]] = {name: partial(ours, name, padding) for name in ("auto", "triton")}
+    names = ("auto", "triton", *(["triton_atomics"] if backward else []))
+    functions: dict[str, Callable[..., Any]] = {name: partial(ours, name, padding) for name in names}
     bias = None if padded is None else padded.bias
     functions |= {name: partial(sdpa, backend, bias) for name, backend in BACKENDS.items()}
     if shape in FLEX and not dropout_p:

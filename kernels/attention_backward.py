@@ -43,21 +43,16 @@ def attention_backward(
     out, lse: what the forward returned; dout, dlse: the gradients that arrive for them, in any layout.
     into: where to write dq, dk and dv, aligned as q, k and v are.
     """
-    q, k, v = problem.q, problem.k, problem.v
-    out, dout = readable(out), readable(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    dims = (problem.head_dim, problem.head_dim, problem.value_dim)
-    dq, dk, dv = into or (empty_rows(t, dim) for t, dim in zip(problem.given, dims))
-    statistics = empty((2, *lse.shape), torch.float32, q.device)
+    out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, out, lse, dout, dlse, into)
     form = problem.form(out, dout)
 
     rows = form.config("queries").rows
-    parts = key_parts(problem, rows, q.device)
+    parts = key_parts(problem, rows, dq.device)
     split = Parts(parts, problem, dq) if parts > 1 else None
-    tensors = (q, k, v, out, dout, dq if split is None else split.tensor)
+    tensors = (problem.q, problem.k, problem.v, out, dout, dq if split is None else split.tensor)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     of_rows = (lse, dlse, statistics, problem.key_list())
-    packed, counts = problem.packed(q, parts > 1)
+    packed, counts = problem.packed(problem.q, parts > 1)
     inputs = (*of_rows, *problem.tensors(), *packed)
     arguments = (*tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
     exact = with_mask and parts == 1 and form.dtype != torch.float32  # where shared, no program sees a row whole
@@ -65,14 +60,37 @@ def attention_backward(
     if split is not None:
         split.combine(form)
 
-    variant = keys_variant(form)
-    tensors = (q, k, v, dout, dk, dv)
+    launch_keys(problem, form, dout, statistics, dk, dv)
+    return dq, dk, dv, _mask_gradient(problem, statistics, dout) if with_mask else None
+
+
+def ready(
+    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, into: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, ...]]:
+    """What a backward's launches read and write: out, dout and dlse as they can be read, statistics, (dq, dk, dv)."""
+    dims = (problem.head_dim, problem.head_dim, problem.value_dim)
+    gradients = into or (empty_rows(t, dim) for t, dim in zip(problem.given, dims))
+    statistics = empty((2, *lse.shape), torch.float32, lse.device)
+    return readable(out), readable(dout), None if dlse is None else dlse.contiguous(), statistics, tuple(gradients)
+
+
+def launch_keys(
+    problem: Problem,
+    form: Form,
+    dout: Tensor,
+    statistics: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    sums: Tensor | None = None,
+) -> None:
+    """Launch the kernel that writes dk and dv, and adds dq to fp32 sums where there are some."""
+    variant = keys_variant(form, sums is not None)
+    tensors = (problem.q, problem.k, problem.v, dout, dk, dv, sums)
     strides = [stride for tensor in tensors for stride in places(tensor)]
-    grid = (-(-problem.keys // variant.constants["BLOCK_N"]) * problem.batch * k.shape[2],)
-    packed, counts = problem.packed(k)
+    grid = (-(-problem.keys // variant.constants["BLOCK_N"]) * problem.batch * problem.k.shape[2],)
+    packed, counts = problem.packed(problem.k)
     inputs = (statistics, *problem.tensors(), *packed)
     launch(variant, grid, *tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
-    return dq, dk, dv, _mask_gradient(problem, statistics, dout) if with_mask else None
 
 
 def _mask_gradient(problem: Problem, statistics: Tensor, dout: Tensor) -> Tensor:
@@ -110,22 +128,30 @@ def queries_variant(form: Form, with_dlse: bool = False, split: bool = False, ex
     """The program that takes dq and the rows' statistics; split: with parts of dq as its result; exact: see the kernel."""
     fp32, listed = torch.float32, torch.int32 if form.padding else None
     rows = (fp32, fp32 if with_dlse else None, fp32, listed)
-    result = fp32 if split else form.dtype
-    return _variant(attention_backward_queries_kernel, "queries", form, rows, result, EXACT=exact)
+    tensors = (*(form.dtype,) * 5, fp32 if split else form.dtype)
+    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, EXACT=exact)
 
 
 @cache
-def keys_variant(form: Form) -> Variant:
-    """The program that takes dk and dv."""
-    return _variant(attention_backward_keys_kernel, "keys", form, (torch.float32,), form.dtype)
+def keys_variant(form: Form, atomics: bool = False) -> Variant:
+    """The program that takes dk and dv; atomics: and adds up dq."""
+    tensors = (*(form.dtype,) * 6, torch.float32 if atomics else None)
+    kernel = "atomics" if atomics else "keys"
+    return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,))
 
 
 def _variant(
-    kernel: object, name: str, form: Form, rows: tuple[torch.dtype | None, ...], result: torch.dtype, **more: bool
+    kernel: object,
+    name: str,
+    form: Form,
+    tensors: tuple[torch.dtype | None, ...],
+    rows: tuple[torch.dtype | None, ...],
+    **more: bool,
 ) -> Variant:
+    """tensors: dtypes of those that have a place; rows: of what has an element for each row."""
     config = form.config(name)
-    tensors = (*(form.dtype,) * 5, result, *rows, *form.masks(), *form.ends())
-    types = (*map(pointer, tensors), *PLACE_TYPES * 6, *COMMON_TYPES, "fp32", *PACKED_TYPES)
+    dtypes = (*tensors, *rows, *form.masks(), *form.ends())
+    types = (*map(pointer, dtypes), *PLACE_TYPES * len(tensors), *COMMON_TYPES, "fp32", *PACKED_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), **more}
     return Variant(kernel, types, constants, config.num_warps, config.num_stages)
 

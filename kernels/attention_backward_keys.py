@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .attention_program import at, clear_surplus, own_keys, own_sequence
-from .attention_tiles import dot, kept, load_tile, masked_scores, store_tile, visible_keys
+from .attention_tiles import add_tile, dot, kept, load_rows, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
 
@@ -18,10 +18,12 @@ def _pass_over_queries(
     q_row,
     dout_ptr,
     dout_row,
+    adding,
     statistics_ptr,
     all_rows,
     hiding,
     drop,
+    visible,
     column_start,
     start_row,
     end_row,
@@ -33,7 +35,10 @@ def _pass_over_queries(
     BLOCK_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Tiles are (keys, queries). statistics_ptr: of the head's first row."""
+    """Tiles are (keys, queries). statistics_ptr: of the head's first row. visible: keys (BLOCK_N,), or None: see `masked_scores`.
+
+    adding: (fp32 pointer to dq or None, offset of the head's first row, row stride, k with zeros for hidden keys, scale).
+    """
     E: tl.constexpr = FORM[0]
     EV: tl.constexpr = FORM[1]
     BLOCK_E: tl.constexpr = FORM[2]
@@ -50,7 +55,7 @@ def _pass_over_queries(
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(
-                scores * scale, hiding, start, column_start, L, S, None, BLOCK_M, BLOCK_N, FORM, True
+                scores * scale, hiding, start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, True
             )
             weights = tl.exp2(scores - lse[None, :])
         else:
@@ -65,6 +70,11 @@ def _pass_over_queries(
             dscores = weights * (dweights - delta[None, :])
         dv = dot(weights.to(dout.dtype), dout, dv, PRECISION)
         dk = dot(dscores.to(q.dtype), q, dk, PRECISION)
+        if adding[0] is not None:
+            dq_ptr, dq_start, dq_row, k_visible, scale_out = adding
+            dq = dot(tl.trans(dscores.to(q.dtype)), k_visible, tl.zeros((BLOCK_M, BLOCK_E), tl.float32), PRECISION)
+            dq_ptr += dq_start + tl.cast(start, tl.int64) * dq_row
+            add_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)
     return dk, dv
 
 
@@ -76,6 +86,7 @@ def attention_backward_keys_kernel(
     dout_ptr,
     dk_ptr,
     dv_ptr,
+    dq_ptr,
     statistics_ptr,
     padding_ptr,
     mask_ptr,
@@ -100,6 +111,9 @@ def attention_backward_keys_kernel(
     dv_batch: tl.int64,
     dv_head: tl.int64,
     dv_row: tl.int32,
+    dq_batch: tl.int64,
+    dq_head: tl.int64,
+    dq_row: tl.int32,
     padding_batch: tl.int64,
     padding_column: tl.int32,
     mask_batch: tl.int64,
@@ -128,7 +142,10 @@ def attention_backward_keys_kernel(
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
 ):
-    """One program for BLOCK_N keys of one key head, over all query heads of its group."""
+    """One program for BLOCK_N keys of one key head, over all query heads of its group.
+
+    dq_ptr: fp32, cleared, where dq is added to by atomics; None where the kernel of the queries takes it.
+    """
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
     key_heads = heads // group
     longest_q, longest_k = L, S
@@ -154,7 +171,16 @@ def attention_backward_keys_kernel(
     # A maximum of one: k and v are laid out by the narrowest load that Triton finds behind theirs, and it looks behind no
     # reduction. For the mask's bytes, the products would load q and dout past the pipeline (on sm_80).
     visible = tl.max(visible.to(tl.int32)[:, None], 1) > 0
-    k = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+    k_visible = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+    k = k_visible
+    shown = None
+    if dq_ptr is not None:
+        # Here all keys of a row of dq meet: a hidden one counts as zero, and scores as a visible one, lest its weight,
+        # whatever the row's log-sum-exp, be infinite. Under an attn_mask, which may raise it, it has none.
+        column = tl.arange(0, BLOCK_N)
+        shown_column = tl.where(visible, column, tl.max(tl.where(visible, column, 0), 0))
+        k = load_rows(k_ptr, shown_column * k_row, None, E, BLOCK_E, VEC)
+        shown = visible if mask_ptr is not None else None
     v = load_tile(v_ptr, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
 
     end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding
@@ -186,10 +212,12 @@ def attention_backward_keys_kernel(
                     q_row,
                     at(dout_ptr, (dout_batch, dout_head, dout_row), index, head, first_q),
                     dout_row,
+                    (dq_ptr, index * dq_batch + head * dq_head + first_q * dq_row, dq_row, k_visible, scale_out),
                     statistics_ptr + head_index * longest_q,
                     all_rows,
                     hiding,
                     drop,
+                    shown,
                     column_start,
                     start if MASKED else tl.maximum(start, end_masked),
                     end_masked if MASKED else end,

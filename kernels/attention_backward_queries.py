@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence
+from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence, row_statistics
 from .attention_tiles import dot, kept, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import jit, tl
 
@@ -165,15 +165,9 @@ def attention_backward_queries_kernel(
     q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
     out = load_tile(out_ptr, out_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     rows = head_index.to(tl.int64) * longest + row_start + tl.arange(0, BLOCK_M)
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
-    lse = tl.load(lse_ptr + rows, mask=exists, other=-float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
-    tl.store(statistics_ptr + rows, lse, mask=exists)
     all_rows = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64) * longest
-    tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
+    lse, delta = row_statistics(out, dout, lse_ptr, dlse_ptr, statistics_ptr, rows, all_rows, exists)
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)

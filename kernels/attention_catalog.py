@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import attention_forward, forward_variant
 from .attention_backward import attention_backward, keys_variant, mask_variant, queries_variant
+from .attention_backward_atomics import attention_backward_atomics, rows_variant
 from .attention_split import combine_variant
 from .attention_tiles import Form, Problem, Sequences
 from .attention_weights import attention_weights, weights_run, weights_variant
@@ -52,6 +53,8 @@ def catalog_entries() -> Iterator[Entry]:
         "keys_hd64_bf16_float_mask_dropout_blackwell",
         "queries_hd32_bf16_padding_warpgroups",
         "keys_hd32_bf16_padding_warpgroups",
+        "queries_hd32_bf16_float_mask",
+        "keys_hd32_bf16_float_mask",
         "queries_hd64_bf16_causal_warpgroups",
         "forward_hd256_bf16",
         "queries_hd256_bf16",
@@ -81,6 +84,10 @@ def catalog_entries() -> Iterator[Entry]:
         if form.dropout and form.dtype == fp16 and not form.packed:
             variant = weights_variant(form, True, form.dtype, weights_run(EXAMPLE_KEYS, form.dtype))
             yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example)
+            example = partial(_example, form, EXAMPLE_KEYS, atomics=True)
+            for kind, variant in (("rows", rows_variant(form)), ("atomics", keys_variant(form, atomics=True))):
+                tile = variant.constants["BLOCK_M"] * variant.constants.get("BLOCK_N", form.value_dim)
+                yield Entry("attention", f"attention_{kind}_{name}", variant, tile, budget, example)
 
 
 def _targets(build: Callable[[Form], Variant], form: Form) -> tuple[str, ...] | None:
@@ -90,7 +97,7 @@ def _targets(build: Callable[[Form], Variant], form: Form) -> tuple[str, ...] | 
     return None if len(found) == len(TARGETS) else found
 
 
-def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+def _example(form: Form, keys: int, device: torch.device, atomics: bool = False) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward of 40 queries and some keys; rows off 16 bytes where there are no vectors."""
     gap = 0 if form.vector > 1 else 1
     dims = ((40, form.head_dim), (keys, form.head_dim), (keys, form.value_dim), (40, form.value_dim))
@@ -118,6 +125,8 @@ def _example(form: Form, keys: int, device: torch.device) -> Callable[[], tuple[
 
     def call() -> tuple[Tensor, ...]:
         out, lse = attention_forward(problem)
+        if atomics:
+            return out, lse, *attention_backward_atomics(problem, out, lse, dout)
         float_mask = form.mask is not None and form.mask.is_floating_point
         gradients = attention_backward(problem, out, lse, dout, with_mask=float_mask)
         with_weights = form.dropout and not form.packed

@@ -39,6 +39,22 @@ def own_keys(S, key_heads, BLOCK_N: tl.constexpr):
 
 
 @jit
+def row_statistics(out, dout, lse_ptr, dlse_ptr, statistics_ptr, rows, all_rows, exists):
+    """(lse, inf for rows without visible key; delta) of a tile's rows, which is stored to statistics, fp32 (2, B, H, L), too.
+
+    rows: their numbers among all_rows. dlse_ptr: None where no gradient arrives for lse.
+    """
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + rows, mask=exists, other=-float("inf"))
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
+    tl.store(statistics_ptr + rows, lse, mask=exists)
+    tl.store(statistics_ptr + all_rows + rows, delta, mask=exists)
+    return lse, delta
+
+
+@jit
 def own_sequence(packed, batch, L, S):
     """(batch element in memory, first query, L, first key, S) of a program, which a packed batch reads from its ends."""
     ends_q_ptr, ends_k_ptr = packed

@@ -360,12 +360,36 @@ def store_tile(
     VEC: tl.constexpr,
 ):
     """Store (ROWS, BLOCK_C) where rows and columns exist."""
+    pointers, inside = _tile_places(base, row_stride, exists, ROWS, COLUMNS, BLOCK_C, VEC)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@jit
+def add_tile(
+    base,
+    row_stride,
+    exists,
+    tile,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Add (ROWS, BLOCK_C) in fp32, atomically, where rows and columns exist."""
+    pointers, inside = _tile_places(base, row_stride, exists, ROWS, COLUMNS, BLOCK_C, VEC)
+    tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
+
+
+@jit
+def _tile_places(
+    base, row_stride, exists, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr
+):
     column = tl.arange(0, BLOCK_C)[None, :]
     pointers = run_pointers(base, tl.arange(0, ROWS)[:, None] * row_stride, column, VEC)
     inside = exists[:, None]
     if COLUMNS != BLOCK_C:
         inside = inside & (column // VEC < COLUMNS // VEC)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+    return pointers, inside
 
 
 @jit

@@ -96,8 +96,8 @@ def _tune() -> int:
     tuning.GROUPS = [_first_case(group) for group in tuning.GROUPS]
     against, interleaved, milliseconds = tuning._against, tuning._interleaved, tuning._milliseconds
     tuning._ROUNDS = 1
-    tuning._against = lambda other, op, device, cases, progress, *rest, **_: against(
-        other, op, device, list(cases)[:1], progress, *rest, repeats=1
+    tuning._against = lambda other, op, device, cases, progress, *rest, ours="triton", **_: against(
+        other, op, device, list(cases)[:1], progress, *rest, ours=ours, repeats=1
     )
     # One op is timed as on a GPU; the others' steps only have to agree.
     tuning._interleaved = lambda step, op, *rest, **options: (
@@ -110,7 +110,13 @@ def _tune() -> int:
 
 def _first_case(group):
     """The group with one tiny case, on the CPU."""
-    sizes = {"attention": (1, 6, False), "attention_masked": (1, 6, True), "linear_cross_entropy": (6, 16)}
+    sizes = {
+        "attention": (1, 6, 6, False),
+        "attention_masked": (1, 6, 6, True),
+        "attention_atomics": (1, 6, 6, True),
+        "attention_atomics_few_queries": (1, 2, 9, True),
+        "linear_cross_entropy": (6, 16),
+    }
     text, size, make = group.cases[0]
     tiny = functools.partial(make.func, make.args[0], sizes.get(group.regime, 2))
     return dataclasses.replace(group, cases=((text, size, lambda _: tiny(torch.device("cpu"))),))

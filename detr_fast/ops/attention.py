@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Op
+from detr_fast.ops.attention_atomics import TritonAtomicsAttention
 from detr_fast.ops.attention_call import describe, misfit, signature
 from detr_fast.ops.attention_eager import EagerAttention as EagerAttention
 from detr_fast.ops.attention_eager import Sdpa as Sdpa
@@ -143,5 +144,5 @@ ATTENTION = Op(
     "attention",
     signature=signature,
     describe=describe,
-    implementations=(TritonAttention(), Sdpa(), EagerAttention()),
+    implementations=(TritonAtomicsAttention(), TritonAttention(), Sdpa(), EagerAttention()),
 )

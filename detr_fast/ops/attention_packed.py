@@ -14,9 +14,9 @@ from torch import Tensor
 
 from detr_fast.dispatch import Implementation
 from detr_fast.kernels.attention import empty_rows
-from detr_fast.kernels.attention_backward import attention_backward
 from detr_fast.kernels.launch import empty
 from detr_fast.ops.attention_triton import (
+    OPTIONS,
     TritonAttention,
     attention_problem,
     autocast,
@@ -24,6 +24,7 @@ from detr_fast.ops.attention_triton import (
     drawn,
     fake_forward,
     reference,
+    run_backward,
     run_forward,
 )
 from detr_fast.ops.boundary import define, wants_grad
@@ -42,7 +43,7 @@ def run_packed(
     if not isinstance(implementation, TritonAttention) or wants_grad(mask):
         return implementation.run(*unpacked(packs), padding, mask, is_causal, dropout_p, None)
     *packs, mask = autocast(autocast_dtype(packs[0]), *packs, mask)
-    return _forward(packs, padding, mask, *drawn(packs[0], is_causal, dropout_p, None))[0]
+    return _forward(packs, padding, mask, *drawn(packs[0], is_causal, dropout_p, None), implementation.atomics)[0]
 
 
 def unpacked(packs: list[Tensor]) -> list[Tensor]:
@@ -77,7 +78,7 @@ def _run_backward(
 ) -> list[Tensor]:
     gradients = [_like(pack) for pack in packs]
     problem = attention_problem(*unpacked(packs), padding, mask, seed, options)  # type: ignore[call-arg,arg-type]
-    attention_backward(problem, out, lse, dout, into=unpacked(gradients))
+    run_backward(problem, out, lse, dout, None, atomics=options[-1], into=unpacked(gradients))
     return gradients
 
 
@@ -122,7 +123,7 @@ def _autograd_backward(*arguments: Any) -> Any:
     return _backward.below(*arguments)
 
 
-_OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
+_OPTIONS = f"{OPTIONS}, bool atomics"
 _forward = define(
     f"attention_packed(Tensor[] packs, Tensor? padding, Tensor? mask, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)",
     run=_run_forward,

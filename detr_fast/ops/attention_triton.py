@@ -10,6 +10,7 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
+from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels import attention_weights as weights_kernels
 from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem
 from detr_fast.kernels.launch import compile_variant, generation
@@ -26,8 +27,15 @@ def _regime(call: AttentionCall) -> str:
     return "attention_masked" if extras or call.dtype == torch.float32 else "attention"
 
 
+def input_bytes(call: AttentionCall) -> int:
+    """Bytes of q, k and v."""
+    rows = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads)
+    return rows * call.head_dim * call.dtype.itemsize
+
+
 class TritonAttention(TritonImplementation):
     max_head_dim = MAX_HEAD_DIM
+    atomics = False  # whether the backward adds dq up by atomics
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.misfit is not None:
@@ -43,10 +51,10 @@ class TritonAttention(TritonImplementation):
             return (
                 "without masks PyTorch's own flash kernels take the call: unmeasured against them, run detr-fast tune"
             )
-        size = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads) * call.head_dim
+        size = input_bytes(call)
         if call.weights is not None:  # which PyTorch writes and reads several times
-            size += call.batch * call.heads * call.queries * call.keys
-        return regimes.advice(_regime(call), call, size * call.dtype.itemsize)
+            size += call.batch * call.heads * call.queries * call.keys * call.dtype.itemsize
+        return regimes.advice(_regime(call), call, size)
 
     def note(self, call: AttentionCall) -> str | None:
         return regimes.note(_regime(call), call)
@@ -59,7 +67,9 @@ class TritonAttention(TritonImplementation):
     def prepare(self, call: AttentionCall) -> None:
         problem = _meta_problem(call)
         variants = kernels.forward_variants(problem, call.device)
-        if call.needs_grad:
+        if call.needs_grad and self.atomics:
+            variants += atomics_kernels.atomics_variants(problem, with_dlse=call.return_lse)
+        elif call.needs_grad:
             wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
             variants += backward_kernels.backward_variants(problem, call.device, **wanted)
         if call.mask_grad:
@@ -90,7 +100,7 @@ class TritonAttention(TritonImplementation):
         dtype = autocast_dtype(q)
         q, k, v, mask = autocast(dtype, q, k, v, mask)
         seed, *options = drawn(q, is_causal, dropout_p, scale)
-        out, lse = _forward(q, k, v, padding, mask, seed, *options)
+        out, lse = _forward(q, k, v, padding, mask, seed, *options, self.atomics)
         results = [out, lse / LOG2_E] if return_lse else [out]
         if weights is not None:
             dtype = weights_dtype(q.dtype, q.device, dtype)
@@ -148,13 +158,14 @@ def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
 # ---------------------------------------------------------------------------------------------------------------------
 # Registration: forward and backward are ops of their own; each has an autograd kernel. Their log-sum-exp is in base 2.
 
-Options = tuple[bool, float, float, int, bool]  # is_causal, dropout_p, scale, offset of the seed, tf32
+# is_causal, dropout_p, scale, offset of the seed, tf32; atomics where there is a backward, whose choice is the forward's.
+Options = tuple[Any, ...]
 
 
 def attention_problem(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> Problem:
-    causal, dropout_p, scale, offset, tf32 = options
+    causal, dropout_p, scale, offset, tf32 = options[:5]
     return Problem(
         q, k, v, padding, mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, tf32=tf32
     )
@@ -190,9 +201,17 @@ def _run_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = attention_problem(q, k, v, padding, mask, seed, options)  # type: ignore[arg-type]
-    *gradients, dmask = backward_kernels.attention_backward(problem, out, lse, dout, dlse, with_mask=with_mask)
-    dq, dk, dv = (g for g in gradients if g is not None)
+    dq, dk, dv, dmask = run_backward(problem, out, lse, dout, dlse, with_mask=with_mask, atomics=options[-1])
     return dq, dk, dv, q.new_empty(0) if dmask is None else dmask
+
+
+def run_backward(
+    problem: Problem, *tensors: Tensor | None, with_mask: bool = False, atomics: bool, into: Any = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The backward that was chosen with the forward, of out, lse, dout and dlse."""
+    if atomics and not with_mask:
+        return *atomics_kernels.attention_backward_atomics(problem, *tensors, into=into), None
+    return backward_kernels.attention_backward(problem, *tensors, with_mask=with_mask, into=into)
 
 
 def _fake_backward(
@@ -224,7 +243,7 @@ def reference(
 def _reference_weights(
     q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, seed: Tensor | None, options: Options
 ) -> Tensor:
-    causal, dropout_p, scale, offset, _ = options
+    causal, dropout_p, scale, offset = options[:4]
     weights = attention_weights(q, k.repeat_interleave(q.shape[2] // k.shape[2], 2), padding, mask, causal, scale)
     return weights if seed is None else dropped(weights, dropout_p, seed, offset)
 
@@ -245,7 +264,7 @@ class _Forward(torch.autograd.Function):
         q, k, v, padding, mask, seed, out, lse = ctx.saved_tensors
         if dout is None:
             if dlse is None:
-                return (None,) * 11
+                return (None,) * 12
             dout = torch.zeros_like(out)
         needs_q, needs_k, needs_v, _, needs_mask = ctx.needs_input_grad[:5]
         dq, dk, dv, dmask = _backward(dout, dlse, q, k, v, padding, mask, seed, out, lse, needs_mask, *ctx.options)
@@ -255,7 +274,7 @@ class _Forward(torch.autograd.Function):
             dv if needs_v else None,
             None,
             dmask if needs_mask else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -285,7 +304,7 @@ class _Backward(torch.autograd.Function):
         wanted = [True, True, True, ctx.with_mask]
         inputs = (q, k, v, mask if ctx.with_mask else None)
         d_dout, (*d_qkv, d_mask) = double_backward(recomputed, inputs, dout, wanted, upstream)
-        return (d_dout, None, *d_qkv, None, d_mask, *(None,) * 9)
+        return (d_dout, None, *d_qkv, None, d_mask, *(None,) * 10)
 
 
 def _run_weights(
@@ -366,14 +385,15 @@ def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
 
 OPTIONS = "bool is_causal, float dropout_p, float scale, int offset, bool tf32"
 _forward = define(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, Tensor? seed, {OPTIONS}) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, Tensor? seed, "
+    f"{OPTIONS}, bool atomics) -> (Tensor, Tensor)",
     run=run_forward,
     fake=fake_forward,
     autograd=_autograd_forward,
 )
 _backward = define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? mask, "
-    f"Tensor? seed, Tensor out, Tensor lse, bool with_mask, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? seed, Tensor out, Tensor lse, bool with_mask, {OPTIONS}, bool atomics) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

@@ -92,8 +92,8 @@ def find(op: str, architecture: str | None) -> Regime | None:
     return min(related, key=lambda r: abs(_number(r.architecture) - _number(architecture or "")), default=None)
 
 
-def advice(op: str, call: Call, size: int) -> str | None:
-    """The measured (or, unmeasured, conservative) reason against a kernel for this much work."""
+def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None:
+    """The measured (or, unmeasured, conservative) reason against a kernel for this much work; other: what is there besides."""
     entry = find(op, call.architecture)
     captured = call.situation.regime == "captured"
     if entry is None:
@@ -102,7 +102,7 @@ def advice(op: str, call: Call, size: int) -> str | None:
         return f"below {_readable(UNMEASURED_MINIMUM_BYTES)} of input it stays eager until measured: run detr-fast tune"
     minimum, maximum = (entry.captured_minimum, NEVER) if captured else (entry.eager_minimum, entry.eager_maximum)
     if size < minimum:
-        return f"below {_amount(minimum, entry.unit)} PyTorch is faster (measured on {entry.architecture})"
+        return f"below {_amount(minimum, entry.unit)} {other} is faster (measured on {entry.architecture})"
     if size > maximum:
         return f"above {_amount(maximum, entry.unit)} the host is faster (measured on {entry.architecture})"
     return None

@@ -78,7 +78,7 @@ def tune(device: torch.device, progress: Progress = print) -> Iterator[Regime]:
 def tune_group(group: Group, device: torch.device, progress: Progress = print) -> Regime:
     """One of `tuning_cases.GROUPS`."""
     cases = ((text, size, make(device)) for text, size, make in group.cases)
-    return _against(group.other, group.op, device, cases, progress, group.regime, repeats=8)
+    return _against(group.other, group.op, device, cases, progress, group.regime, ours=group.ours, repeats=8)
 
 
 def tune_layer_norm(device: torch.device, progress: Progress = print) -> Regime:
@@ -189,6 +189,8 @@ def _against(
     cases: Iterable[tuple[str, int, Step]],
     progress: Progress,
     regime: str | None = None,
+    *,
+    ours: str = "triton",
     repeats: int = 20,
 ) -> Regime:
     """From which size on the kernel of `op` is faster than another implementation, by the name that `advice` looks up."""
@@ -196,9 +198,9 @@ def _against(
     eager_timings: list[Timing] = []
     captured_timings: list[Timing] = []
     for text, size, step in cases:
-        right = agree(step, op, other, "triton")
+        right = agree(step, op, other, ours)
         for captured, timings in ((False, eager_timings), (True, captured_timings)):
-            measured = _interleaved(step, op, (other, "triton"), captured=captured, repeats=repeats)
+            measured = _interleaved(step, op, (other, ours), captured=captured, repeats=repeats)
             timings.append(Timing(size, *measured, right))
             progress(_line(f"{regime} {text}{' in a graph' if captured else ''}", other, timings[-1]))
     return Regime(regime, _architecture(device), threshold(eager_timings), threshold(captured_timings), source(device))

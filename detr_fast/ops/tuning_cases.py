@@ -22,7 +22,7 @@ from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
 from detr_fast.ops.qkv_projection import qkv_projection
 
 Step = Callable[[], tuple[Tensor, ...]]
-WIDTH, HIDDEN, TOKENS, HEADS = 256, 2048, 850, 8
+WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = 256, 2048, 850, 100, 8
 ROWS = (TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
 
 
@@ -32,7 +32,7 @@ class Group:
 
     Attributes:
         regime: the name that the op's `advice` looks up.
-        op, other: the op, and the implementation beside which the kernel is measured.
+        op, other, ours: the op, and the implementation beside which the kernel is measured, by that name.
         cases: a text, the size as `advice` counts it, and what makes the step on a device.
     """
 
@@ -40,6 +40,7 @@ class Group:
     op: str
     other: str
     cases: tuple[tuple[str, int, Callable[[torch.device], Step]], ...]
+    ours: str = "triton"
 
 
 def _draw(device: torch.device, *shape: int) -> Tensor:
@@ -66,9 +67,9 @@ def add_layer_norm_step(device: torch.device, rows: int) -> Step:
     return _step(add_layer_norm, x, residual, *_norm(device))
 
 
-def attention_step(device: torch.device, batch: int, tokens: int, padded: bool) -> Step:
+def attention_step(device: torch.device, batch: int, queries: int, tokens: int, padded: bool) -> Step:
     padding = torch.arange(tokens, device=device).expand(batch, -1) >= tokens * 3 // 4 if padded else None
-    q, k, v = (_draw(device, batch, tokens, HEADS, WIDTH // HEADS) for _ in range(3))
+    q, k, v = (_draw(device, batch, length, HEADS, WIDTH // HEADS) for length in (queries, tokens, tokens))
     return _step(lambda q, k, v: attention(q, k, v, key_padding_mask=padding), q, k, v)
 
 
@@ -126,16 +127,16 @@ def _call(make: Callable[..., Step], size: object, device: torch.device) -> Step
     return make(device, *size) if isinstance(size, tuple) else make(device, size)
 
 
-def _attention(regime: str, padded: bool) -> Group:
+def _attention(regime: str, padded: bool, queries: int = TOKENS, other: str = "sdpa", ours: str = "triton") -> Group:
     cases = (
         (
-            f"({batch}, {TOKENS})",
-            3 * batch * TOKENS * WIDTH * 2,
-            partial(_call, attention_step, (batch, TOKENS, padded)),
+            f"({batch}, {queries}, {TOKENS})",
+            batch * (queries + 2 * TOKENS) * WIDTH * 2,
+            partial(_call, attention_step, (batch, queries, TOKENS, padded)),
         )
         for batch in (1, 4, 16, 64)
     )
-    return Group(regime, "attention", "sdpa", tuple(cases))
+    return Group(regime, "attention", other, tuple(cases), ours)
 
 
 GROUPS = (
@@ -151,6 +152,8 @@ GROUPS = (
     _by_rows("add_layer_norm", add_layer_norm_step),
     _attention("attention_masked", padded=True),
     _attention("attention", padded=False),
+    _attention("attention_atomics", True, other="triton", ours="triton_atomics"),
+    _attention("attention_atomics_few_queries", True, QUERIES, other="triton", ours="triton_atomics"),
     _by_rows("feed_forward", feed_forward_step),
     _by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
     _by_rows("qkv_projection", qkv_projection_step),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from detr_fast.kernels import analysis
@@ -11,7 +13,12 @@ from detr_fast.kernels.attention_catalog import GENERATIONS
 from detr_fast.kernels.attention_tiles import Form
 from detr_fast.kernels.offline import compile_variant, older_compiler
 
-VARIANTS = {"forward": forward_variant, "queries": queries_variant, "keys": keys_variant}
+VARIANTS = {
+    "forward": forward_variant,
+    "queries": queries_variant,
+    "keys": keys_variant,
+    "atomics": partial(keys_variant, atomics=True),
+}
 
 
 def check_loops(variant, target, most):
@@ -37,11 +44,13 @@ def check_loops(variant, target, most):
         ("sm_80", 32, "forward", (0.067, 0.076)),
         ("sm_80", 32, "queries", (0.094, 0.094)),
         ("sm_80", 32, "keys", (0.126,)),
+        ("sm_80", 32, "atomics", (0.162,)),
         ("sm_80", 128, "queries", (0.376, 0.376)),
         ("sm_80", 128, "keys", (0.501,)),
         ("sm_90", 32, "forward", (0.060, 0.070)),
         ("sm_90", 32, "queries", (0.063, 0.065)),
         ("sm_90", 32, "keys", (0.082,)),
+        ("sm_90", 32, "atomics", (0.111,)),
         ("sm_90", 64, "forward", (0.066, 0.079)),
         ("sm_90", 64, "keys", (0.128,)),
         ("sm_90", 128, "forward", (0.126, 0.126)),
@@ -113,6 +122,8 @@ def test_a_bool_mask_is_read_in_runs(target, kernel, most):
         ("sm_90", "queries", (0.148, 0.187)),
         ("sm_80", "keys", (0.224,)),
         ("sm_90", "keys", (0.227,)),
+        ("sm_80", "atomics", (0.299,)),
+        ("sm_90", "atomics", (0.279,)),
     ],
 )
 def test_dropout_costs_as_few_cycles_as_documented(target, kernel, most):

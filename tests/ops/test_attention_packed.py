@@ -90,7 +90,8 @@ def test_other_implementations_get_q_k_and_v():
 
 
 def test_opcheck_accepts_both_ops():
-    packs, options = [torch.randn(1, 3, n, 1, 8, requires_grad=True) for n in (1, 2)], (False, 0.0, 0.3, 2, False)
+    packs = [torch.randn(1, 3, n, 1, 8, requires_grad=True) for n in (1, 2)]
+    options = (False, 0.0, 0.3, 2, False, False)
     torch.library.opcheck(torch.ops.detr_fast.attention_packed.default, (packs, None, None, None, *options))
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention_packed(packs, None, None, None, *options)

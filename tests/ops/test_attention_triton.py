@@ -117,10 +117,10 @@ def test_opcheck_accepts_all_ops():
     seed = torch.tensor([7])
     options = (False, 0.5, 0.3, 2, False)
     masks = (end_padding(), torch.randn(5, 7, requires_grad=True), seed)
-    torch.library.opcheck(torch.ops.detr_fast.attention.default, (q, k, v, *masks, *options))
+    torch.library.opcheck(torch.ops.detr_fast.attention.default, (q, k, v, *masks, *options, False))
     with torch.no_grad():
-        out, lse = torch.ops.detr_fast.attention(q, k, v, *masks, *options)
-    arguments = (torch.randn_like(out), None, q, k, v, *masks, out, lse, True, *options)
+        out, lse = torch.ops.detr_fast.attention(q, k, v, *masks, *options, False)
+    arguments = (torch.randn_like(out), None, q, k, v, *masks, out, lse, True, *options, False)
     torch.library.opcheck(torch.ops.detr_fast.attention_backward.default, arguments)
     for averaged, dtype in ((True, torch.float32), (False, torch.float16)):
         arguments = (q, k, *masks, lse, averaged, dtype, *options)

@@ -133,7 +133,7 @@ def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured(monkeypatch):
         asked |= set(re.findall(r'^    op = "(\w+)"', file.read_text(), re.MULTILINE))
     unmeasured = {"attention_varlen"}  # taken wherever it can be: the alternative is many launches
     assert asked - unmeasured <= measured
-    assert {"attention", "attention_masked"} <= measured
+    assert {"attention", "attention_masked", "attention_atomics", "attention_atomics_few_queries"} <= measured
 
 
 def test_measurements_are_added_to_those_that_there_are():
@@ -148,10 +148,10 @@ def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
     _, size, make = group.cases[0]
     seen = []
     monkeypatch.setattr(regimes, "find", lambda op, _: Regime(op, "sm_90", 0, 0, ""))
-    monkeypatch.setattr(regimes, "advice", lambda op, call, found: seen.append((op, found)))
-    with FakeTensorMode(), torch.no_grad():
+    monkeypatch.setattr(regimes, "advice", lambda op, call, found, *_: seen.append((op, found)))
+    with FakeTensorMode():
         make(torch.device("cuda"))  # calls the op once
-    assert seen[0] == (group.regime, size)
+    assert (group.regime, size) in seen
 
 
 @pytest.mark.interpreter(int32_limit=1 << 16)  # a tile of rows as wide as the cases
@@ -162,8 +162,8 @@ def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
         ("matching_cost", "eager", lambda device: tuning.matching_cost_step(device, 1, 3, 9)),
         ("linear_assignment", "threads", lambda device: tuning.assignment_step(device, 2, 3, 9)),
         ("add_layer_norm", "eager", lambda device: tuning_cases.add_layer_norm_step(device, 3)),
-        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 5, True)),
-        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 5, False)),
+        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 4, 5, True)),
+        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 5, 5, False)),
         ("feed_forward", "eager", lambda device: tuning_cases.feed_forward_step(device, 5, 64)),
         ("linear_add_layer_norm", "eager", lambda device: tuning_cases.linear_add_layer_norm_step(device, 5)),
         ("qkv_projection", "eager", lambda device: tuning_cases.qkv_projection_step(device, 5)),
