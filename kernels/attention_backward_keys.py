@@ -176,11 +176,13 @@ def attention_backward_keys_kernel(
     shown = None
     if dq_ptr is not None:
         # Here all keys of a row of dq meet: a hidden one counts as zero, and scores as a visible one, lest its weight,
-        # whatever the row's log-sum-exp, be infinite. Under an attn_mask, which may raise it, it has none.
-        column = tl.arange(0, BLOCK_N)
-        shown_column = tl.where(visible, column, tl.max(tl.where(visible, column, 0), 0))
-        k = load_rows(k_ptr, shown_column * k_row, None, E, BLOCK_E, VEC)
-        shown = visible if mask_ptr is not None else None
+        # whatever the row's log-sum-exp, be infinite. Under an attn_mask it scores -inf.
+        if mask_ptr is not None:
+            shown = visible
+        else:
+            column = tl.arange(0, BLOCK_N)
+            shown_column = tl.where(visible, column, tl.max(tl.where(visible, column, 0), 0))
+            k = load_rows(k_ptr, shown_column * k_row, None, E, BLOCK_E, VEC)
     v = load_tile(v_ptr, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
 
     end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding

@@ -251,8 +251,11 @@ def _atomics_config(
         return TileConfig(32, 128, 8, 1) if generation == "hopper" and (itemsize, block) == (2, 128) else config
     if itemsize > 2:
         return replace(config, columns=16)
-    rows = 16 if block == 64 and masked else 32
-    return replace(config, rows=rows, columns=32 if block == 128 else 64)
+    if block == 128:
+        return replace(config, columns=32, num_stages=1 if masked or unaligned else 2)
+    if block == 64 and dropout and masked:
+        return replace(config, columns=32)
+    return replace(config, rows=16 if (masked and (dropout or block == 64)) or (unaligned and block == 64) else 32)
 
 
 @dataclass(frozen=True)
