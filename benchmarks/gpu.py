@@ -66,7 +66,7 @@ def sections(out: Path) -> list[Section]:
     """(name, command, seconds it may take), in the order of what matters most."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu"]
-    many, one = processes(min(12, max(2, (os.cpu_count() or 4) - 2)), 180), processes(1, 60)
+    many, one = processes(min(14, max(2, (os.cpu_count() or 4) - 2)), 180), processes(1, 60)
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
     step = "benchmarks/test_step.py"

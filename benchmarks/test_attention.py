@@ -92,7 +92,7 @@ def test_attention(shape, case):
     exact = [t.detach().double().requires_grad_(backward) for t in leaves]
     padding = padded = None
     if with_padding:
-        ends = torch.linspace(keys, keys * 2 // 3, batch, device=DEVICE)
+        ends = torch.linspace(keys * 2 // 3, keys, batch, device=DEVICE)  # one image: two thirds
         padding = torch.arange(keys, device=DEVICE) >= ends[:, None]
         padded = libraries.Padded(~padding, heads, queries, torch.bfloat16)
 
