@@ -85,10 +85,10 @@ def sections(out: Path) -> list[Section]:
         ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 70),
         ("training step", [*pytest, *one, step], 100),
         ("profile", [python, "-m", "benchmarks.step_profile", str(out)], 75),
-        ("benchmarks", [*pytest, *one, *timed], 150),
+        ("benchmarks", [*pytest, *one, *timed], 170),
         ("graphs and host synchronisation", [*calls, "graphs"], 60),
-        ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 60),
-        ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 60),
+        ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 120),
+        ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 120),
     ]
 
 

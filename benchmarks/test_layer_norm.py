@@ -48,10 +48,11 @@ def named(function, **backends):
     return run
 
 
-@pytest.mark.parametrize("backward", [True, False], ids=["forward and backward", "forward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("backward", "shape"), [*((True, shape) for shape in SHAPES), *((False, shape) for shape in SHAPES[:3])], ids=str
+)
 @pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
-def test_row_wise_norms(op, shape, backward):
+def test_row_wise_norms(op, backward, shape):
     original, ours = (eager, layer_norm) if op == "layer_norm" else (eager_sum, add_layer_norm)
     count = 2 if op == "layer_norm" else 3
     x, dy, *residual = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(count))

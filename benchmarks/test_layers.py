@@ -115,7 +115,7 @@ PARTS: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {  # ours, eager, sha
 }
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ROWS[:2])
 @pytest.mark.parametrize("name", PARTS)
 def test_part_of_a_layer(name, rows):
     ours, original, shapes = PARTS[name]

@@ -30,7 +30,7 @@ from benchmarks.hardware import DEVICE, check, sized
 
 CHECK_ONLY = os.environ.get("DETR_FAST_CHECK_ONLY") == "1"
 SECONDS = 0.08  # a peer, for each of its two times
-ROUNDS = sized((5, 50), (1, 1))
+ROUNDS = sized((5, 30), (1, 1))
 FLUSHED = sized(256 << 20, 1 << 10)  # bytes, five times an H100's L2 cache
 OURS = ("auto", "triton", "chunked", "padded", "uncaptured", "eager")  # and what begins so
 Step = Callable[[], Sequence[Tensor]]
