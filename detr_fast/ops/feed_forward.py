@@ -17,6 +17,7 @@ from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.feed_forward_autograd import ACTIVATIONS, forward, run_backward, run_forward
 from detr_fast.ops.linear_add_layer_norm import norm_misfit, result_dtype
 from detr_fast.ops.products import (
+    MEASURED_HIDDEN,
     ProductCall,
     TritonProduct,
     autocast,
@@ -222,6 +223,11 @@ class TritonFeedForward(TritonProduct):
             hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, biases[0])
             settled = (seed, call.activation, 0, p, p, added or call.dtype, b1 is not None)
             run_backward(y, total if call.return_sum else None, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
+
+    def beyond_measured(self, call: FeedForwardCall) -> str | None:
+        if call.hidden > MEASURED_HIDDEN:
+            return f"{call.hidden} hidden units: measured, and chosen, up to {MEASURED_HIDDEN}; ask for it by name"
+        return super().beyond_measured(call)
 
     def compiled_key(self, call: FeedForwardCall) -> Any:
         return super().compiled_key(call), call.hidden, call.activation, call.return_sum

@@ -16,6 +16,8 @@ from detr_fast.kernels.dropout import Dropout, scale
 from detr_fast.ops import regimes
 from detr_fast.ops.dropout import keep_mask
 
+MEASURED_WIDTH, MEASURED_HIDDEN = 256, 2048  # of what `tune` measures, and `auto` takes nothing beyond: DETR's
+
 
 @dataclass(frozen=True)
 class ProductCall(Call):
@@ -57,16 +59,30 @@ class TritonProduct(TritonImplementation):
         return None
 
     def never(self, architecture: str | None) -> bool:
-        return regimes.find(self.op, architecture) is None
+        return not self._measured(architecture)
+
+    def _measured(self, architecture: str | None) -> bool:
+        """Whether on this very architecture: against cuBLAS another one's measurement says nothing."""
+        entry = regimes.find(self.op, architecture)
+        return entry is not None and entry.architecture == architecture
 
     def advice(self, call: Any) -> str | None:
         if call.situation.regime == "compiled":
             return "under torch.compile cuBLAS and Inductor's own fusion do this"
-        if call.dtype == torch.float32 and call.exact_fp32 and call.situation.autocast is None:
-            return "exact float32 products: cuBLAS is faster (torch.set_float32_matmul_precision('high') allows tf32)"
-        if regimes.find(self.op, call.architecture) is None:
+        if call.computed_dtype == torch.float32:
+            how = "exact float32 products" if call.exact_fp32 else "tf32 products, which were never measured"
+            return f"{how}: cuBLAS does them (under autocast, or in 16 bits, kernels can be chosen)"
+        if not self._measured(call.architecture):
             return "a matrix product against cuBLAS stays eager until measured: run detr-fast tune"
-        return regimes.advice(self.op, call, call.rows * call.width * call.dtype.itemsize)
+        return self.beyond_measured(call) or regimes.advice(
+            self.op, call, call.rows * call.width * call.computed_dtype.itemsize
+        )
+
+    def beyond_measured(self, call: Any) -> str | None:
+        """What of a call is larger than what `detr-fast tune` measures."""
+        if call.width > MEASURED_WIDTH:
+            return f"{call.width} columns: measured, and chosen, up to {MEASURED_WIDTH}; ask for it by name"
+        return None
 
     def prepare(self, call: Any) -> None:
         launch.compile_launches(lambda: self.rehearse(call), call.device)

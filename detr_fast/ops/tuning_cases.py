@@ -19,10 +19,11 @@ from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import feed_forward_add_layer_norm
 from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm
 from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
+from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 from detr_fast.ops.qkv_projection import qkv_projection
 
 Step = Callable[[], tuple[Tensor, ...]]
-WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = 256, 2048, 850, 100, 8
+WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = MEASURED_WIDTH, MEASURED_HIDDEN, 850, 100, 8
 ROWS = (TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
 
 

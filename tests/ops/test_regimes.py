@@ -11,6 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
 from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
+from detr_fast.ops.feed_forward import FEED_FORWARD
+from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
+from detr_fast.ops.qkv_projection import QKV_PROJECTION
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, ceiling, threshold
 
@@ -147,11 +150,96 @@ def test_measurements_are_added_to_those_that_there_are():
 def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
     _, size, make = group.cases[0]
     seen = []
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    dispatch.forget_decisions()
     monkeypatch.setattr(regimes, "find", lambda op, _: Regime(op, "sm_90", 0, 0, ""))
     monkeypatch.setattr(regimes, "advice", lambda op, call, found, *_: seen.append((op, found)))
     with FakeTensorMode():
         make(torch.device("cuda"))  # calls the op once
     assert (group.regime, size) in seen
+
+
+PRODUCTS = {one.name: one for one in (FEED_FORWARD, LINEAR_ADD_LAYER_NORM, QKV_PROJECTION)}
+DETR_ROWS = (100, 850, 2 * 850, 16 * 850)
+
+
+def product(op, rows, width=256, hidden=2048, dtype=torch.bfloat16):
+    """A call of the op, as a layer's kernels are asked for: what it takes on a GPU, and why not the kernel."""
+
+    def draw(*shape):
+        return torch.empty(shape, device="cuda", dtype=dtype)
+
+    x, square, row = draw(rows, width), draw(width, width), draw(width)
+    calls = {
+        "linear_add_layer_norm": (x, square, row, x, row, row, 1e-5, 0.1, False),
+        "qkv_projection": (x, draw(3 * width, width), draw(3 * width), None, 0),
+        "feed_forward": (
+            *(x, draw(hidden, width), draw(hidden), draw(width, hidden), row, row, row),
+            *(1e-5, "relu", 0.1, 0.1, None, False),
+        ),
+    }
+    kernel = PRODUCTS[op].kernel(*calls[op])
+    return "parts" if kernel is None else kernel.name, PRODUCTS[op]._decision(*calls[op]).reasons.get("triton", "")
+
+
+@pytest.fixture
+def on_sm_90(monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    dispatch.forget_decisions()
+    with FakeTensorMode():
+        yield
+
+
+@pytest.mark.parametrize("rows", DETR_ROWS)
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_product_is_never_chosen_unmeasured_not_even_by_another_architectures_measurement(on_sm_90, op, rows):
+    assert product(op, rows)[0] == "parts"
+    regimes.save([Regime(op, architecture, 0, 0, "") for architecture in ("sm_80", "sm_100")])
+    assert product(op, rows) == (
+        "parts",
+        "a matrix product against cuBLAS stays eager until measured: run detr-fast tune",
+    )
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_product_is_chosen_from_the_number_of_rows_on_at_which_it_was_measured_to_win(on_sm_90, op):
+    regimes.save([Regime(op, "sm_90", 850 * 256 * 2, 0, "H100")])
+    assert [product(op, rows)[0] for rows in DETR_ROWS] == ["parts", "triton", "triton", "triton"]
+    assert "PyTorch is faster (measured on sm_90)" in product(op, 100)[1]
+    regimes.save([Regime(op, "sm_90", NEVER, NEVER, "measured to lose")])
+    assert {product(op, rows)[0] for rows in DETR_ROWS} == {"parts"}
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_autocast_counts_a_products_size_in_the_dtype_that_was_measured(on_sm_90, op):
+    regimes.save([Regime(op, "sm_90", 850 * 256 * 2, 0, "H100")])
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` wants a GPU
+    try:
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        assert [product(op, rows, dtype=torch.float32)[0] for rows in (849, 850)] == ["parts", "triton"]
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_a_product_is_chosen_for_nothing_wider_nor_in_other_dtypes_than_measured(on_sm_90, op):
+    regimes.save([Regime(op, "sm_90", 0, 0, "H100")])
+    assert product(op, 850)[0] == product(op, 850, dtype=torch.float16)[0] == "triton"
+    assert product(op, 850, width=1024)[0] == "parts"
+    assert "cuBLAS" in product(op, 850, dtype=torch.float32)[1]
+    if op == "feed_forward":
+        assert product(op, 850, hidden=4096) == (
+            "parts",
+            "4096 hidden units: measured, and chosen, up to 2048; ask for it by name",
+        )
+
+
+def test_the_feed_forwards_that_trade_time_for_memory_are_never_chosen(on_sm_90):
+    regimes.save([Regime("feed_forward", "sm_90", 0, 0, "H100")])
+    for one in FEED_FORWARD.implementations[1:3]:
+        assert one.name in ("triton_recompute", "triton_one_kernel")
+        assert "by name" in one.advice(None)
 
 
 @pytest.mark.interpreter(int32_limit=1 << 16)  # a tile of rows as wide as the cases
