@@ -123,7 +123,7 @@ class _Operations(TorchDispatchMode):
     def observe(self, launched: launch.Launch) -> None:
         if self.observing:
             self.counts.launches[launched.variant.name] += 1
-            self.counts.bytes_moved += _bytes(launched.arguments)
+            self.counts.bytes_moved += _bytes(_apart(launched.arguments))
 
 
 @contextmanager
@@ -226,6 +226,26 @@ def _hollow(tensor: Tensor) -> Tensor:
 
 def _bytes(values: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def _apart(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors without those that only say where parts of another one start."""
+    tensors = [t for t in arguments if isinstance(t, Tensor) and t.numel()]
+    whole = [t for t in tensors if t.is_contiguous()]
+
+    def inside(part: Tensor, one: Tensor) -> bool:
+        start, end = _span(part)
+        first, last = _span(one)
+        return first <= start and end <= last and end - start < last - first
+
+    return [t for t in tensors if not any(_storage(t) == _storage(one) and inside(t, one) for one in whole)]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where its first byte and its last lie in its storage."""
+    first = tensor.storage_offset()
+    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return first * tensor.element_size(), (last + 1) * tensor.element_size()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,6 +69,16 @@ def test_triton_launches_are_counted_by_kernel():
     launches = _norm_step("cpu").launches
     kernels = {name: times for name, times in launches.items() if not name.startswith("aten")}
     assert kernels == {"layer_norm_forward_kernel": 1, "layer_norm_backward_kernel": 1, "sum_partials_kernel": 1}
+
+
+def test_parts_of_a_tensor_that_a_launch_gets_whole_are_counted_once():
+    dy, xhat = (torch.empty(64, 256, device="meta") for _ in range(2))
+    rstd, weight = torch.empty(64, device="meta"), torch.empty(256, device="meta")
+    types = {"dresidual_dtype": dy.dtype, "dx_dtype": dy.dtype}
+    outputs = []
+    counts = count(lambda: outputs.extend(residual_norm_backward(dy, xhat, rstd, weight, **types)))
+    ds, _, sums = outputs  # three kinds of sums, of which the kernel gets where each starts
+    assert counts.bytes_moved == sum(t.nbytes for t in (dy, xhat, rstd, weight, ds, sums))
 
 
 @pytest.mark.interpreter
