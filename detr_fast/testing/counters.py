@@ -243,7 +243,7 @@ def _apart(arguments: tuple[Any, ...]) -> list[Tensor]:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Where its first byte and its last lie in its storage."""
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return first * tensor.element_size(), (last + 1) * tensor.element_size()
 
