@@ -41,10 +41,11 @@ def catalog_entries() -> Iterator[Entry]:
         "hd256_bf16": Form(bf16, 256, 256, vector=8),
         "hd20_fp32_bool_mask_unaligned": Form(fp32, 20, 40, padding=True, mask=torch.bool),
     }
-    # One tile fills the registers on purpose: two programs of four warps a multiprocessor. On AMD, 512 lanes of a head
-    # dimension of 128 or more leave 256 registers each, and some spill.
-    budget = Budget(255, 99 << 10, 512, 64 << 10, amd_spills=1024, large_shared=113 << 10)
-    wide = replace(budget, spills=80)  # fp32 products by multiply-adds; 72 bytes on sm_120
+    # One tile fills the registers on purpose: two programs of four warps a multiprocessor.
+    budget = Budget(255, 99 << 10, 512, 64 << 10, large_shared=113 << 10)
+    wide = replace(
+        budget, spills=80
+    )  # fp32 products by multiply-adds: 72 bytes on sm_120; a head dimension of 256: 8 on sm_80
     # Neighbours of these cover what they have: the catalog is kept short.
     left_out = {
         "keys_hd32_fp16_padding_dropout",
@@ -71,7 +72,7 @@ def catalog_entries() -> Iterator[Entry]:
         for kind, build in builds.items():
             variant = build(form)
             tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
-            limit = wide if form.dtype == fp32 else budget
+            limit = wide if form.dtype == fp32 or form.head_dim == 256 else budget
             if f"{kind}_{name}" not in left_out:
                 targets = _targets(build, form)
                 yield Entry("attention", f"attention_{kind}_{name}", variant, tile, limit, example, targets)
