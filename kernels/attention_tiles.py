@@ -212,6 +212,7 @@ def _config(form: Form, kernel: str) -> TileConfig:
         listed=form.listed,
         causal=form.causal,
         scattered=form.mask is not None and form.mask_vector == 1,
+        mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
         unaligned=form.vector == 1,
         generation=form.generation,
     )

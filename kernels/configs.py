@@ -181,6 +181,7 @@ def attention_config(
     listed: bool,
     causal: bool,
     scattered: bool,
+    mask_run: int,
     unaligned: bool,
     generation: str,
 ) -> TileConfig:
@@ -188,8 +189,8 @@ def attention_config(
 
     No variant in 16 bits spills a register up to a head dimension of 128 (tests/kernels/test_attention_code.py).
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
-    whose loads take stages of their own. scattered: an attn_mask is loaded one by one; unaligned: q, k or v are.
-    generation: see `launch.generation`.
+    whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
+    unaligned: q, k or v are loaded one by one. generation: see `launch.generation`.
     """
     if kernel == "mask":
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
@@ -214,7 +215,7 @@ def attention_config(
     if heavy and kernel == "keys":
         config = replace(config, columns=max(16, config.columns // 2))
     if itemsize == 2 and block <= 64:
-        return _of_64_columns(config, kernel, block, heavy, causal, unaligned, generation)
+        return _of_64_columns(config, kernel, block, heavy, causal, mask_run, unaligned, generation)
     return config
 
 
@@ -224,6 +225,7 @@ def _of_64_columns(
     block: int,
     heavy: bool,
     causal: bool,
+    mask_run: int,
     unaligned: bool,
     generation: str,
 ) -> TileConfig:
@@ -231,11 +233,14 @@ def _of_64_columns(
     if kernel == "keys":
         if causal and not heavy and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
             config = replace(config, rows=64 if generation == "hopper" else 32, columns=64)
+        if mask_run <= 4:
+            config = replace(config, num_stages=2)
         return replace(config, num_warps=8) if unaligned else config
     if kernel == "forward":
         # On sm_100, where accumulators come a whole row to a lane, and sm_120, up to 304 bytes a thread spill with 4 warps.
         crowded = generation == "blackwell" or (block == 64 and generation == "hopper")
-        if (heavy and crowded) or (block == 64 and (unaligned or generation == "blackwell")):
+        short = mask_run <= (4 if block == 64 else 2)
+        if (heavy and crowded) or short or (block == 64 and (unaligned or generation == "blackwell")):
             config = replace(config, num_warps=8)
         if generation == "blackwell" and heavy and block == 64:
             config = replace(config, columns=32)
