@@ -35,6 +35,7 @@ from .rows import (
     column_block,
     dtype_of,
     load_parameters,
+    packed,
     row_constants,
     row_statistics,
     run_length,
@@ -124,6 +125,7 @@ def add_layer_norm_forward(
     """
     x, x_stride = as_rows(x)
     residual, residual_stride = as_rows(residual)
+    weight, bias = packed(weight), packed(bias)
     shape, device, columns = x.shape, x.device, x.shape[-1]
     sum_dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     out_dtype = out_dtype or sum_dtype

@@ -31,6 +31,7 @@ from .rows import (
     dtype_of,
     load_parameters,
     norm_gradient,
+    packed,
     row_constants,
     run_length,
     run_pointers,
@@ -167,6 +168,7 @@ def add_layer_norm_backward(
     x, x_stride = as_rows(x)
     dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
     residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    weight = packed(weight)
     shape, device, columns = x.shape, x.device, x.shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)
     dx = None if dx_dtype is None else empty(shape, dx_dtype, device)
@@ -230,6 +232,7 @@ def residual_norm_backward(
     """
     dy, dy_stride = as_rows(dy)
     dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
+    weight = weight if weight.is_contiguous() else weight.contiguous()
     shape, device, columns = dy.shape, dy.device, dy.shape[-1]
     dresidual = empty(shape, dresidual_dtype, device)
     separate = dropout is not None or dx_dtype != dresidual_dtype

@@ -26,7 +26,7 @@ from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .linear_norm import Rows, finish_rows
 from .product_tiles import activate, precision, store_tile
-from .rows import address_of, as_rows, block_of, dtype_of, load_parameters, run_length, run_pointers
+from .rows import address_of, as_rows, block_of, dtype_of, load_parameters, packed, run_length, run_pointers
 
 MAX_COLUMNS = 256
 
@@ -150,13 +150,14 @@ def feed_forward(
     x, x_stride = as_rows(x)
     w1, w1_stride = as_rows(w1)
     w2, w2_stride = as_rows(w2)
+    b1, b2 = packed(b1), packed(b2)
     residual, residual_stride = (None, 0) if norm is None else as_rows(norm.residual)
     rows, C, F, D = x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0]
     if norm is None:
         out = Rows(empty((*x.shape[:-1], D), x.dtype, x.device), None, None, None)
     else:
         out = Rows.empty(x, norm.residual, norm.weight, norm.out_dtype, norm.with_sum, norm.keep)
-    parameters = (None, None) if norm is None else (norm.weight, norm.bias)
+    parameters = (None, None) if norm is None else (packed(norm.weight), packed(norm.bias))
     addresses = reduce(or_, map(address_of, (x, w1, w2, b2, residual, *parameters)))
     vector = run_length(x.element_size(), x_stride | w1_stride | w2_stride | residual_stride | C | D | F, addresses)
     dtypes = tuple(map(dtype_of, (b1, b2, residual, *parameters, *out[:3])))

@@ -36,6 +36,7 @@ from .rows import (
     dtype_of,
     load_parameters,
     norm_gradient,
+    packed,
     row_constants,
     row_statistics,
     run_length,
@@ -159,6 +160,7 @@ def layer_norm_forward(
     Returns y (..., C), contiguous, and mean and rstd, fp32 (rows,). Raises ValueError for 0 columns.
     """
     x, stride = as_rows(x)
+    weight, bias = packed(weight), packed(bias)
     shape, device, out_dtype = x.shape, x.device, out_dtype or x.dtype
     columns = shape[-1]
     rows = (shape[:-1].numel(),)
@@ -208,6 +210,7 @@ def layer_norm_backward(
         return None, None, None
     dy, dy_stride = as_rows(dy)
     x, x_stride = as_rows(x)
+    weight = packed(weight)
     shape, device = x.shape, x.device
     columns = shape[-1]
     parameter_dtype = parameter_dtype or (x.dtype if weight is None else weight.dtype)

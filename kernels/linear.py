@@ -24,7 +24,7 @@ from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .product_tiles import Form, activate, drawn, precision, product, store_tile, tile_of
-from .rows import MAX_PLANS, Plan, address_of, as_rows, dtype_of, run_length, run_pointers
+from .rows import MAX_PLANS, Plan, address_of, as_rows, dtype_of, packed, run_length, run_pointers
 
 
 @jit
@@ -186,6 +186,7 @@ def linear_forward(
     """
     x, x_stride = as_rows(x)
     w, w_stride = as_rows(w)
+    bias = packed(bias)
     dtype, device, N, K = x.dtype, x.device, w.shape[0], x.shape[-1]
     leading = x.shape[:-1]
     rows = leading.numel()
@@ -241,6 +242,7 @@ def linear_backward(
     x, x_stride = (None, 0) if x is None else as_rows(x)
     own_w, own_stride = (None, 0) if own_w is None else as_rows(own_w)
     own_K = 0 if x is None else x.shape[-1]
+    bias = packed(bias)
     dpre = empty((*leading, N), dtype, device)
     active = activation == "relu" and kept is not None  # and so y itself
     y = kept if active and kept is not None else empty((*leading, N), dtype, device)

@@ -33,6 +33,7 @@ from .rows import (
     column_block,
     dtype_of,
     load_parameters,
+    packed,
     run_length,
     run_pointers,
     sum_partials,
@@ -192,6 +193,7 @@ def linear_norm_forward(
     residual, residual_stride = as_rows(residual)
     rows, N, K = x.shape[:-1].numel(), w.shape[0], x.shape[-1]
     out = Rows.empty(x, residual, norm_weight, out_dtype or residual.dtype, with_sum, keep)
+    bias, norm_weight, norm_bias = packed(bias), packed(norm_weight), packed(norm_bias)
     parameters = bias, residual, norm_weight, norm_bias
     offset = x.data_ptr() | w.data_ptr() | residual.data_ptr()
     offset = (offset | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16

@@ -192,6 +192,11 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     return x, distance
 
 
+def packed(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias (C,) as kernels read it, element beside element; a copy where it lies otherwise."""
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
 def run_length(element_size: int, strides: int, addresses: int) -> int:
     """Elements a run: 16 bytes of the narrowest tensor where all runs are aligned, else 1.
 

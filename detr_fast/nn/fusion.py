@@ -176,16 +176,20 @@ _ahead = _Ahead()
 
 
 def followed(layers: Iterable[Any], last: Any) -> list[tuple[Any, Any]]:
-    """Each pre-norm layer and the norm its output meets next, where no hook of either layer may come between."""
+    """Each pre-norm layer and the norm its output meets next, where no hook of either layer may come between.
+
+    Not a layer that occurs twice: what follows on it differs.
+    """
     layers = list(layers)
     if torch.compiler.is_compiling():
         return []  # nothing is taken ahead in a graph
     free = [*map(is_bare, layers), True]
     norms = [*(layer._modules.get("norm1") for layer in layers[1:]), last]
+    before = [getattr(layer, "norm_first", False) or getattr(layer, "pre_norm", False) for layer in layers] + [True]
     pairs = []
     for i, (layer, norm) in enumerate(zip(layers, norms)):
-        pre_norm = getattr(layer, "norm_first", False) or getattr(layer, "pre_norm", False)
-        if pre_norm and norm is not None and free[i] and free[i + 1] and is_bare(norm):
+        taken = before[i] and before[i + 1] and free[i] and free[i + 1] and layers.count(layer) == 1
+        if taken and norm is not None and is_bare(norm):
             pairs.append((layer, norm))
     return pairs
 

@@ -35,6 +35,7 @@ _function_modes = torch._C._is_torch_function_mode_enabled
 _transforms = torch._C._functorch.peek_interpreter_stack
 _profiling = torch.autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
+_profiler = torch.autograd.profiler
 _keys = torch._C._dispatch_keys
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -48,6 +49,7 @@ def _plain_keys(kind: str) -> frozenset[int]:
 
 
 _ON_CPU, _ON_GPU = _plain_keys("CPU"), _plain_keys("CUDA")  # AMD's GPUs, too, are CUDA here
+_ON_ANY = _ON_CPU | _ON_GPU
 
 
 class Boundary:
@@ -62,7 +64,7 @@ class Boundary:
 
     def __call__(self, *args: Any) -> Any:
         """The op with gradients."""
-        run = self._shortcut(args[0])
+        run = self._shortcut(args)
         if run is None:
             return self._op(*args)
         if torch.is_grad_enabled():
@@ -72,26 +74,47 @@ class Boundary:
 
     def below(self, *args: Any) -> Any:
         """The op below autograd: what its autograd kernel calls."""
-        run = self._shortcut(args[0]) or self._op
+        run = self._shortcut(args) or self._op
         with below_autograd():
             return run(*args)
 
-    def _shortcut(self, first: Any) -> Callable[..., Any] | None:
-        """What the op comes to for a call whose first argument this is, or None where the dispatcher must see it."""
-        if type(first) is list:
-            first = first[0]
+    def _shortcut(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What the op comes to for such a call, or None where the dispatcher must see it."""
         if (
-            type(first) not in _PLAIN
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
             or _dispatch_modes()
             or _transforms() is not None
             or _function_modes()
             or _profiling()
+            or _profiler._is_profiler_enabled  # a profiler of all threads is not this thread's
             or _tracing() is not None
         ):
             return None
-        keys = _keys(first).raw_repr()
-        return self._run if keys in _ON_GPU else self._on_cpu if keys in _ON_CPU else None
+        way: Callable[..., Any] | None = None
+        for argument in args:
+            kind = type(argument)
+            if kind in _PLAIN:
+                ways = _keys(argument).raw_repr()
+                if ways in _ON_GPU:
+                    way = way or self._run
+                elif ways in _ON_CPU:
+                    way = way or self._on_cpu
+                else:  # on no device, negated, batched by the older vmap, …
+                    return None
+            elif kind is list:  # of tensors, or of numbers, which say nothing
+                if not all(map(_is_plain, argument)):
+                    return None
+                if way is None and argument and type(argument[0]) in _PLAIN:
+                    way = self._run if argument[0].is_cuda else self._on_cpu
+            elif isinstance(argument, Tensor):
+                return None
+        return way
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in _PLAIN:
+        return _keys(value).raw_repr() in _ON_ANY
+    return not isinstance(value, Tensor)
 
 
 def define(

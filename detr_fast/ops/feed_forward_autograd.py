@@ -252,7 +252,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | No
     dtype = residual_dtype or x.dtype
     ds, dz, dpre, h, sums, db1 = _backward(dy, dsum, *norm, w2, *hidden, seed, *ctx.settings, dtype, wanted[2])
     ds = ds if norm_weight is not None else dy.to(dtype)
-    dz = flat(dz if dz.numel() else ds)
+    dz = flat(dz if dz.shape[-1] else ds)  # without rows, either holds no element
     h, dpre = flat(saved if ctx.kept and activation == "relu" else h), flat(dpre)
     dx = db2 = None
     d_norm: Any

@@ -310,7 +310,7 @@ class _Forward(torch.autograd.Function):
             dy = torch.zeros_like(xhat) if dy is None else dy
             settings = (seed, ctx.offset, ctx.p, residual_dtype, x.dtype)
             ds, dproduct, sums = _backward(dy, dsum, xhat, rstd, norm_weight, *settings)
-            rows = flat(dproduct if dproduct.numel() else ds)
+            rows = flat(dproduct if dproduct.shape[-1] else ds)  # without rows, either holds no element
             d_norm_weight, d_norm_bias, db = sums.chunk(3)
         return (
             torch.mm(rows, weight).view(x.shape) if wanted[0] else None,

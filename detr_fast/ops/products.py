@@ -158,6 +158,8 @@ def eager_gradients(
         # A node of its own for each: the surrounding graph must not be walked here, and can be entered later.
         fresh = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
         sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
+        if not sources:
+            return [None] * len(fresh)
         y = reference(*fresh)
         found = iter(torch.autograd.grad(y, sources, dy.to(y.dtype), create_graph=again))
     return [next(found) if want and t is not None else None for t, want in zip(fresh, wanted)]

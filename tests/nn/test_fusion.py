@@ -14,7 +14,7 @@ from detr_fast.dispatch import BackendError
 from detr_fast.models.transformer import Transformer
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import activation_name
-from detr_fast.nn.fusion import norms_ahead
+from detr_fast.nn.fusion import followed, norms_ahead
 from detr_fast.nn.memory import shared_memory
 from detr_fast.testing import count
 
@@ -455,3 +455,13 @@ def test_a_checkpointed_pre_norm_layer_takes_no_norm_ahead():
     with use_backend("triton"):
         run(x).sum().backward()
         assert count(run, x).launches["layer_norm_forward_kernel"] == 2
+
+
+def test_only_a_pre_norm_layer_that_occurs_once_before_another_has_its_norm_taken_ahead():
+    first, second, post = (
+        nn.TransformerEncoderLayer(16, 2, 32, norm_first=pre_norm) for pre_norm in (True, True, False)
+    )
+    last = nn.LayerNorm(16)
+    assert followed([first, second], last) == [(first, second.norm1), (second, last)]
+    assert followed([first, second, first], last) == [(second, first.norm1)]
+    assert followed([first, post, second], last) == [(second, last)]

@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast import ops, use_backend
-from detr_fast.ops import boundary
 from detr_fast.ops.layer_norm import _forward
 
 pytestmark = pytest.mark.interpreter
@@ -109,6 +108,24 @@ def test_a_subclass_or_a_fake_tensor_goes_through_the_dispatcher():
 
     mode = FakeTensorMode()
     fake = mode.from_tensor(torch.randn(3, 8))  # used outside its mode
-    assert boundary.Boundary._shortcut(_forward, fake) is None
-    assert boundary.Boundary._shortcut(_forward, torch.randn(3, 8, device="meta")) is None
-    assert boundary.Boundary._shortcut(_forward, leaves()[0]) is not None
+    assert _forward._shortcut((fake,)) is None
+    assert _forward._shortcut((torch.randn(3, 8, device="meta"),)) is None
+    assert _forward._shortcut(tuple(leaves())) is not None
+
+
+def test_whichever_gradient_is_batched_or_negated_is_seen():
+    x, residual, weight = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True), torch.ones(8)
+    _, total = ops.add_layer_norm(x, residual, weight, return_sum=True)  # dy is zeros of our own here
+    upstream = torch.randn(2, 3, 8)
+    (batched,) = torch.autograd.grad(total, x, upstream, is_grads_batched=True)
+    assert torch.equal(batched, upstream)
+    negated = torch._neg_view(residual.detach())
+    with torch.no_grad():
+        assert torch.equal(ops.add_layer_norm(x, negated, weight), ops.add_layer_norm(x, -residual, weight))
+
+
+def test_a_profiler_of_all_threads_sees_the_ops_too():
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(experimental_config=config) as profile:
+        layer_norm(*leaves())
+    assert "detr_fast::layer_norm" in {event.key for event in profile.key_averages()}
