@@ -257,11 +257,13 @@ def _atomics_config(
         return TileConfig(32, 128, 8, 1) if generation == "hopper" and (itemsize, block) == (2, 128) else config
     if itemsize > 2:
         return replace(config, columns=16)
+    if unaligned and block >= 64:
+        return replace(config, rows=16, columns=32) if masked or dropout or block == 128 else replace(config, rows=16)
     if block == 128:
-        return replace(config, columns=32, num_stages=1 if masked or unaligned else 2)
+        return replace(config, columns=32, num_stages=1 if masked else 2)
     if block == 64 and dropout and masked:
-        return replace(config, columns=32)
-    return replace(config, rows=16 if (masked and (dropout or block == 64)) or (unaligned and block == 64) else 32)
+        return replace(config, columns=32, num_stages=1)
+    return replace(config, rows=16 if masked and (dropout or block == 64) else 32)
 
 
 @dataclass(frozen=True)
