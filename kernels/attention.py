@@ -19,23 +19,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence
 from .attention_split import Parts, combine_variant, key_parts
-from .attention_tiles import (
-    COMMON_TYPES,
-    PACKED_TYPES,
-    PLACE_TYPES,
-    Form,
-    Problem,
-    dot,
-    kept,
-    load_keys,
-    load_tile,
-    masked_scores,
-    places,
-    store_tile,
-    visible_keys,
-)
+from .attention_tiles import dot, kept, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
 
 

@@ -23,8 +23,8 @@ from .attention import empty_rows
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_mask import attention_backward_mask_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
+from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places, readable
 from .attention_split import Parts, combine_variant, key_parts
-from .attention_tiles import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places, readable
 from .launch import Variant, empty, launch, pointer
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .attention_backward import keys_variant, launch_keys, ready
+from .attention_problem import PLACE_TYPES, Form, Problem, places
 from .attention_program import at, own_queries, row_statistics
 from .attention_split import Parts, combine_variant
-from .attention_tiles import PLACE_TYPES, Form, Problem, load_tile, places, store_tile
+from .attention_tiles import load_tile, store_tile
 from .launch import Variant, jit, launch, pointer, tl
 
 

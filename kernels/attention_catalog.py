@@ -12,8 +12,8 @@ from torch import Tensor
 from .attention import attention_forward, forward_variant
 from .attention_backward import attention_backward, keys_variant, mask_variant, queries_variant
 from .attention_backward_atomics import attention_backward_atomics, rows_variant
+from .attention_problem import Form, Problem, Sequences
 from .attention_split import combine_variant
-from .attention_tiles import Form, Problem, Sequences
 from .attention_weights import attention_weights, weights_run, weights_variant
 from .entry import TARGETS, Budget, Entry
 from .launch import Variant

@@ -15,8 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_problem import PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, clear_surplus, own_queries, own_sequence
-from .attention_tiles import PACKED_TYPES, PLACE_TYPES, Form, Problem, load_tile, places, store_tile
+from .attention_tiles import load_tile, store_tile
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
 
 LEAST_KEYS = 128  # a part: fewer don't pay for another program's start and for combining

@@ -14,19 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at
-from .attention_tiles import (
-    COMMON_TYPES,
-    PLACE_TYPES,
-    Form,
-    Problem,
-    dot,
-    kept,
-    load_tile,
-    masked_scores,
-    places,
-    visible_keys,
-)
+from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .rows import run_pointers
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.kernels.attention_tiles import layout
+from detr_fast.kernels.attention_problem import layout
 from detr_fast.ops.boundary import wants_grad
 
 Weights = Literal["heads", "mean"] | None  # whether the attention weights are returned too, and how

@@ -12,7 +12,7 @@ from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels import attention_weights as weights_kernels
-from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem
+from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem
 from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.kernels.attention_tiles import layout
+from detr_fast.kernels.attention_problem import layout
 from detr_fast.ops.attention_call import computed_dtype, tf32
 from detr_fast.ops.boundary import wants_grad
 

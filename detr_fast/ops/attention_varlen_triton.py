@@ -10,7 +10,7 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
-from detr_fast.kernels.attention_tiles import LOG2_E, MAX_HEAD_DIM, Problem, Sequences
+from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem, Sequences
 from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import tf32

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward, attention_split, dropout
-from detr_fast.kernels.attention_tiles import LOG2_E, Problem, mask_run, readable, tile_run
+from detr_fast.kernels.attention_problem import LOG2_E, Problem, mask_run, readable, tile_run
 from detr_fast.kernels.launch import Variant, jit, launch, tl
 
 from detr_fast.ops.attention_eager import EagerAttention, attention_weights

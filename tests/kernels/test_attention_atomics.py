@@ -8,7 +8,7 @@ from detr_fast.kernels import dropout
 from detr_fast.kernels.attention import attention_forward
 from detr_fast.kernels.attention_backward import attention_backward
 from detr_fast.kernels.attention_backward_atomics import attention_backward_atomics
-from detr_fast.kernels.attention_tiles import Problem, Sequences
+from detr_fast.kernels.attention_problem import Problem, Sequences
 
 from detr_fast.ops.attention_eager import EagerAttention, attention_weights
 from detr_fast.ops.dropout import keep_mask

@@ -10,7 +10,7 @@ from detr_fast.kernels import analysis
 from detr_fast.kernels.attention import forward_variant
 from detr_fast.kernels.attention_backward import keys_variant, queries_variant
 from detr_fast.kernels.attention_catalog import GENERATIONS
-from detr_fast.kernels.attention_tiles import Form
+from detr_fast.kernels.attention_problem import Form
 from detr_fast.kernels.offline import compile_variant, older_compiler
 
 VARIANTS = {

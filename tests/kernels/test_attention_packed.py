@@ -7,7 +7,7 @@ import torch
 from detr_fast.kernels import attention_split
 from detr_fast.kernels.attention import attention_forward
 from detr_fast.kernels.attention_backward import attention_backward
-from detr_fast.kernels.attention_tiles import Problem, Sequences
+from detr_fast.kernels.attention_problem import Problem, Sequences
 
 from detr_fast.ops.attention_eager import EagerAttention
 from detr_fast.testing import assert_as_accurate_as_eager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from detr_fast.kernels.attention import attention_forward
 from detr_fast.kernels.attention_backward import attention_backward
-from detr_fast.kernels.attention_tiles import Problem
+from detr_fast.kernels.attention_problem import Problem
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 

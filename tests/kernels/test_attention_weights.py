@@ -4,7 +4,7 @@ import pytest
 import torch
 from detr_fast.kernels import dropout
 from detr_fast.kernels.attention import attention_forward
-from detr_fast.kernels.attention_tiles import Problem
+from detr_fast.kernels.attention_problem import Problem
 from detr_fast.kernels.attention_weights import attention_weights
 
 from detr_fast.ops.attention_eager import attention_weights as eager_weights

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import attention as kernels
-from detr_fast.kernels.attention_tiles import Problem
+from detr_fast.kernels.attention_problem import Problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized

@@ -1,0 +1,281 @@
+"""One call of attention on the host: what its programs depend on, and the arguments of every launch.
+
+All scores, and the log-sum-exp, are in base 2: scaled by log2(e) once, here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dropout, launch
+from .configs import TileConfig, attention_config
+from .launch import empty
+from .rows import MAX_PLANS
+
+MAX_HEAD_DIM = 256
+MAX_TILE_STRIDE = 1 << 24  # of rows and columns inside a tile, in elements
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the machine programs of a call depend on, besides the configuration of tiles.
+
+    vector, mask_vector: neighbouring elements that stay together at a multiple of 16 bytes, 1 where some do not.
+    mask: dtype of attn_mask, or None. generation: of the GPU, see `launch.generation`.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    padding: bool = False
+    mask: torch.dtype | None = None
+    causal: bool = False
+    dropout: bool = False
+    tf32: bool = False
+    packed: bool = False
+    vector: int = 1
+    mask_vector: int = 1
+    generation: str = ""
+
+    @property
+    def listed(self) -> bool:
+        """Whether visible keys are read through a list: not where a key's position decides on masks or dropout."""
+        return self.padding and self.mask is None and not self.causal and not self.dropout
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """E and Ev, rounded up to what a tensor core takes."""
+        return block_of(self.head_dim), block_of(self.value_dim)
+
+    def config(self, kernel: str) -> TileConfig:
+        return _config(self, kernel)
+
+    def masks(self) -> tuple[torch.dtype | None, ...]:
+        """Dtypes of `Problem.tensors`."""
+        return torch.bool if self.padding else None, self.mask, torch.int64 if self.dropout else None
+
+    def ends(self) -> tuple[torch.dtype | None, ...]:
+        """Dtypes of a packed batch's ends of queries and of keys."""
+        return (torch.int32, torch.int32) if self.packed else (None, None)
+
+    def constants(self) -> dict[str, int | bool | str]:
+        """The constants that all attention kernels have in common."""
+        block_e, block_ev = self.blocks
+        return {
+            "E": self.head_dim,
+            "EV": self.value_dim,
+            "BLOCK_E": block_e,
+            "BLOCK_EV": block_ev,
+            "CAUSAL": self.causal,
+            "PRECISION": self._precision(),
+            "VEC": self.vector,
+            "MASK_VEC": self.mask_vector,
+        }
+
+    def _precision(self) -> str:
+        if launch.triton is not None and launch.triton.knobs.runtime.interpret:
+            return "interpreted"
+        return "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
+
+
+def block_of(dim: int) -> int:
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head dimension {dim}: the kernels take 1 to {MAX_HEAD_DIM}; use eager")
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+class Sequences(NamedTuple):
+    """A packed batch: the ends of its sequences' queries and keys, int32 (B + 1,) from 0 on, and their largest lengths."""
+
+    ends_q: Tensor
+    ends_k: Tensor
+    max_q: int
+    max_k: int
+
+
+class Problem:
+    """One call, ready for kernels: tensors that can be read in place, the form, and the arguments of every launch.
+
+    q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
+    mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
+    given, given_mask: q, k and v, and the mask as they came.
+    sequences: of a packed batch, whose q, k and v have a batch of 1, and which has neither padding nor mask. What lies behind the
+    last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
+    largest lengths, and lse is (B, H, max_q), -inf where a sequence has ended.
+    generation: of the GPU that it is for; None: of q's device.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        offset: int = 0,
+        tf32: bool = False,
+        sequences: Sequences | None = None,
+        generation: str | None = None,
+    ) -> None:
+        self.given = q, k, v
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.batch, self.queries, self.heads, self.head_dim = q.shape
+        self.keys, self.value_dim, self.group = k.shape[1], v.shape[3], self.heads // max(1, k.shape[2])
+        if padding is not None and padding.stride(1) > MAX_TILE_STRIDE // 16:  # 1,024 keys are read at once
+            padding = padding.contiguous()
+        self.padding, self.given_mask = padding, mask
+        if mask is not None:
+            mask = mask.expand(self.batch, self.heads, self.queries, self.keys)
+            if mask.stride(2) + mask.stride(3) > MAX_TILE_STRIDE:
+                mask = mask.contiguous()
+        self.mask = mask
+        self.seed, self.offset = (seed, offset) if dropout_p > 0.0 else (None, 0)
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.dropout_p = dropout_p
+        self.causal, self.tf32 = causal, tf32
+        self.generation = launch.generation(q.device) if generation is None else generation
+        self.sequences = sequences
+        if sequences is not None:
+            self.batch = len(sequences.ends_q) - 1
+            # At least a tile each: its program writes the zeros of what is surplus.
+            self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
+
+    def form(self, *others: Tensor) -> Form:
+        """The form of launches that also read `others`, (B, L, H, E); what they write is allocated aligned."""
+        return _form(
+            self.q.dtype,
+            self.head_dim,
+            self.value_dim,
+            self.padding is not None,
+            None if self.mask is None else self.mask.dtype,
+            self.causal,
+            self.seed is not None,
+            self.tf32,
+            self.sequences is not None,
+            tile_run(self.q, self.k, self.v, *others),
+            1 if self.mask is None else mask_run(self.mask),
+            self.generation,
+        )
+
+    def tiles(self, rows: int) -> int:
+        """Tiles of so many queries, over all heads of all batch elements."""
+        return -(-self.queries // rows) * self.batch * self.heads
+
+    def key_list(self) -> Tensor | None:
+        """Memory for the visible keys' numbers, or the padding mask as int32: what kernels want instead of the mask."""
+        return None if self.padding is None else empty((self.batch, self.keys), torch.int32, self.q.device)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.padding, self.mask, self.seed
+
+    def packed(
+        self, tensor: Tensor, split: bool = False
+    ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
+        """A packed batch's ends, how many tokens there are as in `tensor`, and how many sequences.
+
+        split: no tokens, so that no surplus is cleared where parts are written, which have none.
+        """
+        if self.sequences is None:
+            return (None, None), (0, 0)
+        return (self.sequences.ends_q, self.sequences.ends_k), (0 if split else tensor.shape[1], self.batch)
+
+    def sizes(self) -> tuple[int | float, ...]:
+        """What the kernels take after the strides of their own tensors: see COMMON_TYPES."""
+        padding = (0, 0) if self.padding is None else self.padding.stride()
+        mask = (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+        numbers = (self.queries, self.keys, self.heads, self.group, self.scale * LOG2_E)
+        return *padding, *mask, *numbers, self.offset, *_threshold_and_scale(self.dropout_p)
+
+
+@cache
+def _config(form: Form, kernel: str) -> TileConfig:
+    return attention_config(
+        kernel,
+        form.dtype.itemsize,
+        max(form.blocks),
+        dropout=form.dropout,
+        masked=form.mask is not None,
+        listed=form.listed,
+        causal=form.causal,
+        scattered=form.mask is not None and form.mask_vector == 1,
+        mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
+        unaligned=form.vector == 1,
+        generation=form.generation,
+    )
+
+
+# Calls are alike: what follows from a few numbers is remembered, as to work it out takes the host longer than to look it up.
+_form = lru_cache(maxsize=MAX_PLANS)(Form)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _threshold_and_scale(dropout_p: float) -> tuple[int, float]:
+    return (dropout.threshold(dropout_p), dropout.scale(dropout_p)) if dropout_p > 0.0 else (0, 1.0)
+
+
+PACKED_TYPES = ("i32", "i32")  # tokens, batches
+PLACE_TYPES = ("i64", "i64", "i32")
+COMMON_TYPES = ("i64", "i32", "i64", "i64", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "i32", "i32", "fp32")
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where tiles over dimensions 1 and 3 can be read in place, else a contiguous copy."""
+    _, row, _, column = tensor.stride()
+    adjacent = column == 1 or tensor.shape[3] == 1
+    return tensor if adjacent and row <= MAX_TILE_STRIDE else tensor.contiguous()
+
+
+def places(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides over batch, heads and rows of a (B, L, H, E) tensor; zeros where there is none."""
+    if tensor is None:
+        return 0, 0, 0
+    batch, row, head, _ = tensor.stride()
+    return batch, head, row
+
+
+def layout(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's strides, 0 where there is a single element to step over: what programs depend on."""
+    return _layout(tensor.shape, tensor.stride())
+
+
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides))
+
+
+def tile_run(*tensors: Tensor) -> int:
+    """Elements a run: 16 bytes where every row of every tensor starts at such a multiple and holds whole runs, else 1."""
+    vector = 16 // tensors[0].element_size()
+    addresses = 0
+    for tensor in tensors:
+        if _together(tensor.shape, tensor.stride()) % vector:
+            return 1
+        addresses |= tensor.data_ptr()
+    return 1 if addresses % 16 else vector
+
+
+def mask_run(mask: Tensor) -> int:
+    """The longest run, up to 16 bytes, at whose multiples all rows of the mask (B, H, L, S) start and end."""
+    strides = mask.stride()
+    if strides[3] != 1:
+        return 1
+    size = mask.element_size()
+    together = mask.data_ptr() // size | _together(mask.shape, strides)
+    return min(16 // size, together & -together)
+
+
+@lru_cache(maxsize=4 * MAX_PLANS)
+def _together(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """What a power of two divides where it divides the strides of all dimensions but the last, and that one's size."""
+    a, b, c, _ = _layout(shape, strides)
+    return a | b | c | shape[3]
