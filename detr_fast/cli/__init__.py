@@ -20,6 +20,7 @@ COMMANDS = (
     "tune",
     "kernels",
     "convert-weights",
+    "export",
     "doctor",
     "convert",
 )

@@ -22,6 +22,13 @@ class PostProcess(nn.Module):
         super().__init__()
         self.focal = focal
 
+    def read(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (B, Q), labels (B, Q) and boxes (B, Q, 4), x0, y0, x1, y1 as shares of the unpadded image's size."""
+        logits = outputs["pred_logits"]
+        probabilities = logits[..., :-1].sigmoid() if self.focal else logits.softmax(-1)[..., :-1]
+        scores, labels = probabilities.max(-1)
+        return scores, labels, to_corners(outputs["pred_boxes"])
+
     @torch.no_grad()
     def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Read the last decoder layer's predictions.
@@ -34,16 +41,15 @@ class PostProcess(nn.Module):
         Returns:
             for each image {"scores": (Q,) in [0, 1], "labels": (Q,), "boxes": (Q, 4) as x0, y0, x1, y1 in pixels}
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        if target_sizes.shape != (logits.shape[0], 2):
+        images = outputs["pred_logits"].shape[0]
+        if target_sizes.shape != (images, 2):
             raise ValueError(
-                f"got target_sizes of shape {tuple(target_sizes.shape)}; expected {(logits.shape[0], 2)}, "
+                f"got target_sizes of shape {tuple(target_sizes.shape)}; expected {(images, 2)}, "
                 "the height and the width of each image"
             )
-        probabilities = logits[..., :-1].sigmoid() if self.focal else logits.softmax(-1)[..., :-1]
-        scores, labels = probabilities.max(-1)
-        height, width = target_sizes.to(boxes).unbind(1)
-        pixels = to_corners(boxes) * torch.stack((width, height, width, height), dim=1)[:, None]
+        scores, labels, corners = self.read(outputs)
+        height, width = target_sizes.to(corners).unbind(1)
+        pixels = corners * torch.stack((width, height, width, height), dim=1)[:, None]
         return [
             {"scores": s, "labels": l, "boxes": b}
             for s, l, b in zip(scores.unbind(0), labels.unbind(0), pixels.unbind(0))

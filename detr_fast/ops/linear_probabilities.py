@@ -41,7 +41,8 @@ def linear_softmax_topk(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     """The k largest of `linear_softmax`'s probabilities and their classes, (..., k), in falling order.
 
     The probabilities are never written: blocks of the vocabulary leave their k largest logits and the sum so far.
-    Shapes: x (..., E), weight (V, E), bias (V,) or None. The probabilities are fp32 at least. Not differentiable. Raises ValueError for shapes that do not fit or k outside [1, V].
+    Shapes: x (..., E), weight (V, E), bias (V,) or None. The probabilities are fp32 at least.
+    Not differentiable. Raises ValueError for shapes that do not fit or k outside [1, V].
     Source: Milakov and Gimelshein, 2018, arXiv:1805.02867.
     """
     check_linear(x, weight, bias)

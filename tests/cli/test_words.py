@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -179,3 +180,37 @@ def test_weights_on_a_hub_are_said_not_to_be_fetched(scenes: Path, capsys: pytes
 def test_the_doctor_says_where_its_page_is(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("doctor", scenes, "--page", tmp_path / "page.png") == 0
     assert capsys.readouterr().err == f"drew {tmp_path / 'page.png'}\n"
+
+
+def test_an_exported_detector_finds_what_the_model_finds_with_pytorch_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from torchvision.transforms.v2.functional import normalize
+
+    from detr_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+    from detr_fast.engine.trained import load_trained_model
+    from detr_fast.models.postprocess import PostProcess
+
+    path = tmp_path / "detector.pt2"
+    assert status("export", trained, path) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {path} (")
+    assert status("export", trained, path) == 2
+    assert "is there already" in capsys.readouterr().err
+    extra = {"detr_fast.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    assert not [n for n in program.graph.nodes if n.op == "call_function" and "detr_fast" in str(n.target)]
+
+    known = load_trained_model(trained)
+    assert json.loads(extra["detr_fast.json"])["names"] == list(known.names)
+    images, mask = torch.rand(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
+    mask[:, 40:] = True
+    images = images.masked_fill(mask[:, None], 0.7)  # what stands in the padding is nobody's business
+    with torch.no_grad():
+        scores, labels, boxes = program.module()(images, mask)
+        unpadded = normalize(images[0, :, :40], list(IMAGENET_MEAN), list(IMAGENET_STD))
+        padded = torch.nn.functional.pad(unpadded, (0, 0, 0, 24))[None]
+        (found,) = PostProcess()(known.model((padded, mask)), torch.tensor([[40, 96]]))
+    torch.testing.assert_close(scores[0], found["scores"])
+    assert torch.equal(labels[0], found["labels"])
+    torch.testing.assert_close(boxes[0] * torch.tensor([96, 40, 96, 40]), found["boxes"], rtol=1e-4, atol=1e-3)
