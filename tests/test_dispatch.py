@@ -104,7 +104,21 @@ def test_what_is_slow_is_refused_by_auto_but_taken_by_name(op):
 
 def test_what_could_run_in_parts_does_not_ask_where_the_answer_is_always_no(monkeypatch):
     product = ops.feed_forward.__globals__["FEED_FORWARD"]
-    arguments = (torch.ones(2, 4), torch.ones(3, 4), None, torch.ones(4, 3), None, None, None, 0.0, "relu", 0.0, 0.0)
+    arguments = (
+        torch.ones(2, 4),
+        torch.ones(3, 4),
+        None,
+        torch.ones(4, 3),
+        None,
+        None,
+        None,
+        0.0,
+        "relu",
+        0.0,
+        0.0,
+        None,
+        False,
+    )
     asked = []
     monkeypatch.setattr(product, "_decision", lambda *_: asked.append(1) or pytest.fail("asked"))
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
