@@ -36,7 +36,7 @@ SHAPES = sized(
         (1, 850, 850, 8, 32),
         (8, 100, 1000, 8, 32),
     ],
-    [(2, 40, 40, 2, 32), (1, 20, 30, 1, 128)],
+    [(2, 40, 40, 1, 32), (1, 20, 30, 2, 128)],
 )
 CASES = {  # with padding, dropout, backward, and of how many shapes
     "padding and dropout, forward and backward": (True, 0.1, True, 9),
