@@ -66,7 +66,7 @@ def sections(out: Path) -> list[Section]:
     """(name, command, seconds it may take), in the order of what matters most."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu"]
-    many, one = processes(min(14, max(2, (os.cpu_count() or 4) - 2)), 180), processes(1, 60)
+    many, one = processes(min(14, max(2, (os.cpu_count() or 4) - 2)), 190), processes(1, 60)
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
     step = "benchmarks/test_step.py"
@@ -83,7 +83,7 @@ def sections(out: Path) -> list[Section]:
         ("install", [*install, "-e", "."], 40),
         ("tests and checks", [*sharing, *pytest, *many, step, *timed, *files], 200),
         ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 70),
-        ("training step", [*pytest, *one, step], 100),
+        ("training step", [*pytest, *processes(1, 135), step], 140),
         ("profile", [python, "-m", "benchmarks.step_profile", str(out)], 75),
         ("benchmarks", [*pytest, *one, *timed], 170),
         ("graphs and host synchronisation", [*calls, "graphs"], 60),
