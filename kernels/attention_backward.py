@@ -159,7 +159,7 @@ def _variant(
 @cache
 def mask_variant(form: Form, shared_rows: bool, shared_columns: bool) -> Variant:
     """The program that takes the gradient of a float mask."""
-    config = form.config("mask")
+    config = form.config("shared_mask" if shared_rows else "mask")
     tensors = (*(form.dtype,) * 4, form.mask, torch.float32, *form.masks())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, "i32", "i32", "i32")
     shared = {"SHARED_ROWS": shared_rows, "SHARED_COLUMNS": shared_columns}

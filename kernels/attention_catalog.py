@@ -81,10 +81,14 @@ def catalog_entries() -> Iterator[Entry]:
             yield Entry("attention", f"attention_combine_{name}", variant, 16 * form.value_dim, budget, example)
         if form.mask == bf16 and not form.dropout:
             variant = mask_variant(form, False, False)
-            yield Entry("attention", f"attention_mask_{name}", variant, 32 * 16, budget, example)
+            tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_N"])
+            yield Entry("attention", f"attention_mask_{name}", variant, tile, budget, example)
         if form.dropout and form.dtype == fp16 and not form.packed:
-            variant = weights_variant(form, True, form.dtype, weights_run(EXAMPLE_KEYS, form.dtype))
-            yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example)
+            run = weights_run(EXAMPLE_KEYS, form.dtype)
+            of_weights = partial(weights_variant, averaged=True, dtype=form.dtype, run=run)
+            targets = _targets(of_weights, form)
+            variant = of_weights(form)
+            yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example, targets)
             example = partial(_example, form, EXAMPLE_KEYS, atomics=True)
             for kind, variant in (("rows", rows_variant(form)), ("atomics", keys_variant(form, atomics=True))):
                 tile = variant.constants["BLOCK_M"] * variant.constants.get("BLOCK_N", form.value_dim)
