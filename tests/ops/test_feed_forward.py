@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_fast.kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.ops.feed_forward import ACTIVATIONS, FEED_FORWARD
+from detr_fast.situation import situation
 from detr_fast.testing import assert_as_accurate_as_eager, count
 
 interpreter = pytest.mark.interpreter
+FORMS = ["plain", "post-norm", "norm and sum", "sum"]
 IMPLEMENTATIONS = ["triton", "triton_recompute", "triton_one_kernel"]
 
 
@@ -102,7 +107,7 @@ def test_with_a_residual_the_backward_drops_what_the_forward_dropped(kernel, sum
 
 
 @interpreter
-@pytest.mark.parametrize("form", ["plain", "post-norm", "norm and sum", "sum"])
+@pytest.mark.parametrize("form", FORMS)
 def test_the_double_backward_is_right(kernel, form):
     leaves = [t.requires_grad_() for t in (*tensors((7,)), torch.randn(7, 16))]
     if form in ("plain", "post-norm"):
@@ -231,6 +236,37 @@ def test_launches_and_bytes_kept_of_detrs_block(kernel, form):
     assert backward == launches | products
     hidden, norm = 2048 if kernel == "triton" else 0, 0 if form == "sum" else 256 + 1
     assert forward.saved_bytes <= 1000 * (hidden + norm) * 4 + 8  # hidden, xhat, rstd and the seed
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_all_that_a_call_launches_is_compiled_before_it(kernel, form, p):
+    inputs = [t.detach().to("meta", torch.bfloat16).requires_grad_() for t in (*tensors((100,)), torch.randn(100, 16))]
+    x, w1, b1, w2, b2, *norm, residual = inputs
+    behind = {
+        "plain": (None, None, 0.0, "relu", p, 0.0, None, False),
+        "post-norm": (*norm, 1e-5, "gelu", p, p, None, False),
+        "norm and sum": (*norm, 1e-5, "relu", p, p, residual, True),
+        "sum": (None, None, 0.0, "silu", p, p, residual, False),
+    }
+    arguments = (x, w1, b1, w2, b2, *behind[form])
+
+    def launched(function):
+        seen = set()
+        with mock.patch.object(launch, "observers", [*launch.observers, lambda one: seen.add(one.variant)]):
+            function()
+        return seen
+
+    def step():
+        y = FEED_FORWARD(*arguments)
+        y = y if isinstance(y, tuple) else (y,)
+        torch.autograd.backward(y, [torch.empty_like(t) for t in y])
+
+    call = FEED_FORWARD._describe(*arguments, situation=situation("meta"))
+    compiled = launched(lambda: FEED_FORWARD.choose(*arguments).rehearse(call))
+    used = launched(lambda: count(step))
+    assert len(used) >= 3
+    assert used <= compiled
 
 
 def test_fake_cuda_tensors_trace_forward_without_a_gpu(kernel):
