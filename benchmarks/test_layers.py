@@ -22,8 +22,15 @@ pytestmark = NEEDS_GPU
 WIDTH, HEADS, HIDDEN = sized((256, 8, 2048), (32, 2, 48))
 ROWS = sized([6800, 800, 3400, 27200], [20])  # 8 images' tokens at stride 32; their queries; 4 images'; 8 at stride 16
 BATCHES = sized(
-    [(4, 1050, True), (2, 850, True), (8, 850, False), (8, 100, False)], [(2, 6, True)]
-)  # images, tokens, padded
+    [
+        (4, 1050, True, False),
+        (4, 1050, True, True),
+        (2, 850, True, False),
+        (8, 850, False, False),
+        (8, 100, False, False),
+    ],
+    [(2, 6, True, False)],
+)  # images, tokens, padded, norm first
 DROPOUT = 0.1
 FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
@@ -38,7 +45,7 @@ def eager_block(x, w1, b1, w2, b2, norm_weight, norm_bias):
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_encoder_layer(batch):
-    images, tokens, padded = batch
+    images, tokens, padded, norm_first = batch
     settings: dict[str, Any] = {
         "d_model": WIDTH,
         "nhead": HEADS,
@@ -46,7 +53,9 @@ def test_encoder_layer(batch):
         "batch_first": True,
         "device": DEVICE,
         "dtype": torch.bfloat16,
+        "norm_first": norm_first,
     }
+    form = f"({images}, {tokens}{', padded' * padded}{', pre-norm' * norm_first})"
     original = torch_nn.TransformerEncoderLayer(**settings, dropout=0.0)
     exact = copy.deepcopy(original).double()
     x = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -72,7 +81,7 @@ def test_encoder_layer(batch):
         return run
 
     compare(
-        f"encoder layer ({images}, {tokens}{', padded' * padded}) d {WIDTH} hidden {HIDDEN} dropout {DROPOUT} bf16",
+        f"encoder layer {form} d {WIDTH} hidden {HIDDEN} dropout {DROPOUT} bf16",
         {peer: step(made(peer, DROPOUT), **backends) for peer, backends in PEERS.items()},
         eager=step(original),
         truth=step(exact, exact_x),
