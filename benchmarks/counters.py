@@ -66,6 +66,11 @@ def attention(library: Any) -> Counts:
     return step(module, x, x, x, key_padding_mask=padding(), need_weights=False)
 
 
+def attention_atomics(library: Any) -> Counts:
+    with use_backend(**({"attention": "triton_atomics"} if library is nn else {})):
+        return attention(library)
+
+
 def encoder_layer(library: Any, **options: Any) -> Counts:
     layer = library.TransformerEncoderLayer(C, 8, 2048, 0.1, batch_first=True, device="meta", dtype=BF16, **options)
     return step(layer, on_meta(B, L, C), src_key_padding_mask=padding())
@@ -152,6 +157,7 @@ def _device_free(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 CASES: dict[str, Callable[[Any], Counts]] = {
     "LayerNorm": layer_norm,
     "MultiheadAttention, key padding": attention,
+    "MultiheadAttention, dq added up by atomics": attention_atomics,
     "TransformerEncoderLayer": encoder_layer,
     "TransformerEncoderLayer, pre-norm": partial(encoder_layer, norm_first=True),
     "TransformerDecoderLayer": decoder_layer,

@@ -90,9 +90,11 @@ def catalog_entries() -> Iterator[Entry]:
             variant = of_weights(form)
             yield Entry("attention", f"attention_weights_{name}", variant, 64 * 64, budget, example, targets)
             example = partial(_example, form, EXAMPLE_KEYS, atomics=True)
-            for kind, variant in (("rows", rows_variant(form)), ("atomics", keys_variant(form, atomics=True))):
+            builds = {"rows": rows_variant, "atomics": partial(keys_variant, atomics=True)}
+            for kind, build in builds.items():
+                variant, targets = build(form), _targets(build, form)
                 tile = variant.constants["BLOCK_M"] * variant.constants.get("BLOCK_N", form.value_dim)
-                yield Entry("attention", f"attention_{kind}_{name}", variant, tile, budget, example)
+                yield Entry("attention", f"attention_{kind}_{name}", variant, tile, budget, example, targets)
 
 
 def _targets(build: Callable[[Form], Variant], form: Form) -> tuple[str, ...] | None:
