@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATING = (
+    os.environ.get("DETR_FAST_EMULATE") == "1"
+)  # the interpreter's tests run compiled PTX instead: slower, sees more
+
+# Arguments of attention's kernels that several programs write, the same values: the list (or copy) of the keys that are
+# visible, which each program reads back itself, and the rows' statistics, which the next launch reads.
+IDENTICAL_WRITES = ("list_ptr", "statistics_ptr")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("interpreter") and not INTERPRETING:
+        marker = item.get_closest_marker("interpreter")
+        if marker and EMULATING and None in marker.args:
+            item.add_marker(pytest.mark.skip(reason="a test of the interpreter itself"))
+        elif marker and not (INTERPRETING or EMULATING):
             item.add_marker(
                 pytest.mark.skip(reason="runs in Triton's interpreter: set TRITON_INTERPRET=1 (make test does)")
             )
@@ -35,11 +45,22 @@ def interpreter(request):
     checks themselves: `interpreter(None)`.
     """
     marker = request.node.get_closest_marker("interpreter")
-    if marker is None or not INTERPRETING or None in marker.args:
+    if marker is None or not (INTERPRETING or EMULATING) or None in marker.args:
         yield None
         return
-    from detr_fast.testing.interpreter import checked_interpreter
+    from detr_fast.testing.interpreter import InterpreterChecks, checked_interpreter
 
+    if EMULATING:
+        from detr_fast.kernels import launch
+
+        from detr_fast.testing.ptx import emulated_gpu
+
+        checks = InterpreterChecks(int32_limit=0)
+        launch.observers.append(checks.observe)
+        with emulated_gpu(identical_writes=IDENTICAL_WRITES):
+            yield checks
+        launch.observers.remove(checks.observe)
+        return
     with checked_interpreter(**marker.kwargs) as checks:
         yield checks
 

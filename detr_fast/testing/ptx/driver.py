@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ class Emulation:
     limit: int
     identical: frozenset[str]
     launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
+
+    def counts(self) -> Counter[str]:
+        """Number of launches by kernel name."""
+        return Counter(name for name, _ in self.launches)
 
 
 class EmulatedGPU:
