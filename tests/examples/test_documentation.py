@@ -33,6 +33,13 @@ GIVEN = {
 
         model, images, mask = Detector(), torch.rand(2, 3, 16), torch.zeros(2, 3, dtype=torch.bool)
     """,
+    "docs/emulator.md": """
+        import torch
+
+        from tests.testing.test_ptx import copy_kernel
+
+        x, y, grid = torch.randn(300), torch.zeros(300), (2,)
+    """,
     "docs/layers.md": """
         import torch
 
