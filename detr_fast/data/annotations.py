@@ -116,8 +116,8 @@ def box_problem(box: Any, height: int, width: int) -> BoxProblem | None:
     return None
 
 
-def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
-    """Read and check one instances JSON.
+def parse_annotations(path: Path, folder: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
+    """Read and check one instances JSON of the data set in `folder`.
 
     bad_boxes says what happens to boxes without area or wholly outside their image: "raise", or "drop" as the original
     repository does (COCO 2017 itself has two).
@@ -126,7 +126,7 @@ def parse_annotations(path: Path, bad_boxes: BadBoxes = "raise") -> Annotations:
         DataError: the first problem found, with the file, the record and the remedy.
     """
     raw = read_coco_json(path)
-    remedy = f"run 'detr-fast doctor {shlex.quote(str(path.parent))}'"
+    remedy = f"run 'detr-fast doctor {shlex.quote(str(folder))}'"
 
     def fail(message: str) -> DataError:
         return DataError(f"{path}: {message}; {remedy}")

@@ -78,7 +78,7 @@ class CocoFolder:
         """
         folder = Path(path)
         files = find_annotation_files(folder, annotations)
-        parsed = {name: parse_annotations(file, bad_boxes) for name, file in files.items()}
+        parsed = {name: parse_annotations(file, folder, bad_boxes) for name, file in files.items()}
         splits = {
             name: SplitFiles(name, files[name], find_image_folder(folder, name, files[name], part.file_names, images))
             for name, part in parsed.items()
@@ -249,7 +249,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if missing:
             raise DataError(
                 f"{files.annotations}: {len(missing)} of {len(paths)} images are missing, first {missing[0]}; "
-                f"put them into {files.images}, or run 'detr-fast doctor --fix'"
+                f"put them into {files.images}, or run 'detr-fast doctor DATA --fix COPY'"
             )
 
 

@@ -33,13 +33,15 @@ def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = F
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             pixels = np.array(picture.convert("RGB"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image; restore it or run 'detr-fast doctor --fix'") from None
+        raise DataError(f"{path}: no such image; restore it or run 'detr-fast doctor DATA --fix COPY'") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor --fix'") from None
+        raise DataError(
+            f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor DATA --fix COPY'"
+        ) from None
     if size is not None and pixels.shape[:2] != size:
         raise DataError(
             f"{path}: is {pixels.shape[1]}×{pixels.shape[0]} pixels, but its annotations say {size[1]}×{size[0]}; "
-            "correct the sizes or run 'detr-fast doctor --fix'"
+            "correct the sizes or run 'detr-fast doctor DATA --fix COPY'"
         )
     return pixels
 
@@ -51,7 +53,9 @@ def read_image_size(path: Path, turned: bool = False) -> tuple[int, int]:
             sideways = turned and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (file.width, file.height) if sideways else (file.height, file.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor --fix'") from None
+        raise DataError(
+            f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor DATA --fix COPY'"
+        ) from None
 
 
 class ImageStore:

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import resource
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,22 @@ def test_what_training_refuses_the_doctor_finds_and_repairs(case, tmp_path, caps
     assert "not fit for training; --fix writes a repaired copy" in capsys.readouterr().out
     assert run("doctor", tmp_path / "data", "--fix", tmp_path / "fixed") == 0
     assert run("doctor", tmp_path / "fixed") == 0
+
+
+@pytest.mark.parametrize("layout", ["annotations/instances_{}2017.json", "{}/_annotations.coco.json", "{}.json"])
+def test_the_doctor_that_is_advised_sees_the_whole_data_set_wherever_its_json_lies(layout, tmp_path, capsys):
+    data = box(bbox=[5, 5, 0, 20])(tmp_path / "my data")
+    assert isinstance(data, Path)
+    for split in ("train", "val"):
+        place = data / layout.format(split)
+        place.parent.mkdir(exist_ok=True)
+        (data / f"instances_{split}.json").rename(place)
+    assert run("train", "--data", data, "--run", tmp_path / "run", *SMALL) == 2
+    advised = shlex.split(re.search(r"run '(detr-fast doctor '.*')'", capsys.readouterr().err)[1])
+    assert run(*advised[1:]) == 1
+    findings = capsys.readouterr().out.partition("Findings")[2]
+    assert "missing" not in findings
+    assert "train: box without area (1)" in findings
 
 
 @pytest.fixture(scope="module")
