@@ -86,6 +86,17 @@ def test_every_part_names_files_that_exist_and_no_section_but_the_checks_takes_m
         assert ("NEEDS_GPU" in path.read_text()) == (f"benchmarks/{path.name}" in checked)
 
 
+def test_all_that_runs_on_a_gpu_can_be_collected_without_what_only_training_needs(gpu, tmp_path):
+    (checked,) = (command for name, command, _ in gpu.sections(tmp_path) if name == "tests and checks")
+    files = [word for word in checked if word.endswith(".py")]
+    options = ["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    start = "import sys; sys.modules.update(dict.fromkeys(['pycocotools', 'expecttest'])); import pytest"
+    command = [sys.executable, "-c", f"{start}; raise SystemExit(pytest.main({[*options, *files]!r}))"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], env=environment)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
 def test_a_process_in_which_cuda_is_broken_ends_and_another_goes_on(gpu, tmp_path, monkeypatch):
     pytest.importorskip("xdist")
     case = """

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-pytest.importorskip("accelerate")
-
-from detr_fast.data.scenes import generate_scenes
-from detr_fast.data.transforms import TransformConfig
-from detr_fast.engine.config import TrainConfig
-from detr_fast.models.build import ModelConfig
+# What a run needs is imported where one is made: captured steps are tested where pycocotools is missing, too.
+if TYPE_CHECKING:
+    from detr_fast.engine.config import TrainConfig
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from detr_fast.data.scenes import generate_scenes
+
     return generate_scenes(tmp_path_factory.mktemp("tiny") / "scenes", train=12, val=4, size=40)
 
 
 @pytest.fixture
 def tiny(scenes: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     """tiny(name="run", **changes): the settings of a run in tmp_path / name: 3 steps an epoch."""
+    from detr_fast.data.transforms import TransformConfig
+    from detr_fast.engine.config import TrainConfig
+    from detr_fast.models.build import ModelConfig
 
     def config(name: str = "run", **changes: Any) -> TrainConfig:
         values: dict[str, Any] = {
