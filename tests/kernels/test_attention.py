@@ -11,6 +11,7 @@ from detr_fast.ops.attention_eager import EagerAttention, attention_weights
 from detr_fast.ops.dropout import keep_mask
 from detr_fast.testing import assert_as_accurate_as_eager
 from detr_fast.testing.interpreter import checked_interpreter
+from tests.attention_inputs import padded, qkv
 
 pytestmark = pytest.mark.interpreter
 
@@ -38,12 +39,6 @@ def eager(q, k, v, padding, mask, causal, scale):
     return EagerAttention().run(q, k, v, padding, mask, causal, 0.0, scale, q.shape[2] != k.shape[2])
 
 
-def qkv(batch, queries, keys, heads, dim, value_dim=None, key_heads=None):
-    key_heads = key_heads or heads
-    shapes = (queries, heads, dim), (keys, key_heads, dim), (keys, key_heads, value_dim or dim)
-    return [torch.randn(batch, *shape) for shape in shapes]
-
-
 def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, generation=None, **options):
     assert_as_accurate_as_eager(
         lambda q, k, v, mask: KernelAttention.apply(q, k, v, padding, mask, causal, scale, generation),
@@ -52,18 +47,6 @@ def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, gene
         dtype=[dtype] * 3 + [FP32 if dtype == BF16 else dtype],
         **options,
     )
-
-
-def padded(kind, batch, keys):
-    """Padding masks: at the end of the first element, scattered, of all keys of the first element."""
-    mask = torch.zeros(batch, keys, dtype=torch.bool)
-    if kind == "end":
-        mask[0, keys * 2 // 3 :] = True
-    elif kind == "scattered":
-        mask[:] = torch.rand(batch, keys) > 0.6
-    elif kind == "all":
-        mask[0] = True
-    return mask
 
 
 # Tiles are 128 queries by 64 keys in 16 bits (64 by 64 in the backward), 64 by 32 in fp32: sizes of one tile, one more and
