@@ -206,8 +206,10 @@ def attention_config(
     unaligned: q, k or v are loaded one by one. generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
-        if itemsize == 2 and block <= 64:
-            return ATTENTION_SHARED_MASK if kernel == "shared_mask" else ATTENTION_MASK[block]
+        if kernel == "mask" and itemsize == 2 and block <= 64:
+            return ATTENTION_MASK[block]
+        if kernel == "shared_mask" and itemsize == 2 and block <= 32:
+            return ATTENTION_SHARED_MASK
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
     if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
         side = 64 if itemsize == 2 and block <= 128 else 32
