@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,30 @@ EMULATING = (
 # Arguments of attention's kernels that several programs write, the same values: the list (or copy) of the keys that are
 # visible, which each program reads back itself, and the rows' statistics, which the next launch reads.
 IDENTICAL_WRITES = ("list_ptr", "statistics_ptr")
+
+
+@contextmanager
+def emulated_instead(**_):
+    """In `checked_interpreter`'s place: its record of launches, with kernels that run in the emulator."""
+    from detr_fast.kernels import launch
+
+    from detr_fast.testing.interpreter import InterpreterChecks
+    from detr_fast.testing.ptx import emulated_gpu
+
+    checks = InterpreterChecks(int32_limit=0)
+    launch.observers.append(checks.observe)
+    try:
+        with emulated_gpu(identical_writes=IDENTICAL_WRITES):
+            yield checks
+    finally:
+        launch.observers.remove(checks.observe)
+
+
+def pytest_configure() -> None:
+    if EMULATING:
+        from detr_fast.testing import interpreter
+
+        interpreter.checked_interpreter = emulated_instead
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,19 +73,8 @@ def interpreter(request):
     if marker is None or not (INTERPRETING or EMULATING) or None in marker.args:
         yield None
         return
-    from detr_fast.testing.interpreter import InterpreterChecks, checked_interpreter
+    from detr_fast.testing.interpreter import checked_interpreter
 
-    if EMULATING:
-        from detr_fast.kernels import launch
-
-        from detr_fast.testing.ptx import emulated_gpu
-
-        checks = InterpreterChecks(int32_limit=0)
-        launch.observers.append(checks.observe)
-        with emulated_gpu(identical_writes=IDENTICAL_WRITES):
-            yield checks
-        launch.observers.remove(checks.observe)
-        return
     with checked_interpreter(**marker.kwargs) as checks:
         yield checks
 

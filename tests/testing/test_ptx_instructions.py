@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from detr_fast.testing.ptx import Deadlock, Race, emulated_gpu
+from detr_fast.testing.ptx import Deadlock, OutsideMemory, Race, emulated_gpu
 from detr_fast.testing.ptx.driver import run_grid
 from detr_fast.testing.ptx.translator import translate
 
@@ -89,6 +89,8 @@ ONES = 0xFFFFFFFF
         ("fma.rn.f32 %r4, %r2, %r2, %r3;", bits(1 + 2.0**-12), bits(-1.0), bits(2.0**-11 + 2.0**-24)),
         ("add.ftz.f32 %r4, %r2, %r3;", bits(2.0**-126 * 1.5), bits(-(2.0**-126)), 0),
         ("max.f32 %r4, %r2, %r3;", bits(math.nan), bits(3.0), bits(3.0)),
+        ("max.f32 %r4, %r2, %r3;", bits(-0.0), bits(0.0), bits(0.0)),
+        ("min.f32 %r4, %r2, %r3;", bits(0.0), bits(-0.0), bits(-0.0)),
         ("ex2.approx.ftz.f32 %r4, %r2;", bits(-126.5), 0, 0),
         ("cvt.rni.s32.f32 %r4, %r2;", bits(2.5), 0, 2),
         ("cvt.rzi.s32.f32 %r4, %r2;", bits(-3e9), 0, 0x80000000),
@@ -156,3 +158,15 @@ def test_shared_memory_read_in_another_thread_of_the_warp_needs_the_warps_barrie
     else:
         with pytest.raises(Race, match="read after write of shared memory at 124, by thread 31"):
             run(body, [0] * 32, [0] * 32)
+
+
+def test_threads_that_store_different_values_to_one_place_race_and_of_the_same_value_do_not():
+    store = "mov.b32 %r5, global_smem;\nst.shared.b32 [%r5], {value};\nbar.sync 0;\nld.shared.b32 %r4, [%r5];"
+    assert run(store.format(value="%r2"), [7] * 64, [0] * 64) == [7] * 64
+    with pytest.raises(Race, match="write different values to shared memory at 0 in the same instruction"):
+        run(store.format(value="%r1"), [7] * 64, [0] * 64)
+
+
+def test_an_access_behind_the_end_of_shared_memory_is_seen():
+    with pytest.raises(OutsideMemory, match="4 bytes at 1024 of shared memory, which has 1024"):
+        run("mov.b32 %r5, global_smem;\nst.shared.b32 [%r5+1024], %r1;\nmov.b32 %r4, 0;", [0] * 32, [0] * 32)

@@ -24,6 +24,17 @@ def flush(x: Array) -> Array:
     return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
 
 
+def smaller(a: Array, b: Array) -> Array:
+    """min of floats: the other one where one is NaN; -0 is less than +0."""
+    return -larger(-a, -b)
+
+
+def larger(a: Array, b: Array) -> Array:
+    result = np.fmax(a, b)
+    zeros = (a == 0) & (b == 0)
+    return np.where(zeros, a + b, result) if zeros.any() else result
+
+
 def bf16_to_f32(bits: Array) -> Array:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
