@@ -251,7 +251,8 @@ def _of_64_columns(
         if causal and not heavy and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
             config = replace(config, rows=64 if generation == "hopper" else 32, columns=64)
         if mask_run <= 4:
-            config = replace(config, num_stages=2)
+            rows = 16 if generation == "blackwell" and block <= 32 else config.rows
+            config = replace(config, rows=rows, num_stages=2)
         return replace(config, num_warps=8) if unaligned else config
     if kernel == "forward":
         # On sm_100, where accumulators come a whole row to a lane, and sm_120, up to 304 bytes a thread spill with 4 warps.
@@ -259,7 +260,7 @@ def _of_64_columns(
         short = mask_run <= (4 if block == 64 else 2)
         if (heavy and crowded) or short or (block == 64 and (unaligned or generation == "blackwell")):
             config = replace(config, num_warps=8)
-        if generation == "blackwell" and heavy and block == 64:
+        if generation == "blackwell" and heavy and (block == 64 or mask_run <= 4):
             config = replace(config, columns=32)
     return config
 

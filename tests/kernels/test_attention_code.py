@@ -76,7 +76,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
         ("sm_80", 64, "forward", {"padding": True, "vector": 1}),
         ("sm_90", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
-        ("sm_80", 32, "keys", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2}),
+        ("sm_120", 32, "keys", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2}),
         ("sm_80", 64, "forward", {"padding": True, "causal": True, "mask": torch.bool, "mask_vector": 4}),
         ("sm_90", 128, "keys", {"causal": True}),
         ("sm_120", 128, "keys", {"padding": True, "vector": 1}),
