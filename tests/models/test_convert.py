@@ -244,7 +244,7 @@ def hugging_face_folder(folder: Path, content: str) -> Path:
         (lambda folder: write(folder / "a.pth", b"nonsense"), r"cannot read .*a\.pth"),
         (lambda folder: write(folder / "a.pth", b""), r"cannot read .*a\.pth as a checkpoint"),
         (lambda folder: write(folder / "a.safetensors", b"nonsense"), r"a\.safetensors is not a safetensors file"),
-        (lambda folder: folder, r"is no Hugging Face folder; expected config\.json"),
+        (lambda folder: folder, r"is neither a Hugging Face folder nor a run's; expected config\.json"),
         (
             lambda folder: hugging_face_folder(folder, "{"),
             r"config\.json is not JSON",
