@@ -175,11 +175,11 @@ def attention_backward_keys_kernel(
     k = k_visible
     shown = None
     if dq_ptr is not None:
-        # Here all keys of a row of dq meet: a hidden one counts as zero, and scores as a visible one, lest its weight,
-        # whatever the row's log-sum-exp, be infinite. Under an attn_mask it scores -inf.
-        if mask_ptr is not None:
+        # Here all keys of a row of dq meet: a hidden one counts as zero, and must not have a weight that is infinite, whatever
+        # the row's log-sum-exp: in the masked pass it scores -inf, in the other one as a visible key, which all rows see.
+        if CAUSAL or mask_ptr is not None:
             shown = visible
-        else:
+        if mask_ptr is None:
             column = tl.arange(0, BLOCK_N)
             shown_column = tl.where(visible, column, tl.max(tl.where(visible, column, 0), 0))
             k = load_rows(k_ptr, shown_column * k_row, None, E, BLOCK_E, VEC)

@@ -42,6 +42,8 @@ def is_norm(part: Any) -> bool:
 
 def activation_name(activation: Any) -> str | None:
     """The op's name for an activation module or function; None for another one."""
+    if isinstance(activation, nn.Module) and not is_bare(activation):
+        return None
     kind = type(activation).__name__
     if kind == "GELUActivation":  # transformers'
         return "gelu" if activation.act is F.gelu else None

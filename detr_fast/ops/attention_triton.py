@@ -378,7 +378,7 @@ def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, m
 
 
 def _autograd_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    if wants_grad(dout, dlse, q, k, v):
+    if wants_grad(dout, dlse, q, k, v, rest[1]):
         return _Backward.apply(dout, dlse, q, k, v, *rest)
     return _backward.below(dout, dlse, q, k, v, *rest)
 

@@ -363,7 +363,12 @@ def test_what_is_not_finite_is_clamped_as_transformers_does(dtype, value):
 PARTS = {
     "Detr": ["encoder.layers.0.mlp", "encoder.layers.0.mlp.fc2", "decoder.layers.1.final_layer_norm"],
     "TableTransformer": ["encoder.layers.0.fc1", "decoder.layers.0.encoder_attn_layer_norm"],
-    "Bert": ["encoder.layer.0.output", "encoder.layer.0.intermediate", "encoder.layer.1.attention.output.LayerNorm"],
+    "Bert": [
+        "encoder.layer.0.output",
+        "encoder.layer.0.intermediate.intermediate_act_fn",
+        "encoder.layer.0.intermediate",
+        "encoder.layer.1.attention.output.LayerNorm",
+    ],
     "ViT": ["layers.0.mlp", "layers.1.layernorm_after"],
 }
 

@@ -55,6 +55,20 @@ def test_it_is_as_accurate_as_eager(atomics, interpreter, dtype):
 
 
 @interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padding_in_front_hides_no_key_behind_a_visible_one_that_a_causal_row_does_not_see(atomics, dtype):
+    padding = torch.arange(32)[None] < 8
+    q, k, v = qkv(queries=32, keys=32, dim=16)
+    k[:, -1] *= 20  # a score that no row but the last has in its log-sum-exp
+    assert_as_accurate_as_eager(
+        lambda q, k, v: ops.attention(q, k, v, key_padding_mask=padding, is_causal=True),
+        reference=lambda q, k, v: EagerAttention().run(q, k, v, padding, None, True, 0.0, None),
+        inputs=[q, k, v],
+        dtype=dtype,
+    )
+
+
+@interpreter
 @pytest.mark.parametrize("backends", [("triton_atomics", "triton"), ("triton", "triton_atomics")])
 def test_the_choice_made_in_forward_is_kept_for_backward(interpreter, backends):
     q, k, v = qkv(requires_grad=True)

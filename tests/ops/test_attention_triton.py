@@ -89,6 +89,19 @@ def test_the_double_backward_is_right_also_with_dropout(triton):
 
 
 @interpreter
+def test_a_mask_over_frozen_inputs_has_a_gradient_that_can_be_differentiated():
+    q, k, v = (torch.randn(1, 3, 1, 4) for _ in range(3))
+    mask = torch.randn(3, 3, requires_grad=True)
+    found = []
+    for backend in ("triton", "eager"):
+        with use_backend(attention=backend):
+            y = ops.attention(q, k, v, attn_mask=mask)
+        (first,) = torch.autograd.grad(y.square().sum(), mask, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), mask)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@interpreter
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_double_backward_is_as_accurate_as_eagers(triton, is_causal):
     padding = end_padding()

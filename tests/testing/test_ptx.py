@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 from detr_fast.kernels import layer_norm
 
 from detr_fast.testing.ptx import Fault, MisalignedAccess, OutsideMemory, Race, Uninitialised, Unsupported, emulated_gpu
-from detr_fast.testing.ptx.machine import Machine
+from detr_fast.testing.ptx.machine import Machine, _rounded_alike
 from detr_fast.testing.ptx.translator import translate
 
 pytestmark = pytest.mark.offline
@@ -233,3 +234,12 @@ def test_shared_memory_that_nothing_wrote_is_not_read():
 
     with emulated_gpu() as gpu, pytest.raises(Uninitialised, match="nothing has written"):
         run_grid(program, (1, 1, 1), [], 64, gpu)
+
+
+def test_threads_may_store_sums_that_differ_by_rounding_and_nothing_else():
+    def words(*values):
+        return np.array(values, np.float32).view(np.uint32)
+
+    assert _rounded_alike(words(1e6, 0.5), words(1e6 + 0.5, 0.5))
+    assert not _rounded_alike(words(1e6, 0.5), words(1e6 + 0.5, 0.0))
+    assert not _rounded_alike(np.array([7], np.uint32), np.array([12], np.uint32))

@@ -369,8 +369,8 @@ def _rounded_alike(one: Array, other: Array) -> bool:
         return False
     a, b = one.view(np.float32), other.view(np.float32)
     finite = np.isfinite(a) & np.isfinite(b)
-    bound = 2.0**-20 * np.abs(a[finite]).max(initial=0)
     with np.errstate(all="ignore"):
+        bound = 2.0**-20 * np.maximum(np.abs(a), np.abs(b))
         alike = np.where(finite, np.abs(a - b) <= bound, (a == b) | (np.isnan(a) & np.isnan(b)))
     return bool(alike.all())
 
