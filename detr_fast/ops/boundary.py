@@ -3,7 +3,8 @@
 Every kernel call is an op of the namespace `detr_fast`, so that FakeTensor, dispatch modes, `torch.compile` and selective
 checkpointing see it. The low-level `define`/`impl` costs 2 µs a crossing where the `custom_op` decorator costs 10; a forward
 with gradients crosses twice (to autograd's kernel and below it), and so does its backward. Where no mode, transform,
-compiler or profiler would see the op, what it would have come to is called directly.
+compiler or profiler would see the op, what it would have come to is called directly. (An `ExecutionTraceObserver` that runs
+alone can't be asked for; beside a profiler it sees the ops.)
 """
 
 from __future__ import annotations
