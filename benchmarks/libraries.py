@@ -55,7 +55,11 @@ CROSS_ENTROPIES = {"liger": liger_cross_entropy, "cut_cross_entropy": cut_cross_
 
 
 class Padded:
-    """What libraries want to know of padded keys, made once for a batch: `visible` is (B, S), keys that count come first."""
+    """What libraries want to know of padded keys, made once for a batch: `visible` is (B, S), keys that count come first.
+
+    The bias lies in rows of a multiple of eight: PyTorch's memory-efficient kernel would copy another in each call, all
+    heads and queries of it where it is expanded, and xformers' takes no other.
+    """
 
     def __init__(self, visible: Tensor, heads: int, queries: int, dtype: torch.dtype) -> None:
         batch, keys = visible.shape
@@ -63,8 +67,8 @@ class Padded:
         self.places = visible.flatten().nonzero().squeeze(1)
         self.query_ends = torch.arange(batch + 1, device=visible.device, dtype=torch.int32) * queries
         self.key_ends = torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)]).to(torch.int32)
-        bias = torch.zeros(batch, 1, 1, keys, device=visible.device, dtype=dtype)
-        self.bias = bias.masked_fill(~visible[:, None, None], float("-inf")).expand(-1, heads, queries, -1)
+        bias = torch.zeros(batch, 1, 1, -(-keys // 8) * 8, device=visible.device, dtype=dtype)[..., :keys]
+        self.bias = bias.masked_fill_(~visible[:, None, None], float("-inf")).expand(-1, heads, queries, -1)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, padded: Padded | None, dropout_p: float) -> Tensor:

@@ -106,7 +106,7 @@ def test_attention(case, shape):
 
     names = ("auto", "triton", *(["triton_atomics"] if backward else []))
     functions: dict[str, Callable[..., Any]] = {name: partial(ours, name, padding) for name in names}
-    bias = None if padded is None else padded.bias[:, :1, :1]  # a broader one SDPA would copy to pad its rows
+    bias = None if padded is None else padded.bias[:, :1, :1]  # SDPA broadcasts it itself
     functions |= {name: partial(sdpa, backend, bias) for name, backend in BACKENDS.items()}
     if shape in FLEX and not dropout_p:
         functions["flex"] = flex_peer(padding, shape)
