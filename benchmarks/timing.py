@@ -17,8 +17,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def compare(
 ) -> None:
     """Check what each of `peers` computes against `eager`'s error from `truth`, time those that are right, and record it.
 
-    A peer that fails or is wrong does not stop the others. One of `OURS` is an error, raised at the end; another's is only
-    recorded, since it may not take such a call.
+    A peer that is wrong or fails, be it in its hundredth call, does not stop the others. One of `OURS` is an error, raised at
+    the end; another's is only recorded, since it may not take such a call.
 
     Args:
         eager, truth: PyTorch's own result, and the same in fp64; without them nothing is checked.
@@ -90,84 +91,125 @@ def compare(
     """
     if time.time() > float(os.environ.get("DETR_FAST_DEADLINE", "inf")):
         pytest.skip("out of time")
-    recorded: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Step] = {}
-    failures: dict[str, BaseException] = {}
+    outcome = Outcome(case, moves)
     expected, exact = (None if call is None else [t.detach() for t in call()] for call in (eager, truth))
-    for name, call in peers.items():
+
+    def checked(name: str, call: Step) -> None:
+        found = (checks or {}).get(name, call)()
+        if expected is not None and exact is not None:
+            check(name, found, expected, exact)
+        del found
+        if checks:
+            call()
+        synchronize()
+
+    ready = {name: call for name, call in peers.items() if outcome.attempt(name, partial(checked, name, call))}
+    expected = exact = None  # their memory
+    if not CHECK_ONLY:
+        outcome.peers |= timed(ready, outcome.attempt)
+        outcome.record(claims)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if outcome.failures:
+        name, first = next(iter(outcome.failures.items()))
+        raise AssertionError(f"{', '.join(outcome.failures)} failed; {name}: {first_line(first)}") from first
+
+
+class Outcome:
+    """What is known of a case's peers: times, or why there are none."""
+
+    def __init__(self, case: str, moves: int) -> None:
+        self.case, self.moves = case, moves
+        self.peers: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, BaseException] = {}  # of `OURS`
+
+    def attempt(self, name: str, run: Callable[[], object]) -> bool:
+        """Whether `run` goes through; if not, the reason is told of the peer."""
         try:
-            found = (checks or {}).get(name, call)()
-            if expected is not None and exact is not None:
-                check(name, found, expected, exact)
-            del found
-            if checks:
-                call()
-            synchronize()
-            ready[name] = call
+            run()
+            return True
         except NotInstalled as absent:
-            recorded[name] = {"absent": str(absent)}
+            self.peers[name] = {"absent": str(absent)}
         except torch.OutOfMemoryError as error:
             if CHECK_ONLY:  # beside other processes
                 pytest.skip(f"out of memory: {first_line(error)}")
-            recorded[name] = {"refused": first_line(error)}
+            self.peers[name] = {"refused": first_line(error)}
         except Exception as error:  # whatever a peer throws, the others go on
             wrong = name.startswith(OURS)
-            recorded[name] = {"failed" if wrong else "refused": first_line(error)}
+            self.peers[name] = {"failed" if wrong else "refused": first_line(error)}
             if wrong:
-                failures[name] = error
+                self.failures[name] = error
             try:
                 synchronize()
             except RuntimeError as broken:  # CUDA, for this whole process
                 if not CHECK_ONLY:
-                    record({"case": case, "moves": moves, "peers": recorded, "claims": []})
+                    self.record(())
                 raise AssertionError(f"{name} broke CUDA: {first_line(error)}") from broken
-    del expected, exact
-    if not CHECK_ONLY:
-        recorded |= timed(ready)
-        judged = [claim.judged(recorded) for claim in claims]
-        record({"case": case, "moves": moves, "peers": recorded, "claims": judged})
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    if failures:
-        name, first = next(iter(failures.items()))
-        raise AssertionError(f"{', '.join(failures)} failed; {name}: {first_line(first)}") from first
+        return False
+
+    def record(self, claims: Iterable[Claim]) -> None:
+        judged = [claim.judged(self.peers) for claim in claims]
+        record({"case": self.case, "moves": self.moves, "peers": self.peers, "claims": judged})
 
 
-def timed(calls: Mapping[str, Step]) -> dict[str, dict[str, Any]]:
-    """Of each call: "wall" and "gpu" ms, their quartiles' distance as a share, and the peak of memory in MiB."""
-    issue, once = {}, {}
-    memory: dict[str, int] = {}
-    for name, call in calls.items():
+def timed(calls: Mapping[str, Step], attempt: Callable[[str, Callable[[], object]], bool]) -> dict[str, dict[str, Any]]:
+    """Of each call: "wall" and "gpu" ms, their quartiles' distance as a share, and the peak of memory in MiB.
+
+    attempt: runs a part of it for one name; where it says False, that call is out.
+    """
+    timers = {name: Timer(call) for name, call in calls.items()}
+
+    def in_turn(part: Callable[[Timer], None]) -> None:
+        for name, timer in list(timers.items()):
+            if not attempt(name, partial(part, timer)):
+                del timers[name]
+
+    in_turn(Timer.warm_up)
+    once = sum(timer.once for timer in timers.values())
+    rounds = int(min(max(SECONDS * len(timers) / max(once, 1e-9), ROUNDS[0]), ROUNDS[1]))
+    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE)
+    for _ in range(rounds):
+        in_turn(Timer.time_wall)
+        in_turn(lambda timer: timer.time_gpu(flushed))
+    return {name: timer.told() | {"rounds": rounds} for name, timer in timers.items()}
+
+
+class Timer:
+    """One call's times: `walls` and `gpus` in ms; `issue`, the host's for one call, and `once`, all of one, in s."""
+
+    def __init__(self, call: Step) -> None:
+        self.call = call
+        self.issue = self.once = 0.0
+        self.memory = 0
+        self.walls: list[float] = []
+        self.gpus: list[float] = []
+
+    def warm_up(self) -> None:
         for _ in range(sized(3, 0)):
-            call()
+            self.call()
         synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
-        call()
-        issue[name] = time.perf_counter() - begun
+        self.call()
+        self.issue = time.perf_counter() - begun
         synchronize()
-        once[name] = max(time.perf_counter() - begun, 1e-6)
-        memory[name] = torch.cuda.max_memory_allocated() - before
-    rounds = int(min(max(SECONDS * len(calls) / max(sum(once.values()), 1e-9), ROUNDS[0]), ROUNDS[1]))
-    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE)
-    walls: dict[str, list[float]] = {name: [] for name in calls}
-    gpus: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            walls[name].append(_wall(call, sized(max(1, min(20, round(2e-3 / once[name]))), 1)))
-        for name, call in calls.items():
-            gpus[name].append(_gpu(call, issue[name], flushed))
-    return {
-        name: {
-            "wall": statistics.median(walls[name]),
-            "gpu": statistics.median(gpus[name]),
-            "spread": max(_spread(walls[name]), _spread(gpus[name])),
-            "MiB": memory[name] / 2**20,
-            "rounds": rounds,
+        self.once = max(time.perf_counter() - begun, 1e-6)
+        self.memory = torch.cuda.max_memory_allocated() - before
+
+    def time_wall(self) -> None:
+        self.walls.append(_wall(self.call, sized(max(1, min(20, round(2e-3 / self.once))), 1)))
+
+    def time_gpu(self, flushed: Tensor) -> None:
+        self.gpus.append(_gpu(self.call, self.issue, flushed))
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "wall": statistics.median(self.walls),
+            "gpu": statistics.median(self.gpus),
+            "spread": max(_spread(self.walls), _spread(self.gpus)),
+            "MiB": self.memory / 2**20,
         }
-        for name in calls
-    }
 
 
 def _wall(call: Step, repeats: int) -> float:

@@ -69,6 +69,41 @@ def test_ours_is_not_timed_where_it_is_wrong_or_fails_and_the_others_are(results
     assert entry["claims"][0]["measured"] is None
 
 
+@pytest.mark.parametrize("calls", [1, 4, 5, 6, 7], ids=["warm-up", "measured-for-rounds", "wall", "gpu", "next-round"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no plan for this\nand more"), torch.OutOfMemoryError("80 GiB")], ids=["error", "memory"]
+)
+def test_a_peer_that_fails_in_a_later_call_is_out_with_its_reason_and_the_others_are_timed(
+    results, calls, error, monkeypatch
+):
+    """The first is the checked one; then come four that warm up, then rounds of two."""
+    monkeypatch.setattr(timing, "_wall", lambda call, repeats: 1.0 * len(call()))
+
+    def tiring(left):
+        def call():
+            left.append(0)
+            if len(left) > calls:
+                raise error
+            return one()
+
+        return call
+
+    over = Claim("faster", ("flash", "eager"), 0.0)
+    compare("theirs", {"flash": tiring([]), "auto": one, "eager": one}, eager=one, truth=one, claims=[over])
+    peers = results()[0]["peers"]
+    assert peers["flash"] == {"refused": timing.first_line(error)}
+    assert peers["auto"]["rounds"] >= 4
+    assert results()[0]["claims"][0]["measured"] == pytest.approx(peers["eager"]["wall"] / peers["auto"]["wall"])
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(AssertionError, match="auto failed; auto: RuntimeError: no plan"):
+            compare("ours", {"auto": tiring([]), "eager": one}, claims=[over])
+        ours = results()[1]
+        assert ours["peers"]["auto"] == {"failed": "RuntimeError: no plan for this"}
+        assert "wall" in ours["peers"]["eager"]
+        assert ours["claims"][0]["measured"] is None
+
+
 def test_what_is_checked_may_be_another_call_than_what_is_timed(results):
     compare("case", {"auto": wrong}, eager=one, truth=one, checks={"auto": one})
     assert "wall" in results()[0]["peers"]["auto"]
