@@ -167,6 +167,7 @@ def attention_backward_queries_kernel(
     dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     rows = head_index.to(tl.int64) * longest + row_start + tl.arange(0, BLOCK_M)
     all_rows = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64) * longest
+    # Programs that share a row's keys all write its statistics, equal to the bit, and read none of them.
     lse, delta = row_statistics(out, dout, lse_ptr, dlse_ptr, statistics_ptr, rows, all_rows, exists)
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)

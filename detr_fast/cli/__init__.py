@@ -18,6 +18,7 @@ COMMANDS = (
     "predict",
     "explain",
     "tune",
+    "bench",
     "kernels",
     "convert-weights",
     "export",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,11 +55,8 @@ def ceiling(timings: Iterable[Timing]) -> int:
     return NEVER if maximum else 0
 
 
-def tune(device: torch.device, progress: Progress = print) -> Iterator[Regime]:
-    """Measure all that is decided by measurement on such a device, one after the other; about a minute.
-
-    What can't be measured is told, and stays as it was.
-    """
+def measures(device: torch.device, progress: Progress = print) -> dict[str, Callable[[], Regime]]:
+    """All that is decided by measurement on such a device, by name."""
     measures: dict[str, Callable[[], Regime]] = {}
     if device.type != "cpu":
         measures["layer_norm"] = partial(tune_layer_norm, device, progress)
@@ -67,7 +64,17 @@ def tune(device: torch.device, progress: Progress = print) -> Iterator[Regime]:
         measures |= {group.regime: partial(tune_group, group, device, progress) for group in GROUPS}
         measures["linear_assignment"] = partial(tune_linear_assignment, device, progress)
     measures["linear_assignment on the CPU"] = partial(tune_threads, progress)
-    for name, measure in measures.items():
+    return measures
+
+
+def tune(device: torch.device, progress: Progress = print, only: Collection[str] | None = None) -> Iterator[Regime]:
+    """Take these `measures`, all where None, one after the other; about a minute.
+
+    What can't be measured is told, and stays as it was.
+    """
+    for name, measure in measures(device, progress).items():
+        if only is not None and name not in only:
+            continue
         try:
             yield measure()
         except Exception as error:  # a kernel that fails here must not keep the others from being measured
@@ -214,7 +221,8 @@ def _architecture(device: torch.device) -> str:
 
 def _line(text: str, other: str, timing: Timing, ours: str = "kernel") -> str:
     wrong = "" if timing.right else "; the kernel's result is WRONG, it stays off here"
-    return f"{text}: {other} {timing.eager:.4f} ms, {ours} {timing.kernel:.4f} ms{wrong}"
+    ratio = timing.eager / timing.kernel
+    return f"{text}: {other} {timing.eager:.4f} ms, {ours} {timing.kernel:.4f} ms ({ratio:.2f}×){wrong}"
 
 
 def _interleaved(

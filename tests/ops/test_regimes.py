@@ -96,12 +96,29 @@ def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache,
     tune()
     (entry,) = [r for r in regimes.known() if r not in regimes.SHIPPED]
     assert (entry.op, entry.architecture, entry.eager_minimum) == ("linear_assignment", "cpu", 24 * 20**2 * 100)
-    assert "48 × (20, 100) on the CPU: scipy 1.0000 ms, threads 0.5000 ms" in capsys.readouterr().out
+    assert "48 × (20, 100) on the CPU: scipy 1.0000 ms, threads 0.5000 ms (2.00×)" in capsys.readouterr().out
     monkeypatch.setattr(sys.modules["detr_fast.ops.linear_assignment"], "_threads", lambda: 2)
     chosen = []
     with dispatch.recording(lambda op, decision: chosen.append(decision.implementation.name)):
         linear_assignment(torch.rand(24, 20, 100))
     assert chosen == ["threads"]
+
+
+def test_bench_times_what_begins_with_a_name_and_writes_nothing(cache, monkeypatch, capsys):
+    from detr_fast.cli.bench import bench
+    from detr_fast.engine.errors import EngineError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tuning, "_interleaved", lambda step, *_, **__: step() and (1.0, 0.5))
+    bench(["linear_assign"])
+    told = capsys.readouterr().out
+    assert "only assignment on this CPU" in told
+    assert "24 × (50, 300) on the CPU: scipy 1.0000 ms, threads 0.5000 ms (2.00×)" in told
+    assert regimes.known() == regimes.SHIPPED
+    with pytest.raises(
+        EngineError, match="named attention: there is linear_assignment on the CPU; PyTorch sees no GPU"
+    ):
+        bench(["attention"])
 
 
 def test_what_cannot_be_measured_is_told_and_the_rest_is_measured(monkeypatch):
