@@ -29,7 +29,10 @@ def sample(index: int, target: str) -> list[Entry]:
 
 # Every variant on sm_90; each kernel once on every other target, and there another variant on each, so that together they
 # cover what differs between targets (types, layouts, tile sizes) without compiling all of everything.
-COVER = {target: list(CATALOG) if target == "sm_90" else sample(index, target) for index, target in enumerate(TARGETS)}
+COVER = {
+    target: [one for one in CATALOG if one.is_for(target)] if target == "sm_90" else sample(index, target)
+    for index, target in enumerate(TARGETS)
+}
 for target in ("sm_100", "sm_120"):
     COVER[target] += [one for one in CATALOG if one.targets == ("sm_100", "sm_120") and one not in COVER[target]]
 

@@ -240,6 +240,7 @@ def test_threads_may_store_sums_that_differ_by_rounding_and_nothing_else():
     def words(*values):
         return np.array(values, np.float32).view(np.uint32)
 
-    assert _rounded_alike(words(1e6, 0.5), words(1e6 + 0.5, 0.5))
-    assert not _rounded_alike(words(1e6, 0.5), words(1e6 + 0.5, 0.0))
+    assert _rounded_alike(words(1e6, 0.5), words(1e6 + 0.0625, 0.5))
+    assert _rounded_alike(words(1.0, 1e-9), words(1.0, -1e-9))  # sums that cancel
+    assert not _rounded_alike(words(1e6, 0.5), words(1e6, 0.0))
     assert not _rounded_alike(np.array([7], np.uint32), np.array([12], np.uint32))
