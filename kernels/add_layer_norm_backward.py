@@ -232,7 +232,7 @@ def residual_norm_backward(
     """
     dy, dy_stride = as_rows(dy)
     dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
-    weight = weight if weight.is_contiguous() else weight.contiguous()
+    weight = weight.contiguous()
     shape, device, columns = dy.shape, dy.device, dy.shape[-1]
     dresidual = empty(shape, dresidual_dtype, device)
     separate = dropout is not None or dx_dtype != dresidual_dtype

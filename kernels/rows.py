@@ -194,7 +194,7 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
 
 def packed(parameter: Tensor | None) -> Tensor | None:
     """A weight or bias (C,) as kernels read it, element beside element; a copy where it lies otherwise."""
-    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+    return None if parameter is None else parameter.contiguous()
 
 
 def run_length(element_size: int, strides: int, addresses: int) -> int:

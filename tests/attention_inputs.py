@@ -1,14 +1,14 @@
-"""Inputs that the tests of attention's kernels share."""
+"""Inputs that the tests of attention share."""
 
 from __future__ import annotations
 
 import torch
 
 
-def qkv(batch, queries, keys, heads, dim, value_dim=None, key_heads=None):
+def qkv(batch=1, queries=5, keys=7, heads=1, dim=8, value_dim=None, key_heads=None, **options):
     key_heads = key_heads or heads
     shapes = (queries, heads, dim), (keys, key_heads, dim), (keys, key_heads, value_dim or dim)
-    return [torch.randn(batch, *shape) for shape in shapes]
+    return [torch.randn(batch, *shape, **options) for shape in shapes]
 
 
 def padded(kind, batch, keys):
@@ -20,4 +20,11 @@ def padded(kind, batch, keys):
         mask[:] = torch.rand(batch, keys) > 0.6
     elif kind == "all":
         mask[0] = True
+    return mask
+
+
+def end_padding(batch=1, keys=7):
+    """The last two keys of the first element are padding."""
+    mask = torch.zeros(batch, keys, dtype=torch.bool)
+    mask[0, keys - 2 :] = True
     return mask

@@ -16,6 +16,7 @@ from detr_fast.ops.attention import ATTENTION, EagerAttention
 from detr_fast.ops.attention_packed import run_packed
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.testing import assert_as_accurate_as_eager
+from tests.attention_inputs import qkv
 
 interpreter = pytest.mark.interpreter
 ROWS = "attention_backward_rows_kernel"  # launched by this backward alone
@@ -32,10 +33,6 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def qkv(batch=1, queries=5, keys=7, heads=1, dim=8, **options):
-    return [torch.randn(batch, n, heads, dim, **options) for n in (queries, keys, keys)]
 
 
 PADDING = torch.arange(7)[None] >= 5

@@ -3,18 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from detr_fast.kernels import attention as kernels
 from detr_fast.kernels.attention_problem import Problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
-from detr_fast.explanation import explaining
-from detr_fast.ops.attention import ATTENTION, EagerAttention
+from detr_fast.ops.attention import EagerAttention
 from detr_fast.ops.attention_call import weights_dtype
-from detr_fast.ops.attention_triton import TritonAttention
 from detr_fast.testing import assert_as_accurate_as_eager
+from tests.attention_inputs import end_padding, qkv
 
 interpreter = pytest.mark.interpreter
 
@@ -23,16 +21,6 @@ interpreter = pytest.mark.interpreter
 def triton():
     with use_backend(attention="triton"):
         yield
-
-
-def qkv(batch=1, queries=5, keys=7, heads=1, dim=8, **options):
-    return [torch.randn(batch, n, heads, dim, **options) for n in (queries, keys, keys)]
-
-
-def end_padding(batch=1, keys=7):
-    mask = torch.zeros(batch, keys, dtype=torch.bool)
-    mask[0, keys - 2 :] = True
-    return mask
 
 
 @interpreter
@@ -246,35 +234,6 @@ def test_without_gradients_nothing_is_recorded(triton):
 
 
 @interpreter
-def test_a_failing_compilation_is_seen_before_the_forward_runs(monkeypatch):
-    from detr_fast.ops import attention_triton
-
-    def fail(*_):
-        raise RuntimeError("no registers left")
-
-    ATTENTION.forget()
-    monkeypatch.setattr(attention_triton, "compile_variant", fail)
-    with use_backend(attention="triton"), pytest.raises(BackendError, match="no registers left"):
-        ops.attention(*qkv())
-    ATTENTION.forget()
-
-
-@pytest.mark.parametrize(("dropout_p", "stand_in"), [(0.0, "sdpa"), (0.5, "eager")])
-def test_what_stands_in_for_a_kernel_that_fails_to_compile_drops_the_same(monkeypatch, dropout_p, stand_in):
-    def fail(*_):
-        raise RuntimeError("no registers left")
-
-    for name in ("refusal", "advice"):
-        monkeypatch.setattr(TritonAttention, name, lambda *_: None)
-    monkeypatch.setattr(TritonAttention, "prepare", fail)
-    ATTENTION.forget()
-    with pytest.warns(RuntimeWarning, match="no registers left"), explaining() as records:
-        ops.attention(*qkv(), dropout_p=dropout_p)
-    assert records[0].chosen == stand_in
-    ATTENTION.forget()
-
-
-@interpreter
 @pytest.mark.parametrize("batch_heads", [(1, 1), (2, 3)])
 def test_the_eager_implementation_is_the_kernels_twin_in_dropout(batch_heads):
     batch, heads = batch_heads
@@ -290,59 +249,6 @@ def test_the_eager_implementation_is_the_kernels_twin_in_dropout(batch_heads):
         results.append([*out, *torch.autograd.grad(out[1], (q, k, v), dout)])
     for ours, twin in zip(*results):
         torch.testing.assert_close(ours, twin, atol=2e-5, rtol=1e-4)
-
-
-def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
-    from detr_fast.kernels import launch
-
-    from detr_fast.ops import attention_triton
-
-    compiled, launched = [], []
-    monkeypatch.setattr(attention_triton, "compile_variant", lambda variant, device: compiled.append(variant))
-    monkeypatch.setattr(launch, "observers", [lambda one: launched.append(one.variant)])
-    ATTENTION.forget()
-    for dtype, dim, options in (
-        (torch.bfloat16, 32, {"key_padding_mask": end_padding(), "dropout_p": 0.1}),
-        (torch.float16, 20, {"attn_mask": torch.rand(5, 7) > 0.5, "is_causal": True}),
-        (torch.float32, 16, {"attn_mask": torch.randn(1, 1, 5, 7)}),
-    ):
-        options = {k: t.to("meta") if isinstance(t, torch.Tensor) else t for k, t in options.items()}
-        q, k, v = qkv(dim=dim, dtype=dtype, device="meta", requires_grad=True)
-        compiled.clear(), launched.clear()
-        with use_backend(attention="triton"):
-            out = ops.attention(q, k, v, **options)
-        assert out.shape == q.shape
-        assert len(compiled) == 3
-        problem = attention_triton.attention_problem(
-            q, k, v, options.get("key_padding_mask"), options.get("attn_mask"),
-            torch.zeros(1, dtype=torch.int64, device="meta") if "dropout_p" in options else None,
-            (options.get("is_causal", False), options.get("dropout_p", 0.0), 1.0, 0, False),
-        )  # fmt: skip
-        out, lse = kernels.attention_forward(problem)
-        attention_triton.backward_kernels.attention_backward(problem, out, lse, out)
-        assert launched[-3:] == compiled
-    ATTENTION.forget()
-
-
-def test_both_backwards_are_compiled_beforehand_where_a_gradient_of_the_log_sum_exp_may_arrive(monkeypatch):
-    from detr_fast.kernels import launch
-
-    from detr_fast.ops import attention_triton
-
-    compiled, launched = [], []
-    monkeypatch.setattr(attention_triton, "compile_variant", lambda variant, device: compiled.append(variant))
-    monkeypatch.setattr(launch, "observers", [lambda one: launched.append(one.variant)])
-    ATTENTION.forget()
-    q, k, v = qkv(dim=16, device="meta", requires_grad=True)
-    with use_backend(attention="triton"):
-        ops.attention(q, k, v, return_lse=True)
-    problem = attention_triton.attention_problem(q, k, v, None, None, None, (False, 0.0, 1.0, 0, False))
-    out, lse = kernels.attention_forward(problem)
-    for dlse in (None, lse):
-        attention_triton.backward_kernels.attention_backward(problem, out, lse, out, dlse)
-    assert len(compiled) == 4
-    assert set(launched) == set(compiled)
-    ATTENTION.forget()
 
 
 def test_masks_whose_offsets_inside_a_tile_would_not_fit_32_bits_are_copied():
