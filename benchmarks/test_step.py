@@ -63,6 +63,10 @@ class Pair:
             decoder_layers=self.config.decoder_layers,
         )
         peer = transformers.DetrForObjectDetection(config).to(self.device)
+        # transformers 5 means to train them, as the original does, but looks for "stage.1" where its ResNet says "stages.1",
+        # and so freezes the whole backbone.
+        for stage in peer.model.backbone.model.encoder.stages[1:]:
+            stage.requires_grad_(True)
         load_weights(self.ours, Weights(from_huggingface(peer.state_dict())))
         return peer
 
@@ -115,11 +119,18 @@ class Pair:
         return step
 
 
+def trained(model: torch.nn.Module) -> int:
+    """How many numbers it trains."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def check(pair: Pair) -> None:
-    """Both must find the same before either is timed; TF32's convolutions would round each its own way."""
+    """Both must train as much and find the same before either is timed; TF32's convolutions would round each its own way."""
+    ours, theirs = trained(pair.ours), trained(pair.peer)
+    assert ours == theirs, f"we train {ours:,} numbers, and Hugging Face's model {theirs:,}: not timed"
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        ours, theirs = pair.logits()
-    error = (ours - theirs).norm() / theirs.norm()
+        found, expected = pair.logits()
+    error = (found - expected).norm() / expected.norm()
     assert error < 1e-3, f"our logits differ from Hugging Face's (relative error {error:.2e}): not timed"
 
 

@@ -31,6 +31,16 @@ def test_a_wrong_model_is_not_timed():
         check(pair)
 
 
+def test_a_model_that_trains_less_is_not_timed():
+    pytest.importorskip("transformers")
+    pair = Pair("cpu", size=(64, 64), batch=1, layers=1)
+    pair.peer.model.backbone.requires_grad_(False)
+    with pytest.raises(
+        AssertionError, match=r"we train 26,833,248 numbers, and Hugging Face's model 3,\d{3},\d{3}: not"
+    ):
+        check(pair)
+
+
 def test_without_transformers_our_step_is_measured_and_profiled_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # its import fails
     monkeypatch.setenv("DETR_FAST_RESULTS", str(tmp_path))
