@@ -139,7 +139,7 @@ def linear_cross_entropy_forward(
         if dx is not None:
             torch.mm(logits, weight, out=dx[part])
         if wanted[1]:
-            dw = _plus_product(dw, logits.mT, x[part])
+            dw = plus_product(dw, logits.mT, x[part])
         if wanted[2]:
             own = logits.sum(0, dtype=fp32)
             db = own if db is None else db.add_(own)
@@ -150,16 +150,17 @@ def linear_cross_entropy_forward(
     return losses, counts, dx, dw, db
 
 
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, in place; in fp32 from end to end: 16 bits would round each block's part, and fp16 overflow."""
-    if a.dtype == torch.float32:
+def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, in place; 16 bits in fp32 from end to end: they would round each block's part, and fp16 overflow."""
+    if a.dtype.itemsize > 2:
         return a @ b if total is None else total.addmm_(a, b)
     if not sums_16_bits_in_fp32(a.device):
         if total is None:
             total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
         return total.addmm_(a.float(), b.float())
-    own = torch.mm(a, b, out_dtype=torch.float32)
-    return own if total is None else total.add_(own)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
 
 
 _MM_OVERLOADS = torch.ops.aten.mm.overloads()

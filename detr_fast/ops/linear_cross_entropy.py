@@ -22,15 +22,15 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import cross_entropy as kernels
-from detr_fast.ops import linear_probabilities, regimes
+from detr_fast.ops import regimes
 from detr_fast.ops.boundary import define, integers, wants_grad
-from detr_fast.ops.linear_cross_entropy_chunked import Chunked
+from detr_fast.ops.linear_cross_entropy_chunked import Chunked, rows_at_once
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
 from detr_fast.ops.products import autocast_dtype, eager_gradients
 
-# With the kernel, at least so many rows at once: a block's products do 6 FLOPs a row for each element of weight, whose
-# gradient's sum moves 12 bytes. 1,024 rows make that 512 FLOPs a byte; an H100's tensor cores can do some 300.
-BLOCK_ROWS = 1024
+# With the kernel, as many rows at once as make 256 MiB of logits, but at least 1,024: a block's products do 6 FLOPs a
+# row for each element of weight, whose gradient's sum moves 8 bytes.
+BLOCK_BYTES, BLOCK_ROWS = 256 << 20, 1024
 WHOLE_ELEMENTS = 1 << 26  # up to 256 MiB of fp32 logits are materialised: that saves backward a matmul
 
 
@@ -147,6 +147,8 @@ class TritonLinearCrossEntropy(TritonImplementation):
         return None
 
     def advice(self, call: LinearCrossEntropyCall) -> str | None:
+        if call.rows * call.classes > WHOLE_ELEMENTS:
+            return None  # logits of which all are not to exist at once: blocks by PyTorch's operations are computed twice
         return regimes.advice("linear_cross_entropy", call, call.rows * call.classes * call.dtype.itemsize)
 
     def note(self, call: LinearCrossEntropyCall) -> str | None:
@@ -270,7 +272,7 @@ def _run(
     smoothing: float,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    at_once = max(BLOCK_ROWS, linear_probabilities.BLOCK_ELEMENTS // weight.shape[0])
+    at_once = rows_at_once(BLOCK_BYTES // x.element_size(), weight.shape[0], BLOCK_ROWS)
     inputs = (x, weight, bias, target, class_weight, ignore_index, smoothing)
     losses, counts, *gradients = kernels.linear_cross_entropy_forward(*inputs, (*wanted,), at_once)
     if reduction == "mean":
@@ -320,8 +322,13 @@ class _Forward(torch.autograd.Function):
 
             return (*eager_gradients(again, inputs[:3], g, wanted), *[None] * 6)
         scale = g * scale
-        gradients = ((d * scale).to(of.dtype) if want else None for d, of, want in zip((dx, dw, db), inputs, wanted))
+        gradients = (_times(d, scale, of) if want else None for d, of, want in zip((dx, dw, db), inputs, wanted))
         return (*gradients, *[None] * 6)
+
+
+def _times(gradient: Tensor, scale: Tensor, of: Tensor) -> Tensor:
+    """gradient * scale in `of`'s dtype, rounded once and without an fp32 copy of as many bytes as the weight's gradient."""
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=of.dtype))
 
 
 def _autograd(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:

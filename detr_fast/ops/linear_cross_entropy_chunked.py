@@ -1,6 +1,7 @@
 """Cross-entropy of a linear layer by PyTorch's operations, on a block of rows at a time; see `linear_cross_entropy`.
 
 What is kept for backward is one number a row, the logarithm of the softmax's sum; backward computes each block again.
+Products are in x's dtype with sums in fp32, the loss is in fp32, and the gradient of the logits in x's dtype, as eager's.
 Source: Wijmans et al., 2024, arXiv:2411.09009, "Cut Your Losses in Large-Vocabulary Language Models".
 """
 
@@ -13,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detr_fast.kernels.cross_entropy import plus_product
 from detr_fast.ops import linear_probabilities
 from detr_fast.ops.products import eager_gradients
+
+# At least so many rows at once on a GPU, in whole tiles: each block reads and writes the gradient of weight in fp32, 8 bytes
+# an element, for 4 FLOPs a row of it in tensor cores.
+BLOCK_ROWS, TILE = 512, 128
 
 
 @dataclass(frozen=True)
@@ -43,19 +49,27 @@ def _losses(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> Tensor:
     return loss * (1.0 - of.share) + everything * of.present[rows] * (of.share / logits.shape[1])
 
 
-def _logit_gradient(logits: Tensor, lse: Tensor, of: _Labels, rows: slice, g: Tensor) -> Tensor:
-    """Of the rows' losses, weighted with g (n,), for the logits, in whose memory it lies."""
-    probability = logits.sub_(lse[:, None]).exp_()
-    at_label = g * of.counts[rows]
+def _logit_gradient(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> tuple[Tensor, Tensor]:
+    """Of the rows' losses for the logits, (n, V) in their dtype, but for a factor of each row; and that factor, (n,).
+
+    The factor meets x and the product with weight instead, which have fewer elements.
+    """
+    counts, label = of.counts[rows], of.labels[rows, None]
+    classes = logits.shape[1]
+    chosen = logits.gather(1, label)[:, 0].to(lse.dtype).sub_(lse).exp_()  # 1 less 16 bits of it would be 0 too often
+    gradient = logits.softmax(1)
     if of.present is None:
-        return probability.mul_(at_label[:, None]).scatter_add_(1, of.labels[rows, None], -at_label[:, None])
-    class_weight = of.class_weight
-    at_label = at_label * (1.0 - of.share)
-    everywhere = g * of.present[rows] * (of.share / logits.shape[1])
-    total = float(logits.shape[1]) if class_weight is None else class_weight.sum()
-    probability.mul_((at_label + everywhere * total)[:, None])
-    probability.scatter_add_(1, of.labels[rows, None], -at_label[:, None])
-    return probability.sub_(everywhere[:, None] if class_weight is None else everywhere[:, None] * class_weight)
+        return gradient.scatter_(1, label, (chosen - 1.0)[:, None].to(gradient.dtype)), counts
+    class_weight, everywhere = of.class_weight, of.present[rows] * (of.share / classes)
+    factor = counts * (1.0 - of.share) + everywhere * (classes if class_weight is None else class_weight.sum())
+    at_label, everywhere = (torch.where(factor == 0.0, 0.0, t / factor) for t in (counts * (1.0 - of.share), everywhere))
+    if class_weight is None:
+        gradient.sub_(everywhere[:, None])
+        chosen -= at_label + everywhere
+    else:
+        gradient.addcmul_(everywhere[:, None], class_weight, value=-1.0)
+        chosen -= at_label + everywhere * class_weight[label[:, 0]]
+    return gradient.scatter_(1, label, chosen[:, None].to(gradient.dtype)), factor
 
 
 class Chunked(torch.autograd.Function):
@@ -78,7 +92,9 @@ class Chunked(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for rows in _blocks(x, weight):
                 logits = F.linear(x[rows], weight, bias).to(counts.dtype)
-                lses[rows] = lse = logits.logsumexp(1)
+                # One kernel, and what it wrote at the label; `logsumexp` would be five.
+                place = labels[rows, None]
+                lses[rows] = lse = (logits.gather(1, place) - logits.log_softmax(1).gather(1, place))[:, 0]
                 losses[rows] = _losses(logits, lse, of, rows)
         ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
         ctx.share = share
@@ -100,22 +116,29 @@ class Chunked(torch.autograd.Function):
             return (*eager_gradients(again, (x, weight, bias), g, wanted), *[None] * 5)
 
         dx = torch.empty_like(x) if wanted[0] else None
-        dw = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
-        db = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None
+        dw = db = None
         for rows in _blocks(x, weight):
-            logits = F.linear(x[rows], weight, bias).to(dtype)
-            gradient = _logit_gradient(logits, lses[rows], of, rows, g[rows])
-            if db is not None:
-                db += gradient.sum(0)
-            gradient = gradient.to(x.dtype)
+            gradient, factor = _logit_gradient(F.linear(x[rows], weight, bias), lses[rows], of, rows)
+            factor = (factor * g[rows])[:, None]
             if dx is not None:
-                dx[rows] = gradient @ weight
-            if dw is not None:
-                dw += gradient.mT @ x[rows]
+                torch.mul(gradient @ weight, factor, out=dx[rows])
+            if wanted[1]:
+                dw = plus_product(dw, gradient.mT, (x[rows] * factor).to(x.dtype))
+            if wanted[2]:
+                own = (gradient * factor).sum(0)
+                db = own if db is None else db.add_(own)
+        dw = torch.zeros_like(weight) if wanted[1] and dw is None else dw
+        db = torch.zeros_like(bias) if wanted[2] and db is None else db
         dw, db = (None if d is None else d.to(x.dtype) for d in (dw, db))
         return dx, dw, db, None, None, None, None, None
 
 
 def _blocks(x: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, linear_probabilities.BLOCK_ELEMENTS // weight.shape[0])
+    size = rows_at_once(linear_probabilities.BLOCK_ELEMENTS, weight.shape[0], BLOCK_ROWS if x.is_cuda else 1)
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
+
+
+def rows_at_once(elements: int, classes: int, least: int) -> int:
+    """How many rows of logits make about so many `elements`, but at least so many; whole tiles of a product's."""
+    rows = max(least, elements // classes)
+    return rows if rows < TILE else rows // TILE * TILE

@@ -31,7 +31,7 @@ def chunked(monkeypatch):
 def triton(monkeypatch):
     """The kernel in the interpreter, on blocks of five rows."""
     monkeypatch.setattr(module, "BLOCK_ROWS", 5)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 0)
     with use_backend(linear_cross_entropy="triton"), checked_interpreter():
         yield
 
@@ -308,9 +308,9 @@ def test_opcheck_accepts_the_kernel_and_a_compiled_model_has_no_graph_break():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtype):
-    rows, features, classes = 4096, 64, 32000
+@pytest.mark.parametrize(("dtype", "blocks"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtype, blocks):
+    rows, features, classes = 8192, 64, 32000  # 256 MiB of logits are 2,048 rows in fp32
     x, weight = (torch.empty(n, features, device="meta", dtype=dtype, requires_grad=True) for n in (rows, classes))
     target = torch.empty(rows, device="meta", dtype=torch.int64)
 
@@ -319,11 +319,11 @@ def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtyp
 
     with use_backend(linear_cross_entropy="triton"):
         ours = count(step, x, weight, target)
-    chunks = -(-rows // module.BLOCK_ROWS)
-    assert ours.launches["cross_entropy_kernel"] == chunks
+    assert ours.launches["cross_entropy_kernel"] == blocks
     products = {name: n for name, n in ours.launches.items() if "mm" in name}
-    assert sum(products.values()) == 3 * chunks, products
-    assert ours.launches["aten.mm.dtype"] == (0 if dtype == torch.float32 else chunks)  # from 16 bits into fp32
+    assert sum(products.values()) == 3 * blocks, products
+    in_fp32 = [ours.launches[f"aten.{name}"] for name in ("mm.dtype", "addmm.dtype_out")]  # from 16 bits, and added there
+    assert in_fp32 == ([0, 0] if dtype == torch.float32 else [1, blocks - 1])
     logits, both_gradients = 4 * rows * classes, 4 * (rows + classes) * features
     assert ours.saved_bytes <= both_gradients + 8 * rows + 64 < logits / 20
 
@@ -337,10 +337,10 @@ def test_where_pytorch_has_no_product_from_16_bits_into_fp32_operands_are_conver
     kernels.sums_16_bits_in_fp32.cache_clear()
     a, b = (torch.empty(8, 4, device="meta", dtype=torch.float16) for _ in range(2))
     try:
-        counted = count(lambda: kernels._plus_product(None, a.mT, b))
+        counted = count(lambda: kernels.plus_product(None, a.mT, b))
         assert not counted.launches["aten.mm.dtype"]
         assert counted.launches["aten.addmm_.default"] == 1
-        assert kernels._plus_product(None, a.mT, b).dtype == torch.float32
+        assert kernels.plus_product(None, a.mT, b).dtype == torch.float32
     finally:
         kernels.sums_16_bits_in_fp32.cache_clear()
 
