@@ -148,7 +148,7 @@ class TritonLinearCrossEntropy(TritonImplementation):
 
     def advice(self, call: LinearCrossEntropyCall) -> str | None:
         if call.rows * call.classes > WHOLE_ELEMENTS:
-            return None  # logits of which all are not to exist at once: blocks by PyTorch's operations are computed twice
+            return None  # whole logits are out of the question, and blocks by PyTorch's operations are computed twice
         return regimes.advice("linear_cross_entropy", call, call.rows * call.classes * call.dtype.itemsize)
 
     def note(self, call: LinearCrossEntropyCall) -> str | None:

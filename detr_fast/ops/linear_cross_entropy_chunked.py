@@ -61,8 +61,9 @@ def _logit_gradient(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> tu
     if of.present is None:
         return gradient.scatter_(1, label, (chosen - 1.0)[:, None].to(gradient.dtype)), counts
     class_weight, everywhere = of.class_weight, of.present[rows] * (of.share / classes)
-    factor = counts * (1.0 - of.share) + everywhere * (classes if class_weight is None else class_weight.sum())
-    at_label, everywhere = (torch.where(factor == 0.0, 0.0, t / factor) for t in (counts * (1.0 - of.share), everywhere))
+    at_label = counts * (1.0 - of.share)
+    factor = at_label + everywhere * (classes if class_weight is None else class_weight.sum())
+    at_label, everywhere = (torch.where(factor == 0.0, 0.0, part / factor) for part in (at_label, everywhere))
     if class_weight is None:
         gradient.sub_(everywhere[:, None])
         chosen -= at_label + everywhere

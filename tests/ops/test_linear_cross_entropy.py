@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import cross_entropy as kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import use_backend
+from detr_fast.ops import regimes
+from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.testing import assert_as_accurate_as_eager
 from detr_fast.testing.counters import count
 from detr_fast.testing.interpreter import checked_interpreter
@@ -56,7 +59,7 @@ OPTIONS = [
     {"label_smoothing": 0.1},
     {"class_weight": torch.linspace(0.1, 2, 13)},
     {"class_weight": torch.linspace(0.1, 2, 13), "label_smoothing": 0.3, "reduction": "none"},
-    {"class_weight": torch.linspace(0.1, 2, 13), "label_smoothing": 0.3},
+    {"class_weight": torch.linspace(0, 2, 13), "label_smoothing": 0.3},
     {"ignore_index": 3, "label_smoothing": 1.0},
 ]
 
@@ -322,7 +325,9 @@ def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtyp
     assert ours.launches["cross_entropy_kernel"] == blocks
     products = {name: n for name, n in ours.launches.items() if "mm" in name}
     assert sum(products.values()) == 3 * blocks, products
-    in_fp32 = [ours.launches[f"aten.{name}"] for name in ("mm.dtype", "addmm.dtype_out")]  # from 16 bits, and added there
+    in_fp32 = [
+        ours.launches[f"aten.{name}"] for name in ("mm.dtype", "addmm.dtype_out")
+    ]  # from 16 bits, and added there
     assert in_fp32 == ([0, 0] if dtype == torch.float32 else [1, blocks - 1])
     logits, both_gradients = 4 * rows * classes, 4 * (rows + classes) * features
     assert ours.saved_bytes <= both_gradients + 8 * rows + 64 < logits / 20
@@ -362,6 +367,24 @@ def test_auto_materialises_small_logits_and_cuts_large_ones(monkeypatch):
     assert chosen[0][0] == "eager"
     assert "logits fit" in chosen[0][1]["chunked"]
     assert chosen[1][0] == "chunked"
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_on_a_gpu_auto_takes_the_kernel_where_logits_are_not_kept_even_if_whole_ones_were_measured_faster(
+    measured, monkeypatch
+):
+    entry = Regime("linear_cross_entropy", "sm_90", NEVER, NEVER, "") if measured else None
+    monkeypatch.setattr(regimes, "find", lambda *_: entry)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    dispatch.forget_decisions()
+    with FakeTensorMode():
+        x, weight = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (4096, 32000))
+        target = torch.empty(4096, device="cuda", dtype=torch.int64)
+        chosen = [
+            module.LINEAR_CROSS_ENTROPY.choose(x[:n], weight, None, target[:n], None, -100, reduction, 0.0).name
+            for n, reduction in ((8, "mean"), (4096, "mean"), (4096, "none"))
+        ]
+    assert chosen == ["eager", "triton", "chunked"]
 
 
 @pytest.mark.parametrize(
