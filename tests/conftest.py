@@ -62,6 +62,21 @@ def _repeatable():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def unmeasured(monkeypatch, tmp_path):
+    """No GPU was ever measured: neither by the user nor before this detr-fast was shipped."""
+    from detr_fast import dispatch
+    from detr_fast.ops import regimes
+
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(regimes, "SHIPPED", tuple(r for r in regimes.SHIPPED if r.architecture == "cpu"))
+    regimes.known.cache_clear()
+    dispatch.forget_decisions()
+    yield
+    regimes.known.cache_clear()
+    dispatch.forget_decisions()
+
+
 @pytest.fixture(autouse=True)
 def interpreter(request):
     """Tests marked `interpreter` run their kernels in the checked interpreter; the value tells what was launched.

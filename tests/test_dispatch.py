@@ -102,7 +102,7 @@ def test_what_is_slow_is_refused_by_auto_but_taken_by_name(op):
         assert op.choose(torch.ones(2)).name == "fused"
 
 
-def test_what_could_run_in_parts_does_not_ask_where_the_answer_is_always_no(monkeypatch):
+def test_what_could_run_in_parts_does_not_ask_where_the_answer_is_always_no(unmeasured, monkeypatch):
     product = ops.feed_forward.__globals__["FEED_FORWARD"]
     arguments = (
         torch.ones(2, 4),

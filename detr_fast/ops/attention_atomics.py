@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall
-from detr_fast.ops.attention_triton import TritonAttention, input_bytes
+from detr_fast.ops.attention_triton import NARROW, TritonAttention, few_queries, input_bytes, measured_as
 
 
 def _regime(call: AttentionCall) -> str:
     """Two measurements: where queries are few, so are the sums to be cleared and converted, and programs that share them many."""
-    return "attention_atomics_few_queries" if 4 * call.queries <= call.keys else "attention_atomics"
+    return "attention_atomics_few_queries" if few_queries(call) else "attention_atomics"
 
 
 class TritonAtomicsAttention(TritonAttention):
@@ -17,7 +17,6 @@ class TritonAtomicsAttention(TritonAttention):
 
     name = "triton_atomics"
     max_head_dim = 128  # from there on the deterministic backward takes as few cycles
-    measured_head_dim = 32  # what `tune` measures
     atomics = True
 
     def why_not(self, call: AttentionCall) -> str | None:
@@ -32,8 +31,8 @@ class TritonAtomicsAttention(TritonAttention):
             return "without gradients it is triton's"
         if (against := super().advice(call)) is not None:
             return against
-        if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > self.measured_head_dim:
-            return f"measured in 16 bits at head dimensions up to {self.measured_head_dim} only: ask for it by name"
+        if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > NARROW:
+            return f"measured in 16 bits at head dimensions up to {NARROW} only: ask for it by name"
         if regimes.find(_regime(call), call.architecture) is None:
             return "unmeasured against triton's deterministic backward: run detr-fast tune"
         return regimes.advice(_regime(call), call, input_bytes(call), "triton's deterministic backward")
@@ -41,5 +40,7 @@ class TritonAtomicsAttention(TritonAttention):
     def note(self, call: AttentionCall) -> str | None:
         if not call.needs_grad:
             return super().note(call)
-        unmeasured = super().note(call) or regimes.note(_regime(call), call)
-        return unmeasured or "its backward, by atomics, was measured to be faster than triton's deterministic one"
+        for name in (measured_as(call), _regime(call)):
+            if regimes.unmeasured(name, call):
+                return regimes.note(name, call)
+        return "its backward, by atomics, was measured to be faster than triton's deterministic one"

@@ -21,16 +21,28 @@ from detr_fast.ops.boundary import define, double_backward, isolated, wants_grad
 from detr_fast.ops.dropout import next_seed
 
 
-def _regime(call: AttentionCall) -> str:
-    """Two measurements: PyTorch's flash kernels take calls in 16 bits without masks, slower ones all others."""
-    extras = call.key_padding or call.attn_mask or call.return_lse or call.weights
-    return "attention_masked" if extras or call.dtype == torch.float32 else "attention"
+def measured_as(call: AttentionCall) -> str:
+    """The name of the measurements that decide: PyTorch has other kernels for calls in 16 bits without masks than with one,
+    without dropout than with it, and for larger heads, and few programs for few queries.
+    """
+    masked = call.key_padding or call.attn_mask or call.return_lse or call.weights or call.dtype == torch.float32
+    wide = max(call.head_dim, call.value_dim) > NARROW
+    parts = {"masked": masked, "dropout": call.dropout, "wide": wide, "few_queries": not wide and few_queries(call)}
+    return "_".join(["attention", *(name for name, present in parts.items() if present)])
+
+
+def few_queries(call: AttentionCall) -> bool:
+    """Whether they look at many keys, as the decoder's at the image."""
+    return 4 * call.queries <= call.keys
 
 
 def input_bytes(call: AttentionCall) -> int:
     """Bytes of q, k and v."""
     rows = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads)
     return rows * call.head_dim * call.dtype.itemsize
+
+
+NARROW = 32  # the largest head dimension of calls that are measured as narrow
 
 
 class TritonAttention(TritonImplementation):
@@ -47,17 +59,18 @@ class TritonAttention(TritonImplementation):
         return None
 
     def advice(self, call: AttentionCall) -> str | None:
-        if _regime(call) == "attention" and regimes.find("attention", call.architecture) is None:
+        name = measured_as(call)
+        if "masked" not in name and regimes.find(name, call.architecture) is None:
             return (
                 "without masks PyTorch's own flash kernels take the call: unmeasured against them, run detr-fast tune"
             )
         size = input_bytes(call)
         if call.weights is not None:  # which PyTorch writes and reads several times
             size += call.batch * call.heads * call.queries * call.keys * call.dtype.itemsize
-        return regimes.advice(_regime(call), call, size)
+        return regimes.advice(name, call, size)
 
     def note(self, call: AttentionCall) -> str | None:
-        return regimes.note(_regime(call), call)
+        return regimes.note(measured_as(call), call)
 
     def compiled_key(self, call: AttentionCall) -> Any:
         masks = (call.key_padding, call.attn_mask, call.is_causal, call.dropout)

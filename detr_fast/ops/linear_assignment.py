@@ -83,7 +83,7 @@ class TritonAssignment(TritonImplementation):
     def advice(self, call: AssignmentCall) -> str | None:
         if regimes.find("linear_assignment", call.architecture) is None:
             return None  # unmeasured; but the host need not wait for it, and every other way does
-        return regimes.advice("linear_assignment", call, call.targets**2 * call.queries)
+        return regimes.advice("linear_assignment", call, call.targets**2 * call.queries, "the host")
 
     def note(self, call: AssignmentCall) -> str | None:
         return regimes.note("linear_assignment", call)

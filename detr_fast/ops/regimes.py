@@ -1,7 +1,8 @@
 """Where an implementation was measured to be faster than what it replaces: data that `auto` reads.
 
 A `Regime` says from and up to which amount of work it wins, on one architecture, with the measurement behind it.
-`detr-fast tune` measures the user's own machine and writes more of them to a cache file, which outranks those shipped here.
+`detr-fast tune` measures the user's own machine and writes more of them to a cache file, which outranks those shipped here:
+what `make gpu` wrote on a GPU of that architecture, as it is, in `measured/<architecture>.json`.
 Without an entry for the architecture the nearest one counts, and `explain` says so. Without any entry, the conservative
 default holds: only where the GPU's time surely outweighs the host's, or where launches are free (a captured CUDA graph).
 """
@@ -26,13 +27,34 @@ UNMEASURED_MINIMUM_BYTES = 32 << 20  # 10 µs at 3 TB/s: above the host's cost o
 
 @dataclass(frozen=True)
 class Regime:
+    """The sizes from a minimum up to a maximum are where an op's kernel is faster than what there is besides.
+
+    Those of the op's main input in bytes (or what `unit` says), launched eagerly, and inside a CUDA graph; NEVER as a
+    minimum: at none. Calls that need no gradient have entries of their own, "<op>_inference", where that was measured.
+    """
+
     op: str
     architecture: str  # "sm_90", "gfx942"; "cpu" for threads against one thread
-    eager_minimum: int  # bytes of the op's main input (or `unit`), run eagerly; below it the alternative is faster
-    captured_minimum: int  # the same inside a CUDA graph
+    eager_minimum: int
+    captured_minimum: int
     source: str  # machine, versions and date of the measurement
-    eager_maximum: int = NEVER  # above it the alternative is faster
+    eager_maximum: int = NEVER
+    captured_maximum: int = NEVER
     unit: str = "bytes"
+
+
+def read(path: Path) -> tuple[Regime, ...]:
+    """The entries of a file; an unreadable one counts as empty."""
+    try:
+        return tuple(Regime(**entry) for entry in json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return ()
+
+
+def _shipped() -> Iterable[Regime]:
+    """What was measured on GPUs: of the machine's CPU each file has an entry, too, which says nothing of another's."""
+    for path in sorted((Path(__file__).parent / "measured").glob("*.json")):
+        yield from (entry for entry in read(path) if entry.architecture == path.stem)
 
 
 SHIPPED: tuple[Regime, ...] = (
@@ -45,7 +67,8 @@ SHIPPED: tuple[Regime, ...] = (
         "0.5 and 1.8), torch 2.14.1, scipy 1.17.1, November 2026",
         unit=SCANS,
     ),
-)  # no GPU has been measured yet; `make gpu` proposes entries
+    *_shipped(),
+)
 
 
 def cache_file() -> Path:
@@ -56,7 +79,7 @@ def cache_file() -> Path:
 
 def save(regimes: Iterable[Regime]) -> Path:
     """Add measurements to the cache file (atomically), in place of older ones of the same, and make them count from now on."""
-    entries = {(r.op, r.architecture): r for r in (*_own(), *regimes)}
+    entries = {(r.op, r.architecture): r for r in (*read(cache_file()), *regimes)}
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -69,51 +92,61 @@ def save(regimes: Iterable[Regime]) -> Path:
 
 @lru_cache(maxsize=1)
 def known() -> tuple[Regime, ...]:
-    """The user's measurements first, then those shipped. An unreadable cache file counts as empty."""
-    return _own() + SHIPPED
+    """The user's measurements first, then those shipped."""
+    return read(cache_file()) + SHIPPED
 
 
-def _own() -> tuple[Regime, ...]:
-    try:
-        return tuple(Regime(**entry) for entry in json.loads(cache_file().read_text()))
-    except (OSError, ValueError, TypeError):
-        return ()
+def inference(op: str) -> str:
+    """The name of an op's measurements without gradients."""
+    return f"{op}_inference"
 
 
 @torch.compiler.assume_constant_result
-def find(op: str, architecture: str | None) -> Regime | None:
-    """The entry for the architecture, else that of the nearest one by the same maker."""
-    entries = [r for r in known() if r.op == op]
-    for entry in entries:
-        if entry.architecture == architecture:
-            return entry
+def find(op: str, architecture: str | None, gradients: bool = True) -> Regime | None:
+    """The entry for the architecture, else that of the nearest one by the same maker; without gradients its own if there is one."""
+    names = [op] if gradients else [inference(op), op]
     maker = (architecture or "")[:3]
-    related = [r for r in entries if r.architecture[:3] == maker]
-    return min(related, key=lambda r: abs(_number(r.architecture) - _number(architecture or "")), default=None)
+    related = [r for r in known() if r.op in names and r.architecture[:3] == maker]
+    return min(
+        related,
+        key=lambda r: (abs(_number(r.architecture) - _number(architecture or "")), names.index(r.op)),
+        default=None,
+    )
 
 
 def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None:
     """The measured (or, unmeasured, conservative) reason against a kernel for this much work; other: what is there besides."""
-    entry = find(op, call.architecture)
+    entry = find(op, call.architecture, call.needs_grad)
     captured = call.situation.regime == "captured"
     if entry is None:
         if captured or size >= UNMEASURED_MINIMUM_BYTES:
             return None
         return f"below {_readable(UNMEASURED_MINIMUM_BYTES)} of input it stays eager until measured: run detr-fast tune"
-    minimum, maximum = (entry.captured_minimum, NEVER) if captured else (entry.eager_minimum, entry.eager_maximum)
-    if size < minimum:
-        return f"below {_amount(minimum, entry.unit)} {other} is faster (measured on {entry.architecture})"
-    if size > maximum:
-        return f"above {_amount(maximum, entry.unit)} the host is faster (measured on {entry.architecture})"
-    return None
+    minimum, maximum = entry.eager_minimum, entry.eager_maximum
+    if captured:
+        minimum, maximum = entry.captured_minimum, entry.captured_maximum
+    if minimum <= size <= maximum:
+        return None
+    limit = f"below {_amount(minimum, entry.unit)}" if size < minimum else f"above {_amount(maximum, entry.unit)}"
+    where = "at all sizes" if minimum == NEVER else limit
+    return (
+        f"{where} {other} is faster{' in a CUDA graph' * captured} (measured on {entry.architecture}: {entry.source})"
+    )
 
 
-def note(op: str, call: Call) -> str | None:
-    """`unmeasured on this GPU …` where no entry of this very architecture stands behind the choice."""
-    entry = find(op, call.architecture)
-    if entry is None or entry.architecture != call.architecture:
+def unmeasured(op: str, call: Call) -> bool:
+    """Whether no entry of this very architecture stands behind the choice."""
+    entry = find(op, call.architecture, call.needs_grad)
+    return entry is None or entry.architecture != call.architecture
+
+
+def note(op: str, call: Call) -> str:
+    """What stands behind the choice of a kernel: `unmeasured on this GPU …` or `measured on …`."""
+    if unmeasured(op, call):
         return "unmeasured on this GPU: run detr-fast tune"
-    return None
+    entry = find(op, call.architecture, call.needs_grad)
+    assert entry is not None
+    return f"measured on {entry.source}"
 
 
 def _number(architecture: str) -> int:

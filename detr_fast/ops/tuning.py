@@ -1,12 +1,13 @@
 """Measures the user's machine and turns the timings into `Regime`s, which `auto` then reads.
 
-Every size is first checked for a right result, then timed, kernel and alternative in turn, both launched eagerly and,
-where both can be, replayed from a CUDA graph (in which launches are free). Without a GPU, what there is to measure is from
-which size on assignment problems are worth several threads.
+Every size is first checked for a right result, then timed, the kernel and what `auto` would take in its place in turn, both
+launched eagerly and, where both can be, replayed from a CUDA graph (in which launches are free). Without a GPU, what there
+is to measure is from which size on assignment problems are worth several threads.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -17,11 +18,12 @@ import torch
 
 from detr_fast import dispatch
 from detr_fast.dispatch import use_backend
-from detr_fast.ops import layer_norm, linear_assignment, matching_cost, regimes
+from detr_fast.ops import linear_assignment, regimes
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning_cases import GROUPS, Group, Step
 
 Progress = Callable[[str], None]
+TOLERATED = 1.05  # times what there is besides; among sizes at which a kernel wins that is noise
 _ROUNDS = 7
 
 
@@ -35,32 +37,32 @@ class Timing:
     right: bool = True
 
 
-def threshold(timings: Iterable[Timing]) -> int:
-    """The smallest size from which on the kernel was right and at least as fast at every larger size too."""
-    minimum = NEVER
-    for timing in sorted(timings, key=lambda t: t.size, reverse=True):
-        if not timing.right or timing.kernel > timing.eager:
-            break
-        minimum = timing.size
-    return minimum
+def interval(timings: Iterable[Timing]) -> tuple[int, int]:
+    """The sizes from and up to which to take the kernel, (NEVER, NEVER) for none: the run of sizes that gains most.
 
-
-def ceiling(timings: Iterable[Timing]) -> int:
-    """The largest size up to which the kernel was right and at least as fast at every smaller size too; 0 for none."""
-    maximum = 0
-    for timing in sorted(timings, key=lambda t: t.size):
-        if not timing.right or timing.kernel > timing.eager:
-            return maximum
-        maximum = timing.size
-    return NEVER if maximum else 0
+    The gain is the sum of the factors' logarithms, so a slower end is never part of the run, and a size in the middle may
+    be up to `TOLERATED` slower: what is measured there is noise as likely as not. A wrong result ends a run. A run that
+    begins at the smallest size, or reaches the largest, holds for all that are smaller, or larger.
+    """
+    ordered = sorted(timings, key=lambda t: t.size)
+    best, found = (0.0, 0), (NEVER, NEVER)
+    for first in range(len(ordered)):
+        gain = 0.0
+        for last in range(first, len(ordered)):
+            timing = ordered[last]
+            if not timing.right or timing.kernel > TOLERATED * timing.eager:
+                break
+            gain += math.log(timing.eager / timing.kernel)
+            if (gain, last + 1 - first) > best:
+                best = gain, last + 1 - first
+                found = ordered[first].size if first else 0, NEVER if last + 1 == len(ordered) else timing.size
+    return found
 
 
 def measures(device: torch.device, progress: Progress = print) -> dict[str, Callable[[], Regime]]:
     """All that is decided by measurement on such a device, by name."""
     measures: dict[str, Callable[[], Regime]] = {}
     if device.type != "cpu":
-        measures["layer_norm"] = partial(tune_layer_norm, device, progress)
-        measures["matching_cost"] = partial(tune_matching_cost, device, progress)
         measures |= {group.regime: partial(tune_group, group, device, progress) for group in GROUPS}
         measures["linear_assignment"] = partial(tune_linear_assignment, device, progress)
     measures["linear_assignment on the CPU"] = partial(tune_threads, progress)
@@ -68,7 +70,7 @@ def measures(device: torch.device, progress: Progress = print) -> dict[str, Call
 
 
 def tune(device: torch.device, progress: Progress = print, only: Collection[str] | None = None) -> Iterator[Regime]:
-    """Take these `measures`, all where None, one after the other; about a minute.
+    """Take these `measures`, all where None, one after the other; about a minute once all is compiled.
 
     What can't be measured is told, and stays as it was.
     """
@@ -83,27 +85,28 @@ def tune(device: torch.device, progress: Progress = print, only: Collection[str]
 
 
 def tune_group(group: Group, device: torch.device, progress: Progress = print) -> Regime:
-    """One of `tuning_cases.GROUPS`."""
-    cases = ((text, size, make(device)) for text, size, make in group.cases)
-    return _against(group.other, group.op, device, cases, progress, group.regime, ours=group.ours, repeats=8)
-
-
-def tune_layer_norm(device: torch.device, progress: Progress = print) -> Regime:
-    """LayerNorm, forward and backward, at DETR's width over growing numbers of rows."""
-    cases = [
-        (f"({rows}, 256) bf16", rows * 256 * 2, layer_norm_step(device, rows, 256))
-        for rows in (256, 1024, 4096, 16384, 65536, 262144)
-    ]
-    return _against("eager", "layer_norm", device, cases, progress)
-
-
-def tune_matching_cost(device: torch.device, progress: Progress = print) -> Regime:
-    """Costs of six decoder layers over growing batches: 100 queries, 20 boxes, 92 classes."""
-    cases = [
-        (f"6 × {images} × (20, 100)", 6 * images * 20 * 100 * 4, matching_cost_step(device, images, 20, 100))
-        for images in (1, 4, 16, 64)
-    ]
-    return _against("eager", "matching_cost", device, cases, progress)
+    """One of `tuning_cases.GROUPS`: where its kernel is faster than what `auto` would take otherwise."""
+    timings: dict[bool, list[Timing]] = {False: [], True: []}
+    for case in group.cases:
+        step, backends = case.make(device, gradients=group.gradients), (case.other, group.ours)
+        right = agree(
+            step if case.checked is None else case.checked(device, gradients=group.gradients), group.op, *backends
+        )
+        for captured in timings:
+            measured = _interleaved(step, group.op, backends, captured=captured, repeats=8)
+            timings[captured].append(Timing(case.size, *measured, right))
+            where = " in a graph" * captured
+            progress(_line(f"{group.regime} {case.text}{where}", case.other, timings[captured][-1]))
+    in_graph, eager = interval(timings[True]), interval(timings[False])
+    return Regime(
+        group.regime,
+        _architecture(device),
+        eager[0],
+        in_graph[0],
+        source(device),
+        eager_maximum=eager[1],
+        captured_maximum=in_graph[1],
+    )
 
 
 def tune_linear_assignment(device: torch.device, progress: Progress = print) -> Regime:
@@ -115,13 +118,14 @@ def tune_linear_assignment(device: torch.device, progress: Progress = print) -> 
         measured = _interleaved(step, "linear_assignment", ("threads", "triton"), repeats=2)
         timings.append(Timing(targets**2 * queries, *measured, right))
         progress(_line(f"linear_assignment 24 × ({targets}, {queries})", "threads", timings[-1]))
+    minimum, maximum = interval(timings)
     return Regime(
         "linear_assignment",
         _architecture(device),
-        0,
+        minimum,
         0,
         source(device),
-        eager_maximum=ceiling(timings),
+        eager_maximum=maximum,
         unit=regimes.SCANS,
     )
 
@@ -137,36 +141,18 @@ def tune_threads(progress: Progress = print) -> Regime:
         progress(
             _line(f"linear_assignment {problems} × ({targets}, {queries}) on the CPU", "scipy", timings[-1], "threads")
         )
-    minimum = threshold(timings)
+    minimum = max(interval(timings)[0], timings[0].size)  # threads gain nothing where there is little to do
     return Regime("linear_assignment", "cpu", minimum, minimum, source(device), unit=regimes.SCANS)
 
 
 def source(device: torch.device) -> str:
-    """What the measurements of a device are of."""
+    """What the measurements of a device are of, and when."""
+    date = time.strftime("%B %Y")
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {date}"
     import scipy
 
-    return f"{torch.get_num_threads()} threads of this CPU, scipy {scipy.__version__}"
-
-
-def layer_norm_step(device: torch.device, rows: int, columns: int) -> Step:
-    x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16, requires_grad=True)
-    weight, bias = (torch.randn(columns, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    dy = torch.randn_like(x)
-
-    def step() -> tuple[torch.Tensor, ...]:
-        y = layer_norm(x, (columns,), weight, bias)
-        return (y, *torch.autograd.grad(y, (x, weight, bias), dy))
-
-    return step
-
-
-def matching_cost_step(device: torch.device, images: int, targets: int, queries: int) -> Step:
-    logits, boxes = torch.randn(6, images, queries, 92, device=device), torch.rand(6, images, queries, 4, device=device)
-    labels = torch.randint(91, (images, targets), device=device)
-    true_boxes, counts = torch.rand(images, targets, 4, device=device), labels.new_full((images,), targets)
-    return lambda: matching_cost(logits, boxes, labels, true_boxes, counts)
+    return f"{torch.get_num_threads()} threads of this CPU, scipy {scipy.__version__}, {date}"
 
 
 def assignment_step(device: torch.device, problems: int, targets: int, queries: int) -> Step:
@@ -187,30 +173,6 @@ def agree(step: Step, op: str, expected: str, found: str) -> bool:
         else torch.equal(a, b)
         for a, b in zip(ours, right)
     )
-
-
-def _against(
-    other: str,
-    op: str,
-    device: torch.device,
-    cases: Iterable[tuple[str, int, Step]],
-    progress: Progress,
-    regime: str | None = None,
-    *,
-    ours: str = "triton",
-    repeats: int = 20,
-) -> Regime:
-    """From which size on the kernel of `op` is faster than another implementation, by the name that `advice` looks up."""
-    regime = regime or op
-    eager_timings: list[Timing] = []
-    captured_timings: list[Timing] = []
-    for text, size, step in cases:
-        right = agree(step, op, other, ours)
-        for captured, timings in ((False, eager_timings), (True, captured_timings)):
-            measured = _interleaved(step, op, (other, ours), captured=captured, repeats=repeats)
-            timings.append(Timing(size, *measured, right))
-            progress(_line(f"{regime} {text}{' in a graph' if captured else ''}", other, timings[-1]))
-    return Regime(regime, _architecture(device), threshold(eager_timings), threshold(captured_timings), source(device))
 
 
 def _architecture(device: torch.device) -> str:
@@ -245,7 +207,8 @@ def _interleaved(
 
 def _captured(step: Step) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # As a training step is captured (engine/graphs.py): `auto` may compile in here what it takes in graphs only.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

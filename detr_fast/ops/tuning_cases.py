@@ -1,47 +1,74 @@
-"""What `tune` measures of the ops whose kernels compete with cuBLAS, with PyTorch's attention and with its row-wise ops.
+"""What `tune` measures: each op's kernel beside what `auto` would take in its place, at DETR's sizes.
 
-Sizes are DETR's: 256 channels, 8 heads, 2,048 hidden channels, images of 850 tokens; forward and backward in bf16 (but for
-the losses), without dropout, so that results can be compared.
+256 channels, 8 heads, 2,048 hidden channels, images of 850 tokens, 100 queries; bf16 but for the matcher and the losses.
+Blocks whose parts would run one by one are measured beside those parts, with the kernels that `auto` takes for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from detr_fast.dispatch import TritonImplementation
+from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.attention import attention
 from detr_fast.ops.detection_losses import detection_losses
-from detr_fast.ops.feed_forward import feed_forward_add_layer_norm
-from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm
-from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
+from detr_fast.ops.feed_forward import FEED_FORWARD
+from detr_fast.ops.layer_norm import layer_norm
+from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
+from detr_fast.ops.linear_cross_entropy import WHOLE_ELEMENTS, linear_cross_entropy
+from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
-from detr_fast.ops.qkv_projection import qkv_projection
+from detr_fast.ops.qkv_projection import QKV_PROJECTION
 
 Step = Callable[[], tuple[Tensor, ...]]
 WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = MEASURED_WIDTH, MEASURED_HIDDEN, 850, 100, 8
-ROWS = (TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
+ROWS = (QUERIES, TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of an op.
+
+    Attributes:
+        text, size: for the reader, and as `advice` counts it.
+        make: makes the step on a device, which returns the results and, with `gradients`, those of all leaves.
+        other: the implementation that `auto` would take at this size without the kernel.
+        checked: makes the step whose results are compared where that is another, without dropout.
+    """
+
+    text: str
+    size: int
+    make: Callable[..., Step]
+    other: str = "eager"
+    checked: Callable[..., Step] | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cases of one `Regime`.
+    """Cases of one `Regime`, named as the op's `advice` looks it up; ours: the implementation that is measured.
 
-    Attributes:
-        regime: the name that the op's `advice` looks up.
-        op, other, ours: the op, and the implementation beside which the kernel is measured, by that name.
-        cases: a text, the size as `advice` counts it, and what makes the step on a device.
+    Without gradients, as in inference, the measurements have a name of their own.
     """
 
-    regime: str
     op: str
-    other: str
-    cases: tuple[tuple[str, int, Callable[[torch.device], Step]], ...]
+    cases: tuple[Case, ...]
+    name: str = ""
     ours: str = "triton"
+    gradients: bool = True
+
+    @property
+    def regime(self) -> str:
+        name = self.name or self.op
+        return name if self.gradients else regimes.inference(name)
 
 
 def _draw(device: torch.device, *shape: int) -> Tensor:
@@ -52,56 +79,119 @@ def _weight(device: torch.device, rows: int, columns: int) -> Tensor:
     return (columns**-0.5 * torch.randn(rows, columns, device=device)).to(torch.bfloat16).requires_grad_()
 
 
-def _step(function: Callable[..., Tensor], *leaves: Tensor) -> Step:
-    """The result and the gradients of all leaves."""
-    dy = torch.randn_like(function(*leaves))
+def _step(function: Callable[..., Any], leaves: Sequence[Tensor], gradients: bool) -> Step:
+    """The results of `function`, a tensor or several, and the gradients of all leaves."""
 
-    def step() -> tuple[Tensor, ...]:
+    @torch.no_grad()
+    def inference() -> tuple[Tensor, ...]:
         y = function(*leaves)
-        return (y, *torch.autograd.grad(y, leaves, dy))
+        return y if isinstance(y, tuple) else (y,)
 
-    return step
+    if not gradients:
+        return inference
+    upstream = [torch.randn_like(y) for y in inference()]
+
+    def training() -> tuple[Tensor, ...]:
+        y = function(*leaves)
+        y = y if isinstance(y, tuple) else (y,)
+        return (*y, *torch.autograd.grad(y, leaves, upstream))
+
+    return training
 
 
-def add_layer_norm_step(device: torch.device, rows: int) -> Step:
+def layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    leaves = (_draw(device, rows, WIDTH), *_norm(device))
+    return _step(lambda x, weight, bias: layer_norm(x, (WIDTH,), weight, bias), leaves, gradients)
+
+
+def add_layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     x, residual = (_draw(device, rows, WIDTH) for _ in range(2))
-    return _step(add_layer_norm, x, residual, *_norm(device))
+    return _step(add_layer_norm, (x, residual, *_norm(device)), gradients)
 
 
-def attention_step(device: torch.device, batch: int, queries: int, tokens: int, padded: bool) -> Step:
+def attention_step(
+    device: torch.device,
+    batch: int,
+    queries: int,
+    tokens: int,
+    heads: int,
+    padded: bool,
+    dropout_p: float = 0.0,
+    gradients: bool = True,
+) -> Step:
     padding = torch.arange(tokens, device=device).expand(batch, -1) >= tokens * 3 // 4 if padded else None
-    q, k, v = (_draw(device, batch, length, HEADS, WIDTH // HEADS) for length in (queries, tokens, tokens))
-    return _step(lambda q, k, v: attention(q, k, v, key_padding_mask=padding), q, k, v)
+    leaves = [_draw(device, batch, length, heads, WIDTH // heads) for length in (queries, tokens, tokens)]
+    return _step(lambda q, k, v: attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p), leaves, gradients)
 
 
-def feed_forward_step(device: torch.device, rows: int, hidden: int = HIDDEN) -> Step:
+def feed_forward_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     weights = (
-        _weight(device, hidden, WIDTH),
-        _draw(device, hidden),
-        _weight(device, WIDTH, hidden),
+        _weight(device, HIDDEN, WIDTH),
+        _draw(device, HIDDEN),
+        _weight(device, WIDTH, HIDDEN),
         _draw(device, WIDTH),
     )
-    return _step(feed_forward_add_layer_norm, _draw(device, rows, WIDTH), *weights, *_norm(device))
+
+    def block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        arguments = (x, w1, b1, w2, b2, weight, bias, 1e-5, "relu", 0.0, 0.0, None, False)
+        if (kernel := FEED_FORWARD.kernel(*arguments)) is not None:
+            return kernel.run(*arguments)
+        return add_layer_norm(F.linear(F.linear(x, w1, b1).relu(), w2, b2), x, weight, bias)
+
+    return _step(block, (_draw(device, rows, WIDTH), *weights, *_norm(device)), gradients)
 
 
-def linear_add_layer_norm_step(device: torch.device, rows: int) -> Step:
+def linear_add_layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    def block(x: Tensor, w: Tensor, b: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        arguments = (x, w, b, residual, weight, bias, 1e-5, 0.0, False)
+        if (kernel := LINEAR_ADD_LAYER_NORM.kernel(*arguments)) is not None:
+            return kernel.run(*arguments)
+        return add_layer_norm(F.linear(x, w, b), residual, weight, bias)
+
     x, residual = (_draw(device, rows, WIDTH) for _ in range(2))
-    weights = (_weight(device, WIDTH, WIDTH), _draw(device, WIDTH))
-    return _step(linear_add_layer_norm, x, *weights, residual, *_norm(device))
+    leaves = (x, _weight(device, WIDTH, WIDTH), _draw(device, WIDTH), residual, *_norm(device))
+    return _step(block, leaves, gradients)
 
 
-def qkv_projection_step(device: torch.device, rows: int) -> Step:
+def qkv_projection_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    """Beside two products, of which attention would read queries and keys, and values: nothing joins them."""
     x, position = (_draw(device, rows, WIDTH) for _ in range(2))
-    return _step(qkv_projection, x, _weight(device, 3 * WIDTH, WIDTH), _draw(device, 3 * WIDTH), position)
+    weight, bias = _weight(device, 3 * WIDTH, WIDTH), _draw(device, 3 * WIDTH)
+    parts = [2 * WIDTH, WIDTH]
+    dy = torch.randn(rows, 3 * WIDTH, device=device).to(torch.bfloat16)
+    halves = [half.contiguous() for half in dy.split(parts, -1)]
+
+    def step() -> tuple[Tensor, ...]:
+        arguments = (x, weight, bias, position, parts[0])
+        kernel = QKV_PROJECTION.choose(*arguments)
+        fused = isinstance(kernel, TritonImplementation)
+        if fused:
+            results = [kernel.run(*arguments)]
+        else:
+            results = [F.linear(*of) for of in zip((x + position, x), weight.split(parts), bias.split(parts))]
+        found = results[0].split(parts, -1) if fused else results
+        if not gradients:
+            return tuple(found)
+        return (*found, *torch.autograd.grad(results, (x, weight, bias, position), [dy] if fused else halves))
+
+    return step if gradients else torch.no_grad()(step)
 
 
-def linear_cross_entropy_step(device: torch.device, rows: int, classes: int) -> Step:
+def linear_cross_entropy_step(device: torch.device, rows: int, classes: int, gradients: bool = True) -> Step:
     target = torch.randint(classes, (rows,), device=device)
     leaves = (_draw(device, rows, WIDTH), _weight(device, classes, WIDTH), _draw(device, classes))
-    return _step(lambda x, weight, bias: linear_cross_entropy(x, weight, bias, target), *leaves)
+    return _step(lambda x, weight, bias: linear_cross_entropy(x, weight, bias, target), leaves, gradients)
 
 
-def detection_losses_step(device: torch.device, images: int) -> Step:
+def matching_cost_step(device: torch.device, images: int, targets: int, queries: int, gradients: bool = False) -> Step:
+    """Six decoder layers, 92 classes; there is no gradient."""
+    logits, boxes = torch.randn(6, images, queries, 92, device=device), torch.rand(6, images, queries, 4, device=device)
+    labels = torch.randint(91, (images, targets), device=device)
+    true_boxes, counts = torch.rand(images, targets, 4, device=device), labels.new_full((images,), targets)
+    return lambda: matching_cost(logits, boxes, labels, true_boxes, counts)
+
+
+def detection_losses_step(device: torch.device, images: int, gradients: bool = True) -> Step:
     """Six decoder layers, 100 queries, 92 classes, 20 boxes an image; fp32, as the losses see them."""
     logits = torch.randn(6, images, 100, 92, device=device).requires_grad_()
     boxes = (torch.rand(6, images, 100, 4, device=device) * 0.5 + 0.2).requires_grad_()
@@ -112,59 +202,97 @@ def detection_losses_step(device: torch.device, images: int) -> Step:
         torch.zeros_like(query[..., :1].expand(-1, -1, 100), dtype=torch.bool),
     )
     rest = (query, labels, true_boxes, counts, broken, counts)
-    return _step(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], logits, boxes)
+    return _step(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], (logits, boxes), gradients)
 
 
 def _norm(device: torch.device) -> tuple[Tensor, Tensor]:
     return _draw(device, WIDTH), _draw(device, WIDTH)
 
 
-def _by_rows(op: str, make: Callable[[torch.device, int], Step]) -> Group:
-    cases = ((f"({rows}, {WIDTH})", rows * WIDTH * 2, partial(_call, make, rows)) for rows in ROWS)
-    return Group(op, op, "eager", tuple(cases))
+def _call(make: Callable[..., Step], size: Sequence[Any], device: torch.device, gradients: bool = True) -> Step:
+    return make(device, *size, gradients=gradients)
 
 
-def _call(make: Callable[..., Step], size: object, device: torch.device) -> Step:
-    return make(device, *size) if isinstance(size, tuple) else make(device, size)
+def _by_rows(op: str, make: Callable[..., Step]) -> Iterator[Group]:
+    cases = tuple(Case(f"({rows}, {WIDTH})", rows * WIDTH * 2, partial(_call, make, (rows,))) for rows in ROWS)
+    group = Group(op, cases)
+    return iter((group, replace(group, gradients=False)))
 
 
-def _attention(regime: str, padded: bool, queries: int = TOKENS, other: str = "sdpa", ours: str = "triton") -> Group:
-    cases = (
-        (
-            f"({batch}, {queries}, {TOKENS})",
-            batch * (queries + 2 * TOKENS) * WIDTH * 2,
-            partial(_call, attention_step, (batch, queries, TOKENS, padded)),
-        )
-        for batch in (1, 4, 16, 64)
-    )
-    return Group(regime, "attention", other, tuple(cases), ours)
+SQUARE = ((1, QUERIES, QUERIES), *((images, TOKENS, TOKENS) for images in (1, 4, 16, 64)))  # images, queries, keys
+FEW = tuple((images, QUERIES, TOKENS) for images in (1, 4, 16, 64))
+
+
+def _attention(sizes: Sequence[tuple[int, int, int]], masked: bool, dropout: bool = False, heads: int = HEADS) -> Group:
+    """Attention as `attention_triton.measured_as` names it: heads of 32 channels, or fewer, larger ones."""
+    few = "few_queries" if sizes is FEW else ""
+    parts = ("attention", "masked" * masked, "dropout" * dropout, "wide" * (heads < HEADS), few)
+    cases = []
+    for images, queries, keys in sizes:
+        size = images, queries, keys, heads, masked
+        step = partial(_call, attention_step, (*size, DROPOUT * dropout))
+        checked = partial(_call, attention_step, size) if dropout else None
+        bytes_read = images * (queries + 2 * keys) * WIDTH * 2
+        cases.append(Case(f"({images}, {queries}, {keys})", bytes_read, step, "sdpa", checked))
+    return Group("attention", tuple(cases), "_".join(filter(None, parts)))
+
+
+def _atomics(sizes: Sequence[tuple[int, int, int]]) -> Group:
+    """The backward that adds dq up beside the deterministic one."""
+    group = _attention(sizes, masked=True)
+    cases = tuple(replace(case, other="triton") for case in group.cases)
+    return replace(group, cases=cases, name=group.name.replace("masked", "atomics"), ours="triton_atomics")
+
+
+def _attentions() -> Iterator[Group]:
+    for masked in (True, False):
+        for dropout in (True, False):
+            forms = [
+                _attention(SQUARE, masked, dropout),
+                _attention(FEW, masked, dropout),
+                _attention(SQUARE[1:4], masked, dropout, heads=HEADS // 2),
+            ]
+            yield from forms
+            if not dropout:
+                yield from (replace(form, gradients=False) for form in forms)
+    yield _atomics(SQUARE)
+    yield _atomics(FEW)
+
+
+def _vocabularies() -> Iterator[Case]:
+    """On both sides of the size from which on `auto` would not materialise the logits."""
+    for size in ((1024, 4096), (2048, 8192), (4096, 16000), (4096, 17000), (4096, 50000)):
+        logits = size[0] * size[1]
+        other = "chunked" if logits > WHOLE_ELEMENTS else "eager"
+        yield Case(f"{size}", 2 * logits, partial(_call, linear_cross_entropy_step, size), other)
 
 
 GROUPS = (
+    *_by_rows("layer_norm", layer_norm_step),
+    Group(
+        "matching_cost",
+        tuple(
+            Case(
+                f"6 × {images} × (20, 100)",
+                6 * images * 20 * 100 * 4,
+                partial(_call, matching_cost_step, (images, 20, 100)),
+            )
+            for images in (1, 4, 16, 64)
+        ),
+    ),
     Group(
         "detection_losses",
-        "detection_losses",
-        "eager",
         tuple(
-            (f"6 × {images} × (100, 92)", 6 * images * 100 * 92 * 4, partial(_call, detection_losses_step, images))
+            Case(
+                f"6 × {images} × (100, 92)", 6 * images * 100 * 92 * 4, partial(_call, detection_losses_step, (images,))
+            )
             for images in (1, 4, 16)
         ),
     ),
-    _by_rows("add_layer_norm", add_layer_norm_step),
-    _attention("attention_masked", padded=True),
-    _attention("attention", padded=False),
-    _attention("attention_atomics", True, other="triton", ours="triton_atomics"),
-    _attention("attention_atomics_few_queries", True, QUERIES, other="triton", ours="triton_atomics"),
-    _by_rows("feed_forward", feed_forward_step),
-    _by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
-    _by_rows("qkv_projection", qkv_projection_step),
-    Group(
-        "linear_cross_entropy",
-        "linear_cross_entropy",
-        "eager",
-        tuple(
-            (f"({rows}, {classes})", rows * classes * 2, partial(_call, linear_cross_entropy_step, (rows, classes)))
-            for rows, classes in ((1024, 4096), (2048, 8192), (4096, 16384), (4096, 32768))
-        ),
-    ),
+    *_by_rows("add_layer_norm", add_layer_norm_step),
+    *_attentions(),
+    *_by_rows("feed_forward", feed_forward_step),
+    *_by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
+    *_by_rows("qkv_projection", qkv_projection_step),
+    Group("linear_cross_entropy", tuple(_vocabularies())),
 )

@@ -136,7 +136,7 @@ def test_who_asks_for_another_norm_by_name_gets_it():
         assert kernels(layer, x) == set()
 
 
-def test_unmeasured_gpus_run_the_parts():
+def test_unmeasured_gpus_run_the_parts(unmeasured):
     with FakeTensorMode():
         layer = nn.TransformerEncoderLayer(16, 2, 24, device="cuda")
         assert kernels(layer, torch.randn(2, 4, 16, device="cuda")) == set()

@@ -165,8 +165,9 @@ def test_deterministic_algorithms_forbid_it_by_name_and_by_auto(deterministic, m
 
 
 def measured(minimum):
-    names = ("attention_masked", "attention_atomics", "attention_atomics_few_queries")
-    return tuple(Regime(name, "sm_90", n, n, "") for name, n in zip(names, (0, minimum, minimum)))
+    forward = ("attention_masked", "attention_masked_wide", "attention_masked_few_queries")
+    names = (*forward, "attention_atomics", "attention_atomics_few_queries")
+    return tuple(Regime(name, "sm_90", n, n, "") for name, n in zip(names, (0, 0, 0, minimum, minimum)))
 
 
 def chosen_on_a_gpu(monkeypatch, known=None, queries=850, dtype=torch.bfloat16, dim=32, grad=True):
@@ -193,7 +194,7 @@ def test_auto_takes_it_where_it_was_measured_to_be_faster_and_says_so(monkeypatc
     [
         ({"known": ()}, "unmeasured against triton's deterministic backward: run detr-fast tune"),
         ({"known": measured(NEVER)}, "triton's deterministic backward is faster"),
-        ({"known": (*measured(0)[:2], measured(NEVER)[2]), "queries": 100}, "deterministic backward is faster"),
+        ({"known": (*measured(0)[:4], measured(NEVER)[4]), "queries": 100}, "deterministic backward is faster"),
         ({"grad": False}, "without gradients it is triton's"),
         ({"dtype": torch.float32}, "measured in 16 bits at head dimensions up to 32 only"),
         ({"dim": 64}, "measured in 16 bits at head dimensions up to 32 only"),

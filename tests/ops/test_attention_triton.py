@@ -280,7 +280,7 @@ def test_weights_under_autocast_are_fp32_on_a_gpu_as_torch_nns():
     assert weights_dtype(torch.float64, cuda, torch.bfloat16) == torch.float64
 
 
-def test_auto_on_a_gpu_is_careful_where_nothing_was_measured():
+def test_auto_on_a_gpu_is_careful_where_nothing_was_measured(unmeasured):
     chosen = {}
     with FakeTensorMode(), dispatch.recording(lambda op, d: chosen.setdefault(len(chosen), d)):
         for batch, masked in ((2, True), (64, True), (64, False)):

@@ -145,7 +145,7 @@ def test_fake_cuda_tensors_trace_forward_without_a_gpu():
     assert (y.shape, y.dtype, y.device.type) == ((7, 33), torch.bfloat16, "cuda")
 
 
-def test_auto_on_a_gpu_is_careful_where_nothing_was_measured():
+def test_auto_on_a_gpu_is_careful_where_nothing_was_measured(unmeasured):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     chosen = {}

@@ -93,7 +93,7 @@ def test_the_cpu_solves_small_batches_at_once_and_large_ones_in_threads(monkeypa
     assert chosen == ["scipy", "threads"]
 
 
-def test_a_gpu_takes_the_kernel_and_never_waits():
+def test_a_gpu_takes_the_kernel_and_never_waits(unmeasured):
     chosen = []
     with (
         FakeTensorMode(),

@@ -1,0 +1,196 @@
+"""What `tune` measures, and what it makes of the times."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import dispatch, ops
+from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
+from detr_fast.ops.regimes import NEVER, Regime
+from detr_fast.ops.tuning import Timing, interval
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
+    regimes.known.cache_clear()
+    yield tmp_path
+    regimes.known.cache_clear()
+    dispatch.forget_decisions()
+
+
+def of(*factors, wrong=()):
+    """Timings at the sizes 1, 2, 4, … at which the kernel is so many times as fast."""
+    return [Timing(2**i, factor, 1.0, i not in wrong) for i, factor in enumerate(factors)]
+
+
+@pytest.mark.parametrize(
+    ("timings", "found"),
+    [
+        (of(1.2, 1.5, 1.1), (0, NEVER)),
+        (of(0.7, 0.9, 1.1, 2.0), (4, NEVER)),
+        (of(1.1, 1.05, 0.8, 0.7), (0, 2)),
+        (of(0.8, 1.3, 0.9), (2, 2)),
+        (of(0.5, 0.9), (NEVER, NEVER)),
+        (of(), (NEVER, NEVER)),
+        (of(1.0, 1.0), (0, NEVER)),  # no slower
+    ],
+)
+def test_the_kernel_is_taken_from_where_and_up_to_where_it_wins(timings, found):
+    assert interval(reversed(timings)) == found
+
+
+def test_a_small_loss_among_gains_turns_nothing_off_but_at_the_ends_it_does():
+    assert interval(of(1.3, 0.97, 1.4)) == (0, NEVER)
+    assert interval(of(0.97, 1.3, 0.97, 0.97)) == (2, 2)
+    assert interval(of(1.01, 0.96, 1.01)) == (0, 1)  # what is lost between is more than either end gains
+
+
+def test_a_large_loss_or_a_wrong_result_ends_a_run_and_the_run_that_gains_most_counts():
+    assert interval(of(1.5, 0.9, 1.2, 1.2)) == (0, 1)
+    assert interval(of(1.5, 0.9, 1.3, 1.3)) == (4, NEVER)
+    assert interval(of(2.0, 2.0, 2.0, 1.1, wrong=[1])) == (4, NEVER)
+    assert interval(of(2.0, wrong=[0])) == (NEVER, NEVER)
+
+
+def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache, monkeypatch, capsys):
+    from detr_fast.cli.tune import tune
+
+    monkeypatch.setattr(tuning, "_interleaved", lambda step, *_, **__: step() and (1.0, 0.5))
+    tune()
+    (entry,) = [r for r in regimes.known() if r not in regimes.SHIPPED]
+    assert (entry.op, entry.architecture, entry.eager_minimum) == ("linear_assignment", "cpu", 24 * 20**2 * 100)
+    assert "48 × (20, 100) on the CPU: scipy 1.0000 ms, threads 0.5000 ms (2.00×)" in capsys.readouterr().out
+    monkeypatch.setattr(sys.modules["detr_fast.ops.linear_assignment"], "_threads", lambda: 2)
+    chosen = []
+    with dispatch.recording(lambda op, decision: chosen.append(decision.implementation.name)):
+        linear_assignment(torch.rand(24, 20, 100))
+    assert chosen == ["threads"]
+
+
+def test_bench_times_what_begins_with_a_name_and_writes_nothing(cache, monkeypatch, capsys):
+    from detr_fast.cli.bench import bench
+    from detr_fast.engine.errors import EngineError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tuning, "_interleaved", lambda step, *_, **__: step() and (1.0, 0.5))
+    bench(["linear_assign"])
+    told = capsys.readouterr().out
+    assert "only assignment on this CPU" in told
+    assert "24 × (50, 300) on the CPU: scipy 1.0000 ms, threads 0.5000 ms (2.00×)" in told
+    assert regimes.known() == regimes.SHIPPED
+    with pytest.raises(
+        EngineError, match="named attention: there is linear_assignment on the CPU; PyTorch sees no GPU"
+    ):
+        bench(["attention"])
+
+
+def test_what_cannot_be_measured_is_told_and_the_rest_is_measured(monkeypatch):
+    def fails(*_):
+        raise dispatch.BackendError("triton: out of registers\nand more")
+
+    def measured_group(group, *_):
+        return fails() if group.regime == "layer_norm" else Regime(group.regime, "sm_90", 0, 0, "")
+
+    monkeypatch.setattr(tuning, "tune_group", measured_group)
+    monkeypatch.setattr(tuning, "tune_linear_assignment", fails)
+    monkeypatch.setattr(tuning, "tune_threads", lambda *_: Regime("other", "cpu", 0, 0, ""))
+    told: list[str] = []
+    measured = [regime.op for regime in tuning.tune(torch.device("cuda"), told.append)]
+    assert measured == [*(group.regime for group in tuning_cases.GROUPS[1:]), "other"]
+    reason = "which stays as it was: BackendError: triton: out of registers"
+    assert told == [f"FAILED layer_norm, {reason}", f"FAILED linear_assignment, {reason}"]
+
+
+def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured():
+    measured = {group.regime for group in tuning_cases.GROUPS} | {"linear_assignment"}
+    assert len(measured) == len(tuning_cases.GROUPS) + 1
+    asked = set()
+    for file in Path(regimes.__file__).parent.glob("*.py"):
+        asked |= set(re.findall(r'regimes\.(?:advice|note)\("(\w+)"', file.read_text()))
+        asked |= set(re.findall(r'^    op = "(\w+)"', file.read_text(), re.MULTILINE))
+    unmeasured = {"attention_varlen"}  # taken wherever it can be: the alternative is many launches
+    assert asked - unmeasured <= measured
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("queries", [100, 850])
+def test_every_kind_of_attention_that_is_told_apart_is_measured(monkeypatch, masked, dropout_p, dim, queries):
+    measured = {group.regime for group in tuning_cases.GROUPS}
+    asked = []
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    dispatch.forget_decisions()
+    monkeypatch.setattr(regimes, "find", lambda op, *_: Regime(op, "sm_90", 0, 0, ""))
+    monkeypatch.setattr(regimes, "advice", lambda op, *_: asked.append(op))
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, n, 4, dim, device="cuda", dtype=torch.bfloat16) for n in (queries, 850, 850))
+        padding = torch.zeros(2, 850, device="cuda", dtype=torch.bool) if masked else None
+        ops.attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
+    assert len(asked) == 1
+    assert asked[0] in measured
+
+
+def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
+    """No kernel is chosen where all are said to lose: what then runs is each case's alternative."""
+    from detr_fast.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(regimes, "find", lambda op, arch, gradients=True: Regime(op, "sm_90", NEVER, NEVER, "lost"))
+    dispatch.forget_decisions()
+    for group in tuning_cases.GROUPS:
+        if group.ours != "triton":
+            continue
+        for case in (group.cases[0], group.cases[-1]):
+            chosen = {}
+            with FakeTensorMode(), dispatch.recording(lambda op, d, chosen=chosen: chosen.setdefault(op, d)):
+                case.make(torch.device("cuda"), gradients=False)()
+            name = chosen[group.op].implementation.name
+            assert name == case.other or (name == "its parts" and case.other == "eager"), group.regime
+    assert {case.other for case in tuning_cases.GROUPS[-1].cases} == {"eager", "chunked"}
+    assert LINEAR_CROSS_ENTROPY.name == tuning_cases.GROUPS[-1].op
+
+
+@pytest.mark.parametrize("group", tuning_cases.GROUPS, ids=lambda group: group.regime)
+def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
+    case = group.cases[0]
+    seen = []
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    dispatch.forget_decisions()
+    monkeypatch.setattr(regimes, "find", lambda op, *_: Regime(op, "sm_90", 0, 0, ""))
+    monkeypatch.setattr(regimes, "advice", lambda op, call, found, *_: seen.append((op, found)))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: ())  # a fake GPU's backward needs a driver
+    with FakeTensorMode():
+        case.make(torch.device("cuda"), gradients=group.gradients)()
+    assert (group.regime.removesuffix("_inference"), case.size) in seen
+
+
+@pytest.mark.interpreter(int32_limit=1 << 16)  # a tile of rows as wide as the cases
+@pytest.mark.parametrize(
+    ("op", "alternative", "step"),
+    [
+        ("layer_norm", "eager", lambda device: tuning_cases.layer_norm_step(device, 3)),
+        ("matching_cost", "eager", lambda device: tuning_cases.matching_cost_step(device, 1, 3, 9)),
+        ("linear_assignment", "threads", lambda device: tuning.assignment_step(device, 2, 3, 9)),
+        ("add_layer_norm", "eager", lambda device: tuning_cases.add_layer_norm_step(device, 3)),
+        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 4, 5, 8, True)),
+        ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 5, 5, 4, False)),
+        ("feed_forward", "eager", lambda device: tuning_cases.feed_forward_step(device, 5)),
+        ("linear_add_layer_norm", "eager", lambda device: tuning_cases.linear_add_layer_norm_step(device, 5)),
+        ("qkv_projection", "eager", lambda device: tuning_cases.qkv_projection_step(device, 5)),
+        ("linear_cross_entropy", "eager", lambda device: tuning_cases.linear_cross_entropy_step(device, 5, 7)),
+    ],
+)
+def test_what_tune_times_is_checked_first(op, alternative, step, monkeypatch):
+    monkeypatch.setattr(tuning_cases, "HIDDEN", 64)
+    run = step(torch.device("cpu"))
+    assert tuning.agree(run, op, alternative, "triton")
+    wrong = iter(range(2))
+    assert not tuning.agree(lambda: (torch.full((3,), next(wrong)),), op, alternative, "triton")
