@@ -51,7 +51,10 @@ def detection_losses_backward_kernel(
         label = target_class(labels_ptr + image * targets, match, matched, classes)
         start_of_problem = problem * queries * classes
         if not FOCAL:
-            lse = tl.load(lse_ptr + problem * queries + query, mask=exists, other=0.0)
+            kept = lse_ptr + problem * queries + query
+            largest = tl.load(kept, mask=exists, other=0.0)
+            total = tl.load(kept + tl.num_programs(0).to(tl.int64) * queries, mask=exists, other=1.0)
+            share = tl.div_rn(1.0, total)
             scale = scale * tl.where(matched, 1.0, eos_coef)[:, None]
         for start in range(0, classes, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -63,7 +66,7 @@ def detection_losses_backward_kernel(
                 _, slope = focal_loss(x, is_class)
                 slope = tl.where((k < classes - 1)[None, :], slope, 0.0)
             else:
-                slope = tl.exp(x - lse[:, None]) - is_class.to(tl.float32)
+                slope = tl.exp(x - largest[:, None]) * share[:, None] - is_class.to(tl.float32)
             dlogits = (scale * slope).to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + start_of_problem + place, dlogits, mask=mask)
 

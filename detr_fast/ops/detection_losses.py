@@ -277,7 +277,7 @@ def _fake_forward(logits: Tensor, boxes: Tensor, query: Tensor, *rest: Any) -> t
         return logits.new_empty(shape, dtype=dtype)
 
     layers, each = logits.shape[0], logits.shape[:3]
-    lse = new(0) if rest[-1] else new(*each)
+    lse = new(0) if rest[-1] else new(2, *each)
     return new(3, layers), new(layers), new(3), lse, new(*each, dtype=torch.int32), new(2, layers)
 
 

@@ -40,6 +40,18 @@ def of_backend(name, **options):
 
 
 @interpreter
+def test_probabilities_of_logits_far_from_zero_lose_nothing_to_the_rounding_of_their_logsumexp():
+    logits, boxes, *rest = make_case()
+    with checked_interpreter():
+        assert_as_accurate_as_eager(
+            lambda l: of_backend("triton")(l, boxes, *rest),
+            reference=lambda l: of_backend("eager")(l, boxes.to(l.dtype), *rest),
+            inputs=[logits + 1000.0],
+            dtype=torch.float32,
+        )
+
+
+@interpreter
 @FOCAL
 @pytest.mark.parametrize(
     ("dtypes", "case"),
