@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+HOW = {"wall": "launched eagerly", "graph": "in a CUDA graph", "gpu": "the GPU alone"}  # what is timed
+CAPTURABLE = ("auto", "triton", "chunked")  # ours, and what begins so: none of it may wait for the host
+LISTED = 12  # steps of each kind
 OTHER_IMPLEMENTATIONS = ("eager", "triton", "chunked", "padded")  # which the dispatcher could have chosen
 
 
@@ -50,20 +54,22 @@ def told(facts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def claims(cases: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One row for each claim: in how many cases it holds, and where it is furthest off."""
-    judged: dict[tuple[str, float], list[tuple[float, float, str]]] = {}
+    """One row for each claim and way of launching: in how many cases it holds, and where it is furthest off."""
+    judged: dict[tuple[str, float, str], list[tuple[float, str]]] = {}
     for entry in cases:
         for claim in entry["claims"]:
-            ratios = (math.nan if claim[kind] is None else claim[kind] for kind in ("measured", "gpu"))
-            judged.setdefault((claim["claim"], claim["wanted"]), []).append((*ratios, entry["case"]))
-    title = ["", "| claim | wanted | holds in | least | there, GPU alone | where |", "|---|---|---|---|---|---|"]
-    lines = title if judged else []
-    for (text, wanted), values in sorted(judged.items()):
+            measured = math.nan if claim["measured"] is None else claim["measured"]
+            judged.setdefault((claim["claim"], claim["wanted"], claim["how"]), []).append((measured, entry["case"]))
+    lines = (
+        ["", "| claim | wanted | measured | holds in | least | where |", "|---|---|---|---|---|---|"] if judged else []
+    )
+    for (text, wanted, how), values in sorted(judged.items()):
         known = sorted(value for value in values if not math.isnan(value[0]))
         holds = sum(value[0] >= wanted for value in known)
-        least, alone, where = known[0] if known else (math.nan, math.nan, "nothing to compare with ran")
+        least, where = known[0] if known else (math.nan, "nothing to compare with ran")
+        unknown = f", {len(values) - len(known)} unknown" if 0 < len(known) < len(values) else ""
         lines.append(
-            f"| {text} | ≥ {wanted:g} × | {holds} of {len(values)} | {least:.2f} × | {alone:.2f} × | {where} |"
+            f"| {text} | ≥ {wanted:g} × | {how} | {holds} of {len(values)}{unknown} | {least:.2f} × | {where} |"
         )
     return lines
 
@@ -71,50 +77,60 @@ def claims(cases: Iterable[Mapping[str, Any]]) -> list[str]:
 def next_steps(cases: Iterable[Mapping[str, Any]], failed: Sequence[str]) -> list[str]:
     """Failures first, then where `auto` could be faster by another choice or a better kernel, worst first."""
     steps = [f"mend {name}: its output is in log.txt" for name in failed]
-    slower = []
     for entry in cases:
         for name, peer in entry["peers"].items():
             if "failed" in peer:
                 steps.append(f"mend {name} in {entry['case']}: {peer['failed']}")
-        walls = _times(entry, "wall")
-        walls.pop("copy", None)
-        if "auto" in walls:
-            best = min(walls, key=lambda name: walls[name])
-            slower.append((walls["auto"] / walls[best], entry["case"], best))
-    for ratio, case, best in sorted(slower, reverse=True):
-        if ratio > 1.05:
-            own = best in OTHER_IMPLEMENTATIONS or best.startswith("triton")
-            remedy = "a wrong choice: detr_fast/ops/regimes.py" if own else "kernels/configs.py, then the kernel"
-            steps.append(f"{case}: auto takes {ratio:.2f} × {best} ({remedy})")
-    numbered = [f"{number}. {step}" for number, step in enumerate(steps[:20], 1)]
+            elif "uncaptured" in peer and name.startswith(CAPTURABLE):
+                steps.append(f"let {name} be captured in {entry['case']}: {peer['uncaptured']}")
+    for kind in ("graph", "wall"):
+        steps += slower(cases, kind)[:LISTED]
+    numbered = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     return ["", "What to change next:", *numbered] if steps else []
 
 
-def absent(cases: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Peers that are not installed, and those that take no such call."""
-    missing = {name for entry in cases for name, peer in entry["peers"].items() if "absent" in peer}
-    refused: dict[str, int] = {}
+def slower(cases: Iterable[Mapping[str, Any]], kind: str) -> list[str]:
+    """Where `auto` takes longer than the fastest, by so much that it is no noise."""
+    found = []
     for entry in cases:
-        for name, peer in entry["peers"].items():
-            refused[name] = refused.get(name, 0) + ("refused" in peer)
+        times = _times(entry, kind)
+        times.pop("copy", None)
+        if "auto" in times:
+            best = min(times, key=lambda name: times[name])
+            found.append((times["auto"] / times[best], entry["case"], best))
+    lines = []
+    for ratio, case, best in sorted(found, reverse=True):
+        if ratio > 1.05:
+            own = best in OTHER_IMPLEMENTATIONS or best.startswith("triton")
+            remedy = "a wrong choice: detr_fast/ops/regimes.py" if own else "kernels/configs.py, then the kernel"
+            lines.append(f"{case}, {HOW[kind]}: auto takes {ratio:.2f} × {best} ({remedy})")
+    return lines
+
+
+def absent(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Peers that are not installed, those that take no such call, and those that no CUDA graph takes."""
+    missing = {name for entry in cases for name, peer in entry["peers"].items() if "absent" in peer}
     lines = [f"Not installed, so not measured: {', '.join(sorted(missing))}."] if missing else []
-    told = ", ".join(f"{name} {count}" for name, count in sorted(refused.items()) if count)
-    return [
-        "",
-        *lines,
-        *([f"Cases that a peer refused or got wrong (why: measurements.jsonl): {told}."] if told else []),
-    ]
+    for key, text in (
+        ("refused", "that a peer refused or got wrong"),
+        ("uncaptured", "in which a peer can't be captured"),
+    ):
+        counts = Counter(name for entry in cases for name, peer in entry["peers"].items() if key in peer)
+        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        lines += [f"Cases {text} (why: measurements.jsonl): {told}."] if told else []
+    return ["", *lines]
 
 
 def all_times(cases: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every case: the times of all peers, fastest first."""
-    lines = ["", "| case | wall, ms | GPU alone with a cold cache, ms | GB/s | peak, MiB |", "|---|---|---|---|---|"]
+    title = "| case | launched eagerly, ms | in a CUDA graph, ms | GPU alone with a cold cache, ms | GB/s | peak, MiB |"
+    lines = ["", title, "|---|---|---|---|---|---|"]
     for entry in cases:
         gpu = _times(entry, "gpu")
         own = next((gpu[name] for name in ("triton", "auto") if name in gpu), 0.0)
         rate = f"{entry['moves'] / own / 1e6:.0f}" if entry.get("moves") and own else ""
-        walls = _listed(_times(entry, "wall"))
-        lines.append(f"| {entry['case']} | {walls} | {_listed(gpu)} | {rate} | {_listed(_times(entry, 'MiB'), 0)} |")
+        times = " | ".join(_listed(_times(entry, kind)) for kind in HOW)
+        lines.append(f"| {entry['case']} | {times} | {rate} | {_listed(_times(entry, 'MiB'), 0)} |")
     return lines if len(lines) > 3 else []
 
 

@@ -81,9 +81,9 @@ def test_row_wise_norms(op, backward, shape):
     peers |= {name: step(function) for name, function in libraries.ROW_NORMS[op].items()}
     claims = []
     if x.numel() * x.element_size() >= LARGE:
-        claims.append(Claim("norms: copy bandwidth from 16 MB up", ("copy",), 0.85, "triton", "gpu"))
+        claims.append(Claim("norms: copy bandwidth from 16 MB up", ("copy",), 0.85, "triton", ("gpu",)))
     if backward:
-        claims.append(Claim("norms: over eager, forward and backward", ("eager",), 1.5, "triton", "gpu"))
+        claims.append(Claim("norms: over eager, forward and backward", ("eager",), 1.5))
     compare(
         f"{op} {shape} bf16, {'forward and backward' if backward else 'forward'}",
         peers,

@@ -1,8 +1,9 @@
 """Peers side by side on a GPU: `compare` checks all of them, then times them in turn. A wrong result is never timed.
 
-Two times for each peer, in ms, medians over rounds in which all take their turn, so that a drifting clock hits all alike:
+Three times for each peer, in ms, medians over rounds in which all take their turn, so that a drifting clock hits all alike:
 
-    wall    of calls one after the other, with one wait at the end: what a training loop sees, the host's time where it is longer
+    wall    launched eagerly: of calls one after the other, with one wait at the end; the host's time where it is longer
+    graph   in a CUDA graph, as in a captured training step: of calls that one graph replays, between two events
     gpu     between two events, with an empty L2 cache, behind a pause in which the host queues the whole call
 
 Each case is one line of `measurements.jsonl` in the folder $DETR_FAST_RESULTS, written as soon as it is measured; without the
@@ -28,11 +29,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.hardware import DEVICE, check, sized
+from benchmarks.report import CAPTURABLE, HOW
 
 CHECK_ONLY = os.environ.get("DETR_FAST_CHECK_ONLY") == "1"
 SECONDS = 0.08  # a peer, for each of its two times
 ROUNDS = sized((5, 30), (1, 1))
 FLUSHED = sized(256 << 20, 1 << 10)  # bytes, five times an H100's L2 cache
+CAPTURED = sized((8, 5e-3), (1, 0.0))  # calls in a graph, of those that take the host at most so many seconds
+REPLAYED = 1e-3  # seconds of replays in a round, about
 OURS = ("auto", "triton", "chunked", "padded", "uncaptured", "eager")  # and what begins so
 Step = Callable[[], Sequence[Tensor]]
 
@@ -45,22 +49,22 @@ class NotInstalled(Exception):
 class Claim:
     """What is to show: `ours` takes at most 1/`times` of the time of the fastest of `over`, of those that ran.
 
-    time: "wall" or "gpu".
+    how: the times by which it is judged, each for itself.
     """
 
     text: str
     over: tuple[str, ...]
     times: float
     ours: str = "auto"
-    time: str = "wall"
+    how: tuple[str, ...] = ("wall", "graph")
 
-    def judged(self, peers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        return {
-            "claim": self.text,
-            "wanted": self.times,
-            "measured": self._ratio(peers, self.time),
-            "gpu": self._ratio(peers, "gpu"),
-        }
+    def judged(self, peers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One record for each way in which anything was timed."""
+        return [
+            {"claim": self.text, "wanted": self.times, "how": HOW[kind], "measured": self._ratio(peers, kind)}
+            for kind in self.how
+            if kind == "wall" or any(kind in peer for peer in peers.values())
+        ]
 
     def _ratio(self, peers: Mapping[str, Mapping[str, Any]], kind: str) -> float | None:
         others = [peers[name][kind] for name in self.over if kind in peers.get(name, {})]
@@ -77,17 +81,20 @@ def compare(
     checks: Mapping[str, Step] | None = None,
     claims: Sequence[Claim] = (),
     moves: int = 0,
+    in_graphs: bool = True,
 ) -> None:
     """Check what each of `peers` computes against `eager`'s error from `truth`, time those that are right, and record it.
 
     A peer that is wrong or fails, be it in its hundredth call, does not stop the others. One of `OURS` is an error, raised at
-    the end; another's is only recorded, since it may not take such a call.
+    the end; another's is only recorded, since it may not take such a call. So it is with capturing, of which a peer that
+    can't be captured keeps its other times.
 
     Args:
         eager, truth: PyTorch's own result, and the same in fp64; without them nothing is checked.
         checks: what is checked in place of a peer's timed call, say without dropout.
         claims: judged of the times, and recorded with them.
         moves: bytes that must be read and written, for the record.
+        in_graphs: whether peers are timed in CUDA graphs, too; not what is one itself.
     """
     if time.time() > float(os.environ.get("DETR_FAST_DEADLINE", "inf")):
         pytest.skip("out of time")
@@ -106,7 +113,7 @@ def compare(
     ready = {name: call for name, call in peers.items() if outcome.attempt(name, partial(checked, name, call))}
     expected = exact = None  # their memory
     if not CHECK_ONLY:
-        outcome.peers |= timed(ready, outcome.attempt)
+        outcome.peers |= timed(ready, outcome, in_graphs)
         outcome.record(claims)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -139,49 +146,69 @@ class Outcome:
             self.peers[name] = {"failed" if wrong else "refused": first_line(error)}
             if wrong:
                 self.failures[name] = error
-            try:
-                synchronize()
-            except RuntimeError as broken:  # CUDA, for this whole process
-                if not CHECK_ONLY:
-                    self.record(())
-                raise AssertionError(f"{name} broke CUDA: {first_line(error)}") from broken
+            self._go_on(name, error)
         return False
 
+    def capture(self, name: str, timer: Timer) -> None:
+        """Let it capture its call; where that fails the reason is told of the peer, which goes on without."""
+        try:
+            timer.capture()
+        except Exception as error:  # as above
+            timer.uncaptured = first_line(error)
+            if name.startswith(CAPTURABLE) and not isinstance(error, torch.OutOfMemoryError):
+                self.failures[name] = error
+            self._go_on(name, error)
+
+    def _go_on(self, name: str, error: BaseException) -> None:
+        try:
+            synchronize()
+        except RuntimeError as broken:  # CUDA, for this whole process
+            if not CHECK_ONLY:
+                self.record(())
+            raise AssertionError(f"{name} broke CUDA: {first_line(error)}") from broken
+
     def record(self, claims: Iterable[Claim]) -> None:
-        judged = [claim.judged(self.peers) for claim in claims]
+        judged = [one for claim in claims for one in claim.judged(self.peers)]
         record({"case": self.case, "moves": self.moves, "peers": self.peers, "claims": judged})
 
 
-def timed(calls: Mapping[str, Step], attempt: Callable[[str, Callable[[], object]], bool]) -> dict[str, dict[str, Any]]:
-    """Of each call: "wall" and "gpu" ms, their quartiles' distance as a share, and the peak of memory in MiB.
+def timed(calls: Mapping[str, Step], outcome: Outcome, in_graphs: bool) -> dict[str, dict[str, Any]]:
+    """Of each call: "wall", "graph" and "gpu" ms, their quartiles' distance as a share, and the peak of memory in MiB.
 
-    attempt: runs a part of it for one name; where it says False, that call is out.
+    A call that fails in between is out, by `outcome`.
     """
     timers = {name: Timer(call) for name, call in calls.items()}
 
     def in_turn(part: Callable[[Timer], None]) -> None:
         for name, timer in list(timers.items()):
-            if not attempt(name, partial(part, timer)):
+            if not outcome.attempt(name, partial(part, timer)):
                 del timers[name]
 
     in_turn(Timer.warm_up)
+    if in_graphs:
+        for name, timer in timers.items():
+            outcome.capture(name, timer)
     once = sum(timer.once for timer in timers.values())
     rounds = int(min(max(SECONDS * len(timers) / max(once, 1e-9), ROUNDS[0]), ROUNDS[1]))
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device=DEVICE)
     for _ in range(rounds):
         in_turn(Timer.time_wall)
+        in_turn(Timer.time_graph)
         in_turn(lambda timer: timer.time_gpu(flushed))
     return {name: timer.told() | {"rounds": rounds} for name, timer in timers.items()}
 
 
 class Timer:
-    """One call's times: `walls` and `gpus` in ms; `issue`, the host's for one call, and `once`, all of one, in s."""
+    """One call's times: `walls`, `graphs` and `gpus` in ms; `issue`, the host's for one call, and `once`, all of one, in s."""
 
     def __init__(self, call: Step) -> None:
         self.call = call
         self.issue = self.once = 0.0
         self.memory = 0
+        self.graph: Graph | None = None
+        self.uncaptured: str | None = None  # why
         self.walls: list[float] = []
+        self.graphs: list[float] = []
         self.gpus: list[float] = []
 
     def warm_up(self) -> None:
@@ -197,19 +224,81 @@ class Timer:
         self.once = max(time.perf_counter() - begun, 1e-6)
         self.memory = torch.cuda.max_memory_allocated() - before
 
+    def capture(self) -> None:
+        calls, longest = CAPTURED
+        self.graph = Graph(self.call, calls if self.once <= longest else 1)
+
     def time_wall(self) -> None:
         self.walls.append(_wall(self.call, sized(max(1, min(20, round(2e-3 / self.once))), 1)))
+
+    def time_graph(self) -> None:
+        if self.graph is not None:
+            self.graphs.append(self.graph.time())
 
     def time_gpu(self, flushed: Tensor) -> None:
         self.gpus.append(_gpu(self.call, self.issue, flushed))
 
     def told(self) -> dict[str, Any]:
-        return {
-            "wall": statistics.median(self.walls),
-            "gpu": statistics.median(self.gpus),
-            "spread": max(_spread(self.walls), _spread(self.gpus)),
-            "MiB": self.memory / 2**20,
-        }
+        times = {"wall": self.walls, "graph": self.graphs, "gpu": self.gpus}
+        found: dict[str, Any] = {kind: statistics.median(values) for kind, values in times.items() if values}
+        if self.uncaptured is not None:
+            found["uncaptured"] = self.uncaptured
+        return found | {"spread": max(map(_spread, times.values())), "MiB": self.memory / 2**20}
+
+
+class Graph:
+    """`calls` calls in one CUDA graph, captured as a training step is (engine/graphs.py): `auto` chooses as it does there.
+
+    Raises what the call raises, and RuntimeError where it waits for the host.
+    """
+
+    def __init__(self, call: Step, calls: int) -> None:
+        self.calls, self.replays = calls, 1
+        self.graph = torch.cuda.CUDAGraph()
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        torch.cuda.set_sync_debug_mode("error")  # told before, as a capture that fails leaves much behind
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(sized(2, 0)):
+                    call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        current.wait_stream(stream)
+        synchronize()
+        try:
+            with (
+                torch.cuda.stream(current),  # which a failed capture does not restore
+                torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+            ):
+                for _ in range(calls):
+                    call()
+        except Exception as error:
+            _FAILED.append(self.graph)
+            _draw_again()
+            raise (error.__context__ or error) from None  # the end of a failed capture fails, too
+
+    def time(self) -> float:
+        """ms of a call, of as many replays as take about `REPLAYED`; the first time of one."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(100_000)  # cycles, some 50 µs, in which the host queues the first replay
+        start.record()
+        for _ in range(self.replays):
+            self.graph.replay()
+        end.record()
+        synchronize()
+        each = float(start.elapsed_time(end)) / self.replays
+        self.replays = sized(max(1, min(50, round(REPLAYED * 1e3 / max(each, 1e-3)))), 1)
+        return each / self.calls
+
+
+_FAILED: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes on asking them
+
+
+def _draw_again() -> None:
+    """Random numbers outside of graphs, which PyTorch's generator refuses where a capture did not end well."""
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _wall(call: Step, repeats: int) -> float:

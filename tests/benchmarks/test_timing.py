@@ -49,12 +49,14 @@ def test_right_peers_are_timed_in_turn_and_a_peer_that_refuses_is_recorded_with_
     peers = {"auto": named("auto"), "flash": named("flash"), "liger": absent, "cudnn": refusing, "flex": wrong}
     compare("case", peers, eager=one, truth=one, claims=[Claim("faster", ("flash", "liger"), 0.0)], moves=8)
     (entry,) = results()
-    assert {"wall", "gpu", "MiB", "spread", "rounds"} <= set(entry["peers"]["auto"])
+    assert {"wall", "graph", "gpu", "MiB", "spread", "rounds"} <= set(entry["peers"]["auto"])
     assert entry["peers"]["liger"] == {"absent": "somelib is not installed"}
     assert entry["peers"]["cudnn"] == {"refused": "RuntimeError: no kernel for this"}
     assert "flex is wrong" in entry["peers"]["flex"]["refused"]
-    measured = entry["claims"][0]["measured"]
-    assert measured == pytest.approx(entry["peers"]["flash"]["wall"] / entry["peers"]["auto"]["wall"])
+    eagerly, in_a_graph = entry["claims"]
+    assert (eagerly["how"], in_a_graph["how"]) == ("launched eagerly", "in a CUDA graph")
+    for judged, kind in ((eagerly, "wall"), (in_a_graph, "graph")):
+        assert judged["measured"] == pytest.approx(entry["peers"]["flash"][kind] / entry["peers"]["auto"][kind])
     repeated = "".join("a" if name == "auto" else "f" for name in calls)
     assert repeated.count("af") + repeated.count("fa") >= 8  # not all of one, then all of the other
 
@@ -69,14 +71,16 @@ def test_ours_is_not_timed_where_it_is_wrong_or_fails_and_the_others_are(results
     assert entry["claims"][0]["measured"] is None
 
 
-@pytest.mark.parametrize("calls", [1, 4, 5, 6, 7], ids=["warm-up", "measured-for-rounds", "wall", "gpu", "next-round"])
+@pytest.mark.parametrize(
+    "calls", [1, 4, 15, 16, 17], ids=["warm-up", "measured-for-rounds", "wall", "gpu", "next-round"]
+)
 @pytest.mark.parametrize(
     "error", [RuntimeError("no plan for this\nand more"), torch.OutOfMemoryError("80 GiB")], ids=["error", "memory"]
 )
 def test_a_peer_that_fails_in_a_later_call_is_out_with_its_reason_and_the_others_are_timed(
     results, calls, error, monkeypatch
 ):
-    """The first is the checked one; then come four that warm up, then rounds of two."""
+    """The first is the checked one; then come four that warm up, ten for a graph (below), then rounds of two."""
     monkeypatch.setattr(timing, "_wall", lambda call, repeats: 1.0 * len(call()))
 
     def tiring(left):
@@ -102,6 +106,82 @@ def test_a_peer_that_fails_in_a_later_call_is_out_with_its_reason_and_the_others
         assert ours["peers"]["auto"] == {"failed": "RuntimeError: no plan for this"}
         assert "wall" in ours["peers"]["eager"]
         assert ours["claims"][0]["measured"] is None
+
+
+def waiting(calls):
+    """A call that looks at a value on the host: refused where it would be captured."""
+
+    def call():
+        calls.append(0)
+        if torch.cuda.get_sync_debug_mode():
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return one()
+
+    return call
+
+
+@pytest.fixture
+def sync_debug_mode(results, monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1] != "default")
+    return modes
+
+
+def test_a_peer_that_waits_for_the_host_keeps_its_other_times_and_the_reason_is_told(results, sync_debug_mode):
+    claim = Claim("faster", ("original", "eager"), 0.0)
+    compare("case", {"original": waiting([]), "eager": waiting([]), "auto": one}, eager=one, truth=one, claims=[claim])
+    (entry,) = results()
+    for name in ("original", "eager"):
+        assert entry["peers"][name]["uncaptured"] == "RuntimeError: called a synchronizing CUDA operation"
+        assert {"wall", "gpu"} <= set(entry["peers"][name])
+        assert "graph" not in entry["peers"][name]
+    assert "graph" in entry["peers"]["auto"]
+    assert [one["measured"] is None for one in entry["claims"]] == [False, True]
+    assert sync_debug_mode[-1] == "default"
+    page = report.page([entry])
+    assert any("can't be captured" in line and line.endswith("eager 1, original 1.") for line in page)
+
+
+def test_ours_must_be_captured(results, sync_debug_mode):
+    with pytest.raises(AssertionError, match="triton failed; triton: RuntimeError: called a synchronizing"):
+        compare("case", {"triton": waiting([]), "auto": one}, eager=one, truth=one)
+    (entry,) = results()
+    assert {"wall", "gpu", "uncaptured"} <= set(entry["peers"]["triton"])
+    assert "1. let triton be captured in case: RuntimeError: called a synchronizing CUDA operation" in report.page(
+        [entry]
+    )
+
+
+def test_what_is_a_graph_itself_is_captured_in_none(results, sync_debug_mode):
+    compare("case", {"auto": waiting([])}, in_graphs=False, claims=[Claim("faster", ("eager",), 1.0)])
+    (entry,) = results()
+    assert set(entry["peers"]["auto"]) >= {"wall", "gpu"}
+    assert not set(entry["peers"]["auto"]) & {"graph", "uncaptured"}
+    assert [one["how"] for one in entry["claims"]] == ["launched eagerly"]
+
+
+def test_a_graph_holds_several_calls_and_is_replayed_so_often_that_they_count(results, monkeypatch):
+    calls = []
+    graph = timing.Graph(lambda: calls.append(0), 8)
+    assert len(calls) == 2 + 8  # two warm up
+    monkeypatch.setattr(timing.torch.cuda, "Event", FixedEvent)
+    assert graph.time() == pytest.approx(FixedEvent.elapsed / 8)
+    assert graph.replays == round(1.0 / FixedEvent.elapsed)
+    assert graph.time() == pytest.approx(FixedEvent.elapsed / 10 / 8)
+    assert len(calls) == 10
+
+
+class FixedEvent:
+    """All that is timed takes 0.1 ms."""
+
+    elapsed = 0.1
+
+    def __init__(self, enable_timing):
+        self.record = lambda: None
+
+    def elapsed_time(self, end):
+        return self.elapsed
 
 
 def test_what_is_checked_may_be_another_call_than_what_is_timed(results):
@@ -135,9 +215,10 @@ def test_a_call_that_runs_out_of_memory_is_told_apart(results, monkeypatch):
 
 
 def entry(case, wanted, measured, **walls):
-    peers = {name: {"wall": wall, "gpu": wall / 2, "MiB": 1.0} for name, wall in walls.items()}
-    claim = {"claim": "c", "wanted": wanted, "measured": measured, "gpu": measured}
-    return {"case": case, "moves": 0, "peers": peers, "claims": [claim]}
+    peers = {name: {"wall": wall, "graph": wall / 4, "gpu": wall / 2, "MiB": 1.0} for name, wall in walls.items()}
+    ways = (("launched eagerly", measured), ("in a CUDA graph", measured and 2 * measured))
+    claims = [{"claim": "c", "wanted": wanted, "how": how, "measured": factor} for how, factor in ways]
+    return {"case": case, "moves": 0, "peers": peers, "claims": claims}
 
 
 def test_the_page_says_which_claims_hold_and_what_to_change_next():
@@ -150,16 +231,22 @@ def test_the_page_says_which_claims_hold_and_what_to_change_next():
     ]
     page = report.page(entries, ["tests"])
     assert "- ceilings: copy, GB/s 3000" in page
-    assert "| c | ≥ 2 × | 1 of 3 | 0.50 × | 0.50 × | slow |" in page
-    steps = page[page.index("What to change next:") + 1 :][:4]
+    assert "| c | ≥ 2 × | launched eagerly | 1 of 3, 1 unknown | 0.50 × | slow |" in page
+    assert "| c | ≥ 2 × | in a CUDA graph | 1 of 3, 1 unknown | 1.00 × | slow |" in page
+    steps = page[page.index("What to change next:") + 1 :][:6]
     assert steps == [
         "1. mend tests: its output is in log.txt",
         "2. mend triton in broken: why",
-        "3. slow: auto takes 2.00 × eager (a wrong choice: detr_fast/ops/regimes.py)",
-        "4. slower than a library: auto takes 1.50 × liger (kernels/configs.py, then the kernel)",
+        "3. slow, in a CUDA graph: auto takes 2.00 × eager (a wrong choice: detr_fast/ops/regimes.py)",
+        "4. slower than a library, in a CUDA graph: auto takes 1.50 × liger (kernels/configs.py, then the kernel)",
+        "5. slow, launched eagerly: auto takes 2.00 × eager (a wrong choice: detr_fast/ops/regimes.py)",
+        "6. slower than a library, launched eagerly: auto takes 1.50 × liger (kernels/configs.py, then the kernel)",
     ]
     assert "Not installed, so not measured: apex." in page
-    assert any(line.startswith("| fast | auto 1.0000, eager 3.0000 | auto 0.5000, eager 1.5000 |") for line in page)
+    assert any(
+        line.startswith("| fast | auto 1.0000, eager 3.0000 | auto 0.2500, eager 0.7500 | auto 0.5000, eager 1.5000 |")
+        for line in page
+    )
 
 
 def test_lines_that_were_cut_off_are_left_out_and_the_later_of_two_counts(tmp_path):
