@@ -22,11 +22,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from detr_fast.implementation import INTERPRETING as INTERPRETING
-from detr_fast.implementation import PARTS
+from detr_fast.implementation import NEVER, PARTS
 from detr_fast.implementation import Call as Call
 from detr_fast.implementation import Implementation as Implementation
 from detr_fast.implementation import TritonImplementation as TritonImplementation
-from detr_fast.situation import PLAIN_TENSORS, situation
+from detr_fast.situation import PLAIN_TENSORS, capturing, situation
 from detr_fast.situation import Situation as Situation
 from detr_fast.situation import architecture as architecture
 from detr_fast.situation import tensor_type as tensor_type
@@ -65,17 +65,16 @@ def _refresh() -> None:
             merged.clear()  # an inner use_backend("…") for all ops outweighs outer ones for single ops
         merged.update(request)
     _requested = merged
-    for op in _ops.values():
-        op.requested = op._find_requested()
     intervening = bool(_recorders) or any(name != "auto" for name in merged.values())
 
 
 def _check_request(request: Mapping[str, str]) -> None:
     for op, name in request.items():
-        known = {i.name for o in _ops.values() if op in ("*", o.name) for i in o.implementations}
         if op != "*" and op not in _ops:
             raise ValueError(f"there is no op {op!r}; the ops are {', '.join(sorted(_ops))}")
-        if name != "auto" and name not in known:
+        asked = _ops.values() if op == "*" else (_ops[op],)
+        if name != "auto" and not any(name in one.names for one in asked):
+            known = frozenset[str]().union(*(one.names for one in asked))
             where = "any op" if op == "*" else op
             raise ValueError(f"{where} has no implementation {name!r}; choose from {', '.join(sorted(known))} or auto")
 
@@ -141,7 +140,8 @@ class Op:
     """A named operation with an ordered tuple of implementations; the last one takes every call.
 
     `signature(*args)` gives a hashable tuple of all that the call's decision reads from its arguments, and
-    `describe(*args, situation=…)` the `Call` that implementations are asked about.
+    `describe(*args, situation=…)` the `Call` that implementations are asked about. `work(*args)`, where given, is at least
+    the size that kernels' advice goes by: a call below their `least` takes `small` before a key is built.
     """
 
     def __init__(
@@ -151,15 +151,18 @@ class Op:
         signature: Callable[..., tuple[Any, ...]],
         describe: Callable[..., Call],
         implementations: Sequence[Implementation],
+        work: Callable[..., int] | None = None,
+        small: Implementation | None = None,
     ) -> None:
         self.name = name
         self.implementations = tuple(implementations)
+        self.names = frozenset(i.name for i in self.implementations)
+        self._work, self._small = work, small or self.implementations[-1]
         self._signature = signature
         self._describe = describe
         self._decisions: dict[tuple[Any, ...], _Decision] = {}
         self._broken: dict[tuple[str, Any], str] = {}
-        self._nevers: dict[torch.device, bool] = {}
-        self.requested: str | None = self._find_requested()  # the implementation asked for by name
+        self._least: dict[torch.device, int] = {}
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -167,6 +170,8 @@ class Op:
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
+        if self._work is not None and self.is_small(self._work(*args), args[0].device):
+            return self._small
         decision = self._decision(*args)
         if _recorders:
             self._record(decision)
@@ -177,7 +182,7 @@ class Op:
 
         Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
         """
-        if not intervening and self._never(args[0].device):
+        if self._work is not None and self.is_small(self._work(*args), args[0].device):
             return None
         try:
             decision = self._decision(*args)
@@ -191,14 +196,16 @@ class Op:
         self._record(decision._replace(implementation=PARTS))
         return None
 
-    def _never(self, device: torch.device) -> bool:
-        if torch.compiler.is_compiling():
+    def is_small(self, size: int, device: torch.device) -> bool:
+        """Whether every kernel's advice is surely against a call of this size: such calls must cost next to nothing."""
+        if intervening or torch.compiler.is_compiling():
             return False
-        answer = self._nevers.get(device)
-        if answer is None:
-            kernels = (i for i in self.implementations if isinstance(i, TritonImplementation))
-            answer = self._nevers[device] = all(i.never(architecture(device)) for i in kernels)
-        return answer
+        least = self._least.get(device)
+        if least is None:
+            kernels = [i for i in self.implementations if isinstance(i, TritonImplementation)]
+            answers = (i.least(architecture(device)) if device.type == "cuda" else NEVER for i in kernels)
+            least = self._least[device] = min(answers, default=NEVER)
+        return size < least and not capturing(device.type)
 
     def _record(self, decision: _Decision) -> None:
         if not torch.compiler.is_compiling():
@@ -208,7 +215,7 @@ class Op:
     def _decision(self, *args: Any) -> _Decision:
         device_type = args[0].device.type
         now = situation(device_type)
-        requested = self.requested  # once: another thread may enter use_backend at any time
+        requested = self.requested if _requested else None
         if now.regime == "compiled":  # traced by Dynamo: no cache, no compilation, only the reasons
             return self._decide(self._describe(*args, situation=now), requested, prepare=False)
         key = (self._signature(*args), now, requested)
@@ -226,15 +233,17 @@ class Op:
         """Drop all cached decisions, also the memory of kernels that failed to compile."""
         self._decisions.clear()
         self._broken.clear()
-        self._nevers.clear()
+        self._least.clear()
 
-    def _find_requested(self) -> str | None:
-        """What `use_backend` asks for. Asking for all ops binds only those that have it."""
-        if self.name in _requested:
-            name = _requested[self.name]
+    @property
+    def requested(self) -> str | None:
+        """The implementation that `use_backend` asks for. Asking for all ops binds only those that have it."""
+        requested = _requested  # once: another thread may enter use_backend at any time
+        if self.name in requested:
+            name = requested[self.name]
             return None if name == "auto" else name
-        name = _requested.get("*", "auto")
-        return name if any(i.name == name for i in self.implementations) else None
+        name = requested.get("*", "auto")
+        return name if name in self.names else None
 
     def _decide(self, call: Call, requested: str | None, *, prepare: bool) -> _Decision:
         reasons: dict[str, str] = {}

@@ -11,6 +11,8 @@ import torch
 from detr_fast.kernels import launch
 from detr_fast.situation import Situation
 
+NEVER = 1 << 62  # beyond any size
+
 # Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 was set when Python started.
 INTERPRETING: bool = launch.triton is not None and bool(launch.triton.knobs.runtime.interpret)
 
@@ -55,9 +57,9 @@ class Implementation(ABC):
         """The reason why this implementation can't stand in for a kernel that failed to compile."""
         return None
 
-    def never(self, architecture: str | None) -> bool:
-        """Whether `advice` is against it in all calls on such a device; what could run in parts then does not even ask."""
-        return False
+    def least(self, architecture: str | None) -> int:
+        """The size below which `advice` is against it in all calls on such a device that are launched eagerly."""
+        return 0
 
     def note(self, call: Any) -> str | None:
         """A remark for `explain` when this implementation is chosen."""

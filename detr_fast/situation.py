@@ -65,14 +65,19 @@ def _transform(compiling: bool) -> str | None:
     return None
 
 
+def capturing(device_type: str) -> bool:
+    """Whether calls on such a device become part of a CUDA graph."""
+    return device_type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def situation(device_type: str) -> Situation:
     """The state of PyTorch that decisions read."""
     autocasting = device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta tensors have no autocast
     autocast = torch.get_autocast_dtype(device_type) if autocasting else None
     compiling = torch.compiler.is_compiling()
     regime = "compiled" if compiling else "eager"
-    if not compiling and device_type == "cuda" and torch.cuda.is_initialized():
-        regime = "captured" if torch.cuda.is_current_stream_capturing() else "eager"
+    if not compiling and capturing(device_type):
+        regime = "captured"
     deterministic = torch.are_deterministic_algorithms_enabled()
     return Situation(regime, torch.is_grad_enabled(), autocast, deterministic, _transform(compiling))
 

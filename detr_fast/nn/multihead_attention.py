@@ -141,6 +141,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                     "inference fast path takes. Use padded tensors with key_padding_mask, or attention='auto'."
                 )
             return None
+        plain = weights is None and self._qkv_same_embed_dim and not self._extra_keys
+        if plain and ATTENTION.is_small(query.nbytes + 2 * key.nbytes, query.device):
+            return None
         dtype = self._computed_dtype(query)
         # Added to scores: of their dtype, or what SDPA takes besides; materialised weights are stricter.
         mask_dtypes = {query.dtype, dtype} if weights else {query.dtype, dtype, torch.float32}

@@ -148,6 +148,9 @@ class TritonAddLayerNorm(TritonImplementation):
             return "a sum and a norm under torch.compile: Inductor fuses them"
         return regimes.advice("add_layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
 
+    def least(self, architecture: str | None) -> int:
+        return regimes.least("add_layer_norm", architecture)
+
     def note(self, call: AddLayerNormCall) -> str | None:
         return regimes.note("add_layer_norm", call)
 
@@ -192,6 +195,7 @@ ADD_LAYER_NORM = Op(
     signature=_signature,
     describe=_describe,
     implementations=(TritonAddLayerNorm(), EagerAddLayerNorm()),
+    work=regimes.bytes_of,
 )
 
 

@@ -7,13 +7,13 @@ Source: Vaswani et al., 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast import dispatch
-from detr_fast.dispatch import Op
+from detr_fast.dispatch import NEVER, Op
 from detr_fast.ops.attention_atomics import TritonAtomicsAttention
 from detr_fast.ops.attention_call import describe, misfit, signature
 from detr_fast.ops.attention_eager import EagerAttention as EagerAttention
@@ -95,12 +95,15 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`: the same signature, layout (B, H, L, E), errors and numerics."""
     four = query.ndim == key.ndim == value.ndim == 4
-    if not four or not (dispatch.intervening or query.is_cuda):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return ATTENTION(q, k, v, None, attn_mask, is_causal, dropout_p, scale, enable_gqa).transpose(1, 2)
+    if four and (dispatch.intervening or query.is_cuda):
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        arguments = (q, k, v, None, attn_mask, is_causal, dropout_p, scale, enable_gqa)
+        if (choice := ATTENTION.choose(*arguments)) is not _sdpa:
+            y: Tensor = choice.run(*arguments)
+            return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def attention_with_weights(
@@ -140,9 +143,17 @@ def _check(
         raise ValueError(wrong)
 
 
+def _bytes(q: Tensor, k: Tensor, *rest: Any) -> int:
+    """At least `input_bytes` of the call; where more than an output is asked for, more than any kernel wants."""
+    return q.nbytes + 2 * k.nbytes if not any(rest[7:]) else NEVER
+
+
+_sdpa = Sdpa()
 ATTENTION = Op(
     "attention",
     signature=signature,
     describe=describe,
-    implementations=(TritonAtomicsAttention(), TritonAttention(), Sdpa(), EagerAttention()),
+    implementations=(TritonAtomicsAttention(), TritonAttention(), _sdpa, EagerAttention()),
+    work=_bytes,
+    small=_sdpa,
 )

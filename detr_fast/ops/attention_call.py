@@ -191,6 +191,12 @@ def computed_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dt
     return dtype if autocast is None or dtype == torch.float64 or not dtype.is_floating_point else autocast
 
 
+def autocast_dtype(q: Tensor) -> torch.dtype | None:
+    """What autocast makes of attention's inputs, or None where it is off; meta tensors know no autocast."""
+    enabled = not q.is_meta and torch.is_autocast_enabled(q.device.type)
+    return torch.get_autocast_dtype(q.device.type) if enabled else None
+
+
 def weights_dtype(dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None) -> torch.dtype:
     """Of the attention weights that are returned: as nn.MultiheadAttention's, whose softmax is fp32 in autocast on GPUs."""
     if autocast is not None and device.type == "cuda" and dtype != torch.float64:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from detr_fast.dispatch import Implementation
 from detr_fast.kernels import dropout
-from detr_fast.ops.attention_call import AttentionCall, Weights, weights_dtype
+from detr_fast.ops.attention_call import AttentionCall, Weights, autocast_dtype, computed_dtype, weights_dtype
+from detr_fast.ops.boundary import followed
 from detr_fast.ops.dropout import keep_mask, next_seed
+from detr_fast.situation import capturing
 
 
 def merged_mask(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -60,13 +62,41 @@ class Sdpa(Implementation):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if weights is not None:
             return _materialised(q, k, v, padding, mask, is_causal, dropout_p, scale, enable_gqa, weights)
-        merged = merged_mask(padding, mask)
+        if mask is None and padding is not None and not is_causal:
+            merged: Tensor | None = _bias(padding, q)
+        else:
+            merged = merged_mask(padding, mask)
         if is_causal and merged is not None:  # SDPA takes one or the other
             merged, is_causal = _with_causal(merged, q.shape[1], k.shape[1]), False
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(
             q, k, v, merged, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         ).transpose(1, 2)
+
+
+_EIGHT = 8  # elements: SDPA's memory-efficient kernel would copy, on each call, a bias whose rows are no multiple of it
+_fills: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}  # -inf and 0, on the device
+
+
+def _bias(padding: Tensor, q: Tensor) -> Tensor:
+    """What is added to the scores, (B, 1, 1, S): SDPA would make the same of a bool mask, in three launches in place of one."""
+    hidden = padding[:, None, None]
+    if followed() or type(padding) is not Tensor:
+        return ~hidden
+    device = q.device
+    key = computed_dtype(q.dtype, autocast_dtype(q)), device
+    if (fills := _fills.get(key)) is None:
+        if capturing(device.type):  # they would be the graph's
+            return ~hidden
+        with torch.inference_mode(False):
+            fills = tuple(torch.full((), x, dtype=key[0], device=device) for x in (-math.inf, 0.0))
+        _fills[key] = fills
+    infinite, zero = fills
+    batch, keys = padding.shape
+    if keys % _EIGHT == 0:
+        return torch.where(hidden, infinite, zero)
+    rows = torch.empty((batch, 1, 1, keys + -keys % _EIGHT), dtype=key[0], device=device)[..., :keys]
+    return torch.where(hidden, infinite, zero, out=rows)
 
 
 def _materialised(
@@ -136,9 +166,7 @@ def attention_weights(
 
 def shown(factors: Tensor, weights: Weights, dtype: torch.dtype) -> Tensor:
     """Weights (B, H, L, S) as they are asked for, in the dtype that nn.MultiheadAttention returns them in."""
-    device = factors.device
-    autocasting = not factors.is_meta and torch.is_autocast_enabled(device.type)  # meta tensors know no autocast
-    wanted = weights_dtype(dtype, device, torch.get_autocast_dtype(device.type) if autocasting else None)
+    wanted = weights_dtype(dtype, factors.device, autocast_dtype(factors))
     return (factors.mean(1) if weights == "mean" else factors).to(wanted)
 
 

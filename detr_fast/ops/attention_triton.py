@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem
 from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype
+from detr_fast.ops.attention_call import autocast_dtype as autocast_dtype
 from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
 from detr_fast.ops.boundary import define, double_backward, isolated, wants_grad
 from detr_fast.ops.dropout import next_seed
@@ -27,8 +29,11 @@ def measured_as(call: AttentionCall) -> str:
     """
     masked = call.key_padding or call.attn_mask or call.return_lse or call.weights or call.dtype == torch.float32
     wide = max(call.head_dim, call.value_dim) > NARROW
-    parts = {"masked": masked, "dropout": call.dropout, "wide": wide, "few_queries": not wide and few_queries(call)}
-    return "_".join(["attention", *(name for name, present in parts.items() if present)])
+    return _name(bool(masked), call.dropout, wide, not wide and few_queries(call))
+
+
+def _name(*present: bool) -> str:
+    return "_".join(["attention", *itertools.compress(("masked", "dropout", "wide", "few_queries"), present)])
 
 
 def few_queries(call: AttentionCall) -> bool:
@@ -68,6 +73,11 @@ class TritonAttention(TritonImplementation):
         if call.weights is not None:  # which PyTorch writes and reads several times
             size += call.batch * call.heads * call.queries * call.keys * call.dtype.itemsize
         return regimes.advice(name, call, size)
+
+    def least(self, architecture: str | None) -> int:
+        names = {_name(*parts) for parts in itertools.product((False, True), repeat=4)}
+        known = [n for n in names if "masked" in n or regimes.find(n, architecture) is not None]
+        return min(regimes.least(name, architecture) for name in known)
 
     def note(self, call: AttentionCall) -> str | None:
         return regimes.note(measured_as(call), call)
@@ -119,12 +129,6 @@ class TritonAttention(TritonImplementation):
             dtype = weights_dtype(q.dtype, q.device, dtype)
             results.append(_weights(q, k, padding, mask, seed, lse, weights == "mean", dtype, *options))
         return out if len(results) == 1 else tuple(results)
-
-
-def autocast_dtype(q: Tensor) -> torch.dtype | None:
-    """What autocast makes of attention's inputs, or None where it is off; meta tensors know no autocast."""
-    enabled = not q.is_meta and torch.is_autocast_enabled(q.device.type)
-    return torch.get_autocast_dtype(q.device.type) if enabled else None
 
 
 def autocast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:

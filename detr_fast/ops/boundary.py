@@ -53,6 +53,17 @@ _ON_CPU, _ON_GPU = _plain_keys("CPU"), _plain_keys("CUDA")  # AMD's GPUs, too, a
 _ON_ANY = _ON_CPU | _ON_GPU
 
 
+def followed() -> bool:
+    """Whether a compiler, a mode, a transform or a tracer follows each op."""
+    return (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or _transforms() is not None
+        or _function_modes()
+        or _tracing() is not None
+    )
+
+
 class Boundary:
     """An op: called, it goes the way of PyTorch's dispatcher, or, where nobody looks, straight to where that ends."""
 
@@ -82,14 +93,8 @@ class Boundary:
     def _shortcut(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """What the op comes to for such a call, or None where the dispatcher must see it."""
         if (
-            torch.compiler.is_compiling()
-            or _dispatch_modes()
-            or _transforms() is not None
-            or _function_modes()
-            or _profiling()
-            or _profiler._is_profiler_enabled  # a profiler of all threads is not this thread's
-            or _tracing() is not None
-        ):
+            followed() or _profiling() or _profiler._is_profiler_enabled
+        ):  # a profiler of all threads is not this thread's
             return None
         way: Callable[..., Any] | None = None
         for argument in args:

@@ -27,6 +27,7 @@ from detr_fast.ops.products import (
     meta,
     shape_misfit,
 )
+from detr_fast.ops.regimes import bytes_of
 
 
 def feed_forward(
@@ -306,4 +307,5 @@ FEED_FORWARD = Op(
         TritonOneKernelFeedForward(),
         EagerFeedForward(),
     ),
+    work=bytes_of,
 )

@@ -116,6 +116,9 @@ class TritonLayerNorm(TritonImplementation):
             return "a lone norm under torch.compile: Inductor fuses it with its neighbours"
         return regimes.advice("layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
 
+    def least(self, architecture: str | None) -> int:
+        return regimes.least("layer_norm", architecture)
+
     def note(self, call: LayerNormCall) -> str | None:
         return regimes.note("layer_norm", call)
 
@@ -151,7 +154,11 @@ class EagerLayerNorm(Implementation):
 
 
 LAYER_NORM = Op(
-    "layer_norm", signature=_signature, describe=_describe, implementations=(TritonLayerNorm(), EagerLayerNorm())
+    "layer_norm",
+    signature=_signature,
+    describe=_describe,
+    implementations=(TritonLayerNorm(), EagerLayerNorm()),
+    work=regimes.bytes_of,
 )
 
 

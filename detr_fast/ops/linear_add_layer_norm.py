@@ -30,6 +30,7 @@ from detr_fast.ops.products import (
     meta,
     shape_misfit,
 )
+from detr_fast.ops.regimes import bytes_of
 
 
 def linear_add_layer_norm(
@@ -199,6 +200,7 @@ LINEAR_ADD_LAYER_NORM = Op(
     signature=_signature,
     describe=_describe,
     implementations=(TritonLinearAddLayerNorm(), EagerLinearAddLayerNorm()),
+    work=bytes_of,
 )
 
 

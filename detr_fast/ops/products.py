@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.dispatch import Call, TritonImplementation
+from detr_fast.dispatch import NEVER, Call, TritonImplementation
 from detr_fast.kernels import launch
 from detr_fast.kernels.dropout import Dropout, scale
 from detr_fast.ops import regimes
@@ -58,8 +58,8 @@ class TritonProduct(TritonImplementation):
             return f"{call.rows} rows: it takes fewer than 2**31"
         return None
 
-    def never(self, architecture: str | None) -> bool:
-        return not self._measured(architecture)
+    def least(self, architecture: str | None) -> int:
+        return regimes.least(self.op, architecture) if self._measured(architecture) else NEVER
 
     def _measured(self, architecture: str | None) -> bool:
         """Whether on this very architecture: against cuBLAS another one's measurement says nothing."""

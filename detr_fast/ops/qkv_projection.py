@@ -27,6 +27,7 @@ from detr_fast.ops.products import (
     meta,
     shape_misfit,
 )
+from detr_fast.ops.regimes import bytes_of
 
 TILE = 128  # columns that one program of the kernel covers at most
 
@@ -152,6 +153,7 @@ QKV_PROJECTION = Op(
     signature=_signature,
     describe=_describe,
     implementations=(TritonQkvProjection(), EagerQkvProjection()),
+    work=bytes_of,
 )
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from detr_fast.dispatch import NEVER as NEVER
 from detr_fast.dispatch import Call, forget_decisions
 
-NEVER = 1 << 62  # beyond any size
 SCANS = "row scans"  # of an assignment: N² Q, what a search over Q columns for each of N rows may take
 UNMEASURED_MINIMUM_BYTES = 32 << 20  # 10 µs at 3 TB/s: above the host's cost of an eager Triton launch (6–13 µs)
 
@@ -112,6 +112,17 @@ def find(op: str, architecture: str | None, gradients: bool = True) -> Regime | 
         key=lambda r: (abs(_number(r.architecture) - _number(architecture or "")), names.index(r.op)),
         default=None,
     )
+
+
+def least(op: str, architecture: str | None) -> int:
+    """The size from which `advice` may be for the kernel, run eagerly, with or without gradients."""
+    entries = [find(op, architecture, gradients) for gradients in (True, False)]
+    return min(UNMEASURED_MINIMUM_BYTES if entry is None else entry.eager_minimum for entry in entries)
+
+
+def bytes_of(x: torch.Tensor, *_: object) -> int:
+    """At least what advice about a call on x goes by: autocast makes elements no larger."""
+    return x.nbytes
 
 
 def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None:

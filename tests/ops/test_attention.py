@@ -73,6 +73,62 @@ def test_rows_without_a_visible_key_give_zeros_and_zero_gradients(implementation
     assert all(t.grad.isfinite().all() for t in (q, k, v))
 
 
+@pytest.mark.parametrize("keys", [7, 8])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sdpa_gets_padding_as_what_it_would_make_of_a_bool_mask_in_rows_that_no_kernel_copies(
+    keys, autocast, monkeypatch
+):
+    given, original = [], F.scaled_dot_product_attention
+    spy = lambda *a, **options: given.append(a) or original(*a, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    tensors = [t.bfloat16() if autocast else t for t in qkv(keys=keys)]
+    padding, _ = masks(True, None, keys=keys)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = ops.attention(*tensors, key_padding_mask=padding)
+        expected = original(*(t.transpose(1, 2) for t in tensors), ~padding[:, None, None]).transpose(1, 2)
+    (bias,) = (arguments[3] for arguments in given)
+    assert torch.equal(out, expected)
+    assert bias.dtype == out.dtype
+    assert bias.shape == (B, 1, 1, keys)
+    assert bias.stride(0) == 8
+    assert torch.equal(bias[:, 0, 0] == -torch.inf, padding)
+
+
+def test_a_padding_mask_that_changes_in_place_is_read_anew():
+    q, k, v = qkv()
+    padding, _ = masks(True, None)
+    before = ops.attention(q, k, v, key_padding_mask=padding)
+    padding[1, 2:] = True
+    after = ops.attention(q, k, v, key_padding_mask=padding)
+    assert torch.equal(before[0], after[0])
+    torch.testing.assert_close(after, by_definition(q, k, v, padding, None, False))
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_the_padding_of_each_replay():
+    q, k, v = (torch.randn(B, n, H, E, device="cuda", dtype=torch.float16) for n in (L, S, S))
+    padding = torch.zeros(B, S, dtype=torch.bool, device="cuda")
+    with use_backend(attention="sdpa"):
+        ops.attention(q, k, v, key_padding_mask=padding)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = ops.attention(q, k, v, key_padding_mask=padding)
+        for hidden in (5, 3):
+            padding[:, hidden:] = True
+            graph.replay()
+            expected = by_definition(*(t.float() for t in (q, k, v)), padding, None, False)
+            torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=1e-2)
+
+
+def test_padding_may_be_mapped_over():
+    q, k, v = (t.detach() for t in qkv())
+    paddings = torch.stack([masks(True, None)[0], torch.zeros(B, S, dtype=torch.bool)])
+    mapped = torch.vmap(lambda padding: ops.attention(q, k, v, key_padding_mask=padding))(paddings)
+    expected = torch.stack([by_definition(q, k, v, padding, None, False) for padding in paddings])
+    torch.testing.assert_close(mapped, expected)
+
+
 def test_nan_in_padded_keys_never_leaks_from_the_weights():
     q, k, v = qkv()
     padding, _ = masks(True, None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
 from detr_fast.ops import regimes, tuning_cases
+from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM
+from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.feed_forward import FEED_FORWARD
+from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
 from detr_fast.ops.qkv_projection import QKV_PROJECTION
 from detr_fast.ops.regimes import NEVER, Regime
@@ -227,3 +231,48 @@ def test_the_feed_forwards_that_trade_time_for_memory_are_never_chosen(on_sm_90)
     for one in FEED_FORWARD.implementations[1:3]:
         assert one.name in ("triton_recompute", "triton_one_kernel")
         assert "by name" in one.advice(None)
+
+
+def calls_on_a_gpu(size):
+    """One of each op that leaves early, of `size` rows, images or both."""
+
+    def draw(*shape):
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    x, square, row = draw(size, 256), draw(256, 256), draw(256)
+    yield LAYER_NORM, (x, (256,), row, row, 1e-5)
+    yield ADD_LAYER_NORM, (x, x, row, row, 1e-5, 0.1, False)
+    yield LINEAR_ADD_LAYER_NORM, (x, square, row, x, row, row, 1e-5, 0.1, False)
+    yield QKV_PROJECTION, (x, draw(768, 256), draw(768), None, 0)
+    hidden = (draw(2048, 256), draw(2048), draw(256, 2048), row, row, row)
+    yield FEED_FORWARD, (x, *hidden, 1e-5, "relu", 0.1, 0.1, None, False)
+    for queries, dim, dropout_p in ((850, 32, 0.0), (850, 32, 0.1), (100, 32, 0.0), (850, 64, 0.0)):
+        q, k = (draw(-(-size // 850), n, 256 // dim, dim) for n in (queries, 850))
+        for padding in (None, torch.empty(k.shape[:2], dtype=torch.bool, device="cuda")):
+            yield ATTENTION, (q, k, k, padding, None, False, dropout_p, None, False, False, None)
+
+
+@pytest.mark.parametrize("measured", [[], [0, 0, NEVER], [1 << 20, 1 << 24, NEVER], [NEVER, NEVER, 1 << 22]], ids=str)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_leaves_before_a_key_is_built_would_have_been_left_to_pytorch_anyway(on_sm_90, measured, gradients):
+    names = [op.name for op in (LAYER_NORM, ADD_LAYER_NORM, *PRODUCTS.values())]
+    names += [
+        f"attention{mask}{size}" for mask in ("", "_masked") for size in ("", "_dropout", "_few_queries", "_wide")
+    ]
+    minima = zip(names, itertools.cycle(measured))
+    regimes.save(
+        [Regime(name, "sm_90", least, 0, "H100") for name, least in minima if least < NEVER or "att" not in name]
+    )
+    regimes.save([Regime(regimes.inference("layer_norm"), "sm_90", 1 << 16, 0, "H100")] if measured else [])
+    left = kept = 0
+    for rows in (1, 850, 4 * 850, 64 * 850, 512 * 850):
+        for op, arguments in calls_on_a_gpu(rows):
+            with torch.set_grad_enabled(gradients):
+                chosen = op._decision(*arguments).implementation
+                early = op.is_small(op._work(*arguments), arguments[0].device)
+                assert not early or chosen is op.choose(*arguments)
+                left, kept = left + early, kept + (not early and chosen.name == "triton")
+                with dispatch.recording(lambda *_: None):  # who wants to know hears why
+                    assert not op.is_small(op._work(*arguments), arguments[0].device)
+    assert left > 2
+    assert kept > 2 or not measured
