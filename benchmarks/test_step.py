@@ -9,11 +9,12 @@ objects each. "auto" is what `detr-fast train` runs: our model in a captured ste
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -145,7 +146,9 @@ def checked_pair() -> Pair:
 make_pair: Callable[[], Pair] = functools.cache(checked_pair) if REHEARSAL else checked_pair
 
 
-def test_training_step() -> None:
+# Checked alone they compile side by side, the longest compilation first.
+@pytest.mark.parametrize("peers", [(peer,) for peer in reversed(PEERS)] if CHECK_ONLY else [PEERS], ids=" beside ".join)
+def test_training_step(peers: Sequence[str]) -> None:
     peaks: dict[str, float] = {}
 
     def made(peer: str) -> Callable[[], list[Tensor]]:
@@ -159,16 +162,15 @@ def test_training_step() -> None:
         return lambda: [step()]
 
     case = f"DETR-R50 training step, {BATCH} × 800×1066, bf16, auxiliary losses, dropout 0.1"
-    order = reversed(PEERS) if CHECK_ONLY else PEERS  # the longest compilation begins first where it is what is wanted
-    steps = {peer: deferred(made, peer) for peer in order}
+    steps = {peer: deferred(made, peer) for peer in peers}
     claims = [
         Claim("training step: over Hugging Face's, torch.compile", ("torch.compile",), 2.0),
         Claim("training step: over Hugging Face's, eager", ("huggingface",), 2.0),
     ]
     # Without torch.compile first: it may take longer than there is time, and the last line of a case is the one that counts.
     rounds = [steps] if CHECK_ONLY or REHEARSAL else [{n: s for n, s in steps.items() if n != "torch.compile"}, steps]
-    for peers in rounds:
-        compare(case, peers, claims=claims, in_graphs=False)
+    for some in rounds:
+        compare(case, some, claims=claims, in_graphs=False)
         if not CHECK_ONLY:
             record({"peak memory of a training step, beside the model's own": peaks})
 

@@ -147,6 +147,23 @@ def test_where_the_checkout_can_not_be_installed_the_sections_import_it_as_it_li
     assert str(checkout / "detr_fast" / "kernels" / "catalog.py") in summary
 
 
+def test_sanitizers_watch_all_our_kernels_and_no_other_librarys(gpu, calls, tmp_path):
+    names = {one.variant.kernel.__name__ for one in calls.CATALOG}
+    assert len(names) > 20
+    for name in names:
+        assert re.search(gpu.OUR_KERNELS, name)
+    for name in (
+        "nvjet_sm90_tst_64x8_64x16_1x1_h_bz_splitK_NNT",
+        "sm80_xmma_gemm_f32f32_f32f32_f32_nn_n_tilesize32x32x8_stage3_warpsize1x2x1_ffma_aligna4_alignc4_execute_kernel__5x_cublas",
+        "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_11FillFunctorIfEEEEviT0_T1_",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int, float)",
+    ):
+        assert not re.search(gpu.OUR_KERNELS, name)
+    watched = [command for name, command, _ in gpu.sections(tmp_path) if name in ("memcheck", "racecheck")]
+    assert all(f"regex={gpu.OUR_KERNELS}" in command for command in watched)
+    assert len(watched) == 2
+
+
 def test_a_tool_that_is_missing_is_a_skipped_part(gpu, tmp_path):
     assert gpu.run([("memcheck", ["env", "A=1", "no-such-sanitizer", "--tool"], 5)], tmp_path, "a GPU") == 0
     assert "- memcheck: skipped: there is no no-such-sanitizer here" in (tmp_path / "summary.md").read_text()
