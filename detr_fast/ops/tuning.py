@@ -190,26 +190,30 @@ def _line(text: str, other: str, timing: Timing, ours: str = "kernel") -> str:
 def _interleaved(
     step: Step, op: str, backends: tuple[str, str], *, captured: bool = False, repeats: int = 20
 ) -> tuple[float, float]:
-    """Median milliseconds with each backend, measured in turns so that a drifting clock hits both."""
+    """Median milliseconds with each backend, measured in turns so that a drifting clock hits both.
+
+    captured: a graph holds so many calls as `repeats` says: the host takes longer for a replay than the GPU for a small one.
+    """
     runs: list[Callable[[], object]] = []
     for backend in backends:
         with use_backend(**{op: backend}):
             for _ in range(3):
                 step()
-            runs.append(_captured(step) if captured else step)
+            runs.append(_captured(step, repeats) if captured else step)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
         for backend, run, measured in zip(backends, runs, times):
             with use_backend(**{op: backend}):
-                measured.append(_milliseconds(run, repeats))
+                measured.append(_milliseconds(run, 2) / repeats if captured else _milliseconds(run, repeats))
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _captured(step: Step) -> Callable[[], None]:
+def _captured(step: Step, calls: int) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     # As a training step is captured (engine/graphs.py): `auto` may compile in here what it takes in graphs only.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+        for _ in range(calls):
+            step()
     return graph.replay
 
 
