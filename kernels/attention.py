@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence
 from .attention_split import Parts, combine_variant, key_parts
-from .attention_tiles import dot, kept, load_keys, load_tile, masked_scores, store_tile, visible_keys
+from .attention_tiles import dot, drawn, dropped, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
 
 
@@ -74,6 +74,7 @@ def _attend(
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
     BALANCED: tl.constexpr = FORM[9] and not MASKED
+    PAIRED: tl.constexpr = FORM[10]
     totals = tl.zeros((BLOCK_M, 16), tl.float32)
     LISTED: tl.constexpr = FORM[8]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
@@ -104,10 +105,11 @@ def _attend(
             totals = dot(weights.to(q.dtype), ones, totals * shrink[:, None], PRECISION)
         else:
             total = total * shrink + tl.sum(weights, 1)
-        if drop[0] is not None:
-            weights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), weights, 0.0)
         v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
-        accumulator = dot(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
+        weights = weights.to(v.dtype)
+        if drop[0] is not None:
+            weights = dropped(weights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N), PAIRED)
+        accumulator = dot(weights, v, accumulator * shrink[:, None], PRECISION)
     if BALANCED:
         total = tl.max(totals, 1)  # all columns are the same
     return accumulator, total, highest
@@ -165,10 +167,11 @@ def attention_forward_kernel(
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
     BALANCED: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, BALANCED)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, BALANCED, PAIRED)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -298,5 +301,6 @@ def forward_variant(form: Form, split: bool = False) -> Variant:
         *form.ends(),
     )
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, *PACKED_TYPES)
-    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), "BALANCED": config.balanced}
+    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
+    constants |= {"BALANCED": config.balanced, "PAIRED": form.paired}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

@@ -129,7 +129,7 @@ def queries_variant(form: Form, with_dlse: bool = False, split: bool = False, ex
     fp32, listed = torch.float32, torch.int32 if form.padding else None
     rows = (fp32, fp32 if with_dlse else None, fp32, listed)
     tensors = (*(form.dtype,) * 5, fp32 if split else form.dtype)
-    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, EXACT=exact)
+    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, PAIRED=form.paired, EXACT=exact)
 
 
 @cache
@@ -137,7 +137,9 @@ def keys_variant(form: Form, atomics: bool = False) -> Variant:
     """The program that takes dk and dv; atomics: and adds up dq."""
     tensors = (*(form.dtype,) * 6, torch.float32 if atomics else None)
     kernel = "atomics" if atomics else "keys"
-    return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,))
+    warps = form.config(kernel).num_warps if form.dropout and form.mask is None and form.generation else 0
+    more = {"PAIRED": form.paired, "WARPS": warps}
+    return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more)
 
 
 def _variant(
@@ -146,7 +148,7 @@ def _variant(
     form: Form,
     tensors: tuple[torch.dtype | None, ...],
     rows: tuple[torch.dtype | None, ...],
-    **more: bool,
+    **more: int,
 ) -> Variant:
     """tensors: dtypes of those that have a place; rows: of what has an element for each row."""
     config = form.config(name)

@@ -4,7 +4,19 @@
 from __future__ import annotations
 
 from .attention_program import at, clear_surplus, own_keys, own_sequence
-from .attention_tiles import add_tile, dot, kept, load_rows, load_tile, masked_scores, store_tile, visible_keys
+from .attention_tiles import (
+    add_tile,
+    deferred,
+    dot,
+    drawn,
+    dropped,
+    load_rows,
+    load_tile,
+    masked_scores,
+    spread_keys,
+    store_rows,
+    visible_keys,
+)
 from .launch import jit, tl
 
 
@@ -24,6 +36,7 @@ def _pass_over_queries(
     hiding,
     drop,
     visible,
+    keys,
     column_start,
     start_row,
     end_row,
@@ -45,30 +58,31 @@ def _pass_over_queries(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
+    PAIRED: tl.constexpr = FORM[8]
     row = tl.arange(0, BLOCK_M)
     for start in range(start_row, end_row, BLOCK_M):
         exists = row < L - start
         lse = tl.load(statistics_ptr + start + row, mask=exists, other=float("inf"))
         delta = tl.load(statistics_ptr + all_rows + start + row, mask=exists, other=0.0)
+        if drop[0] is not None:
+            delta = delta * (1.0 / deferred(drop[4]))
         q = load_tile(q_ptr + tl.cast(start, tl.int64) * q_row, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
         dout = load_tile(dout_ptr + tl.cast(start, tl.int64) * dout_row, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(
-                scores * scale, hiding, start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, True
+                scores * scale, hiding, start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, True, keys
             )
             weights = tl.exp2(scores - lse[None, :])
         else:
             weights = tl.exp2(scores * scale - lse[None, :])
         dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        shared = weights.to(dout.dtype)
         if drop[0] is not None:
-            keep = kept(drop, start, column_start, BLOCK_M, BLOCK_N, True)
-            dweights = tl.where(keep, dweights * drop[4], 0.0)
-            dscores = weights * (dweights - delta[None, :])
-            weights = tl.where(keep, weights, 0.0)
-        else:
-            dscores = weights * (dweights - delta[None, :])
-        dv = dot(weights.to(dout.dtype), dout, dv, PRECISION)
+            draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys)
+            dweights, shared = dropped(dweights, drop, draws, PAIRED), dropped(shared, drop, draws, PAIRED)
+        dscores = weights * (dweights - delta[None, :])
+        dv = dot(shared, dout, dv, PRECISION)
         dk = dot(dscores.to(q.dtype), q, dk, PRECISION)
         if adding[0] is not None:
             dq_ptr, dq_start, dq_row, k_visible, scale_out = adding
@@ -141,12 +155,14 @@ def attention_backward_keys_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PAIRED: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """One program for BLOCK_N keys of one key head, over all query heads of its group.
 
     dq_ptr: fp32, cleared, where dq is added to by atomics; None where the kernel of the queries takes it.
     """
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
     key_heads = heads // group
     longest_q, longest_k = L, S
     batch, key_head, column_start, exists = own_keys(S, key_heads, BLOCK_N)
@@ -167,11 +183,12 @@ def attention_backward_keys_kernel(
     dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
     dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
-    visible = visible_keys(padding, column_start, S, BLOCK_N)
+    keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
+    visible = visible_keys(padding, column_start, S, BLOCK_N, keys=keys)
     # A maximum of one: k and v are laid out by the narrowest load that Triton finds behind theirs, and it looks behind no
     # reduction. For the mask's bytes, the products would load q and dout past the pipeline (on sm_80).
     visible = tl.max(visible.to(tl.int32)[:, None], 1) > 0
-    k_visible = load_tile(k_ptr, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
+    k_visible = load_rows(k_ptr, keys * k_row, visible, E, BLOCK_E, VEC)
     k = k_visible
     shown = None
     if dq_ptr is not None:
@@ -180,10 +197,11 @@ def attention_backward_keys_kernel(
         if CAUSAL or mask_ptr is not None:
             shown = visible
         if mask_ptr is None:
-            column = tl.arange(0, BLOCK_N)
-            shown_column = tl.where(visible, column, tl.max(tl.where(visible, column, 0), 0))
+            shown_column = tl.where(visible, keys, tl.max(tl.where(visible, keys, 0), 0))
             k = load_rows(k_ptr, shown_column * k_row, None, E, BLOCK_E, VEC)
-    v = load_tile(v_ptr, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+    v = load_rows(v_ptr, keys * v_row, visible, EV, BLOCK_EV, VEC)
+    if seed_ptr is not None:
+        scale_out = scale_out * deferred(rescale)
 
     end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding
     start = 0
@@ -220,6 +238,7 @@ def attention_backward_keys_kernel(
                     hiding,
                     drop,
                     shown,
+                    keys,
                     column_start,
                     start if MASKED else tl.maximum(start, end_masked),
                     end_masked if MASKED else end,
@@ -231,8 +250,10 @@ def attention_backward_keys_kernel(
                     BLOCK_N,
                     FORM,
                 )
-    exists = column_start + tl.arange(0, BLOCK_N) < S  # said anew: kept over the loop, it would be spilled
+    # Said anew: kept over the loop, it would be spilled.
+    keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
+    exists = column_start + keys < S
     dk = tl.where(visible[:, None], dk * scale_out, 0.0)
     dv = tl.where(visible[:, None], dv * rescale, 0.0)
-    store_tile(dk_ptr, dk_row, exists, dk, BLOCK_N, E, BLOCK_E, VEC)
-    store_tile(dv_ptr, dv_row, exists, dv, BLOCK_N, EV, BLOCK_EV, VEC)
+    store_rows(dk_ptr, keys * dk_row, exists, dk, E, BLOCK_E, VEC)
+    store_rows(dv_ptr, keys * dv_row, exists, dv, EV, BLOCK_EV, VEC)

@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence, row_statistics
-from .attention_tiles import dot, kept, load_keys, load_tile, masked_scores, store_tile, visible_keys
+from .attention_tiles import (
+    deferred,
+    dot,
+    drawn,
+    dropped,
+    load_keys,
+    load_tile,
+    masked_scores,
+    store_tile,
+    visible_keys,
+)
 from .launch import jit, tl
 
 
@@ -42,6 +52,7 @@ def _pass_over_keys(
     VEC: tl.constexpr = FORM[6]
     LISTED: tl.constexpr = FORM[8]
     EXACT: tl.constexpr = FORM[9]
+    PAIRED: tl.constexpr = FORM[10]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -60,7 +71,7 @@ def _pass_over_keys(
             weights = tl.exp2(scores * scale - lse[:, None])
         dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if drop[0] is not None:
-            dweights = tl.where(kept(drop, row_start, start, BLOCK_M, BLOCK_N), dweights * drop[4], 0.0)
+            dweights = dropped(dweights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N), PAIRED)
         dscores = weights * (dweights - delta[:, None])
         if EXACT:
             excess += tl.sum(dscores, 1)
@@ -130,6 +141,7 @@ def attention_backward_queries_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PAIRED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e).
@@ -138,7 +150,7 @@ def attention_backward_queries_kernel(
     up to what arrives for its log-sum-exp.
     """
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, EXACT)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, EXACT, PAIRED)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -171,6 +183,9 @@ def attention_backward_queries_kernel(
     lse, delta = row_statistics(out, dout, lse_ptr, dlse_ptr, statistics_ptr, rows, all_rows, exists)
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)
+    if seed_ptr is not None:
+        delta = delta / deferred(rescale)
+        scale_out = scale_out * deferred(rescale)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     excess = tl.zeros((BLOCK_M,), tl.float32)
     for MASKED in tl.static_range(2):
@@ -200,6 +215,8 @@ def attention_backward_queries_kernel(
                 FORM,
             )
     if EXACT:
+        if seed_ptr is not None:
+            delta, excess = delta * deferred(rescale), excess * deferred(rescale)
         if dlse_ptr is not None:
             excess -= tl.load(dlse_ptr + rows, mask=exists, other=0.0) * 1.4426950408889634
         tl.store(statistics_ptr + all_rows + rows, delta + excess, mask=exists)

@@ -19,7 +19,14 @@ from .entry import TARGETS, Budget, Entry
 from .launch import Variant
 
 EXAMPLE_KEYS = 72
-GENERATIONS = {"sm_90": "hopper", "sm_100": "blackwell", "sm_120": "blackwell"}
+GENERATIONS = {
+    "sm_80": "ampere",
+    "sm_86": "ampere",
+    "sm_89": "ampere",
+    "sm_90": "hopper",
+    "sm_100": "blackwell",
+    "sm_120": "blackwell",
+}
 SPLIT, SPLIT_KEYS = "hd128_fp16_split", 200  # the form whose example has too few programs, and keys enough to share
 
 
@@ -29,8 +36,8 @@ def catalog_entries() -> Iterator[Entry]:
     padded = Form(bf16, 32, 32, padding=True, vector=8)
     forms = {
         "hd32_bf16_padding": padded,
-        "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True),
-        "hd32_fp16_packed_dropout": Form(fp16, 32, 32, dropout=True, packed=True, vector=8),
+        "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True, generation="ampere"),
+        "hd32_fp16_packed_dropout": Form(fp16, 32, 32, dropout=True, packed=True, vector=8, generation="ampere"),
         "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
         "hd32_bf16_padding_warpgroups": replace(padded, generation="hopper"),
         "hd64_bf16_float_mask_dropout_blackwell": Form(

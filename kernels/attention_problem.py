@@ -49,6 +49,13 @@ class Form:
         return self.padding and self.mask is None and not self.causal and not self.dropout
 
     @property
+    def paired(self) -> bool:
+        """Whether dropout is applied to pairs of elements, by NVIDIA's assembly."""
+        return (
+            self.dropout and self.dtype.itemsize == 2 and self.generation != "" and self._precision() != "interpreted"
+        )
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """E and Ev, rounded up to what a tensor core takes."""
         return block_of(self.head_dim), block_of(self.value_dim)

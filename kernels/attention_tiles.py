@@ -7,7 +7,7 @@ tile starts is computed in 64.
 
 from __future__ import annotations
 
-from .dropout import keep_tile, load_seed
+from .dropout import draw_tile, drop_pairs, keep_drawn, keep_tile, load_seed
 from .launch import jit, tl
 from .rows import run_pointers
 
@@ -89,7 +89,13 @@ def store_tile(
     VEC: tl.constexpr,
 ):
     """Store (ROWS, BLOCK_C) where rows and columns exist."""
-    pointers, inside = _tile_places(base, row_stride, exists, ROWS, COLUMNS, BLOCK_C, VEC)
+    store_rows(base, tl.arange(0, ROWS) * row_stride, exists, tile, COLUMNS, BLOCK_C, VEC)
+
+
+@jit
+def store_rows(base, offsets, exists, tile, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
+    """Store (ROWS, BLOCK_C) at base + offsets (ROWS,) where rows and columns exist."""
+    pointers, inside = _places(base, offsets, exists, COLUMNS, BLOCK_C, VEC)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
 
 
@@ -105,16 +111,14 @@ def add_tile(
     VEC: tl.constexpr,
 ):
     """Add (ROWS, BLOCK_C) in fp32, atomically, where rows and columns exist."""
-    pointers, inside = _tile_places(base, row_stride, exists, ROWS, COLUMNS, BLOCK_C, VEC)
+    pointers, inside = _places(base, tl.arange(0, ROWS) * row_stride, exists, COLUMNS, BLOCK_C, VEC)
     tl.atomic_add(pointers, tile, mask=inside, sem="relaxed")
 
 
 @jit
-def _tile_places(
-    base, row_stride, exists, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr
-):
+def _places(base, offsets, exists, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
     column = tl.arange(0, BLOCK_C)[None, :]
-    pointers = run_pointers(base, tl.arange(0, ROWS)[:, None] * row_stride, column, VEC)
+    pointers = run_pointers(base, offsets[:, None], column, VEC)
     inside = exists[:, None]
     if COLUMNS != BLOCK_C:
         inside = inside & (column // VEC < COLUMNS // VEC)
@@ -122,10 +126,10 @@ def _tile_places(
 
 
 @jit
-def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr, LISTED: tl.constexpr = False):
+def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr, LISTED: tl.constexpr = False, keys=None):
     """Which of the keys start ... start + BLOCK_N - 1 are before end and not padding, as all are that are listed."""
     padding_ptr, padding_start, padding_column, _, _, _, _, list_ptr, list_start = hiding
-    column = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_N) if keys is None else keys
     visible = column < end - start
     if list_ptr is not None and not LISTED:  # the mask's copy: what depends on a load of bytes is not pipelined
         visible = tl.load(list_ptr + (list_start + start) + column, mask=visible, other=1) == 0
@@ -149,18 +153,21 @@ def masked_scores(
     COLUMNS: tl.constexpr,
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
+    columns=None,
 ):
     """Scores of a tile, (ROWS, COLUMNS) or transposed, -inf where a key is hidden.
 
+    columns: which column of the tile each is, where not in order: not with an attn_mask.
     visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere.
     """
     CAUSAL: tl.constexpr = FORM[4]
     MASK_VEC: tl.constexpr = FORM[7]
     _, _, _, mask_ptr, mask_start, mask_row, mask_column, _, _ = hiding
+    column = tl.arange(0, COLUMNS) if columns is None else columns
     if TRANSPOSED:
-        row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
+        row, column = tl.arange(0, ROWS)[None, :], column[:, None]
     else:
-        row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+        row, column = tl.arange(0, ROWS)[:, None], column[None, :]
     if mask_ptr is not None:
         mask_start += tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
         base = mask_ptr + mask_start
@@ -190,3 +197,50 @@ def kept(drop, row_start, column_start, ROWS: tl.constexpr, COLUMNS: tl.constexp
     seed_ptr, head_index, offset, threshold, _ = drop
     low, high = load_seed(seed_ptr)
     return keep_tile(low, high, offset, threshold, head_index, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)
+
+
+@jit
+def drawn(
+    drop,
+    row_start,
+    column_start,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+    columns=None,
+):
+    """What `dropped` takes of a tile: see `draw_tile`."""
+    seed_ptr, head_index, offset, _, _ = drop
+    low, high = load_seed(seed_ptr)
+    return draw_tile(low, high, offset, head_index, row_start, column_start, ROWS, COLUMNS, TRANSPOSED, columns)
+
+
+@jit
+def dropped(x, drop, draws, PAIRED: tl.constexpr):
+    """x (ROWS, COLUMNS) where dropout keeps it, 0 elsewhere. PAIRED: by NVIDIA's assembly."""
+    words, odd = draws
+    if PAIRED:
+        x = drop_pairs(x, words, odd, drop[3])
+    else:
+        x = tl.where(keep_drawn(words, odd, drop[3]), x, 0.0)
+    return x
+
+
+@jit
+def deferred(rescale):
+    """What dropout multiplies dscores by when all are added up, and not each: rescale, or 1 where it drops everything."""
+    return tl.where(rescale > 0.0, rescale, 1.0)
+
+
+@jit
+def spread_keys(KEYS: tl.constexpr, WARPS: tl.constexpr):
+    """Which key of a tile each of its rows holds, (KEYS,): an order in which a thread's four rows share dropout's calls.
+
+    Of an accumulator with 16 rows a warp, twice, a thread holds rows i, i + 8, i + 16 * WARPS and i + 16 * WARPS + 8; these get
+    keys c, c + 8, c + 1 and c + 9.
+    """
+    row = tl.arange(0, KEYS)
+    if KEYS >= 32 * WARPS:
+        own = (row & 3) * 2 + (row & 8) + row // (16 * WARPS) % 2
+        row = row // (32 * WARPS) * (32 * WARPS) + row // 16 % WARPS * 32 + (row & 4) * 4 + own
+    return row

@@ -11,15 +11,17 @@ that the expectation is kept exactly. Which eight positions share a call is part
 - `keep_tile`, for tiles of `tl.dot`: rows r and r + 8, columns c, c + 1, c + 8 and c + 9, which tensor cores' accumulators
   keep in one thread (rows r and r + 8, columns c and c + 8 also where the tile is transposed).
 
-Each element's expression holds the whole call, and the compiler sees that the elements of a thread share it. Static
-figures on sm_80 and sm_90, compare, select and scale included: 10 instructions an element in a row-wise kernel, 8 on a
-128×64 accumulator, 11 where it is transposed; draws of 32 bits would take 4 more, and of 8 bits 2 less, but p = 0.1 would
-become 0.102. Seven rounds are the fewest that pass BigCrush.
+Each element's expression holds the whole call, and the compiler sees that the elements of a thread share it. In tiles, a
+draw counts as a float of 16 bits, dropped where it is under a bound (or kept, where fewer are kept than dropped; NaN is under
+none): NVIDIA's GPUs compare two such numbers at once (`drop_pairs`), and need not take words apart. The integer pipe, which
+has half the lanes of the others, is what dropout keeps busy.
+Seven rounds are the fewest that pass BigCrush. Draws of 32 bits would double the calls; of 8 bits, p = 0.1 would become 0.102.
 Source: Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,12 +34,22 @@ STEPS = 1 << 16  # of a draw: p's resolution
 
 def kept_steps(p: float) -> int:
     """How many of the 2**16 values of a draw keep an element: 0 for p = 1, under 2**16 for any p over 0."""
-    return min(round((1.0 - p) * STEPS), STEPS - 1)
+    kept = min(round((1.0 - p) * STEPS), STEPS - 1)
+    # No float of 16 bits has 31,745 under it: 0 and -0 are equal.
+    return kept + {0x7C01: -1, STEPS - 0x7C01: 1}.get(kept, 0)
 
 
 def threshold(p: float) -> int:
-    """The kernels' argument, an int32: an element is kept where its draw, as the high half of an int32, is below it."""
+    """The kernels' argument, an int32: `keep_rows` keeps what is below it, a draw being the high half of an int32."""
     return (kept_steps(p) - STEPS // 2) << 16
+
+
+def tile_bound(p: float) -> tuple[float, bool]:
+    """The float of 16 bits that a tile's draws are compared with, and whether those under it are kept (or dropped)."""
+    kept = kept_steps(p)
+    under = min(kept, STEPS - kept)
+    bits = 0xFC00 - under if under <= 0x7C00 else under - 0x7C01  # see `_tile_bound`
+    return struct.unpack("<e", struct.pack("<H", bits))[0], 2 * kept < STEPS
 
 
 def scale(p: float) -> float:
@@ -96,22 +108,96 @@ def keep_tile(
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """Which elements of a tile are kept, (ROWS, COLUMNS), or (COLUMNS, ROWS) where TRANSPOSED.
+    """Which elements of a tile are kept, (ROWS, COLUMNS), or (COLUMNS, ROWS) where TRANSPOSED; arguments as of `draw_tile`."""
+    words, odd = draw_tile(low, high, offset, head, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)
+    return keep_drawn(words, odd, threshold)
 
-    head: batch · heads + head, int32. row_start, column_start: int32, multiples of 16. The rest as in `keep_rows`.
+
+@jit
+def draw_tile(
+    low,
+    high,
+    offset,
+    head,
+    row_start,
+    column_start,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+    columns=None,
+):
+    """A tile's words, uint32 (ROWS, COLUMNS), or (COLUMNS, ROWS) where TRANSPOSED, and whose draws are the words' high halves.
+
+    head: batch · heads + head, int32. row_start, column_start: int32, multiples of 16. columns: (COLUMNS,), which column of the
+    tile each is, where not in order. The rest as in `keep_rows`.
     """
+    column = tl.arange(0, COLUMNS) if columns is None else columns
     if TRANSPOSED:
-        row = tl.arange(0, ROWS)[None, :]
-        column = tl.arange(0, COLUMNS)[:, None]
+        row, column = tl.arange(0, ROWS)[None, :], column[:, None]
     else:
-        row = tl.arange(0, ROWS)[:, None]
-        column = tl.arange(0, COLUMNS)[None, :]
+        row, column = tl.arange(0, ROWS)[:, None], column[None, :]
     # Of 16 rows 8 remain, of 16 columns 4: bits 3 of both and 0 of the column choose among the call's draws.
     rows = row_start // 16 * 8 + (row // 16 * 8 + row % 8)
     columns = column_start // 16 * 4 + (column // 16 * 4 + column % 8 // 2)
     head, offset = tl.cast(head, tl.uint32), tl.cast(offset, tl.uint32)
-    words = _philox(low, high, columns.to(tl.uint32), rows.to(tl.uint32), head, offset)
-    return _draw(words, row & 8, column & 8, column & 1) < threshold
+    first, second, third, fourth = _philox(low, high, columns.to(tl.uint32), rows.to(tl.uint32), head, offset)
+    word = tl.where(row & 8 != 0, tl.where(column & 8 != 0, fourth, third), tl.where(column & 8 != 0, second, first))
+    return word, column & 1 != 0
+
+
+@jit
+def _tile_bound(threshold):
+    """(bound, kept): a draw, read as a float of 16 bits, is under `bound` where it is kept (kept = 1) or dropped (kept = 0).
+
+    bound: uint32, the bits of a float of 16 bits. kept: uint32, 1 where fewer are kept than dropped.
+    """
+    steps = (tl.cast(threshold, tl.uint32) >> 16) ^ 0x8000  # that keep
+    few = steps < 0x8000
+    under = tl.where(few, steps, 0x10000 - steps)
+    # From -inf (0xFC00) downwards in bits, upwards in value, to -0; then on from +0, of which -0 is no less.
+    bound = tl.where(under <= 0x7C00, 0xFC00 - under, under - 0x7C01)
+    return bound, tl.where(few, 1, 0).to(tl.uint32)
+
+
+@jit
+def keep_drawn(words, odd, threshold):
+    """Which elements are kept, of what `draw_tile` returned."""
+    bound, kept = _tile_bound(threshold)
+    draws = tl.where(odd, words >> 16, words).to(tl.uint16)
+    under = draws.to(tl.float16, bitcast=True) < bound.to(tl.uint16).to(tl.float16, bitcast=True)
+    return under == (kept != 0)
+
+
+@jit
+def drop_pairs(x, words, odd, threshold):
+    """x where kept, 0 elsewhere, in NVIDIA's assembly: one compare for two neighbours of a thread.
+
+    x: fp32, or of 16 bits, whose neighbours share the selection, too. The rest as in `keep_drawn`, its twin.
+    """
+    bound, kept = _tile_bound(threshold)
+    half = tl.where(odd, 0x32, 0x10)  # bytes of a word, as PRMT numbers them; those of the second word from 4 on
+    if x.dtype == tl.float32:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 draws; .reg .pred first, second, kept; mad.lo.s32 draws, $7, 256, $6; add.s32 draws, draws, 0x4400;"
+            " prmt.b32 draws, $4, $5, draws; setp.eq.s32 kept, $10, 0; setp.lt.xor.f16x2 first|second, draws, $8, kept;"
+            " selp.f32 $0, $2, 0f00000000, first; selp.f32 $1, $3, 0f00000000, second; }",
+            "=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [x, words, half, bound * 0x10001, kept],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 draws; mad.lo.s32 draws, $5, 256, $4; add.s32 draws, draws, 0x4400; prmt.b32 draws, $2, $3, draws;"
+            " set.lt.u32.f16x2 draws, draws, $6; lop3.b32 $0, $1, draws, $8, 0x60; }",
+            "=r,r,r,r,r,r,r,r,r,r",
+            [x, words, half, bound * 0x10001, kept - 1],
+            dtype=x.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return x
 
 
 @jit

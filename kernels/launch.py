@@ -245,10 +245,12 @@ def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> N
 
 @lru_cache(maxsize=64)
 def generation(device: torch.device) -> str:
-    """Of NVIDIA's GPUs whose tiles are not the others': "hopper" (sm_90), "blackwell" (sm_100, sm_120), and "" for all else."""
+    """Of NVIDIA's GPUs: "ampere" (sm_80 to sm_89), "hopper" (sm_90), "blackwell" (sm_100, sm_120), and "" for all else."""
     if device.type != "cuda" or torch.version.hip is not None:
         return ""
-    return {9: "hopper", 10: "blackwell", 12: "blackwell"}.get(torch.cuda.get_device_capability(device)[0], "")
+    return {8: "ampere", 9: "hopper", 10: "blackwell", 12: "blackwell"}.get(
+        torch.cuda.get_device_capability(device)[0], ""
+    )
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from detr_fast.kernels.dropout import kept_steps
+from detr_fast.kernels.dropout import kept_steps, tile_bound
 
 _LOW = 0xFFFFFFFF
 
@@ -105,8 +105,12 @@ def keep_mask(
         head, row, column = count(1)[:, None, None], count(rows)[:, None], count(-(-columns // 8))
     words = torch.stack(_philox(seed, column, row, head, offset), -1)
     draws = torch.stack([words << 16 & _LOW, words], -1)  # (heads, rows, columns, word, half)
-    # A draw counts as the high half of an int32.
-    kept = (draws ^ 1 << 31) >> 16 < kept_steps(p)
+    if tiles:  # a draw counts as a float of 16 bits
+        bound, keeps = tile_bound(p)
+        under = ((draws >> 16 ^ 0x8000) - 0x8000).to(torch.int16).view(torch.float16) < bound
+        kept = under if keeps else ~under
+    else:  # as the high half of an int32
+        kept = (draws ^ 1 << 31) >> 16 < kept_steps(p)
     if tiles:
         #  head, row // 16, row % 8, column // 16, column // 2 % 4, row // 8 % 2, column // 8 % 2, column % 2
         kept = kept.view(heads, row.shape[0] // 8, 8, column.shape[0] // 4, 4, 2, 2, 2).permute(0, 1, 5, 2, 3, 6, 4, 7)

@@ -272,14 +272,17 @@ def test_logits_of_ten_thousand_are_exact_enough(interpreter, offset, dtype):
     check(dtype, (q, k, v), padding, scale=1.0)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_dropout_is_the_twins(interpreter, transposed):
+@pytest.mark.parametrize(
+    ("transposed", "generation"), [(False, ""), (True, ""), (False, "hopper")], ids=["rows", "sequence first", "hopper"]
+)
+def test_dropout_is_the_twins(interpreter, transposed, generation):
+    """On hopper, rows of the keys' kernel hold keys in an order of their own."""
     q, k, v = (t.half() for t in qkv(1, 40, 70, 2, 16))
     if transposed:
         q, k, v = (LAYOUTS["sequence first"](t) for t in (q, k, v))
     seed, p = torch.tensor([1234567890123]), 0.25
     padding = padded("scattered", 1, 70)
-    problem = Problem(q, k, v, padding, dropout_p=p, seed=seed, offset=3)
+    problem = Problem(q, k, v, padding, dropout_p=p, seed=seed, offset=3, generation=generation)
     out, lse = kernels.attention_forward(problem)
     dout = torch.randn_like(out)
     found = (out, *attention_backward.attention_backward(problem, out, lse, dout))
@@ -294,8 +297,15 @@ def test_dropout_is_the_twins(interpreter, transposed):
 
 def test_dropping_all_or_nothing_is_exact(interpreter):
     q, k, v = qkv(1, 10, 20, 1, 16)
-    out, _ = kernels.attention_forward(Problem(q, k, v, dropout_p=1.0, seed=torch.tensor([5])))
+    problem = Problem(q, k, v, dropout_p=1.0, seed=torch.tensor([5]))
+    out, lse = kernels.attention_forward(problem)
     assert not out.any()
+    assert not any(t.any() for t in attention_backward.attention_backward(problem, out, lse, torch.randn_like(out))[:3])
+
+    dlse = torch.randn_like(lse)  # which dropout doesn't touch
+    found = attention_backward.attention_backward(problem, out, lse, torch.zeros_like(out), dlse)
+    expected = attention_backward.attention_backward(Problem(q, k, v), out, lse, torch.zeros_like(out), dlse)
+    torch.testing.assert_close(found[:3], expected[:3])
 
 
 def test_the_log_sum_exp_and_its_gradient_are_right(interpreter):

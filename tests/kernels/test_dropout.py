@@ -6,10 +6,13 @@ import pytest
 import torch
 from detr_fast.kernels import dropout, offline
 from detr_fast.kernels.analysis import analyse
+from detr_fast.kernels.attention_tiles import spread_keys
 from detr_fast.kernels.launch import Variant, jit, launch, tl
 from detr_fast.kernels.rows import run_pointers
 
+from benchmarks.hardware import DEVICE
 from detr_fast.ops.dropout import keep_mask
+from detr_fast.testing.ptx import emulated_gpu
 
 interpreter_only = pytest.mark.interpreter
 
@@ -64,6 +67,22 @@ def tile_kernel(
 
 
 @jit
+def pairs_kernel(
+    y_ptr, seed_ptr, offset: tl.int32, threshold: tl.int32, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """y (M, N), 1 where kept, else 0, by `drop_pairs`."""
+    row, column = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    low, high = dropout.load_seed(seed_ptr)
+    words, odd = dropout.draw_tile(low, high, offset, 3, 0, 0, M, N, TRANSPOSED)
+    if TRANSPOSED:
+        x = dropout.drop_pairs(tl.full((N, M), 1.0, y_ptr.dtype.element_ty), words, odd, threshold)
+        x = tl.trans(x)
+    else:
+        x = dropout.drop_pairs(tl.full((M, N), 1.0, y_ptr.dtype.element_ty), words, odd, threshold)
+    tl.store(y_ptr + row * N + column, x)
+
+
+@jit
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -77,7 +96,7 @@ def attention_kernel(
     TRANSPOSED: tl.constexpr,
     DROP: tl.constexpr,
 ):
-    """For its machine code only: a mask between two matmuls."""
+    """For its machine code only, with 4 warps: a mask between two matmuls."""
     e = tl.arange(0, 32)[None, :]
     first = tl.program_id(0) * M
     q = tl.load(q_ptr + (first + tl.arange(0, M)[:, None]) * 32 + e)
@@ -86,14 +105,21 @@ def attention_kernel(
     for start in range(0, keys, N):
         k = tl.load(k_ptr + (start + tl.arange(0, N)[:, None]) * 32 + e)
         scores = tl.dot(q, tl.trans(k))
+        weights = scores.to(tl.bfloat16)
         if DROP:
             if TRANSPOSED:  # as where a tile's rows are keys
-                keep = dropout.keep_tile(low, high, offset, threshold, tl.program_id(1), start, first, N, M, True)
+                order = spread_keys(M, 4)
+                words, odd = dropout.draw_tile(low, high, offset, tl.program_id(1), start, first, N, M, True, order)
             else:
-                keep = dropout.keep_tile(low, high, offset, threshold, tl.program_id(1), first, start, M, N)
-            scores = tl.where(keep, scores, 0.0)
-        total += tl.dot(scores.to(tl.bfloat16), k)
+                words, odd = dropout.draw_tile(low, high, offset, tl.program_id(1), first, start, M, N)
+            weights = dropout.drop_pairs(weights, words, odd, threshold)
+        total += tl.dot(weights, k)
     tl.store(y_ptr + (first + tl.arange(0, M)[:, None]) * 32 + e, total)
+
+
+def pairs_variant(kind, transposed):
+    types = (kind, "*i64", "i32", "i32")
+    return Variant(pairs_kernel, types, {"M": 32, "N": 64, "TRANSPOSED": transposed}, num_warps=1)
 
 
 def seed_of(value):
@@ -150,8 +176,9 @@ def test_rows_beyond_32_bits_have_masks_of_their_own(interpreter):
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 64), (64, 32)])
 def test_tile_masks_are_the_twins_whatever_the_tile(interpreter, m, n, transposed):
     seed = seed_of(987654321987654321)
-    expected = keep_mask(seed, 2, 0.4, 2, 50, 70, tiles=True)
-    assert torch.equal(kept_tiles(seed, 2, 0.4, 2, 50, 70, m, n, transposed), expected)
+    for p in (0.4, 0.5, 0.8):  # under a bound below zero, at zero, and kept where under it
+        expected = keep_mask(seed, 2, p, 2, 50, 70, tiles=True)
+        assert torch.equal(kept_tiles(seed, 2, p, 2, 50, 70, m, n, transposed), expected)
 
 
 @interpreter_only
@@ -171,13 +198,38 @@ def test_the_scale_keeps_the_expectation_at_the_resolution_of_p(p):
 
 
 @pytest.mark.offline
+@pytest.mark.parametrize("p", [1e-5, 0.1, 0.49, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "*fp32"), (torch.bfloat16, "*bf16")])
+def test_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
+    seed = seed_of(24681012141618)
+    expected = keep_mask(seed, 1, p, 4, 32, 64, tiles=True)[3].to(dtype)
+    for transposed in (False, True):
+        found = torch.full((32, 64), float("nan"), dtype=dtype)
+        with emulated_gpu():
+            launch(pairs_variant(kind, transposed), (1,), found, seed, 1, dropout.threshold(p))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "*fp32"), (torch.float16, "*fp16")])
+def test_on_a_gpu_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
+    seed = seed_of(24681012141618).to(DEVICE)
+    expected = keep_mask(seed, 1, p, 4, 32, 64, tiles=True)[3].to(dtype)
+    for transposed in (False, True):
+        found = torch.full((32, 64), float("nan"), dtype=dtype, device=DEVICE)
+        launch(pairs_variant(kind, transposed), (1,), found, seed, 1, dropout.threshold(p))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.offline
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("variant", "elements", "most"),
     [
         (rows_variant(256, 8, "*bf16"), 8 * 256, 8.0),
-        (attention_variant(64, 64, False), 64 * 64, 8.5),
-        (attention_variant(64, 64, True), 64 * 64, 12.0),
+        (attention_variant(64, 64, False), 64 * 64, 6.0),
+        (attention_variant(128, 32, True), 128 * 32, 5.0),
     ],
     ids=["rows", "tile", "transposed"],
 )

@@ -83,6 +83,15 @@ ONES = 0xFFFFFFFF
         ("prmt.b32 %r4, %r2, %r3, 0x9543;", 0x80112233, 0x44556677, 0x22667780 & 0x00FFFFFF),
         ("shf.l.wrap.b32 %r4, %r2, %r3, 36;", 0xA0000000, 1, 0x1A),
         ("shf.r.clamp.b32 %r4, %r2, %r3, 40;", 0, 0x12345678, 0x12345678),
+        # -2 and 1 in halves, beside -1 and NaN: under it and not
+        ("set.lt.u32.f16x2 %r4, %r2, %r3;", 0xC0003C00, 0xBC007E00, 0xFFFF0000),
+        (
+            "setp.eq.u32 %p3, 0, 0; setp.lt.xor.f16x2 %p1|%p2, %r2, %r3, %p3; selp.b32 %r5, 1, 0, %p1; selp.b32 %r6, 2, 0, %p2;"
+            " or.b32 %r4, %r5, %r6;",
+            0xC0003C00,
+            0xBC007E00,
+            1,
+        ),
         ("popc.b32 %r4, %r2;", 0xF000000F, 0, 8),
         ("clz.b32 %r4, %r2;", 0x00010000, 0, 15),
         ("brev.b32 %r4, %r2;", 0x00000003, 0, 0xC0000000),

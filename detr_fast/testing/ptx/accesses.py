@@ -28,7 +28,7 @@ def _load(out: Out, one: Instruction, parts: list[str]) -> None:
     space = parts[1].split("::")[0]
     kind = KINDS[parts[-1]].replace("f", "u")
     if space == "param":
-        out.write(d, kind, out.parameter(base, kind))
+        out.write(d, kind, out.parameter(base, kind, offset))
         return
     if parts[1] not in ("global", "shared", "shared::cta"):
         raise KeyError(parts[1])

@@ -41,7 +41,7 @@ class Out(Protocol):
 
     def condition(self) -> str: ...
 
-    def parameter(self, name: str, kind: str) -> str: ...
+    def parameter(self, name: str, kind: str, offset: int = 0) -> str: ...
 
     def size(self, register: Operand) -> int: ...
 
@@ -240,9 +240,13 @@ _COMPARE = {
 
 
 def _compare(out: Out, one: Instruction, parts: list[str]) -> None:
-    """setp.CMP[.and|.or|.xor][.ftz].type p[|q], a, b[, c]."""
+    """setp.CMP[.and|.or|.xor][.ftz].type p[|q], a, b[, c]; of f16x2, p is the lower half's, q the upper one's."""
     kind, (d, a, b, *rest) = parts[-1], one.operands
     operation = parts[1]
+    if kind in ("f16x2", "bf16x2"):
+        results = _compared_halves(out, operation, kind, a, b)
+        _write_predicates(out, d, results, parts, rest)
+        return
     if kind in ("f16", "bf16"):
         prefix = kind + "s"
         left, right = (f"{prefix}({out.array(op, 'u2')})" for op in (a, b))
@@ -254,8 +258,24 @@ def _compare(out: Out, one: Instruction, parts: list[str]) -> None:
     if operation == "ne" and kind in FLOATS:  # ordered: false for NaN, unlike numpy's
         formula = "({a} < {b}) | ({a} > {b})"
     compared = f"({formula.format(a=left, b=right)})"
+    _write_predicates(out, d, [compared, f"(~{compared})"], parts, rest)
+
+
+def _compared_halves(out: Out, operation: str, kind: str, a: Operand, b: Operand) -> list[str]:
+    """A comparison of the lower halves of two registers, and one of the upper halves; "ne" is true for NaN, as "neu" is."""
+    halves = [[f"{kind[:-2]}s(half({out.array(op, 'u4')}, 2, {i}))" for op in (a, b)] for i in range(2)]
+    return [f"({_COMPARE[operation].format(a=left, b=right)})" for left, right in halves]
+
+
+def _set(out: Out, one: Instruction, parts: list[str]) -> None:
+    """set.CMP.u32.f16x2 d, a, b: all bits of each half where it compares true."""
+    d, a, b = one.operands
+    low, high = (f"np.where({c}, 0xFFFF, 0)" for c in _compared_halves(out, parts[1], parts[-1], a, b))
+    out.write(d, "u4", f"pack16({low}, {high})")
+
+
+def _write_predicates(out: Out, d: Operand, results: list[str], parts: list[str], rest: list[Operand]) -> None:
     targets = str(d).split("|")
-    results = [compared, f"(~{compared})"]
     if rest:
         sign = {"and": "&", "or": "|", "xor": "^"}[parts[2]]
         third = out.read(rest[0], "?")
@@ -368,6 +388,7 @@ ARITHMETIC: dict[str, Handler] = {
     "tanh": _unary("tanh({a})"),
     "sin": _unary("sine({a})"),
     "cos": _unary("cosine({a})"),
+    "set": _set,
     "setp": _compare,
     "selp": _select,
     "mov": _move,

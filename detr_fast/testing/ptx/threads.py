@@ -55,9 +55,13 @@ class Threads:
             np.full(self.threads, 1, bool) if kind == "?" else np.full(4096, 0xFF, np.uint8).view(kind)[: self.threads]
         )
 
-    def parameter(self, name: str, kind: str) -> Array:
+    def parameter(self, name: str, kind: str, offset: int) -> Array:
         dtype = DTYPES[kind]
-        bits = np.array([self.parameters[name]], np.uint64).astype(f"u{dtype.itemsize}").view(dtype)
+        bits = (
+            (np.array([self.parameters[name]], np.uint64) >> np.uint64(8 * offset))
+            .astype(f"u{dtype.itemsize}")
+            .view(dtype)
+        )
         return np.repeat(bits, self.threads)
 
     def special(self, register: str, axis: str) -> Array:

@@ -162,11 +162,8 @@ class Emitter:
                 self.line(f"{name} = {self._fitted(str(register), kind, value)}")
                 self.written[-1].add(str(register))
 
-    def parameter(self, name: str, kind: str) -> str:
-        base, _, offset = name.partition("+")
-        if offset and int(offset):
-            raise ValueError(f"part of parameter {base}")
-        return self._hoist(f"P_{base}_{kind}", f"m.parameter({base!r}, {kind!r})")
+    def parameter(self, name: str, kind: str, offset: int = 0) -> str:
+        return self._hoist(f"P_{name}_{offset}_{kind}", f"m.parameter({name!r}, {kind!r}, {offset})")
 
     def _fitted(self, register: str, kind: str, expression: str) -> str:
         """The expression of type `kind` in the register's home type; votes for its own."""
