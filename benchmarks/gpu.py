@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import figures, report  # noqa: E402
 
 OUR_KERNELS = "^[a-z0-9_]+_kernel$"  # names of no other library's, whose races are not ours to mend
 LONGEST = ("test_attention", "test_captured")  # tests that compile and run most begin first
@@ -142,6 +142,7 @@ def run(parts: list[Section], out: Path, machine: str, seconds: float = SECONDS)
         print(f"- {name}: {status}", flush=True)
         if name == "install" and name in failed:
             import_from_checkout(environment)
+    figures.write(out)
     drop_large_files(out)
     print("\n".join(lines + report.page(report.measurements(out), failed, times=False)))
     print(f"\nAll times: {out / 'summary.md'}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HOW = {"wall": "launched eagerly", "graph": "in a CUDA graph", "gpu": "the GPU alone"}  # what is timed
+IS_GRAPH = "ours, as it is run, a CUDA graph"
 CAPTURABLE = ("auto", "triton", "chunked")  # ours, and what begins so: none of it may wait for the host
 LISTED = 12  # steps of each kind
 OTHER_IMPLEMENTATIONS = ("eager", "triton", "chunked", "padded")  # which the dispatcher could have chosen
@@ -93,17 +94,18 @@ def slower(cases: Iterable[Mapping[str, Any]], kind: str) -> list[str]:
     """Where `auto` takes longer than the fastest, by so much that it is no noise."""
     found = []
     for entry in cases:
+        how = HOW[kind] if entry.get("in_graphs", True) else IS_GRAPH
         times = _times(entry, kind)
         times.pop("copy", None)
         if "auto" in times:
             best = min(times, key=lambda name: times[name])
-            found.append((times["auto"] / times[best], entry["case"], best))
+            found.append((times["auto"] / times[best], f"{entry['case']}, {how}", best))
     lines = []
     for ratio, case, best in sorted(found, reverse=True):
         if ratio > 1.05:
             own = best in OTHER_IMPLEMENTATIONS or best.startswith("triton")
             remedy = "a wrong choice: detr_fast/ops/regimes.py" if own else "kernels/configs.py, then the kernel"
-            lines.append(f"{case}, {HOW[kind]}: auto takes {ratio:.2f} × {best} ({remedy})")
+            lines.append(f"{case}: auto takes {ratio:.2f} × {best} ({remedy})")
     return lines
 
 

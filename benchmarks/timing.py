@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.hardware import DEVICE, check, sized
-from benchmarks.report import CAPTURABLE, HOW
+from benchmarks.report import CAPTURABLE, HOW, IS_GRAPH
 
 CHECK_ONLY = os.environ.get("DETR_FAST_CHECK_ONLY") == "1"
 SECONDS = 0.08  # a peer, for each of its two times
@@ -58,12 +58,13 @@ class Claim:
     ours: str = "auto"
     how: tuple[str, ...] = ("wall", "graph")
 
-    def judged(self, peers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """One record for each way in which anything was timed."""
+    def judged(self, peers: Mapping[str, Mapping[str, Any]], in_graphs: bool = True) -> list[dict[str, Any]]:
+        """One record for each way in which peers were to be timed."""
+        told = HOW if in_graphs else {"wall": IS_GRAPH}
         return [
-            {"claim": self.text, "wanted": self.times, "how": HOW[kind], "measured": self._ratio(peers, kind)}
+            {"claim": self.text, "wanted": self.times, "how": told[kind], "measured": self._ratio(peers, kind)}
             for kind in self.how
-            if kind == "wall" or any(kind in peer for peer in peers.values())
+            if kind in told
         ]
 
     def _ratio(self, peers: Mapping[str, Mapping[str, Any]], kind: str) -> float | None:
@@ -94,11 +95,11 @@ def compare(
         checks: what is checked in place of a peer's timed call, say without dropout.
         claims: judged of the times, and recorded with them.
         moves: bytes that must be read and written, for the record.
-        in_graphs: whether peers are timed in CUDA graphs, too; not what is one itself.
+        in_graphs: whether peers are timed in CUDA graphs, too; not where ours, as it is run, is one.
     """
     if time.time() > float(os.environ.get("DETR_FAST_DEADLINE", "inf")):
         pytest.skip("out of time")
-    outcome = Outcome(case, moves)
+    outcome = Outcome(case, moves, in_graphs)
     expected, exact = (None if call is None else [t.detach() for t in call()] for call in (eager, truth))
 
     def checked(name: str, call: Step) -> None:
@@ -113,7 +114,7 @@ def compare(
     ready = {name: call for name, call in peers.items() if outcome.attempt(name, partial(checked, name, call))}
     expected = exact = None  # their memory
     if not CHECK_ONLY:
-        outcome.peers |= timed(ready, outcome, in_graphs)
+        outcome.peers |= timed(ready, outcome)
         outcome.record(claims)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -125,8 +126,8 @@ def compare(
 class Outcome:
     """What is known of a case's peers: times, or why there are none."""
 
-    def __init__(self, case: str, moves: int) -> None:
-        self.case, self.moves = case, moves
+    def __init__(self, case: str, moves: int, in_graphs: bool) -> None:
+        self.case, self.moves, self.in_graphs = case, moves, in_graphs
         self.peers: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, BaseException] = {}  # of `OURS`
 
@@ -168,11 +169,12 @@ class Outcome:
             raise AssertionError(f"{name} broke CUDA: {first_line(error)}") from broken
 
     def record(self, claims: Iterable[Claim]) -> None:
-        judged = [one for claim in claims for one in claim.judged(self.peers)]
-        record({"case": self.case, "moves": self.moves, "peers": self.peers, "claims": judged})
+        judged = [one for claim in claims for one in claim.judged(self.peers, self.in_graphs)]
+        told = {"case": self.case, "moves": self.moves, "in_graphs": self.in_graphs}
+        record(told | {"peers": self.peers, "claims": judged})
 
 
-def timed(calls: Mapping[str, Step], outcome: Outcome, in_graphs: bool) -> dict[str, dict[str, Any]]:
+def timed(calls: Mapping[str, Step], outcome: Outcome) -> dict[str, dict[str, Any]]:
     """Of each call: "wall", "graph" and "gpu" ms, their quartiles' distance as a share, and the peak of memory in MiB.
 
     A call that fails in between is out, by `outcome`.
@@ -185,7 +187,7 @@ def timed(calls: Mapping[str, Step], outcome: Outcome, in_graphs: bool) -> dict[
                 del timers[name]
 
     in_turn(Timer.warm_up)
-    if in_graphs:
+    if outcome.in_graphs:
         for name, timer in timers.items():
             outcome.capture(name, timer)
     once = sum(timer.once for timer in timers.values())

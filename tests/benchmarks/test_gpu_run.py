@@ -276,7 +276,7 @@ def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsy
     assert (out / "regimes.json").exists()
     written = list(out.iterdir())
     assert len(written) <= 8
-    assert {path.name for path in written} >= {"summary.md", "log.txt", "profile.svg", "trace.json.gz"}
+    assert {path.name for path in written} >= {"summary.md", "log.txt", "profile.svg", "trace.json.gz", "speedups.svg"}
     assert len(summary.splitlines()) <= 120
     measured = gpu.report.measurements(out)
     peers = [entry["peers"] for entry in measured if "peers" in entry]

@@ -158,7 +158,7 @@ def test_what_is_a_graph_itself_is_captured_in_none(results, sync_debug_mode):
     (entry,) = results()
     assert set(entry["peers"]["auto"]) >= {"wall", "gpu"}
     assert not set(entry["peers"]["auto"]) & {"graph", "uncaptured"}
-    assert [one["how"] for one in entry["claims"]] == ["launched eagerly"]
+    assert [one["how"] for one in entry["claims"]] == [report.IS_GRAPH]
 
 
 def test_a_graph_holds_several_calls_and_is_replayed_so_often_that_they_count(results, monkeypatch):
