@@ -32,8 +32,8 @@ from benchmarks.hardware import DEVICE, check, sized
 from benchmarks.report import CAPTURABLE, HOW, IS_GRAPH
 
 CHECK_ONLY = os.environ.get("DETR_FAST_CHECK_ONLY") == "1"
-SECONDS = 0.08  # a peer, for each of its two times
-ROUNDS = sized((5, 30), (1, 1))
+SECONDS = 0.08  # a peer, for each of its times
+ROUNDS = sized((5, 20), (1, 1))
 FLUSHED = sized(256 << 20, 1 << 10)  # bytes, five times an H100's L2 cache
 CAPTURED = sized((8, 5e-3), (1, 0.0))  # calls in a graph, of those that take the host at most so many seconds
 REPLAYED = 1e-3  # seconds of replays in a round, about

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def tune() -> None:
-    """Measure this machine (about a minute) and remember what is faster where: kernels, where there is a GPU, or PyTorch.
+    """Measure this machine (a minute or two) and remember what is faster where: kernels, where there is a GPU, or PyTorch.
 
     Without a GPU: from which size on assignment problems are worth several threads.
     """

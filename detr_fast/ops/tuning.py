@@ -70,7 +70,7 @@ def measures(device: torch.device, progress: Progress = print) -> dict[str, Call
 
 
 def tune(device: torch.device, progress: Progress = print, only: Collection[str] | None = None) -> Iterator[Regime]:
-    """Take these `measures`, all where None, one after the other; about a minute once all is compiled.
+    """Take these `measures`, all where None, one after the other; a minute or two.
 
     What can't be measured is told, and stays as it was.
     """
