@@ -7,7 +7,6 @@ linear_norm.py).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, lru_cache, reduce
 from operator import or_
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import wide_rows
-from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD
+from .configs import ADD_LAYER_NORM_BACKWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
 from .rows import (
@@ -24,17 +23,23 @@ from .rows import (
     MAX_PLANS,
     ParameterSums,
     Plan,
+    add_rows,
     address_of,
     as_rows,
     block_of,
     column_block,
     dtype_of,
     load_parameters,
+    load_where,
     norm_gradient,
     packed,
+    persistent_programs,
     row_constants,
+    row_groups,
     run_length,
     run_pointers,
+    scaled_gradient,
+    tile_range,
 )
 
 
@@ -67,6 +72,7 @@ def add_layer_norm_backward_kernel(
     BLOCK_C: tl.constexpr,
     FULL: tl.constexpr,
     VEC: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     """Without a residual, x is the sum; without mean it is xhat; without rstd nothing was normalised.
 
@@ -75,63 +81,66 @@ def add_layer_norm_backward_kernel(
     row = tl.arange(0, ROWS)
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     out_stride = BLOCK_C if FULL else C
+    weight = None
     if weight_ptr is not None:
         weight = load_parameters(weight_ptr, column, inside, VEC)
-    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    dx_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dweight = tl.zeros((GROUPS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((GROUPS, BLOCK_C), tl.float32)
+    dx_sum = tl.zeros((GROUPS, BLOCK_C), tl.float32)
     if seed_ptr is not None:
         low, high = load_seed(seed_ptr)
 
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tl.cast(tile, tl.int64) * ROWS
-        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
-        mask = exists[:, None] & inside
-        dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
-        dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
-        if rstd_ptr is not None:
-            x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
-            rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
-        if seed_ptr is not None:
-            keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
-        ds = dy.to(tl.float32)
-        if rstd_ptr is not None:
-            x = x.to(tl.float32)
-            if residual_ptr is not None:
-                residual_start = row[:, None] * residual_row_stride
-                pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
-                residual = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                if seed_ptr is not None:
-                    x = tl.where(keep, x * scale, 0.0)
-                x += residual
+    for cut in tl.static_range(2):  # full tiles, without masks of rows; then what remains
+        begin, end, step = tile_range(rows, ROWS, cut)
+        for tile in range(begin, end, step):
+            first = tl.cast(rows // ROWS if cut else tile, tl.int64) * ROWS
+            exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+            mask = exists[:, None] & inside if cut else inside
+            dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
+            dy = load_where(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask, cut or not FULL)
+            if rstd_ptr is not None:
+                x = load_where(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask, cut or not FULL)
+                rstd = load_where(rstd_ptr + first + row, exists, cut)
+            if seed_ptr is not None:
+                keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
+            ds = dy.to(tl.float32)
+            if rstd_ptr is not None:
+                x = x.to(tl.float32)
+                if residual_ptr is not None:
+                    residual_start = row[:, None] * residual_row_stride
+                    pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
+                    residual = load_where(pointers, mask, cut or not FULL).to(tl.float32)
+                    if seed_ptr is not None:
+                        x = tl.where(keep, x * scale, 0.0)
+                    x += residual
 
-            # Where there is no element, dy = 0 takes xhat out of every sum.
-            xhat = x
-            if mean_ptr is not None:
-                mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
-                xhat = (x - mean[:, None]) * rstd[:, None]
-            if dweight_ptr is not None:
-                dweight += ds * xhat
-            if dbias_ptr is not None:
-                dbias += ds
-            if weight_ptr is not None:
-                ds *= weight
-            ds = norm_gradient(ds, xhat, rstd, inverse_c)
-        if dsum_ptr is not None:
-            dsum_start = row[:, None] * dsum_row_stride
-            pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
-            ds += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        out_start = row[:, None] * out_stride
-        if dresidual_ptr is not None:
-            pointers = run_pointers(dresidual_ptr + first * out_stride, out_start, column, VEC)
-            tl.store(pointers, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if seed_ptr is not None:
-            ds = tl.where(keep, ds * scale, 0.0)
-        if dx_sum_ptr is not None:
-            dx_sum += ds
-        if dx_ptr is not None:
-            pointers = run_pointers(dx_ptr + first * out_stride, out_start, column, VEC)
-            tl.store(pointers, ds.to(dx_ptr.dtype.element_ty), mask=mask)
+                # Where there is no element, dy = 0 takes x out of every sum.
+                if dbias_ptr is not None:
+                    dbias = add_rows(dbias, ds, ROWS, BLOCK_C, GROUPS)
+                if mean_ptr is not None:
+                    x -= load_where(mean_ptr + first + row, exists, cut)[:, None]
+                    if dweight_ptr is not None:
+                        dweight = add_rows(dweight, ds * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
+                    ds = norm_gradient(scaled_gradient(ds, rstd, weight), x, rstd, inverse_c)
+                else:
+                    if dweight_ptr is not None:
+                        dweight = add_rows(dweight, ds * x, ROWS, BLOCK_C, GROUPS)
+                    ds = norm_gradient(scaled_gradient(ds, rstd, weight), x, None, inverse_c)
+            if dsum_ptr is not None:
+                dsum_start = row[:, None] * dsum_row_stride
+                pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
+                ds += load_where(pointers, mask, cut or not FULL).to(tl.float32)
+            out_start = row[:, None] * out_stride
+            if dresidual_ptr is not None:
+                pointers = run_pointers(dresidual_ptr + first * out_stride, out_start, column, VEC)
+                tl.store(pointers, ds.to(dresidual_ptr.dtype.element_ty), mask=mask if cut or not FULL else None)
+            if seed_ptr is not None:
+                ds = tl.where(keep, ds * scale, 0.0)
+            if dx_sum_ptr is not None:
+                dx_sum = add_rows(dx_sum, ds, ROWS, BLOCK_C, GROUPS)
+            if dx_ptr is not None:
+                pointers = run_pointers(dx_ptr + first * out_stride, out_start, column, VEC)
+                tl.store(pointers, ds.to(dx_ptr.dtype.element_ty), mask=mask if cut or not FULL else None)
 
     partial = tl.program_id(0).to(tl.int64) * sums_row_stride
     if dweight_ptr is not None:
@@ -209,7 +218,8 @@ def _plan(
     vector = run_length(size, reduce(or_, strides) | columns, offset)
     variant = backward_variant(columns, form, vector)
     tiles = -(-rows // variant.constants["ROWS"])
-    programs = min(tiles, multiprocessors(device) * LAYER_NORM_BACKWARD[variant.constants["BLOCK_C"]].programs)
+    most = ADD_LAYER_NORM_BACKWARD[block_of(columns)].programs
+    programs = persistent_programs(tiles, multiprocessors(device), most)
     return Plan(variant, (programs,), (*strides, rows, columns))
 
 
@@ -267,13 +277,12 @@ def dropped_backward(dsum: Tensor, dropout: Dropout, dx_dtype: torch.dtype) -> t
 def backward_variant(columns: int, form: BackwardForm, vector: int) -> Variant:
     """The program that takes all gradients in one pass over rows of `columns` columns, read in runs of `vector`."""
     dtypes, with_dw, with_db, dropout, xhat = form
-    config = (LAYER_NORM_BACKWARD if xhat else ADD_LAYER_NORM_BACKWARD)[block_of(columns)]
-    if xhat and torch.float32 in dtypes[:3]:  # the third sum beside LayerNorm's two would make full tiles spill
-        config = replace(config, rows=max(1, config.rows // 2))
+    config = ADD_LAYER_NORM_BACKWARD[block_of(columns)]
     fp32 = torch.float32
     sums = (fp32 if with_dw else None, fp32 if with_db else None, fp32 if xhat else None)
     statistics = (None if xhat else fp32, None if dtypes[2] is None else fp32)
     tensors = (*dtypes[:5], torch.int64 if dropout else None, *statistics, *dtypes[5:], *sums)
     types = (*map(pointer, tensors), *["i32"] * 5, "i64", "i32", "i32", "i32", "fp32")
     constants = row_constants(columns, config, vector)
+    constants["GROUPS"] = row_groups(constants, config.num_warps)
     return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps)

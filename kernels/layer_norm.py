@@ -28,6 +28,7 @@ from .rows import (
     MAX_PLANS,
     ParameterSums,
     Plan,
+    add_rows,
     address_of,
     aligned_run,
     as_rows,
@@ -35,14 +36,19 @@ from .rows import (
     column_block,
     dtype_of,
     load_parameters,
+    load_where,
     norm_gradient,
     packed,
+    persistent_programs,
     row_constants,
+    row_groups,
     row_statistics,
     run_length,
     run_pointers,
+    scaled_gradient,
     sum_partials_variant,
     tile_elements,
+    tile_range,
 )
 from .rows import MAX_COLUMNS as MAX_COLUMNS
 
@@ -109,40 +115,44 @@ def layer_norm_backward_kernel(
     BLOCK_C: tl.constexpr,
     FULL: tl.constexpr,
     VEC: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     """dweight and dbias are fp32 (programs, C): each program's sum over the rows that it visited."""
     row = tl.arange(0, ROWS)
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
     dx_stride = BLOCK_C if FULL else C
+    weight = None
     if weight_ptr is not None:
         weight = load_parameters(weight_ptr, column, inside, VEC)
-    dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dweight = tl.zeros((GROUPS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((GROUPS, BLOCK_C), tl.float32)
 
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        first = tl.cast(tile, tl.int64) * ROWS
-        exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
-        mask = exists[:, None] & inside
-        dy = tl.load(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask=mask, other=0.0)
-        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
-        mean = tl.load(mean_ptr + first + row, mask=exists, other=0.0)
-        rstd = tl.load(rstd_ptr + first + row, mask=exists, other=0.0)
+    for cut in tl.static_range(2):  # full tiles, without masks of rows; then what remains
+        begin, end, step = tile_range(rows, ROWS, cut)
+        for tile in range(begin, end, step):
+            first = tl.cast(rows // ROWS if cut else tile, tl.int64) * ROWS
+            exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+            mask = exists[:, None] & inside if cut else inside
+            dy_pointers = run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC)
+            x_pointers = run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC)
+            dy, x = load_where(dy_pointers, mask, cut or not FULL), load_where(x_pointers, mask, cut or not FULL)
+            mean, rstd = (
+                load_where(mean_ptr + first + row, exists, cut),
+                load_where(rstd_ptr + first + row, exists, cut),
+            )
 
-        # Where there is no element, dy = 0 takes xhat out of every sum.
-        xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-        dy = dy.to(tl.float32)
-        if dweight_ptr is not None:
-            dweight += dy * xhat
-        if dbias_ptr is not None:
-            dbias += dy
-        if dx_ptr is not None:
-            g = dy
-            if weight_ptr is not None:
-                g *= weight
-            dx = norm_gradient(g, xhat, rstd, inverse_c)
-            dx_pointers = run_pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
-            tl.store(dx_pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            # Where there is no element, dy = 0 takes x out of every sum.
+            x = x.to(tl.float32) - mean[:, None]
+            dy = dy.to(tl.float32)
+            if dbias_ptr is not None:
+                dbias = add_rows(dbias, dy, ROWS, BLOCK_C, GROUPS)
+            if dweight_ptr is not None:
+                dweight = add_rows(dweight, dy * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
+            if dx_ptr is not None:
+                dx = norm_gradient(scaled_gradient(dy, rstd, weight), x, rstd, inverse_c)
+                dx_pointers = run_pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
+                tl.store(dx_pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask if cut or not FULL else None)
 
     partial = tl.program_id(0).to(tl.int64) * dx_stride
     if dweight_ptr is not None:
@@ -241,7 +251,7 @@ def _plan_backward(
     vector = run_length(min(x_dtype.itemsize, dy_dtype.itemsize), strides[0] | strides[1] | columns, offset)
     variant = backward_variant(columns, *dtypes, *wanted, vector)
     tiles = -(-rows // variant.constants["ROWS"])
-    programs = min(tiles, multiprocessors(device) * LAYER_NORM_BACKWARD[block_of(columns)].programs)
+    programs = persistent_programs(tiles, multiprocessors(device), LAYER_NORM_BACKWARD[block_of(columns)].programs)
     return Plan(variant, (programs,), (*strides, rows, columns))
 
 
@@ -310,12 +320,14 @@ def backward_variant(
     tensors = (dy_dtype, x_dtype, weight_dtype, fp32, fp32, x_dtype if with_dx else None)
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
     types = (*map(pointer, (*tensors, *sums)), "i32", "i32", "i64", "i32")
-    return Variant(layer_norm_backward_kernel, types, row_constants(columns, config, vector), config.num_warps)
+    constants = row_constants(columns, config, vector)
+    constants["GROUPS"] = row_groups(constants, config.num_warps)
+    return Variant(layer_norm_backward_kernel, types, constants, config.num_warps)
 
 
 def catalog_entries() -> Iterator[Entry]:
     fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
-    ahead, narrow, wide = Budget(144, 64, 88, 64), Budget(208, 4096, 152, 4096), Budget(255, 8192, 168, 16384)
+    ahead, narrow, wide = Budget(144, 64, 88, 64), Budget(144, 1024, 160, 2048), Budget(255, 8192, 168, 16384)
     # columns, x's dtype, the parameters' dtype, y's dtype, whether all is aligned, budgets
     rows = (
         (256, bf16, bf16, bf16, True, ahead, narrow),

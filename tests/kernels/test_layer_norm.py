@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import layer_norm as kernels
+from detr_fast.kernels import rows
 from hypothesis import strategies as st
 
 from detr_fast.testing import assert_as_accurate_as_eager
@@ -213,13 +214,28 @@ def test_the_backward_is_deterministic_whatever_order_programs_run_in():
         assert all(torch.equal(one, same) for one, same in zip(results[0], other))
 
 
-def test_partial_sums_of_many_programs_are_all_added(interpreter, monkeypatch):
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 64)
-    x, dy, (weight, _) = torch.randn(301, 1024), torch.randn(301, 1024), parameters(1024)
-    _, mean, rstd = kernels.layer_norm_forward(x, weight, None, 1e-5)
-    _, _, db = kernels.layer_norm_backward(dy, x, weight, mean, rstd, with_dx=False)
-    assert interpreter.launches[1].grid == (76,)
-    torch.testing.assert_close(db, dy.double().sum(0).float())
+def test_partial_sums_of_many_programs_are_all_added(interpreter):
+    first, second = torch.randn(601, 40), torch.randn(3, 1100)
+    sums = rows.sum_partials((first, torch.float32), (second, torch.bfloat16))
+    torch.testing.assert_close(sums[0], first.double().sum(0).float())
+    torch.testing.assert_close(sums[1], second.double().sum(0).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("tiles", "programs"),
+    [
+        (0, 0),
+        (1, 1),
+        (132, 132),  # one each
+        (133, 67),  # two each, but for the last
+        (425, 213),
+        (1500, 500),  # three each: half of the most
+        (4000, 1000),  # four each
+        (65_536, 1041),  # 63 each: with 1,056, too, the longest take 63
+    ],
+)
+def test_tiles_are_shared_evenly_by_few_programs(tiles, programs):
+    assert rows.persistent_programs(tiles, 132, 8) == programs
 
 
 def test_nan_and_inf_stay_in_their_row(interpreter):

@@ -131,6 +131,25 @@ def test_layer_norms_programs_read_rows_that_lie_at_no_multiple_of_16_bytes(gpu)
     )
 
 
+ROWS_OF_ONE = {
+    "layer_norm": lambda x, w, b: ops.layer_norm(x, (1,), w, b),
+    "add_layer_norm": lambda x, w, b: ops.add_layer_norm(x, x.flip(0), w, b),
+    "linear_add_layer_norm": lambda x, w, b: ops.linear_add_layer_norm(x, w[None], None, x.flip(0), w, b),
+}
+
+
+@pytest.mark.parametrize("op", ROWS_OF_ONE)
+def test_rows_of_one_element_have_no_gradient_where_products_and_sums_are_contracted(gpu, op):
+    x, dy = torch.randn(9, 1, requires_grad=True), torch.randn(9, 1)
+    weight = torch.tensor([1.7])
+    y = ROWS_OF_ONE[op](x, weight, torch.randn(1))
+    (dx,) = torch.autograd.grad(y, [x], dy, retain_graph=True)
+    assert torch.equal(dx, torch.zeros(9, 1))
+    dy[3] = float("inf")
+    (dx,) = torch.autograd.grad(y, [x], dy)
+    assert dx.isnan().squeeze(1).tolist() == [i == 3 or (i == 5 and op != "layer_norm") for i in range(9)]
+
+
 @pytest.mark.parametrize(
     ("dtype", "queries", "keys", "dim"), [(torch.float16, 70, 100, 32), (torch.float32, 33, 40, 16)]
 )
