@@ -12,6 +12,7 @@ from . import (
     add_layer_norm,
     assignment,
     attention_catalog,
+    channel_affine,
     cross_entropy,
     detection_losses,
     feed_forward,
@@ -19,6 +20,7 @@ from . import (
     linear,
     linear_norm,
     matching_cost,
+    stem,
 )
 from .entry import TARGETS as TARGETS
 from .entry import Budget as Budget
@@ -34,6 +36,8 @@ FAMILIES = (
     linear,
     linear_norm,
     feed_forward,
+    channel_affine,
+    stem,
     attention_catalog,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())

@@ -252,7 +252,7 @@ def catalog_entries() -> Iterator[Entry]:
         ahead = forward_variant(form, columns, rows <= FEW_ROWS, dtypes, True)
         tile = int(ahead.constants["BLOCK_M"]) * int(ahead.constants["BLOCK_N"])
         yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
-        if dtype == bf16:
+        if with_sum:
             read = (residual, total, residual, None, residual)
             back = backward_variant(columns, BackwardForm((*read, dtype, residual), True, True, True, True), vector)
             limit = Budget(255, 8192, 256, 8192)

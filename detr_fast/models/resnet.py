@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torchvision
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from detr_fast import nn
+from detr_fast import nn, ops
+from detr_fast.models.casting import autocast_dtype, cast_together
 from detr_fast.models.weight_files import WeightsError, list_problems, read_safetensors, unpickle
 from detr_fast.nn.bare import is_bare
+from detr_fast.ops.channel_affine import CHANNEL_AFFINE
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -59,6 +62,16 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
 
 
+def scales_and_shifts(norms: Sequence[FrozenBatchNorm2d]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of all these norms, as each one's `scale_and_shift`, in few launches."""
+    weights, biases, means, variances = zip(*((n.weight, n.bias, n.running_mean, n.running_var) for n in norms))
+    scales = torch._foreach_add(variances, [norm.eps for norm in norms])
+    torch._foreach_rsqrt_(scales)
+    torch._foreach_mul_(scales, weights)
+    shifts = torch._foreach_sub(biases, torch._foreach_mul(means, scales))
+    return list(scales), list(shifts)
+
+
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     downsample = block.downsample
     if downsample is None:
@@ -85,6 +98,8 @@ class FoldingBottleneck(Bottleneck):
         return self.relu(y + _shortcut(self, x))
 
 
+_DEPTHS = {FoldingBasicBlock: (1, 2), FoldingBottleneck: (1, 2, 3)}  # the numbers of a block's convolutions
+_PARTS = {*_DEPTHS, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential}
 _SHAPES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (FoldingBasicBlock, [2, 2, 2, 2]),
     "resnet34": (FoldingBasicBlock, [3, 4, 6, 3]),
@@ -133,9 +148,50 @@ class ResNetBody(nn.Module):
         self.load_state_dict(state, strict=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, channels, H/32, W/32), or /16 with dilation; rounded up."""
+        """(B, 3, H, W) -> (B, channels, H/32, W/32), or /16 with dilation; rounded up.
+
+        In 16 bits on a GPU, features are channels last.
+        """
+        dtype = autocast_dtype(x.device) or self.conv1.weight.dtype
+        wanted = x.is_cuda or CHANNEL_AFFINE.requested is not None
+        if wanted and dtype.itemsize == 2 and not torch.compiler.is_compiling() and self._is_plain():
+            return self._channels_last(x, dtype)
         x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def _is_plain(self) -> bool:
+        """Whether all parts are what this class made of them, and nobody listens to one."""
+        return all(
+            type(module) in _PARTS and is_bare(module) for module in self.modules() if module is not self
+        ) and all(conv.bias is None for conv in self.modules() if isinstance(conv, nn.Conv2d))
+
+    def _channels_last(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Convolutions as tensor cores want them, and between two of them one pass over the features."""
+        stages = [[self.conv1, self.bn1], *([*stage] for stage in self._stages())]
+        norms = [part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)]
+        affine = dict(zip(norms, zip(*scales_and_shifts(norms))))
+        weights: dict[nn.Module, Tensor] = {}
+        for stage in stages:  # one by one, that gradients of the last need not wait for the first
+            convs = [conv for part in stage for conv in part.modules() if isinstance(conv, nn.Conv2d)]
+            weights |= zip(convs, cast_together([conv.weight for conv in convs], dtype, channels_last=True))
+        x = ops.resnet_stem(x, weights[self.conv1], *affine[self.bn1])
+        for block in (block for stage in self._stages() for block in stage):
+            residual, residual_scale, y = x, None, x
+            *before, last = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in _DEPTHS[type(block)]]
+            for conv, norm in before:
+                y = ops.channel_affine(conv._conv_forward(y, weights[conv], None), *affine[norm])
+            conv, norm = last
+            y, (scale, shift) = conv._conv_forward(y, weights[conv], None), affine[norm]
+            if block.downsample is not None:
+                conv, norm = block.downsample
+                residual = conv._conv_forward(x, weights[conv], None)
+                residual_scale, added = affine[norm]
+                shift = shift + added
+            x = ops.channel_affine(y, scale, shift, residual, residual_scale)
+        return x
+
+    def _stages(self) -> tuple[Any, ...]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
 
 
 def load_resnet_weights(name: str, weights: str | Path) -> dict[str, Tensor]:

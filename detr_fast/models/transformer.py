@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_fast import nn
+from detr_fast.models.casting import cast_weights
 from detr_fast.models.packing import Packing
 from detr_fast.nn.fusion import (
     attend_add_norm,
@@ -262,6 +263,6 @@ class Transformer(nn.Module):
         """
         if packing is not None:
             source, position, key_padding_mask = packing.pack(source), packing.pack(position), None
-        with shared_seed():
+        with shared_seed(), cast_weights((*self.encoder.layers, *self.decoder.layers), source.device):
             memory = self.encoder(source, position, key_padding_mask, packing)
             return self.decoder(memory, position, query_position, key_padding_mask, all_layers, packing)

@@ -8,6 +8,7 @@ from detr_fast.ops.attention import attention as attention
 from detr_fast.ops.attention import attention_with_weights as attention_with_weights
 from detr_fast.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from detr_fast.ops.attention_varlen import attention_varlen as attention_varlen
+from detr_fast.ops.channel_affine import channel_affine as channel_affine
 from detr_fast.ops.detection_losses import detection_losses as detection_losses
 from detr_fast.ops.feed_forward import feed_forward as feed_forward
 from detr_fast.ops.feed_forward import feed_forward_add_layer_norm as feed_forward_add_layer_norm
@@ -19,5 +20,6 @@ from detr_fast.ops.linear_probabilities import linear_softmax as linear_softmax
 from detr_fast.ops.linear_probabilities import linear_softmax_topk as linear_softmax_topk
 from detr_fast.ops.matching_cost import matching_cost as matching_cost
 from detr_fast.ops.qkv_projection import qkv_projection as qkv_projection
+from detr_fast.ops.resnet_stem import resnet_stem as resnet_stem
 
 dispatch.read_environment()

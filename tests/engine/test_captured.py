@@ -299,32 +299,51 @@ def test_shapes_tell_apart_what_a_graph_is_bound_to():
     assert len(tensors_of({"a": [images], "b": targets})) == 5
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_on_a_gpu_100_replayed_steps_train_as_eager_ones_without_a_synchronisation(dropout):
-    steps = sized(100, 12)
+ON_KERNELS = {"linear_assignment": "triton", "matching_cost": "triton", "detection_losses": "triton"}
+IN_PARTS = ("layer_norm", "add_layer_norm", "attention", "linear_add_layer_norm", "feed_forward", "qkv_projection")
+# In a graph the dispatcher may choose otherwise than outside, and what rounds otherwise trains otherwise: from the ninth step
+# on, losses of such steps lie over 1e-4 apart, and at the 77th 2.5 %. The same implementations leave no such excuse.
+ASKED = {
+    "triton": dict.fromkeys(("layer_norm", "add_layer_norm", "attention"), "triton") | ON_KERNELS,
+    "eager": dict.fromkeys(IN_PARTS, "eager") | ON_KERNELS,
+    "auto": {},
+}
 
-    def train(capture):
-        torch.manual_seed(0)
-        model = build_model(replace(TINY, dropout=dropout)).to(DEVICE).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        metrics = DeviceMetrics(("loss",), DEVICE)
-        step = CapturedStep(model, build_criterion(TINY), optimizer, clip_norm=0.1, metrics=metrics, capture=capture)
-        kept = torch.zeros(steps, device=DEVICE)
-        try:
+
+def train_on_a_gpu(capture, dropout=0.0, **asked):
+    """The losses of 100 steps, none of which makes the host wait once it is captured."""
+    steps = sized(100, 8)
+    torch.manual_seed(0)
+    model = build_model(replace(TINY, dropout=dropout)).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    metrics = DeviceMetrics(("loss",), DEVICE)
+    step = CapturedStep(model, build_criterion(TINY), optimizer, clip_norm=0.1, metrics=metrics, capture=capture)
+    kept = torch.zeros(steps, device=DEVICE)
+    try:
+        with use_backend(**asked):
             for number in range(steps):
                 given = graphs.moved(batch(number % 7), DEVICE)
                 if number == 5:
                     torch.cuda.set_sync_debug_mode("error")
                 kept[number] = step(*given)["loss"]
-        finally:  # else all later tests fail
-            torch.cuda.set_sync_debug_mode("default")
-        assert step.graphs == int(capture), step.reason
-        return kept.tolist()
+    finally:  # else all later tests fail
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.graphs == int(capture), step.reason
+    return kept.tolist()
 
-    eager, replayed = train(False), train(True)
-    if not dropout:
-        assert replayed == pytest.approx(eager, rel=1e-2)
-        assert replayed[:10] == pytest.approx(eager[:10], rel=1e-4)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asked", ASKED)
+def test_on_a_gpu_100_replayed_steps_train_as_eager_ones_without_a_synchronisation(asked):
+    eager, replayed = (train_on_a_gpu(capture, **ASKED[asked]) for capture in (False, True))
+    if asked == "auto":
+        assert replayed[:5] == pytest.approx(eager[:5], rel=1e-4)
+        assert replayed == pytest.approx(eager, rel=0.1)
     else:
-        assert len(set(replayed)) == steps
+        assert replayed == eager
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_dropout_is_new_on_each_replay():
+    losses = train_on_a_gpu(True, dropout=0.1)
+    assert len(set(losses)) == len(losses)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from urllib.error import URLError
 
 import pytest
 import torch
 from torch import nn
 
+from detr_fast.dispatch import use_backend
 from detr_fast.models.backbone import ConvBackbone, ResNetBackbone
 from detr_fast.models.weight_files import WeightsError
+from detr_fast.testing.interpreter import checked_interpreter
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -69,6 +73,56 @@ def test_hooks_on_any_part_of_a_resnet_are_called():
     with torch.no_grad():
         body(torch.randn(1, 3, 32, 32))
     assert set(seen) == {name for name, _ in body.named_modules() if name}
+
+
+def randomised(body: nn.Module) -> nn.Module:
+    """With norms that do something."""
+    for module in body.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for name, buffer in module.named_buffers():
+                buffer.uniform_(0.5, 1.0) if name in ("weight", "running_var") else buffer.normal_(0, 0.2)
+    return body
+
+
+def step_in_16_bits(body, x, dy, backend):
+    with torch.autocast("cpu", torch.bfloat16), use_backend(channel_affine=backend, resnet_stem=backend):
+        y = body(x)
+        return y, *torch.autograd.grad(y, [p for p in body.parameters() if p.requires_grad], dy)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.interpreter), "eager"])
+@pytest.mark.parametrize(("name", "dilation"), [("resnet18", False), ("resnet50", True)])
+def test_in_16_bits_features_are_channels_last_and_as_accurate_as_folded_norms(name, dilation, backend):
+    torch.manual_seed(0)
+    body = randomised(ResNetBackbone(name, dilation).body)
+    exact = copy.deepcopy(body).double()
+    x = torch.randn(1, 3, 37, 40)
+    truth = exact(x.double())
+    dy = torch.randn_like(truth)
+    expected = truth, *torch.autograd.grad(truth, [p for p in exact.parameters() if p.requires_grad], dy)
+    before = step_in_16_bits(body, x, dy.float(), "auto")
+    with checked_interpreter() if backend == "triton" else nullcontext():
+        found = step_in_16_bits(body, x, dy.float(), backend)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert found[0].dtype == torch.bfloat16
+    assert not before[0].is_contiguous(memory_format=torch.channels_last)  # on a CPU nothing changes by itself
+    errors = [[((t - right).norm() / right.norm()).item() for t, right in zip(ts, expected)] for ts in (found, before)]
+    assert errors[0][0] <= 2 * errors[1][0]
+    assert sum(errors[0]) <= 1.3 * sum(errors[1])
+    assert [t.dtype for t in found[1:]] == [torch.float32] * len(found[1:])
+
+
+def test_in_16_bits_a_part_that_is_not_plain_runs_as_it_is():
+    body, x = randomised(ResNetBackbone("resnet18").body), torch.randn(1, 3, 64, 64)
+    seen = []
+    handle = body.layer3[1].bn2.register_forward_hook(lambda *_: seen.append(True))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), use_backend(channel_affine="eager"):
+        assert not body(x).is_contiguous(memory_format=torch.channels_last)
+        assert seen == [True]
+        handle.remove()
+        assert body(x).is_contiguous(memory_format=torch.channels_last)
+        body.layer1[0].conv1 = nn.utils.parametrizations.weight_norm(body.layer1[0].conv1)
+        assert not body(x).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("name", "dilation", "norm"), [("resnet18", False, "batch"), ("resnet50", True, "frozen")])

@@ -1,0 +1,116 @@
+"""Weights that autocast would cast one by one where they are used: here a layer's are cast in one launch, as their gradients.
+
+A DETR has some 170 weights and biases that 16-bit products read, and a launch for each, or two with its gradient, takes
+longer than the bytes do. Values are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from detr_fast import nn
+from detr_fast.nn.bare import is_bare
+from detr_fast.ops.boundary import wants_grad
+
+_CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
+_NAMES = {"weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes products in on such a device; None where it is off, or where a compiler sees to casts."""
+    if device.type == "meta" or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+@contextmanager
+def cast_weights(layers: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the block, products in these layers find their weights as autocast would cast them, each layer's cast together.
+
+    What is more than a plain fp32 parameter (sharded, quantised, parametrised) or is to come by a hook stays as it is.
+    """
+    dtype = autocast_dtype(device)
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for layer in () if dtype is None else layers:
+            own = _places(layer, device)
+            for place, cast in zip(own, cast_together([parameter for *_, parameter in own], dtype)):
+                places.append(place)
+                place[0][place[1]] = cast
+        yield
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+def _places(layer: torch.nn.Module, device: torch.device) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Where the parameters of a layer's products are kept, by which names, and they."""
+    modules = list(layer.modules())
+    if any(module._forward_pre_hooks for module in modules):
+        return []
+    return [
+        (module._parameters, name, parameter)
+        for module in modules
+        if type(module) in _CLASSES and is_bare(module)
+        for name, parameter in module._parameters.items()
+        if name in _NAMES and type(parameter) is torch.nn.Parameter
+        if parameter.dtype == torch.float32 and parameter.device == device
+    ]
+
+
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype | None, channels_last: bool = False) -> list[Tensor]:
+    """The tensors in another dtype, by few launches, as is their backward; channels_last: those of four dimensions so."""
+    if dtype is None:
+        return list(tensors)
+    found: list[Tensor] = [*tensors]
+    for trained in (False, True):
+        chosen = [i for i, tensor in enumerate(tensors) if wants_grad(tensor) == trained]
+        settings: Any = (dtype, channels_last, *(tensors[i] for i in chosen))
+        for i, cast in zip(chosen, _Cast.apply(*settings) if trained and chosen else _copies(*settings)):
+            found[i] = cast
+    return found
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, channels_last: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        ctx.last = [t.ndim == 4 and not t.is_contiguous() for t in tensors]
+        return _copies(dtype, channels_last, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        found: list[Tensor | None] = [None] * len(gradients)
+        # As their parameters lie in memory, else autograd would copy them once more.
+        for last in (False, True):
+            chosen = [i for i, g in enumerate(gradients) if g is not None and ctx.last[i] == last]
+            for i, cast in zip(chosen, _copies(ctx.dtype, last, *(gradients[i] for i in chosen))):
+                found[i] = cast
+        return None, None, *found
+
+
+def _copies(dtype: torch.dtype, channels_last: bool, *tensors: Any) -> tuple[Tensor, ...]:
+    """Contiguous copies, or those of four dimensions channels last: in one launch, but for what is to be laid otherwise."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):  # to be differentiated once more
+        return tuple(tensor.to(dtype) for tensor in tensors)
+    made, sources, targets = [], [], []
+    for tensor in tensors:
+        last = channels_last and tensor.ndim == 4
+        layout = torch.channels_last if last else torch.contiguous_format
+        copy = torch.empty(tensor.shape, dtype=dtype, device=tensor.device, memory_format=layout)
+        made.append(copy)
+        if copy.is_contiguous() and tensor.is_contiguous():  # of a 1×1 convolution, in either format
+            sources.append(tensor.view(-1))
+            targets.append(copy.view(-1))
+        else:
+            copy.copy_(tensor)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return tuple(made)

@@ -1,0 +1,132 @@
+"""Weights that are cast together under autocast: the same values and gradients, in fewer launches, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detr_fast.models import ModelConfig, build_model, casting
+from detr_fast.models.casting import cast_together, cast_weights
+
+TINY = ModelConfig(
+    backbone="conv",
+    num_classes=4,
+    num_queries=6,
+    d_model=16,
+    heads=2,
+    encoder_layers=2,
+    decoder_layers=2,
+    feedforward=16,
+    backbone_width=4,
+    dropout=0.0,
+)
+CPU = torch.device("cpu")
+
+
+class Casts(TorchDispatchMode):
+    """Counts what changes dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten._foreach_copy_):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(model):
+    torch.manual_seed(1)
+    images = torch.rand(2, 3, 32, 48)
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+        loss = out["pred_logits"].sum() + out["pred_boxes"].square().sum() + out["aux_outputs"][0]["pred_boxes"].sum()
+        loss.backward()
+    return out["pred_logits"], {n: p.grad for n, p in model.named_parameters()}, casts.counts
+
+
+def test_a_step_under_autocast_has_the_same_values_and_gradients_in_fewer_casts(monkeypatch):
+    torch.manual_seed(0)
+    model = build_model(TINY).train()
+    parameters = dict(model.named_parameters())
+    logits, gradients, counts = step(model)
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    model.zero_grad()
+    monkeypatch.setattr(casting, "autocast_dtype", lambda device: None)
+    expected_logits, expected, single = step(model)
+    assert torch.equal(logits, expected_logits)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6)
+    assert counts["_foreach_copy_"] == 2 * (TINY.encoder_layers + TINY.decoder_layers)
+    weights = 8 * TINY.encoder_layers + 12 * TINY.decoder_layers
+    assert single["_to_copy"] - counts["_to_copy"] >= 2 * weights
+
+
+def test_weights_come_back_when_a_forward_fails():
+    layer = nn.Linear(3, 3)
+    weight = layer.weight
+
+    def fail():
+        with torch.autocast("cpu", torch.bfloat16), cast_weights([layer], CPU):
+            assert layer.weight.dtype == torch.bfloat16
+            raise RuntimeError("of mine")
+
+    with pytest.raises(RuntimeError, match="of mine"):
+        fail()
+    assert layer.weight is weight
+
+
+def test_what_is_no_plain_weight_or_may_come_by_a_hook_stays_as_it_is():
+    plain, hooked, parametrised, double = (
+        nn.Linear(3, 3),
+        nn.Sequential(nn.Linear(3, 3)),
+        nn.Linear(3, 3),
+        nn.Linear(3, 3),
+    )
+    hooked.register_forward_pre_hook(lambda *_: None)
+    nn.utils.parametrizations.weight_norm(parametrised)
+    mixed = nn.Sequential(nn.LayerNorm(3), nn.Embedding(2, 3), double.double())
+
+    class Own(nn.Linear):
+        pass
+
+    layers = [plain, hooked, parametrised, mixed, Own(3, 3)]
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(layers, CPU):
+        kinds = [
+            {t.dtype for t in layer._parameters.values()} for layer in (plain, hooked[0], parametrised, layers[-1])
+        ]
+        assert kinds == [{torch.bfloat16}, {torch.float32}, {torch.float32}, {torch.float32}]
+        assert {p.dtype for p in mixed.parameters()} == {torch.float32, torch.float64}
+    with cast_weights(layers, CPU):  # no autocast
+        assert plain.weight.dtype == torch.float32
+
+
+def test_gradients_lie_as_their_parameters_and_what_is_not_used_has_none():
+    last = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    tensors = [torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(5, 4, 1, 1, requires_grad=True)]
+    tensors += [torch.randn(3), last, torch.randn(2, requires_grad=True)]
+    cast = cast_together(tensors, torch.bfloat16, channels_last=True)
+    assert [t.requires_grad for t in cast] == [t.requires_grad for t in tensors]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in cast if t.ndim == 4)
+    for t, source in zip(cast, tensors):
+        assert torch.equal(t, source.bfloat16())
+    sum(t.float().square().sum() for t in cast[:-1]).backward()
+    assert tensors[-1].grad is None
+    for source, t in zip(tensors[:-1], cast):
+        if source.requires_grad:
+            torch.testing.assert_close(source.grad, 2 * t.float(), rtol=1e-2, atol=1e-2)
+            assert source.grad.stride() == source.stride()
+
+
+def test_gradients_can_be_differentiated_again():
+    x = torch.randn(3, requires_grad=True)
+    (cast,) = cast_together([x], torch.float64)
+    (first,) = torch.autograd.grad(cast.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 6 * x)
