@@ -26,6 +26,7 @@ from detr_fast.implementation import NEVER, PARTS
 from detr_fast.implementation import Call as Call
 from detr_fast.implementation import Implementation as Implementation
 from detr_fast.implementation import TritonImplementation as TritonImplementation
+from detr_fast.kernels import repeat
 from detr_fast.situation import PLAIN_TENSORS, capturing, situation
 from detr_fast.situation import Situation as Situation
 from detr_fast.situation import architecture as architecture
@@ -295,6 +296,7 @@ class Op:
 
 def forget_decisions() -> None:
     """Drop the cached decisions of all ops, as what they were based on has changed."""
+    repeat.forget()
     for op in _ops.values():
         op.forget()
 

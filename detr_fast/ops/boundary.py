@@ -9,6 +9,7 @@ alone can't be asked for; beside a profiler it sees the ops.)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.dispatch import INTERPRETING
+from detr_fast.kernels.repeat import repeated
 
 _library = torch.library.Library("detr_fast", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -64,6 +66,15 @@ def followed() -> bool:
     )
 
 
+class _Found(threading.local):
+    way: tuple[Boundary, Callable[..., Any]] | None = (
+        None  # of the op that a thread is in, and need not be looked for twice
+    )
+
+
+_found = _Found()
+
+
 class Boundary:
     """An op: called, it goes the way of PyTorch's dispatcher, or, where nobody looks, straight to where that ends."""
 
@@ -79,14 +90,20 @@ class Boundary:
         run = self._shortcut(args)
         if run is None:
             return self._op(*args)
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            with below_autograd():
+                return run(*args)
+        _found.way = self, run
+        try:
             return self._autograd(*args)
-        with below_autograd():
-            return run(*args)
+        finally:
+            _found.way = None
 
     def below(self, *args: Any) -> Any:
         """The op below autograd: what its autograd kernel calls."""
-        run = self._shortcut(args) or self._op
+        op, run = _found.way or (None, None)
+        if op is not self or run is None:
+            run = self._shortcut(args) or self._op
         with below_autograd():
             return run(*args)
 
@@ -146,7 +163,7 @@ def define(
             )
         return run(*args, **kwargs)
 
-    launchers[name] = run
+    launchers[name], run = run, repeated(run)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CUDA")
     _library.impl(name, on_cpu or run_interpreted, "CPU")
