@@ -140,9 +140,7 @@ def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None
         return None
     limit = f"below {_amount(minimum, entry.unit)}" if size < minimum else f"above {_amount(maximum, entry.unit)}"
     where = "at all sizes" if minimum == NEVER else limit
-    return (
-        f"{where} {other} is faster{' in a CUDA graph' * captured} (measured on {entry.architecture}: {entry.source})"
-    )
+    return f"{where} {other} is faster{' in a CUDA graph' if captured else ''} (measured on {entry.architecture}: {entry.source})"
 
 
 def unmeasured(op: str, call: Call) -> bool:
