@@ -46,7 +46,7 @@ def test_the_wheel_is_pure_python_and_holds_the_kernels_as_detr_fast_kernels(whe
         "detr_fast",
         Path(wheel.filename).name.rpartition("-py3")[0] + ".dist-info",
     }
-    assert {"detr_fast/py.typed", "detr_fast/__main__.py"} <= set(names)
+    assert {"detr_fast/py.typed", "detr_fast/__main__.py", "detr_fast/ops/measured/sm_90.json"} <= set(names)
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
 
 
@@ -57,6 +57,7 @@ def test_the_source_distribution_holds_what_a_wheel_is_built_from(sources, tmp_p
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "detr_fast/py.typed", "kernels/layer_norm.py"} <= names
+    assert "detr_fast/ops/measured/sm_90.json" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
 
 
