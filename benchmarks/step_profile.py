@@ -71,14 +71,17 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def parts(pair: Pair) -> dict[str, float]:
-    """The GPU's milliseconds in each part of a step that is launched kernel by kernel, while the host is far ahead."""
-    model, captured = pair.ours, pair.captured_step(capture=False)
+    """The GPU's milliseconds in each part of a captured step, by events that are in its graph.
+
+    Launched kernel by kernel, it would be the host's time: a queue of some thousand launches fills, and then waits for it.
+    """
+    model, captured = pair.ours, pair.captured_step(capture=True)
     run = pair.step_of(captured)
     events: list[tuple[str, Any]] = []
 
     def mark(name: str) -> Callable[..., None]:
         def now(*_: Any) -> None:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True, external=True)
             event.record()
             events.append((name, event))
 
@@ -97,13 +100,12 @@ def parts(pair: Pair) -> dict[str, float]:
     ]
     measured: dict[str, list[float]] = {}
     try:
-        for number in range(sized(8, 2)):
-            torch.cuda.synchronize()
-            events.clear()
-            torch.cuda._sleep(int(0.3 * 2e9))  # longer than the host takes for the step
+        for number in range(sized(12, 4)):
+            if not captured.graphs:
+                events.clear()  # those of the last call before replays are the graph's
             run()
             torch.cuda.synchronize()
-            if number:
+            if number > 2:
                 for (_, start), (name, end) in pairwise(events):
                     measured.setdefault(name, []).append(start.elapsed_time(end))
     finally:

@@ -61,7 +61,7 @@ class EmulatedGraph(TorchDispatchMode):
 class Event:
     """A moment on the host's clock."""
 
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, enable_timing: bool = False, external: bool = False) -> None:
         self.moment = 0.0
 
     def record(self) -> None:
