@@ -135,18 +135,23 @@ class CapturedStep:
 
     @contextmanager
     def _capturable(self) -> Iterator[None]:
-        """Learning rates as tensors, and the optimizer's checks told so; the schedulers' numbers come back afterwards."""
+        """The optimizer as a graph wants it: learning rates as tensors, its checks told so, and large parameters first.
+
+        It takes some 36 tensors a launch. Of weights and biases by turns, those are too few elements for all of a GPU: seven
+        launches of AdamW took an H200 0.67 ms, where reading and writing takes 0.28. Everything is put back afterwards.
+        """
         groups = self.optimizer.param_groups
-        before = [(group["lr"], group["capturable"]) for group in groups]
+        before = [(group["lr"], group["capturable"], group["params"]) for group in groups]
         for group, rate in zip(groups, self._rates):
             group["capturable"] = True
+            group["params"] = sorted(group["params"], key=Tensor.numel, reverse=True)
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = rate
         try:
             yield
         finally:
-            for group, (lr, capturable) in zip(groups, before):
-                group["lr"], group["capturable"] = lr, capturable
+            for group, (lr, capturable, parameters) in zip(groups, before):
+                group["lr"], group["capturable"], group["params"] = lr, capturable, parameters
 
 
 class CapturedInference:

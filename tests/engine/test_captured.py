@@ -130,6 +130,20 @@ def test_replayed_steps_train_as_eager_ones_do(emulated):
     assert str(one.step) == "the training step: 1 CUDA graphs for 1 shapes"
 
 
+def test_the_optimizer_takes_large_parameters_first_and_keeps_its_order(emulated):
+    one = training()
+    (group,) = one.optimizer.param_groups
+    before, state = list(group["params"]), one.optimizer.state_dict()["param_groups"]
+    seen = []
+    one.optimizer.register_step_pre_hook(lambda *_: seen.append([p.numel() for p in group["params"]]))
+    run(one, range(4))
+    sizes = [p.numel() for p in before]
+    assert seen == [sorted(sizes, reverse=True)] * 3  # two steps, and the capture
+    assert sizes != seen[0]
+    assert all(a is b for a, b in zip(group["params"], before))
+    assert one.optimizer.state_dict()["param_groups"][0]["params"] == state[0]["params"]
+
+
 def packed_batch(seed, widths):
     images, targets = batch(seed, size=(32, 128))
     mask = torch.arange(128) >= torch.tensor(widths)[:, None, None].expand(2, 32, 1)
