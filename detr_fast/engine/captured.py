@@ -109,7 +109,9 @@ class CapturedStep:
             outputs = self.model(images)
         losses = self.criterion(outputs, targets)
         total = self.criterion.weighted_sum(losses)
-        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        # On this thread: one of autograd's own for the GPU is woken first, and finds nothing in its core's caches.
+        with torch.autograd.set_multithreading_enabled(False):
+            (total if self.scaler is None else self.scaler.scale(total)).backward()
         if self.clip_norm:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
