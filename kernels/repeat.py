@@ -61,7 +61,7 @@ class _Program(NamedTuple):
 
     results: list[Callable[[], Tensor]]
     several: bool  # the launcher returns a tuple
-    scratch: Callable[[], Tensor] | None
+    scratch: Callable[[], Tensor] | None  # one piece of memory
     steps: list[_Step]
 
 
@@ -196,7 +196,7 @@ def _program(recorder: _Recorder, tensors: list[Tensor], found: Any) -> _Program
             if memory is None or memory.numel() != t.numel() or memory.dtype is not t.dtype or t.storage_offset():
                 return None
             places[t.data_ptr()] = number, 0
-        makers.append(partial(torch.empty_strided, t.shape, t.stride(), dtype=t.dtype, device=t.device))
+        makers.append(_maker(t.shape, t.stride(), t.dtype, t.device))
     total, scratch = 0, {}
     for start, t in made.items():
         scratch[start] = total, t.nbytes
@@ -229,5 +229,15 @@ def _program(recorder: _Recorder, tensors: list[Tensor], found: Any) -> _Program
         values = [None if isinstance(a, Tensor) else a for a in arguments]
         x, y, z = (*grid, 1, 1)[:3]
         steps.append(_Step(program.run, (x, y, z), handles, [*values, *program.constants], found_places))
-    memory_of = partial(torch.empty, (total,), dtype=torch.uint8, device=tensors[0].device) if total else None
-    return _Program(makers, isinstance(found, tuple), memory_of, steps)
+    memory = _maker((total,), (1,), torch.uint8, tensors[0].device) if total else None
+    return _Program(makers, isinstance(found, tuple), memory, steps)
+
+
+def _maker(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Callable[[], Tensor]:
+    """What allocates such a tensor."""
+    like = torch.empty(1, dtype=dtype, device=device).expand(shape)  # a tensor to read all that from takes half as long
+    if torch.empty_like(like, device="meta").stride() == strides:
+        return partial(torch.empty_like, like)
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)

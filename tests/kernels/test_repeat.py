@@ -49,7 +49,7 @@ def log(stub_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launche
     monkeypatch.setattr(launch.Variant, "program", lambda variant, device: Program(variant, found))
     for module in (implementation, boundary):
         monkeypatch.setattr(module, "INTERPRETING", True)
-    for name in ("empty", "empty_strided"):
+    for name in ("empty", "empty_like", "empty_strided"):
         allocate = getattr(torch, name)
         keep = lambda *a, allocate=allocate, **options: kept.append(allocate(*a, **options)) or kept[-1]  # noqa: E731
         monkeypatch.setattr(torch, name, keep)
