@@ -229,8 +229,8 @@ def _program(recorder: _Recorder, tensors: list[Tensor], found: Any) -> _Program
         values = [None if isinstance(a, Tensor) else a for a in arguments]
         x, y, z = (*grid, 1, 1)[:3]
         steps.append(_Step(program.run, (x, y, z), handles, [*values, *program.constants], found_places))
-    memory = _maker((total,), (1,), torch.uint8, tensors[0].device) if total else None
-    return _Program(makers, isinstance(found, tuple), memory, steps)
+    scratch_maker = _maker((total,), (1,), torch.uint8, tensors[0].device) if total else None
+    return _Program(makers, isinstance(found, tuple), scratch_maker, steps)
 
 
 def _maker(

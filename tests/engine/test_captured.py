@@ -118,6 +118,14 @@ def test_on_a_cpu_steps_run_eagerly_and_say_so():
     assert str(one.step) == "the training step: runs eagerly: the parameters are on cpu, and CUDA graphs need a GPU"
 
 
+def test_backward_runs_on_the_steps_own_thread_and_other_backwards_where_they_did():
+    one, seen = training(capture=False), []
+    next(one.model.parameters()).register_hook(lambda _: seen.append(torch._C._is_multithreading_enabled()))
+    run(one, range(1))
+    assert seen == [False]
+    assert torch._C._is_multithreading_enabled()
+
+
 def test_replayed_steps_train_as_eager_ones_do(emulated):
     one, (expected, losses) = training(), by_hand(range(6))
     assert run(one, range(6)) == pytest.approx(losses, rel=1e-5)
