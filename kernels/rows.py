@@ -97,11 +97,12 @@ def load_where(pointers, mask, MASKED: tl.constexpr):
 @jit
 def scaled_gradient(dy, rstd, weight):
     """dy * rstd * weight, rounded: the `g` of `norm_gradient`; weight is fp32, or None."""
-    g = dy * rstd[:, None]
+    # The last product is an explicit multiply-add, which no subtraction swallows: that would leave the product's rounding
+    # error, and in rows of one element that is all there is.
     if weight is not None:
-        # An explicit multiply-add, which no subtraction swallows: that would leave the product's rounding error, and in rows
-        # of one element that is all there is.
-        g = tl.fma(g, weight, 0.0)
+        g = tl.fma(dy * rstd[:, None], weight, 0.0)
+    else:
+        g = tl.fma(dy, rstd[:, None], 0.0)
     return g
 
 
