@@ -27,7 +27,7 @@ from detr_fast.implementation import Call as Call
 from detr_fast.implementation import Implementation as Implementation
 from detr_fast.implementation import TritonImplementation as TritonImplementation
 from detr_fast.kernels import repeat
-from detr_fast.situation import PLAIN_TENSORS, capturing, situation
+from detr_fast.situation import PLAIN_TENSORS, capturing, in_layer, situation
 from detr_fast.situation import Situation as Situation
 from detr_fast.situation import architecture as architecture
 from detr_fast.situation import tensor_type as tensor_type
@@ -199,7 +199,7 @@ class Op:
 
     def is_small(self, size: int, device: torch.device) -> bool:
         """Whether every kernel's advice is surely against a call of this size: such calls must cost next to nothing."""
-        if intervening or torch.compiler.is_compiling():
+        if intervening or torch.compiler.is_compiling() or in_layer():
             return False
         least = self._least.get(device)
         if least is None:

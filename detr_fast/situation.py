@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,9 @@ _architectures: dict[int | None, str] = {}
 class Situation(NamedTuple):
     """What a decision reads besides the arguments."""
 
-    regime: str  # "eager", "captured" (in a CUDA graph: launches are free) or "compiled" (Inductor could fuse instead)
+    # "eager", "captured" (in a CUDA graph: launches are free), "compiled" (Inductor could fuse instead) or "layer" (part of
+    # a layer that runs on kernels as a whole: no part has a say)
+    regime: str
     grad: bool
     autocast: torch.dtype | None
     deterministic: bool
@@ -70,6 +74,28 @@ def capturing(device_type: str) -> bool:
     return device_type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+class _Thread(threading.local):
+    in_layer = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def layer_regime() -> Iterator[None]:
+    """Inside the block ops are parts of a layer that is to run on kernels as a whole."""
+    outer, _thread.in_layer = _thread.in_layer, True
+    try:
+        yield
+    finally:
+        _thread.in_layer = outer
+
+
+def in_layer() -> bool:
+    """Whether this is inside `layer_regime`."""
+    return not torch.compiler.is_compiling() and _thread.in_layer
+
+
 def situation(device_type: str) -> Situation:
     """The state of PyTorch that decisions read."""
     autocasting = device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta tensors have no autocast
@@ -78,6 +104,8 @@ def situation(device_type: str) -> Situation:
     regime = "compiled" if compiling else "eager"
     if not compiling and capturing(device_type):
         regime = "captured"
+    if not compiling and _thread.in_layer:
+        regime = "layer"
     deterministic = torch.are_deterministic_algorithms_enabled()
     return Situation(regime, torch.is_grad_enabled(), autocast, deterministic, _transform(compiling))
 

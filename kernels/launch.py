@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 try:
     import triton
@@ -197,12 +198,28 @@ def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
         return
     require_triton()
     if not variant.compiled:
-        variant.kernel[grid](*arguments, **variant.constants, **variant.options())
+        with _disable_current_modes():  # the interpreter copies tensors by PyTorch's operations, which nobody is to see
+            variant.kernel[grid](*arguments, **variant.constants, **variant.options())
     elif kind == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             variant.program(device)(grid, arguments)
     else:
         variant.program(device)(grid, arguments)
+
+
+def current_stream() -> int:
+    """The current device's current stream, as `Program.run` takes it."""
+    driver = triton.runtime.driver.active
+    return int(driver.get_current_stream(driver.get_current_device()))
+
+
+def watched() -> bool:
+    """Whether somebody is told of launches: our observers, or a profiler of Triton's."""
+    if observers or triton is None:
+        return bool(observers)
+    hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _misfit(variant: Variant, index: int, argument: Any, dtype: torch.dtype) -> str:

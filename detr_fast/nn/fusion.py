@@ -113,7 +113,7 @@ def feed_forward_sum(
     Where a norm follows on the layer (`norms_ahead`), it is taken here, and `normed` finds it.
     """
     parts = (linear1, activation, dropout, linear2)
-    norm = _norm_behind(layer)
+    norm = following_norm(layer)
     found = _fused_feed_forward(n, *parts, output_dropout, norm, residual)
     if found is None:
         y = _without_sum(n, *parts)
@@ -123,7 +123,7 @@ def feed_forward_sum(
     if norm is None:
         return found
     total, following = found
-    _ahead.found = (total, norm, following)
+    leave_ahead(total, norm, following)
     return total
 
 
@@ -207,11 +207,29 @@ def norms_ahead(followed: Iterable[tuple[Any, Any]]) -> Iterator[None]:
             _ahead.norms, _ahead.found, _ahead.entered = before
 
 
-def _norm_behind(layer: Any) -> Any:
+def following_norm(layer: Any) -> Any:
     """The norm that follows on the layer, or None where that is not to be taken with the layer's last sum."""
     if torch.compiler.is_compiling() or _ahead.norms is None or _ahead.entered != recording():
         return None
     return _ahead.norms.get(layer)
+
+
+def taken_ahead(norm: Any, x: Tensor) -> Tensor | None:
+    """norm(x), where that was taken together with x itself."""
+    found = _ahead.found
+    return found[2] if found is not None and found[0] is x and found[1] is norm else None
+
+
+def leave_ahead(total: Tensor, norm: Any, following: Tensor) -> None:
+    """Leave norm(total) for `normed` to find."""
+    _ahead.found = (total, norm, following)
+
+
+def take_ahead() -> Tensor:
+    """The norm that was left."""
+    assert _ahead.found is not None
+    (_, _, following), _ahead.found = _ahead.found, None
+    return following
 
 
 def normed(norm: Any, x: Tensor) -> Tensor:

@@ -67,10 +67,24 @@ def shared_memory(
         _local.memory = outer
 
 
+@contextmanager
+def given_share(share: tuple[Any, Projected] | None) -> Iterator[None]:
+    """Inside the block, that attention's share of its memory is this one."""
+    outer = getattr(_local, "given", None)
+    _local.given = share
+    try:
+        yield
+    finally:
+        _local.given = outer
+
+
 def share_of(attention: Any, memory: Tensor, key: Tensor | None) -> Projected | None:
     """That attention's share of the memory, whose keys are `key`'s, or None where it is to project by itself."""
     if torch.compiler.is_compiling():
         return None
+    given = getattr(_local, "given", None)
+    if given is not None and given[0] is attention:
+        return given[1]  # type: ignore[no-any-return]
     shared = getattr(_local, "memory", None)
     key = None if key is memory else key
     if shared is None or shared.memory is not memory or shared.key is not key or shared.entered != recording():

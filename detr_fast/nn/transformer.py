@@ -25,7 +25,9 @@ from detr_fast.nn.memory import readers, shared_memory
 from detr_fast.nn.multihead_attention import MultiheadAttention, is_mask
 from detr_fast.nn.replacements import converts_children, replaces
 from detr_fast.nn.tracing import keeps_whole
+from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
 
 
 @replaces(nn.TransformerEncoderLayer)
@@ -49,17 +51,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if _overrides(self, "_sa_block", "_ff_block"):
             return self._parts(src, src_mask, src_key_padding_mask, is_causal)
-        masks: Any = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         with shared_seed():
-            if self.norm_first:
-                n = normed(self.norm1, src)
-                x, n = attend_add_norm(self.self_attn, self.dropout1, self.norm2, n, residual=src, **masks)
-                hidden = (self.linear1, self.activation, self.dropout, self.linear2)
-                return feed_forward_sum(self, n, x, *hidden, self.dropout2)
-            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, **masks)
-            return feed_forward_add_norm(
-                x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2
-            )
+            return whole(ENCODER_LAYER, self, self._fused, (src, src_mask, src_key_padding_mask), (is_causal,))
+
+    def _fused(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
+        masks: Any = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": is_causal}
+        hidden = (self.linear1, self.activation, self.dropout, self.linear2)
+        if self.norm_first:
+            n = normed(self.norm1, src)
+            x, n = attend_add_norm(self.self_attn, self.dropout1, self.norm2, n, residual=src, **masks)
+            return feed_forward_sum(self, n, x, *hidden, self.dropout2)
+        x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, **masks)
+        return feed_forward_add_norm(x, *hidden, self.dropout2, self.norm2)
 
     def _parts(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
         if self.norm_first:
@@ -139,25 +142,34 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             or _overrides(self, "_sa_block", "_mha_block", "_ff_block")
         ):
             return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
-        own: Any = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        cross: Any = {
-            "attn_mask": memory_mask,
-            "key_padding_mask": memory_key_padding_mask,
-            "is_causal": memory_is_causal,
-        }
+        hints = (tgt_is_causal, memory_is_causal)
         with shared_seed():
-            if self.norm_first:
-                n = normed(self.norm1, tgt)
-                x, n = attend_add_norm(self.self_attn, self.dropout1, self.norm2, n, residual=tgt, **own)
-                parts = (self.multihead_attn, self.dropout2, self.norm3)
-                x, n = attend_add_norm(*parts, n, memory, residual=x, **cross)
-                hidden = (self.linear1, self.activation, self.dropout, self.linear2)
-                return feed_forward_sum(self, n, x, *hidden, self.dropout3)
-            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, **own)
-            x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, memory, **cross)
-            return feed_forward_add_norm(
-                x, self.linear1, self.activation, self.dropout, self.linear2, self.dropout3, self.norm3
-            )
+            source = (self.multihead_attn, memory, None)
+            return whole(DECODER_LAYER, self, self._fused, (tgt, memory, *masks), hints, source)
+
+    def _fused(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        mask: Tensor | None,
+        memory_mask: Tensor | None,
+        padding: Tensor | None,
+        memory_padding: Tensor | None,
+        is_causal: bool,
+        memory_is_causal: bool,
+    ) -> Tensor:
+        own: Any = {"attn_mask": mask, "key_padding_mask": padding, "is_causal": is_causal}
+        cross: Any = {"attn_mask": memory_mask, "key_padding_mask": memory_padding, "is_causal": memory_is_causal}
+        hidden = (self.linear1, self.activation, self.dropout, self.linear2)
+        if self.norm_first:
+            n = normed(self.norm1, tgt)
+            x, n = attend_add_norm(self.self_attn, self.dropout1, self.norm2, n, residual=tgt, **own)
+            parts = (self.multihead_attn, self.dropout2, self.norm3)
+            x, n = attend_add_norm(*parts, n, memory, residual=x, **cross)
+            return feed_forward_sum(self, n, x, *hidden, self.dropout3)
+        x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, **own)
+        x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, memory, **cross)
+        return feed_forward_add_norm(x, *hidden, self.dropout3, self.norm3)
 
 
 @replaces(nn.TransformerDecoder)

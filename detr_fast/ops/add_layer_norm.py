@@ -146,6 +146,8 @@ class TritonAddLayerNorm(TritonImplementation):
     def advice(self, call: AddLayerNormCall) -> str | None:
         if call.situation.regime == "compiled":
             return "a sum and a norm under torch.compile: Inductor fuses them"
+        if call.situation.regime == "layer":
+            return None
         return regimes.advice("add_layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
 
     def least(self, architecture: str | None) -> int:

@@ -29,6 +29,8 @@ class TritonAtomicsAttention(TritonAttention):
     def advice(self, call: AttentionCall) -> str | None:
         if not call.needs_grad:
             return "without gradients it is triton's"
+        if call.situation.regime == "layer":
+            return "whole layers were measured with triton's deterministic backward"
         if (against := super().advice(call)) is not None:
             return against
         if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > NARROW:

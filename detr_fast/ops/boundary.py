@@ -66,6 +66,11 @@ def followed() -> bool:
     )
 
 
+def seen() -> bool:
+    """Whether anybody sees ops: what follows each of them, or a profiler, whose own may be of all threads."""
+    return followed() or _profiling() or _profiler._is_profiler_enabled
+
+
 class _Found(threading.local):
     way: tuple[Boundary, Callable[..., Any]] | None = (
         None  # of the op that a thread is in, and need not be looked for twice
@@ -73,6 +78,11 @@ class _Found(threading.local):
 
 
 _found = _Found()
+
+
+def is_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but memory: no subclass, and not negated, conjugated, batched, fake, …"""
+    return type(tensor) in _PLAIN and _keys(tensor).raw_repr() in _ON_ANY
 
 
 class Boundary:
@@ -109,9 +119,7 @@ class Boundary:
 
     def _shortcut(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """What the op comes to for such a call, or None where the dispatcher must see it."""
-        if (
-            followed() or _profiling() or _profiler._is_profiler_enabled
-        ):  # a profiler of all threads is not this thread's
+        if seen():
             return None
         way: Callable[..., Any] | None = None
         for argument in args:
@@ -135,9 +143,7 @@ class Boundary:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) in _PLAIN:
-        return _keys(value).raw_repr() in _ON_ANY
-    return not isinstance(value, Tensor)
+    return is_memory(value) or not isinstance(value, Tensor)
 
 
 def define(

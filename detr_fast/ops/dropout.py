@@ -11,6 +11,8 @@ serves many ops, told apart by their offsets.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -40,6 +42,29 @@ class shared_seed:
     ) -> None:
         if not torch.compiler.is_compiling():
             _local.scope = self._outer
+
+
+@contextmanager
+def given_seed(seed: Tensor | None, offset: int) -> Iterator[_Scope]:
+    """Inside the block ops take this seed, drawn before, from that offset on; the scope's offset is that of the last one."""
+    outer = getattr(_local, "scope", None)
+    scope = _local.scope = _Scope()
+    scope.offset = offset - 1
+    if seed is not None:
+        scope.seeds[seed.device] = seed
+    try:
+        yield scope
+    finally:
+        _local.scope = outer
+
+
+def reserve(device: torch.device, offsets: int) -> tuple[Tensor, int]:
+    """The seed and the first of so many offsets, for ops that take them by themselves; as `next_seed` where it is one."""
+    seed, first = next_seed(device)
+    scope = getattr(_local, "scope", None)
+    if scope is not None and scope.holds():
+        scope.offset += offsets - 1
+    return seed, first
 
 
 def next_seed(device: torch.device) -> tuple[Tensor, int]:

@@ -114,6 +114,8 @@ class TritonLayerNorm(TritonImplementation):
     def advice(self, call: LayerNormCall) -> str | None:
         if call.situation.regime == "compiled":
             return "a lone norm under torch.compile: Inductor fuses it with its neighbours"
+        if call.situation.regime == "layer":
+            return None
         return regimes.advice("layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
 
     def least(self, architecture: str | None) -> int:

@@ -69,6 +69,8 @@ class TritonProduct(TritonImplementation):
     def advice(self, call: Any) -> str | None:
         if call.situation.regime == "compiled":
             return "under torch.compile cuBLAS and Inductor's own fusion do this"
+        if call.situation.regime == "layer":
+            return None
         if call.computed_dtype == torch.float32:
             how = "exact float32 products" if call.exact_fp32 else "tf32 products, which were never measured"
             return f"{how}: cuBLAS does them (under autocast, or in 16 bits, kernels can be chosen)"
