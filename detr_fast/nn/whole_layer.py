@@ -9,6 +9,7 @@ the parts run themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,10 +29,11 @@ from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops import boundary
 from detr_fast.ops.attention_call import tf32
 from detr_fast.ops.dropout import given_seed, reserve
-from detr_fast.ops.host_program import HostProgram, ProgramNode, Unrepeatable, record
+from detr_fast.ops.host_program import HostProgram, ProgramNode, record, signature_of
+from detr_fast.ops.host_recorder import Unrepeatable
 from detr_fast.ops.layers import LayerOp
 from detr_fast.ops.products import exact_fp32
-from detr_fast.situation import layer_regime, situation
+from detr_fast.situation import layer_regime
 
 MAX_BYTES = 8 << 20  # of the layer's input; with more, the GPU takes longer than the host in any case
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -59,11 +61,11 @@ def whole(
     contents = _contents(layer)
     if contents is None or op.kernel(x, contents.hidden, layer.training) is None:
         return function(*tensors, *settings)
+    if _unseen(x):
+        found = _by_program(op, layer, function, tensors, settings, memory, contents)
+        if found is not None:
+            return found
     with layer_regime():
-        if _unseen(x):
-            found = _by_program(op, layer, function, tensors, settings, memory, contents)
-            if found is not None:
-                return found
         return function(*tensors, *settings)
 
 
@@ -83,6 +85,7 @@ def _contents(layer: nn.Module) -> _Contents | None:
     settings.append(own.get("activation"))
     parameters: list[Tensor | None] = []
     drops, hidden = False, 0
+    part: Any
     for name, part in layer._modules.items():
         kind = type(part)
         if part is None or not is_bare(part):
@@ -115,36 +118,43 @@ def _contents(layer: nn.Module) -> _Contents | None:
 
 def _unseen(x: Tensor) -> bool:
     """Whether nobody looks at ops, launches or what is saved, and launches cost what they cost."""
-    if x.is_cuda and (torch.cuda.is_current_stream_capturing() or x.get_device() != torch.cuda.current_device()):
-        return False
-    if launch.watched() and not dispatch.INTERPRETING:
-        return False
-    return not (
+    if (
         boundary.seen()
         or dispatch._recorders
         or _has_any_global_hook()
         or torch.is_anomaly_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        or x.numel() * x.itemsize > MAX_BYTES
-        or x.numel() == 0
-    )
+        or (launch.watched() and not dispatch.INTERPRETING)
+    ):
+        return False
+    if x.is_cuda and (torch.cuda.is_current_stream_capturing() or x.get_device() != torch.cuda.current_device()):
+        return False
+    return 0 < x.numel() * x.itemsize <= MAX_BYTES
 
 
-def _key(tensors: Sequence[Tensor | None], device: int) -> list[Any] | None:
-    """What launches depend on, of the tensors; None for tensors that are more than memory, or share it."""
-    addresses, found = set(), []
-    for t in tensors:
-        if t is None:
-            found.append(None)
-            continue
-        if not boundary.is_memory(t) or t.get_device() != device:
-            return None
-        address = t.data_ptr()
-        if address in addresses:
-            return None
-        addresses.add(address)
-        found.append((t.shape, t.stride(), t.dtype, t.requires_grad, address & 15))
-    return found
+@dataclass(frozen=True)
+class _Computation:
+    """A layer's outputs, by its parts, of its arguments and of what its neighbours have for it.
+
+    norm: what follows on it. own: how many are its own arguments; behind them come its input's norm, where that was taken already,
+    and what is left to project with of its `attention`'s memory, which holds keys and values for it.
+    """
+
+    layer: nn.Module
+    norm: nn.Module | None
+    function: Callable[..., Tensor]
+    settings: tuple[Any, ...]
+    own: int
+    attention: nn.Module | None
+
+    def __call__(self, *arguments: Any) -> list[Tensor]:
+        given, n, rest = arguments[: self.own], arguments[self.own], arguments[self.own + 1 :]
+        share = None if self.attention is None else (self.attention, Projected(rest[0], rest[1], [*rest[2:]]))
+        with norms_ahead([] if self.norm is None else [(self.layer, self.norm)]), given_share(share):
+            if n is not None:
+                leave_ahead(given[0], self.layer._modules["norm1"], n)
+            y = self.function(*given, *self.settings)
+            return [y] if self.norm is None else [y, take_ahead()]
 
 
 def _by_program(
@@ -159,48 +169,49 @@ def _by_program(
     x = tensors[0]
     assert x is not None
     parameters = contents.parameters
-    own_norm = layer._modules.get("norm1")
-    normed, norm = taken_ahead(own_norm, x), following_norm(layer)
+    normed, norm = taken_ahead(layer._modules["norm1"], x), following_norm(layer)
     if norm is not None:
         if type(norm) not in _NORMS:
             return None
         parameters += norm._parameters.values()
-    share = None if memory is None else share_of(*memory)
-    packs: list[Tensor] = []
+    share, packs = None, []
+    if memory is not None:
+        with layer_regime():
+            share = share_of(*memory)
     if share is not None and memory is not None:
         packs = share.packs
         unread = (memory[0].in_proj_weight, memory[0].in_proj_bias)  # the share has what remains of them
         parameters = [None if p is not None and any(p is one for one in unread) else p for p in parameters]
     arguments = [*tensors, normed, *(() if share is None else (share.weight, share.bias, *packs))]
     inputs = [*arguments, *parameters]
-    known = _key(inputs, x.get_device())
+    known = signature_of(inputs, x.get_device())
     if known is None:
         return None
-    now = situation(x.device.type)
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    state = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        autocast,
+    )
     precision = (exact_fp32(), tf32()) if x.dtype == torch.float32 else None
     requests = frozenset(dispatch._requested.items())
     beside = (norm is not None and norm.eps, len(arguments), len(packs), contents.drops, precision, requests)
-    key = (*known, *contents.settings, *settings, *beside, now, torch.is_inference_mode_enabled())
+    key = (*known, *contents.settings, *settings, *beside, *state)
 
-    def compute(*given: Tensor | None) -> list[Tensor]:
-        own, n, rest = given[: len(tensors)], given[len(tensors)], given[len(tensors) + 1 :]
-        source: Any = None if share is None or memory is None else (memory[0], Projected(rest[0], rest[1], [*rest[2:]]))  # type: ignore[arg-type]
-        with norms_ahead([] if norm is None else [(layer, norm)]), given_share(source):
-            if n is not None:
-                leave_ahead(own[0], own_norm, n)  # type: ignore[arg-type]
-            y = function(*own, *settings)
-            return [y] if norm is None else [y, take_ahead()]
-
+    attention = None if share is None or memory is None else memory[0]
+    compute = _Computation(layer, norm, function, settings, len(tensors), attention)
     program = op.programs.get(key)
     if not isinstance(program, HostProgram):
         program = _recorded(op, key, compute, arguments, parameters, contents.drops, x.device)
         if program is None:
             return None
     seed, first = reserve(x.device, program.draws) if program.draws else (None, 0)
-    if program.saved is None:
+    if not program.differentiable:
         outputs = program.outputs_of(seed, first, inputs)
     else:
-        again = partial(_again, layer, norm, compute, parameters)
+        again = partial(_again, compute, parameters)
         outputs = ProgramNode.apply(program, again, seed, first, len(arguments), *inputs)
     if norm is not None:
         leave_ahead(outputs[0], norm, outputs[1])
@@ -212,7 +223,7 @@ def _by_program(
 def _recorded(
     op: LayerOp,
     key: Any,
-    compute: Callable[..., list[Tensor]],
+    compute: _Computation,
     arguments: list[Tensor | None],
     parameters: list[Tensor | None],
     drops: bool,
@@ -225,7 +236,8 @@ def _recorded(
     if isinstance(op.programs[key], str) or any(p is not None and p._backward_hooks for p in parameters):
         return None
     try:
-        program = record(compute, arguments, parameters, reserve(device, 0)[0] if drops else None)
+        with layer_regime():
+            program = record(compute, arguments, parameters, reserve(device, 0)[0] if drops else None)
     except Unrepeatable as error:
         op.keep(key, str(error))
         return None
@@ -237,26 +249,24 @@ def _recorded(
 class _Both(nn.Module):
     """A layer, and the norm that follows on it, under names that `functional_call` can give other parameters to."""
 
-    def __init__(self, layer: nn.Module, norm: nn.Module | None, compute: Callable[..., list[Tensor]]) -> None:
+    def __init__(self, compute: _Computation) -> None:
         super().__init__()
-        self.layer, self.norm, self.compute = layer, norm, compute
+        self.layer, self.norm, self.compute = compute.layer, compute.norm, compute
 
     def forward(self, *arguments: Tensor | None) -> list[Tensor]:
         return self.compute(*arguments)
 
 
 def _again(
-    layer: nn.Module,
-    norm: nn.Module | None,
-    compute: Callable[..., list[Tensor]],
+    compute: _Computation,
     parameters: list[Tensor | None],
     seed: Tensor | None,
     offset: int,
     *inputs: Tensor | None,
 ) -> list[Tensor]:
     """The layer's outputs by its parts, with other tensors as its parameters and the dropout of before."""
-    both, count = _Both(layer, norm, compute), len(inputs) - len(parameters)
-    places = {id(p): given for p, given in zip(parameters, inputs[count:]) if p is not None}
+    both, count = _Both(compute), len(inputs) - len(parameters)
+    places = {id(p): given for p, given in zip(parameters, inputs[count:]) if p is not None and given is not None}
     others = {name: places[id(p)] for name, p in both.named_parameters() if id(p) in places}
     with layer_regime(), given_seed(seed, offset):
         return list(torch.func.functional_call(both, others, inputs[:count]))

@@ -163,7 +163,8 @@ def test_explain_has_one_record_for_each_attention_and_each_kind_of_norm(trainin
     model = nn.Transformer(8, 2, 2, 1, 12, 0.0, batch_first=True).train(training)
     with explaining(model) as every:
         model(tokens(True).float(), tokens(True).float(), src_key_padding_mask=PADDING)
-    blocks = [r for r in every if r.op in ("feed_forward", "linear_add_layer_norm")]  # fused or not, and why
+    fused = ("feed_forward", "linear_add_layer_norm", "encoder_layer", "decoder_layer")
+    blocks = [r for r in every if r.op in fused]  # or not, and why
     assert {r.module for r in blocks} == {"encoder.layers.0", "encoder.layers.1", "decoder.layers.0"}
     assert all(r.chosen == "its parts" for r in blocks)
     records = [r for r in every if r not in blocks]

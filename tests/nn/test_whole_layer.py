@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from detr_fast import nn, use_backend
+from detr_fast.explanation import explaining
+from detr_fast.ops import regimes
+from detr_fast.ops.host_program import HostProgram
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
+from detr_fast.testing import count
+from tests.layer_stacks import stacks
+
+interpreter = pytest.mark.interpreter
+PADDING = torch.tensor([[False] * 4, [False, False, True, True]])
+
+
+@pytest.fixture(autouse=True)
+def _no_programs():
+    yield
+    for op in (ENCODER_LAYER, DECODER_LAYER):
+        op.forget()
+
+
+def made(name, **options):
+    settings = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "dropout": 0.1, "batch_first": True, **options}
+    return getattr(nn, f"Transformer{name}Layer")(**settings)
+
+
+def inputs_of(name, width=16):
+    inputs = [torch.randn(2, 4, width, requires_grad=True) for _ in range(1 + (name == "Decoder"))]
+    return inputs, {"memory_key_padding_mask" if name == "Decoder" else "src_key_padding_mask": PADDING}
+
+
+def step(module, inputs, masks, seed=3):
+    torch.manual_seed(seed)
+    y = module(*inputs, **masks)
+    dy = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return [y, *torch.autograd.grad(y, [*inputs, *module.parameters()], dy)], y.grad_fn.name()
+
+
+def assert_program_is_its_parts(module, inputs, masks):
+    with use_backend("triton"):
+        expected, first = step(module, inputs, masks)  # seen for the first time: its parts
+        found, name = step(module, inputs, masks)
+    assert first != "ProgramNodeBackward"
+    assert name == "ProgramNodeBackward"
+    assert all(map(torch.equal, found, expected))
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Encoder", {"norm_first": True, "activation": "gelu", "bias": False}),
+        ("Decoder", {"batch_first": False}),
+    ],
+    ids=str,
+)
+def test_a_layer_is_one_node_and_gives_what_its_parts_give_to_the_bit(name, options):
+    inputs, masks = inputs_of(name)
+    if not options.get("batch_first", True):
+        inputs = [x.detach().transpose(0, 1).contiguous().requires_grad_() for x in inputs]
+    assert_program_is_its_parts(made(name, **options), inputs, masks)
+
+
+@interpreter
+def test_what_a_stacks_layers_leave_for_each_other_passes_through_their_nodes():
+    """The norm that follows on a pre-norm layer, and a decoder's memory, which is projected for all layers at once."""
+    module, (inputs, masks) = stacks("Decoder", dropout=0.1)[0], inputs_of("Decoder")
+    with use_backend("triton"):
+        expected, _ = step(module, inputs, masks)
+        found, _ = step(module, inputs, masks)
+    assert all(map(torch.equal, found, expected))
+    assert [type(one) for one in DECODER_LAYER.programs.values()] == [HostProgram] * 2  # a norm follows on one of them
+
+
+@interpreter
+def test_a_program_is_of_one_signature_and_others_get_their_own():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            layer(*inputs, **masks)
+    layer.dropout1.p = 0.5
+    layer.linear1.weight.requires_grad_(False)
+    with use_backend("triton"):
+        results = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            y = layer(*inputs, **masks).transpose(0, 1)  # whose gradient lies otherwise than the output
+            results.append(torch.autograd.grad(y.square().sum(), [*inputs, layer.linear1.bias]))
+    assert all(map(torch.equal, *results))
+    assert sum(isinstance(one, HostProgram) for one in ENCODER_LAYER.programs.values()) == 2
+
+
+@interpreter
+def test_a_weight_that_changes_before_the_backward_is_noticed():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            y = layer(*inputs, **masks)
+        with torch.no_grad():
+            layer.linear1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@interpreter
+def test_the_double_backward_is_the_parts_own():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+
+    def twice():
+        torch.manual_seed(3)
+        y = layer(*inputs, **masks)
+        (dx,) = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return y.grad_fn.name(), dx, *torch.autograd.grad(dx.square().sum(), [*inputs, layer.linear1.weight])
+
+    with use_backend("triton"):
+        _, *expected = twice()
+        name, *found = twice()
+    assert name == "ProgramNodeBackward"
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@interpreter
+def test_a_checkpointed_layer_keeps_what_its_parts_keep():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        layer(*inputs, **masks)
+        torch.manual_seed(3)
+        expected = torch.autograd.grad(layer(*inputs, **masks).sum(), inputs)[0]
+        torch.manual_seed(3)
+        checkpoint(layer, *inputs, use_reentrant=False, src_key_padding_mask=PADDING).sum().backward()
+    assert torch.equal(inputs[0].grad, expected)
+
+
+@interpreter
+@pytest.mark.parametrize("spoil", ["hook", "class", "weight hook"])
+def test_a_layer_whose_parts_somebody_looks_at_runs_them(spoil):
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    if spoil == "hook":
+        layer.linear1.register_forward_hook(lambda *_: None)
+    elif spoil == "class":
+        layer.linear1.__class__ = type("LoRA", (torch.nn.Linear,), {})
+    else:
+        layer.linear1.weight.register_hook(lambda gradient: gradient)
+    with use_backend("triton"):
+        for _ in range(2):
+            assert layer(*inputs, **masks).grad_fn.name() != "ProgramNodeBackward"
+
+
+@interpreter
+def test_without_gradients_the_program_gives_the_output_alone():
+    layer, (inputs, masks) = made("Encoder").eval(), inputs_of("Encoder")
+    with use_backend("triton"), torch.no_grad():
+        assert torch.equal(layer(*inputs, **masks), layer(*inputs, **masks))
+    assert any(isinstance(one, HostProgram) for one in ENCODER_LAYER.programs.values())
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """An H100 that was measured to be faster with whole layers from 100 kB on, and with none of their parts."""
+    parts = (
+        "attention",
+        "attention_masked",
+        "feed_forward",
+        "linear_add_layer_norm",
+        "qkv_projection",
+        "add_layer_norm",
+    )
+    entries = [regimes.Regime(name, "sm_90", regimes.NEVER, 0, "a test") for name in parts]
+    entries += [regimes.Regime(f"{kind}_layer", "sm_90", 100_000, 0, "a test") for kind in ("encoder", "decoder")]
+    monkeypatch.setattr(regimes, "known", lambda: tuple(entries))
+    for op in (ENCODER_LAYER, DECODER_LAYER):
+        op.forget()
+
+
+def kernels(layer, *inputs):
+    return {name for name in count(layer, *inputs).launches if not name.startswith("aten")}
+
+
+@pytest.mark.parametrize(("tokens", "whole"), [(850, True), (85, False)])
+def test_a_layer_that_was_measured_to_be_faster_binds_its_parts(measured, tokens, whole):
+    with FakeTensorMode():
+        layer = nn.TransformerEncoderLayer(256, 8, 2048, batch_first=True, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(2, tokens, 256, device="cuda", dtype=torch.bfloat16)
+        with explaining(layer) as records:
+            layer(x)
+        launches = kernels(layer, x)
+        assert kernels(layer.eval(), x) == set()  # measured in training
+    assert launches == ({"attention_forward_kernel", "linear_kernel", "linear_norm_kernel"} if whole else set())
+    of_layer = next(r for r in records if r.op == "encoder_layer")
+    assert of_layer.chosen == ("triton" if whole else "its parts")
+    assert ("one node" in str(of_layer)) == whole
+    assert all((r.chosen == "triton") == whole for r in records)
+
+
+def test_parts_that_were_asked_for_by_name_are_chosen_one_by_one(measured):
+    with FakeTensorMode(), use_backend(feed_forward="triton"):
+        layer = nn.TransformerEncoderLayer(256, 8, 2048, batch_first=True, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(2, 850, 256, device="cuda", dtype=torch.bfloat16)
+        assert kernels(layer, x) == {"linear_kernel", "linear_norm_kernel"}
+        assert "attention_forward_kernel" not in kernels(layer, x)

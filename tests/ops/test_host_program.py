@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from detr_fast.kernels import launch
+
+from detr_fast import ops, use_backend
+from detr_fast.ops.host_program import record
+from detr_fast.ops.host_recorder import Unrepeatable
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: [x * torch.rand_like(x)], "something else each time"),
+        (lambda x: [x * x.sum().item()], "something else each time"),
+        (lambda x: [x * OUTSIDE], "comes from outside"),
+    ],
+    ids=["random", "value", "outside"],
+)
+def test_what_can_not_be_done_again_is_refused(function, reason):
+    with pytest.raises(Unrepeatable, match=reason):
+        record(function, [torch.randn(3, requires_grad=True)], [], None)
+
+
+OUTSIDE = torch.randn(3)
+
+
+def test_a_program_does_on_other_tensors_what_was_recorded():
+    def function(x):
+        return [(x @ weight.t()).view(2, 3, 2).softmax(-1).flatten(0, 1).chunk(2)[0] * 3]
+
+    weight = torch.randn(2, 5, requires_grad=True)
+    program = record(function, [torch.randn(6, 5, requires_grad=True)], [weight], None)
+    x = torch.randn(6, 5, requires_grad=True)
+    values = program.forward(None, 0, [x, weight])
+    y = function(x)[0]
+    assert torch.equal(values[program.outputs[0]], y)
+    dy = torch.randn_like(y)
+    found = program.backward(0, [values[r] for r in program.saved], (dy,))
+    assert all(map(torch.equal, found, torch.autograd.grad(y, (x, weight), dy)))
+
+
+def test_views_of_inputs_are_taken_again_and_the_inputs_themselves_are_kept():
+    weight = torch.randn(4, 5, requires_grad=True)
+    program = record(lambda x: [x @ weight.t()], [torch.randn(3, 5, requires_grad=True)], [weight], None)
+    values = program.forward(None, 0, [torch.randn(3, 5, requires_grad=True), weight])
+    assert [r for r in program.saved if values[r] is weight]
+
+
+def launches_of(stub, run):
+    """Grids and numbers of what is launched, and how many addresses each launch gets."""
+    before = len(stub.launched)
+    run()
+    seen = []
+    for grid, arguments in stub.launched[before:]:
+        addresses = [a for a in arguments if isinstance(a, torch.Tensor) or (type(a) is int and a > 1 << 40)]
+        numbers = [a for a in arguments if not isinstance(a, torch.Tensor) and not (type(a) is int and a > 1 << 40)]
+        seen.append((grid, numbers, len(addresses)))
+    return seen
+
+
+@pytest.mark.offline
+def test_compiled_programs_launch_the_same_with_addresses_in_the_tensors_places(stub_gpu, monkeypatch):
+    from detr_fast import implementation
+    from detr_fast.ops import boundary
+
+    for module in (implementation, boundary):
+        monkeypatch.setattr(module, "INTERPRETING", True)
+    x, residual = (torch.randn(5, 64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(64, requires_grad=True) for _ in range(2))
+    seed, dy = torch.ones(1, dtype=torch.int64), torch.randn(5, 64)
+
+    def function(x, residual):
+        return [ops.add_layer_norm(x, residual, weight, bias, dropout_p=0.1)]
+
+    with use_backend("triton"):
+        program = record(function, [x, residual], [weight, bias], seed)
+
+        def parts():
+            torch.autograd.grad(function(x, residual)[0], (x, residual, weight, bias), dy)
+
+        def again():
+            values = program.forward(seed, 0, [x, residual, weight, bias])
+            program.backward(0, [values[r] for r in program.saved], (dy,))
+
+        expected, found = launches_of(stub_gpu, parts), launches_of(stub_gpu, again)
+    assert len(expected) == 3
+    assert found == expected
+    assert program.draws == 1
+    launch.forget_programs()
