@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
+from detr_fast.implementation import NEVER
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.host_program import HostProgram
@@ -76,16 +77,20 @@ class TritonLayer(TritonImplementation):
             return "something was asked for by name: its parts are chosen one by one"
         if call.computed_dtype == torch.float32:
             return "float32 products: cuBLAS does them (under autocast, or in 16 bits, kernels can be chosen)"
-        if self.never(call.architecture):
+        if not self._measured(call.architecture):
             return "a layer's parts are chosen one by one until it is measured as a whole: run detr-fast tune"
         if call.shape[-1] > MEASURED_WIDTH or call.hidden > MEASURED_HIDDEN:
             return f"{call.shape[-1]} columns, {call.hidden} hidden units: measured up to {MEASURED_WIDTH} and {MEASURED_HIDDEN}"
         size = torch.Size(call.shape).numel() * call.computed_dtype.itemsize
         return regimes.advice(self.op, call, size, "a choice for each part")
 
-    def never(self, architecture: str | None) -> bool:
+    def least(self, architecture: str | None) -> int:
+        return regimes.least(self.op, architecture) if self._measured(architecture) else NEVER
+
+    def _measured(self, architecture: str | None) -> bool:
+        """Whether on this very architecture, as for products."""
         entry = regimes.find(self.op, architecture)
-        return entry is None or entry.architecture != architecture
+        return entry is not None and entry.architecture == architecture
 
     def note(self, call: LayerCall) -> str | None:
         return "all of its parts on kernels; in a plain step one program, and one node of autograd's"
@@ -108,12 +113,8 @@ class LayerOp(Op):
 
     def __init__(self, name: str) -> None:
         parts = (TritonLayer(name), LayerParts())
-        super().__init__(name, signature=_signature, describe=_describe, implementations=parts)
+        super().__init__(name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of)
         self.programs: OrderedDict[Any, HostProgram | str | None] = OrderedDict()
-
-    def skips(self, device: torch.device) -> bool:
-        """Whether no layer on this device is measured, and none was asked for."""
-        return not dispatch.intervening and self._never(device)
 
     def forget(self) -> None:
         super().forget()
