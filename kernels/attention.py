@@ -27,23 +27,6 @@ from .launch import Variant, empty, jit, launch, pointer, tl
 
 
 @jit
-def balanced_exp2(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """2^x for x <= 0 (ROWS, COLUMNS), 3 of 32 by a cubic, relative error 8e-5: as the special function unit is the busiest.
-
-    Which ones is a matter of bits that number registers in an accumulator, so that no lane computes both.
-    """
-    # Added to 1.5 * 2^23, x is rounded to an integer n, the sum's last bits; the fraction is within a half, n over -127.
-    clamped = tl.maximum(x, -126.0, propagate_nan=tl.PropagateNan.ALL)
-    rounded = clamped + 12582912.0
-    f = clamped - (rounded - 12582912.0)
-    cubic = ((0.05517166853 * f + 0.24261112511) * f + 0.69326096773) * f + 0.9999280572
-    bits = cubic.to(tl.uint32, bitcast=True) + (rounded.to(tl.uint32, bitcast=True) << 23)
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    chosen = (column & 120 == 0) | ((column & 120 == 64) & (row & 8 == 0))
-    return tl.where(chosen, bits.to(tl.float32, bitcast=True), tl.exp2(x))
-
-
-@jit
 def _attend(
     accumulator,
     total,
@@ -73,10 +56,8 @@ def _attend(
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
-    BALANCED: tl.constexpr = FORM[9] and not MASKED
-    PAIRED: tl.constexpr = FORM[10]
-    totals = tl.zeros((BLOCK_M, 16), tl.float32)
     LISTED: tl.constexpr = FORM[8]
+    PAIRED: tl.constexpr = FORM[9]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -96,22 +77,15 @@ def _attend(
             shrink = tl.exp2(highest - shift)
         else:
             higher = tl.maximum(highest, tl.max(scores, 1) * scale)
-            weights = scores * scale - higher[:, None]
-            weights = balanced_exp2(weights, BLOCK_M, BLOCK_N) if BALANCED else tl.exp2(weights)
+            weights = tl.exp2(scores * scale - higher[:, None])
             shrink = tl.exp2(highest - higher)
         highest = higher
-        if BALANCED:
-            ones = tl.full((BLOCK_N, 16), 1.0, tl.float32).to(q.dtype)
-            totals = dot(weights.to(q.dtype), ones, totals * shrink[:, None], PRECISION)
-        else:
-            total = total * shrink + tl.sum(weights, 1)
+        total = total * shrink + tl.sum(weights, 1)
         v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
         weights = weights.to(v.dtype)
         if drop[0] is not None:
             weights = dropped(weights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N), PAIRED)
         accumulator = dot(weights, v, accumulator * shrink[:, None], PRECISION)
-    if BALANCED:
-        total = tl.max(totals, 1)  # all columns are the same
     return accumulator, total, highest
 
 
@@ -166,12 +140,11 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
-    BALANCED: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, BALANCED, PAIRED)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, PAIRED)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -301,6 +274,5 @@ def forward_variant(form: Form, split: bool = False) -> Variant:
         *form.ends(),
     )
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, *PACKED_TYPES)
-    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
-    constants |= {"BALANCED": config.balanced, "PAIRED": form.paired}
+    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), "PAIRED": form.paired}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

@@ -39,11 +39,13 @@ def catalog_entries() -> Iterator[Entry]:
         "hd32_fp16_padding_dropout": replace(padded, dtype=fp16, dropout=True, generation="ampere"),
         "hd32_fp16_packed_dropout": Form(fp16, 32, 32, dropout=True, packed=True, vector=8, generation="ampere"),
         "hd32_bf16_float_mask": replace(padded, padding=False, mask=bf16, mask_vector=8),
-        "hd32_bf16_padding_warpgroups": replace(padded, generation="hopper"),
+        "hd32_bf16_padding_hopper": replace(padded, few_queries=True, few_keys=True, generation="hopper"),
         "hd64_bf16_float_mask_dropout_blackwell": Form(
             bf16, 64, 64, padding=True, mask=bf16, dropout=True, vector=8, mask_vector=8, generation="blackwell"
         ),
-        "hd64_bf16_causal_warpgroups": Form(bf16, 64, 64, causal=True, vector=8, generation="hopper"),
+        "hd64_bf16_causal_hopper": Form(
+            bf16, 64, 64, causal=True, vector=8, few_queries=True, few_keys=True, generation="hopper"
+        ),
         SPLIT: Form(fp16, 128, 128, vector=8),
         "hd256_bf16": Form(bf16, 256, 256, vector=8),
         "hd20_fp32_bool_mask_unaligned": Form(fp32, 20, 40, padding=True, mask=torch.bool),
@@ -59,11 +61,11 @@ def catalog_entries() -> Iterator[Entry]:
         "queries_hd32_fp16_packed_dropout",
         "queries_hd64_bf16_float_mask_dropout_blackwell",
         "keys_hd64_bf16_float_mask_dropout_blackwell",
-        "queries_hd32_bf16_padding_warpgroups",
-        "keys_hd32_bf16_padding_warpgroups",
+        "queries_hd32_bf16_padding_hopper",
+        "keys_hd32_bf16_padding_hopper",
         "queries_hd32_bf16_float_mask",
         "keys_hd32_bf16_float_mask",
-        "queries_hd64_bf16_causal_warpgroups",
+        "queries_hd64_bf16_causal_hopper",
         "forward_hd256_bf16",
         "queries_hd256_bf16",
         "queries_hd20_fp32_bool_mask_unaligned",
@@ -107,8 +109,14 @@ def catalog_entries() -> Iterator[Entry]:
 def _targets(build: Callable[[Form], Variant], form: Form) -> tuple[str, ...] | None:
     """The targets whose launches take the form's variant; None: all."""
     variant = build(form)
-    found = tuple(t for t in TARGETS if build(replace(form, generation=GENERATIONS.get(t, ""))) == variant)
+    found = tuple(t for t in TARGETS if build(_on(form, GENERATIONS.get(t, ""))) == variant)
     return None if len(found) == len(TARGETS) else found
+
+
+def _on(form: Form, generation: str) -> Form:
+    """The form of the example, which is small, on a GPU of that generation."""
+    few = generation == "hopper"
+    return replace(form, few_queries=few, few_keys=few, generation=generation)
 
 
 def _example(form: Form, keys: int, device: torch.device, atomics: bool = False) -> Callable[[], tuple[Tensor, ...]]:

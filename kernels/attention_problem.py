@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dropout, launch
-from .configs import TileConfig, attention_config
+from .configs import FEW_TILES, TileConfig, attention_config
 from .launch import empty
 from .rows import MAX_PLANS
 
@@ -27,7 +27,8 @@ class Form:
     """What the machine programs of a call depend on, besides the configuration of tiles.
 
     vector, mask_vector: neighbouring elements that stay together at a multiple of 16 bytes, 1 where some do not.
-    mask: dtype of attn_mask, or None. generation: of the GPU, see `launch.generation`.
+    mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
+    generation: of the GPU, see `launch.generation`.
     """
 
     dtype: torch.dtype
@@ -41,6 +42,8 @@ class Form:
     packed: bool = False
     vector: int = 1
     mask_vector: int = 1
+    few_queries: bool = False
+    few_keys: bool = False
     generation: str = ""
 
     @property
@@ -172,6 +175,8 @@ class Problem:
             self.sequences is not None,
             tile_run(self.q, self.k, self.v, *others),
             1 if self.mask is None else mask_run(self.mask),
+            self.generation == "hopper" and self.tiles(128) < FEW_TILES,
+            self.generation == "hopper" and -(-self.keys // 128) * self.batch * self.heads < FEW_TILES * self.group,
             self.generation,
         )
 
@@ -218,6 +223,7 @@ def _config(form: Form, kernel: str) -> TileConfig:
         scattered=form.mask is not None and form.mask_vector == 1,
         mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
         unaligned=form.vector == 1,
+        few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,
     )
 

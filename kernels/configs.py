@@ -98,16 +98,12 @@ ASSIGNMENT_WARPS = {32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How an attention kernel lies on the machine: queries and keys a tile, warps a program, stages of its pipeline.
-
-    balanced: row sums go to the tensor cores, and 3 of 32 exponentials to the multiply-add pipe.
-    """
+    """How an attention kernel lies on the machine: queries and keys a tile, warps a program, stages of its pipeline."""
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
-    balanced: bool = False
 
 
 # Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two. At most 99 KB of shared
@@ -147,19 +143,56 @@ ATTENTION = {
     ("keys", 4, 256): TileConfig(16, 16, 4, 1),
 }
 
-# On sm_90, without dropout and attn_mask: a warpgroup's instruction takes 64 rows, and eight warps share what they load. In
-# cycles per score element beside the general entry: forward at 32 .058 for .066, at 64 .066 for .072, at 128 .125 for .130;
-# queries at 32 .063 for .074; keys at 64 .127 for .195, at 128 .25 for .44.
-ATTENTION_WARPGROUPS = {
-    ("forward", 2, 16): TileConfig(128, 128, 8, 3, balanced=True),
-    ("forward", 2, 32): TileConfig(128, 128, 8, 3, balanced=True),
-    ("forward", 2, 64): TileConfig(128, 128, 8, 2),
-    ("forward", 2, 128): TileConfig(128, 64, 8, 2),
-    ("queries", 2, 16): TileConfig(128, 64, 4, 3),
-    ("queries", 2, 32): TileConfig(128, 64, 4, 3),
-    ("queries", 2, 64): TileConfig(128, 64, 8, 2),
-    ("keys", 2, 64): TileConfig(32, 128, 8, 2),
-    ("keys", 2, 128): TileConfig(32, 128, 8, 2),
+# On sm_90 in 16 bits, without an attn_mask, keyed by kernel, head dimension, and what is in its loop: keys from a list, dropout, or
+# neither. The fastest of 4 to 17 tiles that spill nothing, each kernel alone in a CUDA graph on an H200 (bf16, triton 3.6), 4 images
+# of 1,000 queries and keys, 256 columns. Behind them: microseconds, and those of what static analysis had chosen.
+ATTENTION_HOPPER = {
+    ("forward", 32, "listed"): TileConfig(128, 64, 4, 5),  # 22.2, 29.0
+    ("forward", 32, "plain"): TileConfig(128, 64, 4, 3),  # 20.9, 28.9
+    ("forward", 32, "dropout"): TileConfig(128, 64, 4, 3),  # 29.0
+    ("forward", 64, "listed"): TileConfig(64, 128, 4, 3),  # 18.4, 19.8
+    ("forward", 64, "plain"): TileConfig(64, 64, 4, 3),  # 17.7, 18.9
+    ("forward", 64, "dropout"): TileConfig(64, 64, 4, 3),  # 21.8, 22.1
+    ("forward", 128, "listed"): TileConfig(64, 64, 4, 3),  # 29.0, 30.9
+    ("forward", 128, "plain"): TileConfig(64, 64, 4, 2),  # 24.6, 26.7
+    ("forward", 128, "dropout"): TileConfig(64, 64, 4, 2),  # 29.5, 34.6
+    ("queries", 32, "listed"): TileConfig(128, 64, 4, 5),  # 20.6
+    ("queries", 32, "plain"): TileConfig(128, 64, 4, 3),  # 20.4
+    ("queries", 32, "dropout"): TileConfig(128, 32, 4, 3),  # 29.9, 34.1
+    ("queries", 64, "listed"): TileConfig(64, 64, 4, 3),  # 19.8, 22.6
+    ("queries", 64, "plain"): TileConfig(64, 64, 4, 3),  # 16.8, 21.6
+    ("queries", 64, "dropout"): TileConfig(64, 64, 4, 3),  # 22.8, 47.3
+    ("queries", 128, "listed"): TileConfig(64, 64, 4, 2),  # 29.1, 39.7
+    ("queries", 128, "plain"): TileConfig(64, 64, 4, 2),  # 26.0, 36.9
+    ("queries", 128, "dropout"): TileConfig(128, 64, 8, 2),  # 33.9, 80.1
+    ("keys", 32, "plain"): TileConfig(32, 128, 4, 3),  # 32.6
+    ("keys", 32, "dropout"): TileConfig(
+        16, 128, 4, 3
+    ),  # 50.7, 73.6; of 16 images with 850, 131.6, where 32 rows take 132.3
+    ("keys", 64, "plain"): TileConfig(32, 64, 4, 3),  # 29.1, 34.8
+    ("keys", 64, "dropout"): TileConfig(32, 64, 4, 3),  # 42.4, 88.2
+    ("keys", 128, "plain"): TileConfig(32, 128, 8, 2),  # 46.6
+    ("keys", 128, "dropout"): TileConfig(32, 64, 4, 1),  # 60.1 with two stages, 162.3
+    ("atomics", 32, "plain"): TileConfig(64, 64, 4, 2),  # 71.6
+    ("atomics", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 88.9 with two stages, 115.7
+    ("atomics", 64, "plain"): TileConfig(32, 128, 8, 2),  # 62.8, 63.2
+    ("atomics", 64, "dropout"): TileConfig(32, 128, 8, 2),  # 76.1, 78.2
+    ("atomics", 128, "plain"): TileConfig(32, 128, 8, 1),  # 95.5
+}
+# The same where tiles of 128 queries, or keys, are fewer than an H200 has multiprocessors, measured with 1 image of 850, and with 100
+# queries, and 100 or 1,000 keys of 2 and 8 images. Behind them: at 1 x 850, beside the above.
+FEW_TILES = 132
+ATTENTION_HOPPER_FEW = {
+    ("forward", 32, "listed"): TileConfig(64, 64, 4, 5),  # 9.2, 12.2
+    ("forward", 32, "plain"): TileConfig(64, 64, 4, 3),  # 8.9
+    ("forward", 32, "dropout"): TileConfig(32, 64, 2, 3),  # 10.5, 13.8
+    ("queries", 32, "listed"): TileConfig(64, 64, 4, 5),  # 8.6, 11.1
+    ("queries", 32, "plain"): TileConfig(64, 64, 4, 3),  # 8.1
+    ("queries", 32, "dropout"): TileConfig(64, 64, 4, 3),  # 10.1
+    ("keys", 32, "plain"): TileConfig(64, 32, 2, 2),  # 13.1, 21.0
+    ("keys", 32, "dropout"): TileConfig(64, 32, 2, 2),  # 18.9, 31.0
+    ("atomics", 32, "plain"): TileConfig(64, 32, 2, 2),  # 26.4, 30.2
+    ("atomics", 32, "dropout"): TileConfig(32, 64, 4, 2),  # 42.8, 52.4
 }
 
 
@@ -174,11 +207,6 @@ ATTENTION_ATOMICS = {
     (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(32, 16, 4, 2),
     (4, 128): TileConfig(16, 16, 4, 1),
-}
-# The same on sm_90 in 16 bits, by head dimension and whether there is dropout: .23 a score for .28, and .31 for .55.
-ATOMICS_HOPPER = {
-    (32, True): TileConfig(64, 128, 8, 2),
-    (128, False): TileConfig(32, 128, 8, 1),
 }
 # The gradient of a mask, in 16 bits. On sm_80 .191 a score at 32 and .238 at 64, where 32 by 16 take .315 and more; narrower
 # where rows share the mask, as its tiles are few then.
@@ -204,6 +232,7 @@ def attention_config(
     scattered: bool,
     mask_run: int,
     unaligned: bool,
+    few: bool,
     generation: str,
 ) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
@@ -211,7 +240,7 @@ def attention_config(
     No variant in 16 bits spills a register up to a head dimension of 128 (tests/kernels/test_attention_code.py).
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    unaligned: q, k or v are loaded one by one. generation: see `launch.generation`.
+    unaligned: q, k or v are loaded one by one. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
@@ -224,13 +253,19 @@ def attention_config(
         return TileConfig(side, side, 8 if side == 64 and generation == "blackwell" else 4, 1)
     if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
+    if generation == "hopper" and itemsize == 2 and not (masked or unaligned):
+        key = (
+            kernel,
+            max(32, block),
+            "dropout" if dropout else "listed" if listed and kernel in ("forward", "queries") else "plain",
+        )
+        if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
+            return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
         return _atomics_config(itemsize, block, dropout, masked or causal, unaligned, generation)
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
     wide_keys = kernel == "keys" and itemsize == 2 and block == 128 and (causal or unaligned)
-    if generation == "hopper" and not heavy and not wide_keys:
-        config = ATTENTION_WARPGROUPS.get((kernel, itemsize, block), config)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
@@ -239,7 +274,7 @@ def attention_config(
         config = replace(config, columns=64)
     if heavy and kernel == "keys":
         # Of 128 keys a thread of four warps has four that share dropout's calls: .14 a score, where 64 take .21.
-        shared = generation in ("ampere", "hopper") and itemsize == 2 and block <= 32
+        shared = generation == "ampere" and itemsize == 2 and block <= 32
         if shared and not (masked or causal or unaligned):
             return replace(config, num_stages=2)
         config = replace(config, columns=max(16, config.columns // 2))
@@ -282,8 +317,6 @@ def _atomics_config(
 ) -> TileConfig:
     """masked: causal, too, whose two loops need more registers than one."""
     config = ATTENTION_ATOMICS[itemsize, block]
-    if generation == "hopper" and itemsize == 2 and not masked and not unaligned and (block, dropout) in ATOMICS_HOPPER:
-        return ATOMICS_HOPPER[block, dropout]
     if not (dropout or masked or unaligned or generation == "blackwell"):
         return config
     if itemsize > 2:

@@ -72,7 +72,7 @@ def test_it_is_as_accurate_as_eager(interpreter, dtype, shape, padding, mask, ca
     check(dtype, qkv(*shape), None if padding is None else padded(padding, batch, keys), masks[mask](), causal)
 
 
-def test_tiles_for_warpgroups_are_as_accurate_as_eager(interpreter):
+def test_tiles_for_hopper_are_as_accurate_as_eager(interpreter):
     check(FP16, qkv(1, 33, 130, 1, 128), padded("scattered", 1, 130), generation="hopper")
 
 
