@@ -91,8 +91,8 @@ def _tune() -> int:
     interleaved, milliseconds = tuning._interleaved, tuning._milliseconds
     tuning._ROUNDS = 1
     # One op is timed as on a GPU; the others' steps only have to agree.
-    tuning._interleaved = lambda step, op, *rest, **options: (
-        interleaved(step, op, *rest, **options | {"repeats": 1}) if op == "matching_cost" else (1.0, 1.0)
+    tuning._interleaved = lambda step, op, backends, **options: (
+        interleaved(step, op, backends, **options | {"repeats": 1}) if op == "matching_cost" else (1.0,) * len(backends)
     )
     tuning._milliseconds = lambda run, repeats: milliseconds(run, 1)
     main(["tune"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from detr_fast.dispatch import NEVER
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall
-from detr_fast.ops.attention_triton import NARROW, TritonAttention, few_queries, input_bytes, measured_as
+from detr_fast.ops.attention_triton import NAMES, TritonAttention, input_bytes, measured_as
+
+MEASURED_DIM = 64  # the largest head dimension that `tune` measures
 
 
-def _regime(call: AttentionCall) -> str:
-    """Two measurements: where queries are few, so are the sums to be cleared and converted, and programs that share them many."""
-    return "attention_atomics_few_queries" if few_queries(call) else "attention_atomics"
+def measured_with_atomics(name: str) -> str:
+    """Its measurements' name, of those of `attention_triton.measured_as`."""
+    return f"{name}_atomics"
 
 
 class TritonAtomicsAttention(TritonAttention):
@@ -31,18 +34,21 @@ class TritonAtomicsAttention(TritonAttention):
             return "without gradients it is triton's"
         if call.situation.regime == "layer":
             return "whole layers were measured with triton's deterministic backward"
-        if (against := super().advice(call)) is not None:
-            return against
-        if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > NARROW:
-            return f"measured in 16 bits at head dimensions up to {NARROW} only: ask for it by name"
-        if regimes.find(_regime(call), call.architecture) is None:
+        if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > MEASURED_DIM:
+            return f"measured in 16 bits at head dimensions up to {MEASURED_DIM} only: ask for it by name"
+        name = measured_with_atomics(measured_as(call))
+        if regimes.find(name, call.architecture) is None:
             return "unmeasured against triton's deterministic backward: run detr-fast tune"
-        return regimes.advice(_regime(call), call, input_bytes(call), "triton's deterministic backward")
+        return regimes.advice(name, call, input_bytes(call), "PyTorch or triton's deterministic backward")
+
+    def least(self, architecture: str | None) -> int:
+        entries = (regimes.find(measured_with_atomics(name), architecture) for name in NAMES)
+        return min((entry.eager_minimum for entry in entries if entry is not None), default=NEVER)
 
     def note(self, call: AttentionCall) -> str | None:
         if not call.needs_grad:
             return super().note(call)
-        for name in (measured_as(call), _regime(call)):
-            if regimes.unmeasured(name, call):
-                return regimes.note(name, call)
+        name = measured_with_atomics(measured_as(call))
+        if regimes.unmeasured(name, call):
+            return regimes.note(name, call)
         return "its backward, by atomics, was measured to be faster than triton's deterministic one"

@@ -36,6 +36,10 @@ def _name(*present: bool) -> str:
     return "_".join(["attention", *itertools.compress(("masked", "dropout", "wide", "few_queries"), present)])
 
 
+# All of them; of larger heads there are no others for few queries.
+NAMES = tuple(_name(*p) for p in itertools.product((False, True), repeat=4) if not (p[2] and p[3]))
+
+
 def few_queries(call: AttentionCall) -> bool:
     """Whether they look at many keys, as the decoder's at the image."""
     return 4 * call.queries <= call.keys
@@ -77,8 +81,7 @@ class TritonAttention(TritonImplementation):
         return regimes.advice(name, call, size)
 
     def least(self, architecture: str | None) -> int:
-        names = {_name(*parts) for parts in itertools.product((False, True), repeat=4)}
-        known = [n for n in names if "masked" in n or regimes.find(n, architecture) is not None]
+        known = [n for n in NAMES if "masked" in n or regimes.find(n, architecture) is not None]
         return min(regimes.least(name, architecture) for name in known)
 
     def note(self, call: AttentionCall) -> str | None:

@@ -59,9 +59,9 @@ def interval(timings: Iterable[Timing]) -> tuple[int, int]:
     return found
 
 
-def measures(device: torch.device, progress: Progress = print) -> dict[str, Callable[[], Regime]]:
+def measures(device: torch.device, progress: Progress = print) -> dict[str, Callable[[], Iterable[Regime]]]:
     """All that is decided by measurement on such a device, by name."""
-    measures: dict[str, Callable[[], Regime]] = {}
+    measures: dict[str, Callable[[], Iterable[Regime]]] = {}
     if device.type != "cpu":
         measures |= {group.regime: partial(tune_group, group, device, progress) for group in GROUPS}
         measures["linear_assignment"] = partial(tune_linear_assignment, device, progress)
@@ -78,71 +78,63 @@ def tune(device: torch.device, progress: Progress = print, only: Collection[str]
         if only is not None and name not in only:
             continue
         try:
-            yield measure()
+            yield from measure()
         except Exception as error:  # a kernel that fails here must not keep the others from being measured
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             progress(f"FAILED {name}, which stays as it was: {type(error).__name__}: {reason}")
 
 
-def tune_group(group: Group, device: torch.device, progress: Progress = print) -> Regime:
-    """One of `tuning_cases.GROUPS`: where its kernel is faster than what `auto` would take otherwise."""
-    timings: dict[bool, list[Timing]] = {False: [], True: []}
+def tune_group(group: Group, device: torch.device, progress: Progress = print) -> list[Regime]:
+    """One of `tuning_cases.GROUPS`: where its kernels are faster than what `auto` would take otherwise."""
+    timings: dict[str, dict[bool, list[Timing]]] = {name: {False: [], True: []} for name in group.ours}
     for case in group.cases:
-        step, backends = case.make(device, gradients=group.gradients), (case.other, group.ours)
-        right = agree(
-            step if case.checked is None else case.checked(device, gradients=group.gradients), group.op, *backends
-        )
-        for captured in timings:
-            measured = _interleaved(step, group.op, backends, captured=captured, repeats=8)
-            timings[captured].append(Timing(case.size, *measured, right))
-            where = " in a graph" * captured
-            progress(_line(f"{group.regime} {case.text}{where}", case.other, timings[captured][-1]))
-    in_graph, eager = interval(timings[True]), interval(timings[False])
-    return Regime(
-        group.regime,
-        _architecture(device),
-        eager[0],
-        in_graph[0],
-        source(device),
-        eager_maximum=eager[1],
-        captured_maximum=in_graph[1],
-    )
+        step, backends = case.make(device, gradients=group.gradients), (case.other, *group.ours)
+        checked = step if case.checked is None else case.checked(device, gradients=group.gradients)
+        right = [agree(checked, group.op, case.other, name) for name in group.ours]
+        for captured in (False, True):
+            other, *measured = _interleaved(step, group.op, backends, captured=captured, repeats=8)
+            for name, milliseconds, agrees in zip(group.ours, measured, right):
+                timing = Timing(case.size, other, milliseconds, agrees)
+                timings[name][captured].append(timing)
+                where = " in a graph" * captured
+                beside = case.other if name == backends[1] else "the best other"
+                progress(_line(f"{group.ours[name]} {case.text}{where}", beside, timing))
+                other = min(other, milliseconds)
+    return [_regime(group.ours[name], device, *times.values()) for name, times in timings.items()]
 
 
-def tune_linear_assignment(device: torch.device, progress: Progress = print) -> Regime:
+def _regime(name: str, device: torch.device, eager: list[Timing], captured: list[Timing]) -> Regime:
+    (eager_minimum, eager_maximum), (minimum, maximum) = interval(eager), interval(captured)
+    return Regime(name, _architecture(device), eager_minimum, minimum, source(device), eager_maximum, maximum)
+
+
+def tune_linear_assignment(device: torch.device, progress: Progress = print) -> list[Regime]:
     """24 problems on the device, beside one transfer to the host's threads and back: the kernel loses large ones first."""
     timings = []
     for targets, queries in ((5, 100), (20, 100), (64, 300), (128, 300), (256, 900), (512, 1000)):
         step = assignment_step(device, 24, targets, queries)
         right = agree(step, "linear_assignment", "threads", "triton")
-        measured = _interleaved(step, "linear_assignment", ("threads", "triton"), repeats=2)
-        timings.append(Timing(targets**2 * queries, *measured, right))
+        threads, kernel = _interleaved(step, "linear_assignment", ("threads", "triton"), repeats=2)
+        timings.append(Timing(targets**2 * queries, threads, kernel, right))
         progress(_line(f"linear_assignment 24 × ({targets}, {queries})", "threads", timings[-1]))
     minimum, maximum = interval(timings)
-    return Regime(
-        "linear_assignment",
-        _architecture(device),
-        minimum,
-        0,
-        source(device),
-        eager_maximum=maximum,
-        unit=regimes.SCANS,
-    )
+    architecture, unit = _architecture(device), regimes.SCANS
+    return [Regime("linear_assignment", architecture, minimum, 0, source(device), eager_maximum=maximum, unit=unit)]
 
 
-def tune_threads(progress: Progress = print) -> Regime:
+def tune_threads(progress: Progress = print) -> list[Regime]:
     """Assignment on the CPU: SciPy in one thread beside several, by the row scans of all problems (N² Q each)."""
     device, timings = torch.device("cpu"), []
     for problems, targets, queries in ((24, 20, 100), (48, 20, 100), (24, 50, 300), (24, 100, 300), (24, 300, 300)):
         step = assignment_step(device, problems, targets, queries)
         step()
-        measured = _interleaved(step, "linear_assignment", ("scipy", "threads"), repeats=3)
-        timings.append(Timing(problems * targets**2 * queries, *measured))
+        scipy, threads = _interleaved(step, "linear_assignment", ("scipy", "threads"), repeats=3)
+        timings.append(Timing(problems * targets**2 * queries, scipy, threads))
         progress(
             _line(f"linear_assignment {problems} × ({targets}, {queries}) on the CPU", "scipy", timings[-1], "threads")
         )
     minimum = max(interval(timings)[0], timings[0].size)  # threads gain nothing where there is little to do
-    return Regime("linear_assignment", "cpu", minimum, minimum, source(device), unit=regimes.SCANS)
+    return [Regime("linear_assignment", "cpu", minimum, minimum, source(device), unit=regimes.SCANS)]
 
 
 def source(device: torch.device) -> str:
@@ -188,9 +180,9 @@ def _line(text: str, other: str, timing: Timing, ours: str = "kernel") -> str:
 
 
 def _interleaved(
-    step: Step, op: str, backends: tuple[str, str], *, captured: bool = False, repeats: int = 20
-) -> tuple[float, float]:
-    """Median milliseconds with each backend, measured in turns so that a drifting clock hits both.
+    step: Step, op: str, backends: tuple[str, ...], *, captured: bool = False, repeats: int = 20
+) -> tuple[float, ...]:
+    """Median milliseconds with each backend, measured in turns so that a drifting clock hits all.
 
     captured: a graph holds so many calls as `repeats` says: the host takes longer for a replay than the GPU for a small one.
     """
@@ -200,12 +192,12 @@ def _interleaved(
             for _ in range(3):
                 step()
             runs.append(_captured(step, repeats) if captured else step)
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in backends]
     for _ in range(_ROUNDS):
         for backend, run, measured in zip(backends, runs, times):
             with use_backend(**{op: backend}):
                 measured.append(_milliseconds(run, 2) / repeats if captured else _milliseconds(run, repeats))
-    return statistics.median(times[0]), statistics.median(times[1])
+    return tuple(map(statistics.median, times))
 
 
 def _captured(step: Step, calls: int) -> Callable[[], None]:

@@ -19,6 +19,7 @@ from detr_fast.dispatch import TritonImplementation
 from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.attention import attention
+from detr_fast.ops.attention_atomics import measured_with_atomics
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import layer_norm
@@ -55,21 +56,31 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases of one `Regime`, named as the op's `advice` looks it up; ours: the implementation that is measured.
+    """Cases of one `Regime`, named as the op's `advice` looks it up, or of two.
 
     Without gradients, as in inference, the measurements have a name of their own.
+
+    Attributes:
+        atomics: whether attention's kernel with that backward is measured, too, for a `Regime` of its own.
     """
 
     op: str
     cases: tuple[Case, ...]
     name: str = ""
-    ours: str = "triton"
     gradients: bool = True
+    atomics: bool = False
 
     @property
     def regime(self) -> str:
         name = self.name or self.op
         return name if self.gradients else regimes.inference(name)
+
+    @property
+    def ours(self) -> dict[str, str]:
+        """The implementations that are measured, each beside all before it: their regimes' names."""
+        return {"triton": self.regime} | (
+            {"triton_atomics": measured_with_atomics(self.regime)} if self.atomics else {}
+        )
 
 
 def _draw(device: torch.device, *shape: int) -> Tensor:
@@ -240,13 +251,6 @@ def _attention(sizes: Sequence[tuple[int, int, int]], masked: bool, dropout: boo
     return Group("attention", tuple(cases), "_".join(filter(None, parts)))
 
 
-def _atomics(sizes: Sequence[tuple[int, int, int]]) -> Group:
-    """The backward that adds dq up beside the deterministic one."""
-    group = _attention(sizes, masked=True)
-    cases = tuple(replace(case, other="triton") for case in group.cases)
-    return replace(group, cases=cases, name=group.name.replace("masked", "atomics"), ours="triton_atomics")
-
-
 def _attentions() -> Iterator[Group]:
     for masked in (True, False):
         for dropout in (True, False):
@@ -255,11 +259,9 @@ def _attentions() -> Iterator[Group]:
                 _attention(FEW, masked, dropout),
                 _attention(SQUARE[1:4], masked, dropout, heads=HEADS // 2),
             ]
-            yield from forms
+            yield from (replace(form, atomics=True) for form in forms)
             if not dropout:
                 yield from (replace(form, gradients=False) for form in forms)
-    yield _atomics(SQUARE)
-    yield _atomics(FEW)
 
 
 GROUPS = (

@@ -165,9 +165,9 @@ def test_deterministic_algorithms_forbid_it_by_name_and_by_auto(deterministic, m
 
 
 def measured(minimum):
-    forward = ("attention_masked", "attention_masked_wide", "attention_masked_few_queries")
-    names = (*forward, "attention_atomics", "attention_atomics_few_queries")
-    return tuple(Regime(name, "sm_90", n, n, "") for name, n in zip(names, (0, 0, 0, minimum, minimum)))
+    names = ("attention_masked", "attention_masked_few_queries")
+    faster = tuple(Regime(name, "sm_90", 0, 0, "") for name in (*names, "attention_masked_wide"))
+    return faster + tuple(Regime(f"{name}_atomics", "sm_90", minimum, minimum, "") for name in names)
 
 
 def chosen_on_a_gpu(monkeypatch, known=None, queries=850, dtype=torch.bfloat16, dim=32, grad=True):
@@ -196,8 +196,9 @@ def test_auto_takes_it_where_it_was_measured_to_be_faster_and_says_so(monkeypatc
         ({"known": measured(NEVER)}, "triton's deterministic backward is faster"),
         ({"known": (*measured(0)[:4], measured(NEVER)[4]), "queries": 100}, "deterministic backward is faster"),
         ({"grad": False}, "without gradients it is triton's"),
-        ({"dtype": torch.float32}, "measured in 16 bits at head dimensions up to 32 only"),
-        ({"dim": 64}, "measured in 16 bits at head dimensions up to 32 only"),
+        ({"dtype": torch.float32}, "measured in 16 bits at head dimensions up to 64 only"),
+        ({"dim": 128}, "measured in 16 bits at head dimensions up to 64 only"),
+        ({"dim": 64}, "unmeasured against triton's deterministic backward"),
     ],
 )
 def test_auto_takes_the_deterministic_backward_elsewhere_and_says_why(monkeypatch, options, reason):

@@ -97,21 +97,22 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_measured(monkeypatch):
         raise dispatch.BackendError("triton: out of registers\nand more")
 
     def measured_group(group, *_):
-        return fails() if group.regime == "layer_norm" else Regime(group.regime, "sm_90", 0, 0, "")
+        return fails() if group.regime == "layer_norm" else [Regime(n, "sm_90", 0, 0, "") for n in group.ours.values()]
 
     monkeypatch.setattr(tuning, "tune_group", measured_group)
     monkeypatch.setattr(tuning, "tune_linear_assignment", fails)
-    monkeypatch.setattr(tuning, "tune_threads", lambda *_: Regime("other", "cpu", 0, 0, ""))
+    monkeypatch.setattr(tuning, "tune_threads", lambda *_: [Regime("other", "cpu", 0, 0, "")])
     told: list[str] = []
     measured = [regime.op for regime in tuning.tune(torch.device("cuda"), told.append)]
-    assert measured == [*(group.regime for group in tuning_cases.GROUPS[1:]), "other"]
+    assert measured == [*(name for group in tuning_cases.GROUPS[1:] for name in group.ours.values()), "other"]
     reason = "which stays as it was: BackendError: triton: out of registers"
     assert told == [f"FAILED layer_norm, {reason}", f"FAILED linear_assignment, {reason}"]
 
 
 def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured():
-    measured = {group.regime for group in tuning_cases.GROUPS} | {"linear_assignment"}
-    assert len(measured) == len(tuning_cases.GROUPS) + 1
+    names = [name for group in tuning_cases.GROUPS for name in group.ours.values()]
+    assert len(names) == len(set(names))
+    measured = {*names, "linear_assignment"}
     asked = set()
     for file in Path(regimes.__file__).parent.glob("*.py"):
         asked |= set(re.findall(r'regimes\.(?:advice|note)\("(\w+)"', file.read_text()))
@@ -124,19 +125,25 @@ def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("queries", [100, 850])
-def test_every_kind_of_attention_that_is_told_apart_is_measured(monkeypatch, masked, dropout_p, dim, queries):
-    measured = {group.regime for group in tuning_cases.GROUPS}
+@pytest.mark.parametrize("gradients", [False, True])
+def test_every_kind_of_attention_that_is_told_apart_is_measured(
+    monkeypatch, masked, dropout_p, dim, queries, gradients
+):
+    measured = {name for group in tuning_cases.GROUPS for name in group.ours.values()}
     asked = []
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     dispatch.forget_decisions()
     monkeypatch.setattr(regimes, "find", lambda op, *_: Regime(op, "sm_90", 0, 0, ""))
-    monkeypatch.setattr(regimes, "advice", lambda op, *_: asked.append(op))
+    monkeypatch.setattr(regimes, "advice", lambda op, *_: asked.append(op) or "against")
     with FakeTensorMode():
-        q, k, v = (torch.empty(2, n, 4, dim, device="cuda", dtype=torch.bfloat16) for n in (queries, 850, 850))
+        lengths = (queries, 850, 850)
+        q, k, v = (
+            torch.empty(2, n, 4, dim, device="cuda", dtype=torch.bfloat16, requires_grad=gradients) for n in lengths
+        )
         padding = torch.zeros(2, 850, device="cuda", dtype=torch.bool) if masked else None
         ops.attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p)
-    assert len(asked) == 1
-    assert asked[0] in measured
+    assert len(asked) == 1 + gradients  # atomics, too, where there is a backward
+    assert set(asked) <= measured
 
 
 def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
@@ -145,8 +152,6 @@ def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
     monkeypatch.setattr(regimes, "find", lambda op, arch, gradients=True: Regime(op, "sm_90", NEVER, NEVER, "lost"))
     dispatch.forget_decisions()
     for group in tuning_cases.GROUPS:
-        if group.ours != "triton":
-            continue
         for case in (group.cases[0], group.cases[-1]):
             chosen = {}
             with FakeTensorMode(), dispatch.recording(lambda op, d, chosen=chosen: chosen.setdefault(op, d)):
