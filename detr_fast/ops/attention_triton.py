@@ -146,7 +146,8 @@ def autocast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
 def drawn(q: Tensor, is_causal: bool, dropout_p: float, scale: float | None) -> tuple[Any, ...]:
     """What the registered forwards take after the masks: a seed, where something is dropped, and the options."""
     seed, offset = next_seed(q.device) if dropout_p > 0.0 else (None, 0)
-    return seed, is_causal, dropout_p, q.shape[-1] ** -0.5 if scale is None else scale, offset, tf32()
+    rounded = q.dtype == torch.float32 and tf32()  # a setting that takes long to read
+    return seed, is_causal, dropout_p, q.shape[-1] ** -0.5 if scale is None else scale, offset, rounded
 
 
 def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
