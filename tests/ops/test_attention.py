@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.hardware import DEVICE
 from detr_fast import ops
 from detr_fast.dispatch import use_backend
 
@@ -106,8 +107,8 @@ def test_a_padding_mask_that_changes_in_place_is_read_anew():
 
 @pytest.mark.gpu
 def test_a_graph_reads_the_padding_of_each_replay():
-    q, k, v = (torch.randn(B, n, H, E, device="cuda", dtype=torch.float16) for n in (L, S, S))
-    padding = torch.zeros(B, S, dtype=torch.bool, device="cuda")
+    q, k, v = (torch.randn(B, n, H, E, device=DEVICE, dtype=torch.float16) for n in (L, S, S))
+    padding = torch.zeros(B, S, dtype=torch.bool, device=DEVICE)
     with use_backend(attention="sdpa"):
         ops.attention(q, k, v, key_padding_mask=padding)
         torch.cuda.synchronize()

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
+from detr_fast.dispatch import forget_decisions
 from detr_fast.ops.layer_norm import _forward
 
 pytestmark = pytest.mark.interpreter
@@ -129,3 +133,38 @@ def test_a_profiler_of_all_threads_sees_the_ops_too():
     with torch.profiler.profile(experimental_config=config) as profile:
         layer_norm(*leaves())
     assert "detr_fast::layer_norm" in {event.key for event in profile.key_averages()}
+
+
+KEYS = sized(600, 20)
+CALLED_AGAIN = {
+    "layer_norm": (lambda x, w, b: ops.layer_norm(x, (256,), w, b), [(sized(300, 3), 256), (256,), (256,)]),
+    "attention": (
+        lambda q, k, v: ops.attention(q, k, v, key_padding_mask=torch.arange(KEYS, device=DEVICE)[None] > KEYS - 9),
+        [
+            (1, 70, 2, 32),
+            *[(1, KEYS, 2, 32)] * 2,
+        ],  # so few queries that programs share their keys, by way of scratch memory
+    ),
+    "add_layer_norm": (partial(ops.add_layer_norm, dropout_p=0.1), [*[(sized(300, 3), 256)] * 2, (256,), (256,)]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLED_AGAIN)
+def test_a_gpu_repeats_to_the_bit_what_it_did_with_the_same_tensors_and_with_others(name):
+    function, shapes = CALLED_AGAIN[name]
+
+    def step(leaves):
+        torch.manual_seed(0)
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    sets = [[torch.randn(s, device=DEVICE, dtype=torch.float16, requires_grad=True) for s in shapes] for _ in range(2)]
+    worked_out = []
+    for leaves in sets:
+        forget_decisions()
+        worked_out.append(step(leaves))
+    for leaves, expected in [*zip(sets, worked_out)] * 4:
+        for garbage in expected:  # in the memory that is allocated next
+            torch.full_like(garbage, torch.nan)
+        assert all(torch.equal(one, other) for one, other in zip(step(leaves), expected))
