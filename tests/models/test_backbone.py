@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
 from detr_fast.models.backbone import ConvBackbone, ResNetBackbone
 from detr_fast.models.weight_files import WeightsError
@@ -85,31 +86,49 @@ def randomised(body: nn.Module) -> nn.Module:
 
 
 def step_in_16_bits(body, x, dy, backend):
-    with torch.autocast("cpu", torch.bfloat16), use_backend(channel_affine=backend, resnet_stem=backend):
+    with torch.autocast(x.device.type, torch.bfloat16), use_backend(channel_affine=backend, resnet_stem=backend):
         y = body(x)
         return y, *torch.autograd.grad(y, [p for p in body.parameters() if p.requires_grad], dy)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.interpreter), "eager"])
-@pytest.mark.parametrize(("name", "dilation"), [("resnet18", False), ("resnet50", True)])
-def test_in_16_bits_features_are_channels_last_and_as_accurate_as_folded_norms(name, dilation, backend):
+def assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch, device="cpu", size=(37, 40)):
+    """In 16 bits, channels last, against fp64."""
     torch.manual_seed(0)
-    body = randomised(ResNetBackbone(name, dilation).body)
+    body = randomised(ResNetBackbone(name, dilation).body).to(device)
     exact = copy.deepcopy(body).double()
-    x = torch.randn(1, 3, 37, 40)
+    x = torch.randn(1, 3, *size, device=device)
     truth = exact(x.double())
     dy = torch.randn_like(truth)
     expected = truth, *torch.autograd.grad(truth, [p for p in exact.parameters() if p.requires_grad], dy)
-    before = step_in_16_bits(body, x, dy.float(), "auto")
-    with checked_interpreter() if backend == "triton" else nullcontext():
+    with checked_interpreter() if backend == "triton" and x.device.type == "cpu" else nullcontext():
         found = step_in_16_bits(body, x, dy.float(), backend)
+    monkeypatch.setattr(type(body), "_is_plain", lambda self: False)
+    before = step_in_16_bits(body, x, dy.float(), "auto")
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     assert found[0].dtype == torch.bfloat16
-    assert not before[0].is_contiguous(memory_format=torch.channels_last)  # on a CPU nothing changes by itself
+    assert not before[0].is_contiguous(memory_format=torch.channels_last)
     errors = [[((t - right).norm() / right.norm()).item() for t, right in zip(ts, expected)] for ts in (found, before)]
     assert errors[0][0] <= 2 * errors[1][0]
     assert sum(errors[0]) <= 1.3 * sum(errors[1])
     assert [t.dtype for t in found[1:]] == [torch.float32] * len(found[1:])
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.interpreter), "eager"])
+@pytest.mark.parametrize(("name", "dilation"), [("resnet18", False), ("resnet50", True)])
+def test_in_16_bits_features_are_channels_last_and_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch):
+    assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch)
+
+
+def test_on_a_cpu_nothing_is_channels_last_unasked():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = ResNetBackbone("resnet18").body(torch.randn(1, 3, 64, 64))
+    assert not y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_on_a_gpu_features_in_16_bits_are_as_accurate_as_folded_norms(name, monkeypatch):
+    assert_as_accurate_as_folded_norms(name, False, "triton", monkeypatch, DEVICE, sized((133, 270), (37, 40)))
 
 
 def test_in_16_bits_a_part_that_is_not_plain_runs_as_it_is():
