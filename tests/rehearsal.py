@@ -79,6 +79,7 @@ def _tune() -> int:
     """`detr-fast tune` on one tiny case of each kind, each timed once."""
     from detr_fast import dispatch
     from detr_fast.cli import main
+    from detr_fast.nn import layer_cases
     from detr_fast.ops import tuning, tuning_cases
 
     torch.cuda.is_available = lambda: True
@@ -87,7 +88,8 @@ def _tune() -> int:
     step, cpu = tuning.assignment_step, torch.device("cpu")
     tuning.assignment_step = lambda *_: step(cpu, 2, 2, 4)
     tuning_cases.WIDTH, tuning_cases.HIDDEN = 64, 48
-    tuning.GROUPS = [_first_case(group) for group in tuning.GROUPS]
+    for module in (tuning, layer_cases):
+        module.GROUPS = [_first_case(group) for group in module.GROUPS]
     interleaved, milliseconds = tuning._interleaved, tuning._milliseconds
     tuning._ROUNDS = 1
     # One op is timed as on a GPU; the others' steps only have to agree.
@@ -101,7 +103,8 @@ def _tune() -> int:
 
 def _first_case(group):
     """The group with one tiny case, on the CPU."""
-    sizes = {"matching_cost": (1, 2, 5), "linear_cross_entropy": (6, 16)}
+    layer = {"encoder_layer": (1, 6), "decoder_layer": (1, 6)}
+    sizes = {"matching_cost": (1, 2, 5), "linear_cross_entropy": (6, 16)} | layer
 
     def tiny(make):
         function, size = make.args

@@ -21,11 +21,12 @@ def bench(
     import torch
 
     from detr_fast.engine.errors import EngineError
+    from detr_fast.nn import layer_cases
     from detr_fast.ops.tuning import measures, source, tune
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    known = list(measures(device))
+    known = list(measures(device, more=layer_cases.GROUPS))
     only = [name for name in known if op is None or name.startswith(tuple(op))]
     if not only:
         missing = "" if gpu else "; PyTorch sees no GPU here, on which all kernels are measured"
@@ -33,5 +34,5 @@ def bench(
     print(f"on {source(device)}")
     if not gpu:
         print("PyTorch sees no GPU here: kernels are timed where there is one, and only assignment on this CPU")
-    for _ in tune(device, only=only):
+    for _ in tune(device, only=only, more=layer_cases.GROUPS):
         pass

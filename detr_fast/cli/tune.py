@@ -10,6 +10,7 @@ def tune() -> None:
     """
     import torch
 
+    from detr_fast.nn import layer_cases
     from detr_fast.ops import regimes
     from detr_fast.ops.tuning import tune as measure
 
@@ -18,6 +19,6 @@ def tune() -> None:
     if not gpu:
         print("PyTorch sees no GPU here: kernels are measured where there is one, and only assignment on this CPU")
     path = regimes.cache_file()
-    for regime in measure(device):  # whoever is interrupted keeps what there is
+    for regime in measure(device, more=layer_cases.GROUPS):  # whoever is interrupted keeps what there is
         path = regimes.save([regime])
     print(f"wrote {path}; every program of this user on this machine reads it from now on")

@@ -59,22 +59,26 @@ def interval(timings: Iterable[Timing]) -> tuple[int, int]:
     return found
 
 
-def measures(device: torch.device, progress: Progress = print) -> dict[str, Callable[[], Iterable[Regime]]]:
-    """All that is decided by measurement on such a device, by name."""
+def measures(
+    device: torch.device, progress: Progress = print, more: Iterable[Group] = ()
+) -> dict[str, Callable[[], Iterable[Regime]]]:
+    """All that is decided by measurement on such a device, by name. more: groups of rooms above."""
     measures: dict[str, Callable[[], Iterable[Regime]]] = {}
     if device.type != "cpu":
-        measures |= {group.regime: partial(tune_group, group, device, progress) for group in GROUPS}
+        measures |= {group.regime: partial(tune_group, group, device, progress) for group in (*GROUPS, *more)}
         measures["linear_assignment"] = partial(tune_linear_assignment, device, progress)
     measures["linear_assignment on the CPU"] = partial(tune_threads, progress)
     return measures
 
 
-def tune(device: torch.device, progress: Progress = print, only: Collection[str] | None = None) -> Iterator[Regime]:
+def tune(
+    device: torch.device, progress: Progress = print, only: Collection[str] | None = None, more: Iterable[Group] = ()
+) -> Iterator[Regime]:
     """Take these `measures`, all where None, one after the other; a minute or two.
 
     What can't be measured is told, and stays as it was.
     """
-    for name, measure in measures(device, progress).items():
+    for name, measure in measures(device, progress, more).items():
         if only is not None and name not in only:
             continue
         try:
@@ -90,7 +94,7 @@ def tune_group(group: Group, device: torch.device, progress: Progress = print) -
     for case in group.cases:
         step, backends = case.make(device, gradients=group.gradients), (case.other, *group.ours)
         checked = step if case.checked is None else case.checked(device, gradients=group.gradients)
-        right = [agree(checked, group.op, case.other, name) for name in group.ours]
+        right = [agree(checked, group.op, case.other, name, group.tolerance) for name in group.ours]
         for captured in (False, True):
             other, *measured = _interleaved(step, group.op, backends, captured=captured, repeats=8)
             for name, milliseconds, agrees in zip(group.ours, measured, right):
@@ -153,14 +157,14 @@ def assignment_step(device: torch.device, problems: int, targets: int, queries: 
     return lambda: (linear_assignment(cost, counts),)
 
 
-def agree(step: Step, op: str, expected: str, found: str) -> bool:
-    """Whether two implementations of `op` give the same, integers exactly."""
+def agree(step: Step, op: str, expected: str, found: str, tolerance: float = 2e-2) -> bool:
+    """Whether two implementations of `op` give the same, integers exactly, else up to that share of their norm."""
     with use_backend(**{op: expected}):
         right = step()
     with use_backend(**{op: found}):
         ours = step()
     return all(
-        bool(((a - b).float().norm() <= 2e-2 * b.float().norm()).item() and a.isfinite().all().item())
+        bool(((a - b).float().norm() <= tolerance * b.float().norm()).item() and a.isfinite().all().item())
         if a.is_floating_point()
         else torch.equal(a, b)
         for a, b in zip(ours, right)

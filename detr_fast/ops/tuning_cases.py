@@ -62,6 +62,7 @@ class Group:
 
     Attributes:
         atomics: whether attention's kernel with that backward is measured, too, for a `Regime` of its own.
+        tolerance: how far results may be apart, as a share of the right one's norm.
     """
 
     op: str
@@ -69,6 +70,7 @@ class Group:
     name: str = ""
     gradients: bool = True
     atomics: bool = False
+    tolerance: float = 2e-2
 
     @property
     def regime(self) -> str:
@@ -83,7 +85,7 @@ class Group:
         )
 
 
-def _draw(device: torch.device, *shape: int) -> Tensor:
+def draw(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_()
 
 
@@ -91,7 +93,7 @@ def _weight(device: torch.device, rows: int, columns: int) -> Tensor:
     return (columns**-0.5 * torch.randn(rows, columns, device=device)).to(torch.bfloat16).requires_grad_()
 
 
-def _step(function: Callable[..., Any], leaves: Sequence[Tensor], gradients: bool) -> Step:
+def step_of(function: Callable[..., Any], leaves: Sequence[Tensor], gradients: bool) -> Step:
     """The results of `function`, a tensor or several, and the gradients of all leaves."""
 
     @torch.no_grad()
@@ -112,13 +114,13 @@ def _step(function: Callable[..., Any], leaves: Sequence[Tensor], gradients: boo
 
 
 def layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
-    leaves = (_draw(device, rows, WIDTH), *_norm(device))
-    return _step(lambda x, weight, bias: layer_norm(x, (WIDTH,), weight, bias), leaves, gradients)
+    leaves = (draw(device, rows, WIDTH), *_norm(device))
+    return step_of(lambda x, weight, bias: layer_norm(x, (WIDTH,), weight, bias), leaves, gradients)
 
 
 def add_layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
-    x, residual = (_draw(device, rows, WIDTH) for _ in range(2))
-    return _step(add_layer_norm, (x, residual, *_norm(device)), gradients)
+    x, residual = (draw(device, rows, WIDTH) for _ in range(2))
+    return step_of(add_layer_norm, (x, residual, *_norm(device)), gradients)
 
 
 def attention_step(
@@ -132,16 +134,16 @@ def attention_step(
     gradients: bool = True,
 ) -> Step:
     padding = torch.arange(tokens, device=device).expand(batch, -1) >= tokens * 3 // 4 if padded else None
-    leaves = [_draw(device, batch, length, heads, WIDTH // heads) for length in (queries, tokens, tokens)]
-    return _step(lambda q, k, v: attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p), leaves, gradients)
+    leaves = [draw(device, batch, length, heads, WIDTH // heads) for length in (queries, tokens, tokens)]
+    return step_of(lambda q, k, v: attention(q, k, v, key_padding_mask=padding, dropout_p=dropout_p), leaves, gradients)
 
 
 def feed_forward_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     weights = (
         _weight(device, HIDDEN, WIDTH),
-        _draw(device, HIDDEN),
+        draw(device, HIDDEN),
         _weight(device, WIDTH, HIDDEN),
-        _draw(device, WIDTH),
+        draw(device, WIDTH),
     )
 
     def block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def feed_forward_step(device: torch.device, rows: int, gradients: bool = True) -
             return kernel.run(*arguments)
         return add_layer_norm(F.linear(F.linear(x, w1, b1).relu(), w2, b2), x, weight, bias)
 
-    return _step(block, (_draw(device, rows, WIDTH), *weights, *_norm(device)), gradients)
+    return step_of(block, (draw(device, rows, WIDTH), *weights, *_norm(device)), gradients)
 
 
 def linear_add_layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
@@ -160,15 +162,15 @@ def linear_add_layer_norm_step(device: torch.device, rows: int, gradients: bool 
             return kernel.run(*arguments)
         return add_layer_norm(F.linear(x, w, b), residual, weight, bias)
 
-    x, residual = (_draw(device, rows, WIDTH) for _ in range(2))
-    leaves = (x, _weight(device, WIDTH, WIDTH), _draw(device, WIDTH), residual, *_norm(device))
-    return _step(block, leaves, gradients)
+    x, residual = (draw(device, rows, WIDTH) for _ in range(2))
+    leaves = (x, _weight(device, WIDTH, WIDTH), draw(device, WIDTH), residual, *_norm(device))
+    return step_of(block, leaves, gradients)
 
 
 def qkv_projection_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     """Beside two products, of which attention would read queries and keys, and values: nothing joins them."""
-    x, position = (_draw(device, rows, WIDTH) for _ in range(2))
-    weight, bias = _weight(device, 3 * WIDTH, WIDTH), _draw(device, 3 * WIDTH)
+    x, position = (draw(device, rows, WIDTH) for _ in range(2))
+    weight, bias = _weight(device, 3 * WIDTH, WIDTH), draw(device, 3 * WIDTH)
     parts = [2 * WIDTH, WIDTH]
     dy = torch.randn(rows, 3 * WIDTH, device=device).to(torch.bfloat16)
     halves = [half.contiguous() for half in dy.split(parts, -1)]
@@ -191,8 +193,8 @@ def qkv_projection_step(device: torch.device, rows: int, gradients: bool = True)
 
 def linear_cross_entropy_step(device: torch.device, rows: int, classes: int, gradients: bool = True) -> Step:
     target = torch.randint(classes, (rows,), device=device)
-    leaves = (_draw(device, rows, WIDTH), _weight(device, classes, WIDTH), _draw(device, classes))
-    return _step(lambda x, weight, bias: linear_cross_entropy(x, weight, bias, target), leaves, gradients)
+    leaves = (draw(device, rows, WIDTH), _weight(device, classes, WIDTH), draw(device, classes))
+    return step_of(lambda x, weight, bias: linear_cross_entropy(x, weight, bias, target), leaves, gradients)
 
 
 def matching_cost_step(device: torch.device, images: int, targets: int, queries: int, gradients: bool = False) -> Step:
@@ -214,20 +216,21 @@ def detection_losses_step(device: torch.device, images: int, gradients: bool = T
         torch.zeros_like(query[..., :1].expand(-1, -1, 100), dtype=torch.bool),
     )
     rest = (query, labels, true_boxes, counts, broken, counts)
-    return _step(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], (logits, boxes), gradients)
+    return step_of(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], (logits, boxes), gradients)
 
 
 def _norm(device: torch.device) -> tuple[Tensor, Tensor]:
-    return _draw(device, WIDTH), _draw(device, WIDTH)
+    return draw(device, WIDTH), draw(device, WIDTH)
 
 
-def _call(make: Callable[..., Step], size: Sequence[Any], device: torch.device, gradients: bool = True) -> Step:
+def call_step(make: Callable[..., Step], size: Sequence[Any], device: torch.device, gradients: bool = True) -> Step:
+    """A case's step, of what makes it and its size, device and gradients come last."""
     return make(device, *size, gradients=gradients)
 
 
 def _by_rows(op: str, make: Callable[..., Step], *more: int) -> Iterator[Group]:
     cases = tuple(
-        Case(f"({rows}, {WIDTH})", rows * WIDTH * 2, partial(_call, make, (rows,))) for rows in (*ROWS, *more)
+        Case(f"({rows}, {WIDTH})", rows * WIDTH * 2, partial(call_step, make, (rows,))) for rows in (*ROWS, *more)
     )
     group = Group(op, cases)
     return iter((group, replace(group, gradients=False)))
@@ -244,8 +247,8 @@ def _attention(sizes: Sequence[tuple[int, int, int]], masked: bool, dropout: boo
     cases = []
     for images, queries, keys in sizes:
         size = images, queries, keys, heads, masked
-        step = partial(_call, attention_step, (*size, DROPOUT * dropout))
-        checked = partial(_call, attention_step, size) if dropout else None
+        step = partial(call_step, attention_step, (*size, DROPOUT * dropout))
+        checked = partial(call_step, attention_step, size) if dropout else None
         bytes_read = images * (queries + 2 * keys) * WIDTH * 2
         cases.append(Case(f"({images}, {queries}, {keys})", bytes_read, step, "sdpa", checked))
     return Group("attention", tuple(cases), "_".join(filter(None, parts)))
@@ -272,7 +275,7 @@ GROUPS = (
             Case(
                 f"6 × {images} × (20, 100)",
                 6 * images * 20 * 100 * 4,
-                partial(_call, matching_cost_step, (images, 20, 100)),
+                partial(call_step, matching_cost_step, (images, 20, 100)),
             )
             for images in (1, 4, 16, 64)
         ),
@@ -281,7 +284,9 @@ GROUPS = (
         "detection_losses",
         tuple(
             Case(
-                f"6 × {images} × (100, 92)", 6 * images * 100 * 92 * 4, partial(_call, detection_losses_step, (images,))
+                f"6 × {images} × (100, 92)",
+                6 * images * 100 * 92 * 4,
+                partial(call_step, detection_losses_step, (images,)),
             )
             for images in (1, 4, 16)
         ),
@@ -294,7 +299,7 @@ GROUPS = (
     Group(  # up to as many logits as are kept whole: where there are more the kernel is taken anyway
         "linear_cross_entropy",
         tuple(
-            Case(f"{size}", 2 * size[0] * size[1], partial(_call, linear_cross_entropy_step, size))
+            Case(f"{size}", 2 * size[0] * size[1], partial(call_step, linear_cross_entropy_step, size))
             for size in ((1024, 4096), (2048, 8192), (4096, 16000))
         ),
     ),

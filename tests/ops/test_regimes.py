@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
+from detr_fast.nn import layer_cases
 from detr_fast.ops import regimes, tuning_cases
 from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM
 from detr_fast.ops.attention import ATTENTION
@@ -117,7 +118,8 @@ def test_what_is_shipped_of_a_gpu_is_well_formed_and_counts(path):
     assert {r.architecture for r in entries} <= {path.stem, "cpu"}
     assert len({r.op for r in own}) == len(own)
     assert set(own) <= set(regimes.SHIPPED)
-    asked = {name for group in tuning_cases.GROUPS for name in group.ours.values()} | {"linear_assignment"}
+    groups = (*tuning_cases.GROUPS, *layer_cases.GROUPS)
+    asked = {name for group in groups for name in group.ours.values()} | {"linear_assignment"}
     for entry in own:
         assert entry.op in asked
         assert 0 <= entry.eager_minimum <= entry.eager_maximum

@@ -11,10 +11,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import dispatch, ops
+from detr_fast.nn import layer_cases
 from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, interval
 from tests.stub_cuda import stubs
+
+EVERYTHING = (*tuning_cases.GROUPS, *layer_cases.GROUPS)
 
 
 @pytest.fixture(autouse=True)
@@ -110,13 +113,14 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_measured(monkeypatch):
 
 
 def test_tune_measures_whatever_the_dispatcher_asks_to_be_measured():
-    names = [name for group in tuning_cases.GROUPS for name in group.ours.values()]
+    names = [name for group in EVERYTHING for name in group.ours.values()]
     assert len(names) == len(set(names))
     measured = {*names, "linear_assignment"}
     asked = set()
     for file in Path(regimes.__file__).parent.glob("*.py"):
         asked |= set(re.findall(r'regimes\.(?:advice|note)\("(\w+)"', file.read_text()))
         asked |= set(re.findall(r'^    op = "(\w+)"', file.read_text(), re.MULTILINE))
+        asked |= set(re.findall(r'LayerOp\("(\w+)"\)', file.read_text()))
     unmeasured = {"attention_varlen"}  # taken wherever it can be: the alternative is many launches
     assert asked - unmeasured <= measured
 
@@ -160,7 +164,7 @@ def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
             assert name == case.other or (name == "its parts" and case.other == "eager"), group.regime
 
 
-@pytest.mark.parametrize("group", tuning_cases.GROUPS, ids=lambda group: group.regime)
+@pytest.mark.parametrize("group", EVERYTHING, ids=lambda group: group.regime)
 def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
     case = group.cases[0]
     seen = []
