@@ -238,6 +238,7 @@ def _maker(
 ) -> Callable[[], Tensor]:
     """What allocates such a tensor."""
     like = torch.empty(1, dtype=dtype, device=device).expand(shape)  # a tensor to read all that from takes half as long
+    like.untyped_storage().resize_(0)  # it holds nothing, least of all of a graph's memory
     if torch.empty_like(like, device="meta").stride() == strides:
         return partial(torch.empty_like, like)
     return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)

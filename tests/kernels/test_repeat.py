@@ -108,6 +108,11 @@ def assert_alike(first: list[Launched], again: list[Launched]) -> None:
     assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(pieces))
 
 
+def tensors_of(program: Any) -> list[Tensor]:
+    made = [*program.results, *([] if program.scratch is None else [program.scratch])]
+    return [a for one in made for a in one.args if isinstance(a, Tensor)]
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_what_is_repeated_is_what_was_done(log: list[Launched], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = step(*EVERY[name])
@@ -119,6 +124,9 @@ def test_what_is_repeated_is_what_was_done(log: list[Launched], name: str, monke
     assert_alike(logs[0], logs[2])
     described = [[(t.shape, t.stride(), t.dtype) for t in found] for found in results]
     assert described[0] == described[2]
+    held = [a for known in repeat._known for program in known.values() if program for a in tensors_of(program)]
+    assert held
+    assert all(t.untyped_storage().nbytes() == 0 for t in held)
     repeats = [one for one in logs[2] if not any(isinstance(a, Tensor) for a in one.arguments)]
     assert repeats
 
