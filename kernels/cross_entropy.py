@@ -160,6 +160,8 @@ def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return total.addmm_(a.float(), b.float())
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
+    if torch.compiler.is_compiling():  # Inductor knows the product of mixed dtypes, and not the one that adds
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
 
 
