@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .configs import LINEAR
+from .configs import LINEAR, LINEAR_SCATTERED, MatmulConfig
 from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
@@ -63,20 +63,25 @@ def linear_kernel(
     x_base = x_ptr + first_m.to(tl.int64) * x_row_stride
     x_start = row * x_row_stride
     w_base = w_ptr + first_n.to(tl.int64) * w_stride
+    bias_base = None if bias_ptr is None else bias_ptr + first_n
     if position_ptr is None:
-        acc = product(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
+        acc = product(
+            *(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
+            bias_ptr=bias_base,
+        )
     elif first_n < position_columns:
         added = ((first_m + row) % position_rows).to(tl.int64) * position_row_stride
         acc = product(
             *(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
             added_ptr=position_ptr,
             added_start=added,
+            bias_ptr=bias_base,
         )
     else:
-        acc = product(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
-    n = tl.arange(0, BLOCK_N)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + first_n + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        acc = product(
+            *(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
+            bias_ptr=bias_base,
+        )
     y_place = first_m.to(tl.int64) * N + first_n
     if pre_ptr is not None:
         store_tile(pre_ptr + y_place, N, acc, rows, columns, BLOCK_M, BLOCK_N, VEC)
@@ -284,7 +289,7 @@ def forward_variant(
     form: Form, bias_dtype: torch.dtype | None, dropout: bool, keep_pre: bool, position: bool
 ) -> Variant:
     """The program of `linear_forward`."""
-    config = LINEAR[form.dtype.itemsize, position or form.vector == 1]
+    config = _config(form, busy=position)
     dtype = form.dtype
     tensors = (dtype, dtype if position else None, dtype, bias_dtype, dtype, dtype if keep_pre else None)
     types = (*map(pointer, tensors), "*i64" if dropout else None, *["i32"] * 10, "fp32")
@@ -297,13 +302,19 @@ def backward_variant(
 ) -> Variant:
     """The program of `linear_backward`; kept: the forward kept y or pre; else bias_dtype is of what pre comes from."""
     active = form.activation == "relu" and kept
-    config = LINEAR[form.dtype.itemsize, not active or form.vector == 1]
+    config = _config(form, busy=not active)
     dtype = form.dtype
     again = None if kept else dtype
     read = (dtype, dtype, dtype if kept else None, again, again, bias_dtype)
     written = (dtype, None if active else dtype, torch.float32 if with_dbias else None)
     types = (*map(pointer, (*read, *written)), "*i64" if dropout else None, *["i32"] * 10, "fp32")
     return Variant(linear_backward_kernel, types, form.constants(config), config.num_warps, config.num_stages)
+
+
+def _config(form: Form, busy: bool) -> MatmulConfig:
+    if form.dtype.itemsize == 2 and form.vector == 1:
+        return LINEAR_SCATTERED
+    return LINEAR[form.dtype.itemsize, busy]
 
 
 def catalog_entries() -> Iterator[Entry]:
@@ -321,7 +332,7 @@ def catalog_entries() -> Iterator[Entry]:
         ahead = forward_variant(form, dtype, drops, activation not in ("none", "relu"), position)
         budget = Budget(184 if vector > 1 else 224, 82 << 10, 256, 64 << 10)
         yield Entry("linear", f"linear_forward_{suffix}", ahead, _tile(ahead), budget, example)
-        budget = Budget(184, 66 << 10, 256, 64 << 10)
+        budget = Budget(208, 82 << 10, 256, 64 << 10)
         if activation == "relu":
             back = backward_variant(form, False, True)
             yield Entry("linear", f"linear_backward_{suffix}", back, _tile(back), budget, example)

@@ -23,7 +23,7 @@ from .configs import FEW_ROWS, LINEAR_NORM
 from .dropout import Dropout, keep_rows, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
-from .product_tiles import Form, drawn, precision, product, store_tile
+from .product_tiles import Form, drawn, has_product_in_fp32, plus_product, precision, product, store_tile
 from .rows import (
     MAX_PLANS,
     Plan,
@@ -41,6 +41,10 @@ from .rows import (
 )
 
 MAX_COLUMNS = 256
+# From so long a K on the product is left to cuBLAS, unless one launch is wanted: each program would read all of w for its
+# few rows. At K = 2,048 on an H200, dropout and norm included: 18.5 µs for 27.9 at 6,800 rows, 12.9 for 37.5 at 3,400, 8.2 for
+# 24.5 at 800. At K = 256 10.3 for 11.3, 7.8 for 10.0, 5.6 for 7.1: not worth a launch.
+LONG_ROWS = 512
 
 
 @jit
@@ -79,6 +83,42 @@ def linear_norm_kernel(
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
     x_base = x_ptr + first.to(tl.int64) * x_row_stride
     s = product(x_base, row * x_row_stride, w_ptr, w_stride, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION)
+    finish_rows(
+        *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, sum_ptr, xhat_ptr, rstd_ptr, seed_ptr),
+        *(residual_row_stride, first, rows, N, offset, threshold, scale, eps, BLOCK_M, BLOCK_N, FULL, VEC),
+    )
+
+
+@jit
+def finish_kernel(
+    z_ptr,
+    bias_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    sum_ptr,
+    xhat_ptr,
+    rstd_ptr,
+    seed_ptr,
+    residual_row_stride: tl.int32,
+    M: tl.int32,
+    N: tl.int32,
+    offset: tl.int32,
+    threshold: tl.int32,
+    scale: tl.float32,
+    eps: tl.float32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """The same behind a product that is in memory, z (M, N) in fp32."""
+    first = tl.program_id(0) * BLOCK_M
+    rows = M - first
+    row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
+    column, inside, _ = column_block(N, BLOCK_N, FULL, VEC)
+    s = tl.load(run_pointers(z_ptr + first.to(tl.int64) * N, row * N, column, VEC), mask=inside, other=0.0)
     finish_rows(
         *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, sum_ptr, xhat_ptr, rstd_ptr, seed_ptr),
         *(residual_row_stride, first, rows, N, offset, threshold, scale, eps, BLOCK_M, BLOCK_N, FULL, VEC),
@@ -181,12 +221,13 @@ def linear_norm_forward(
     out_dtype: torch.dtype | None = None,
     with_sum: bool = False,
     keep: bool = True,
+    one_launch: bool = True,
 ) -> Rows:
     """LayerNorm(residual + dropout(x @ w^T + bias)), x (..., K), w (C, K), residual (..., C), the rest (C,).
 
     residual may have another dtype than x; y gets out_dtype, the residual's where None, and the sum, which is written
     with_sum, that of both promoted. keep: also what the backward needs, xhat in y's dtype and rstd in fp32. Without
-    norm_weight the sum is all there is.
+    norm_weight the sum is all there is. one_launch: also for a long K, whose product is PyTorch's otherwise.
     """
     x, x_stride = as_rows(x)
     w, w_stride = as_rows(w)
@@ -195,6 +236,13 @@ def linear_norm_forward(
     out = Rows.empty(x, residual, norm_weight, out_dtype or residual.dtype, with_sum, keep)
     bias, norm_weight, norm_bias = packed(bias), packed(norm_weight), packed(norm_bias)
     parameters = bias, residual, norm_weight, norm_bias
+    if not one_launch and K >= LONG_ROWS and has_product_in_fp32(x):
+        z = plus_product(None, x.view(rows, K) if x.is_contiguous() else x.reshape(rows, K), w.t())
+        sizes = (residual_stride, rows, N)
+        offset = (residual.data_ptr() | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
+        plan = _finish_plan(x.dtype, sizes, tuple(map(dtype_of, (*parameters, *out[:3]))), dropout is not None, offset)
+        launch(plan.variant, plan.grid, z, *parameters, *out, *drawn(dropout, sizes), eps)
+        return out
     offset = x.data_ptr() | w.data_ptr() | residual.data_ptr()
     offset = (offset | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
     dtypes = tuple(map(dtype_of, (*parameters, *out[:3])))
@@ -217,6 +265,25 @@ def _plan(
     vector = run_length(dtype.itemsize, x_stride | w_stride | residual_stride | N | K, offset)
     variant = forward_variant(Form(dtype, "none", K % 64 == 0, vector, rounding), N, rows <= FEW_ROWS, dtypes, dropout)
     return Plan(variant, (-(-rows // variant.constants["BLOCK_M"]),), sizes)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _finish_plan(
+    dtype: torch.dtype, sizes: tuple[int, ...], dtypes: tuple[torch.dtype | None, ...], dropout: bool, offset: int
+) -> Plan:
+    stride, rows, N = sizes
+    variant = finish_variant(N, run_length(dtype.itemsize, stride | N, offset), dtypes, dropout)
+    return Plan(variant, (-(-rows // variant.constants["BLOCK_M"]),), sizes)
+
+
+@cache
+def finish_variant(columns: int, vector: int, dtypes: tuple[torch.dtype | None, ...], dropout: bool) -> Variant:
+    """The program behind a product of `linear_norm_forward`'s that is PyTorch's; dtypes as `forward_variant`'s."""
+    block = block_of(columns)
+    constants = {"BLOCK_M": 1024 // block, "BLOCK_N": block, "FULL": columns == block, "VEC": vector}
+    kept = torch.float32 if dtypes[-1] is not None else None
+    types = (*map(pointer, (torch.float32, *dtypes, kept)), "*i64" if dropout else None, *["i32"] * 5)
+    return Variant(finish_kernel, (*types, "fp32", "fp32"), constants, num_warps=1)
 
 
 @cache
@@ -253,6 +320,8 @@ def catalog_entries() -> Iterator[Entry]:
         tile = int(ahead.constants["BLOCK_M"]) * int(ahead.constants["BLOCK_N"])
         yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
         if with_sum:
+            behind, limit = finish_variant(columns, vector, dtypes, True), Budget(128, 256, 128, 256)
+            yield Entry("linear_add_layer_norm", f"linear_norm_finish_{suffix}", behind, 1024, limit, example)
             read = (residual, total, residual, None, residual)
             back = backward_variant(columns, BackwardForm((*read, dtype, residual), True, True, True, True), vector)
             limit = Budget(255, 8192, 256, 8192)
@@ -268,8 +337,8 @@ def _example(
     with_sum: bool,
     device: torch.device,
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward with dropout."""
-    x, w = (torch.randn(n, 64, device=device).to(dtype) for n in (rows, columns))
+    """Forward and backward with dropout; with the sum, the forward in two launches as well."""
+    x, w = (torch.randn(n, LONG_ROWS if with_sum else 64, device=device).to(dtype) for n in (rows, columns))
     bias = torch.randn(columns, device=device).to(dtype)
     residual, dy = (torch.randn(rows, columns, device=device).to(residual_dtype) for _ in range(2))
     weight, offset = (torch.randn(columns, device=device).to(residual_dtype) for _ in range(2))
@@ -285,6 +354,9 @@ def _example(
         ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, weight, dropout, **back)
         assert dproduct is not None
         outputs = (y, xhat, rstd, ds, dproduct, *sum_partials((partial, residual_dtype)))
-        return outputs if total is None else (*outputs, total)
+        if not with_sum:
+            return outputs
+        again = linear_norm_forward(x, w, bias, residual, weight, offset, 1e-5, **options, one_launch=False)
+        return (*outputs, *(t for t in (total, *again) if t is not None))
 
     return call

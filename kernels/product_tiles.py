@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import launch as launching
 from .attention_tiles import dot
@@ -47,8 +48,9 @@ def product(
     BY_ROWS: tl.constexpr = True,
     added_ptr=None,
     added_start=0,
+    bias_ptr=None,
 ):
-    """A tile of x @ w^T, fp32 (BLOCK_M, BLOCK_N), or of (x + added) @ w^T.
+    """A tile of x @ w^T, fp32 (BLOCK_M, BLOCK_N), or of (x + added) @ w^T; plus the bias, at the tile's first column.
 
     x_start, added_start: offsets of the tile's rows (BLOCK_M, 1). w_ptr: at the tile's first column, of `columns` that
     remain. BY_ROWS: w is (N, K); otherwise it lies transposed, as (K, N).
@@ -58,6 +60,10 @@ def product(
     # Columns past the end read the last one again: no mask in the loop, and nothing of them is stored.
     w_start = tl.minimum(n, columns - 1)[:, None] * w_stride
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if (
+        bias_ptr is not None
+    ):  # first, under the loop's first loads: behind it, each lane would hold its columns' beside the sums
+        accumulator += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     for start in range(0, K, BLOCK_K):
         here = k // VEC < (K - start) // VEC
         pointers = run_pointers(x_ptr + start, x_start, k[None, :], VEC)
@@ -161,3 +167,35 @@ def drawn(dropout: Dropout | None, sizes: tuple[int, ...], masks: bool = True) -
     """The arguments from the seed on: the seed, the sizes, and what dropout is."""
     seed = dropout.seed if dropout is not None and masks else None
     return (seed, *sizes, *dropout_arguments(dropout))
+
+
+def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, in place; 16 bits in fp32 from end to end: they would round each block's part, and fp16 overflow."""
+    if a.dtype.itemsize > 2:
+        return a @ b if total is None else total.addmm_(a, b)
+    if not sums_16_bits_in_fp32(a.device):
+        if total is None:
+            total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
+        return total.addmm_(a.float(), b.float())
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if torch.compiler.is_compiling():  # Inductor knows the product of mixed dtypes, and not the one that adds
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+
+
+def has_product_in_fp32(x: Tensor) -> bool:
+    """Whether `plus_product` multiplies x of 16 bits as fast as a product of 16 bits, or on the CPU, where it is tested."""
+    return x.dtype.itemsize == 2 and (x.device.type == "cpu" or sums_16_bits_in_fp32(x.device))
+
+
+_MM_OVERLOADS = torch.ops.aten.mm.overloads()
+
+
+@cache
+def sums_16_bits_in_fp32(device: torch.device) -> bool:
+    """Whether PyTorch has a product of 16-bit matrices that it returns in fp32: on CUDA (from torch 2.8 on), not on the CPU.
+
+    ROCm's came later and refuses bf16 in many builds, so it counts as without. On meta tensors what CUDA does is counted.
+    """
+    return "dtype" in _MM_OVERLOADS and torch.version.hip is None and device.type in ("cuda", "meta")

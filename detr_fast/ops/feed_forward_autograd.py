@@ -64,12 +64,14 @@ def run_forward(
         drops = {"dropout": dropout, "output_dropout": output_dropout if adds else None}
         found = feed_forward(x, w1, b1, w2, b2, norm, activation=activation, **drops)
     else:
+        one_launch = not keep_hidden  # what saves memory is also what takes the fewest launches
         keep_hidden &= keep
         keep_pre = keep_hidden and activation != "relu"
         h, saved = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
         saved = h if keep_hidden and not keep_pre else saved
         if adds:
             options = {"dropout": output_dropout, "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
+            options["one_launch"] = one_launch
             found = linear_norm_forward(h, w2, b2, residual, norm_weight, norm_bias, eps, **options)
         else:
             found = Rows(kernels.linear_forward(h, w2, b2)[0], None, None, None)

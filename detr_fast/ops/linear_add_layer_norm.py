@@ -230,7 +230,7 @@ def _run_forward(
 ) -> tuple[Tensor, ...]:
     norm = (residual, norm_weight, norm_bias, eps)
     options = {"dropout": dropout_of(p, seed, offset), "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
-    found = kernels.linear_norm_forward(x, weight, bias, *norm, **options)
+    found = kernels.linear_norm_forward(x, weight, bias, *norm, **options, one_launch=False)
     return tuple(residual.new_empty(0) if t is None else t for t in found)
 
 

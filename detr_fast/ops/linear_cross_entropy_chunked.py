@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr_fast.kernels.cross_entropy import plus_product
+from detr_fast.kernels.product_tiles import plus_product
 from detr_fast.ops import linear_probabilities
 from detr_fast.ops.products import eager_gradients
 

@@ -82,6 +82,28 @@ def test_many_rows_take_larger_tiles_with_the_same_dropout(monkeypatch):
         assert checks.launches[0].variant.constants["BLOCK_M"] == 64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [32, 17])
+def test_a_product_that_pytorch_computes_is_finished_as_one_in_the_kernel_is(interpreter, monkeypatch, columns, dtype):
+    monkeypatch.setattr(kernels, "LONG_ROWS", 24)
+    arguments = [t.to(dtype) for t in inputs((2, 70), 24, columns, scale=100.0 if dtype == torch.float16 else 1.0)]
+    arguments[3] = arguments[3][:1].expand(2, 70, columns)
+    for norm in (arguments[4:], (None, None), (arguments[4], None)):
+        options = {"dropout": DROPOUT, "with_sum": True}
+        one = kernels.linear_norm_forward(*arguments[:4], *norm, 1e-5, **options)
+        two = kernels.linear_norm_forward(*arguments[:4], *norm, 1e-5, **options, one_launch=False)
+        assert [None if t is None else (t.shape, t.dtype) for t in one] == [
+            None if t is None else (t.shape, t.dtype) for t in two
+        ]
+        for ours, theirs in zip(two, one):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    launched = interpreter.counts()
+    assert (launched["linear_norm_kernel"], launched["finish_kernel"]) == (3, 3)
+    kernels.linear_norm_forward(*(t.float() for t in arguments), 1e-5, one_launch=False)
+    assert interpreter.counts()["linear_norm_kernel"] == 4  # PyTorch's product of fp32 may round to tf32
+
+
 def test_biases_may_be_absent(interpreter):
     x, w, _, residual, norm_weight, _ = inputs((5,), 16, 24)
     arguments = [x, w, None, residual, norm_weight, None]
