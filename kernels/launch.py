@@ -260,6 +260,11 @@ def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> N
         compile_variant(variant, device)
 
 
+def rehearsing(device: torch.device) -> bool:
+    """Whether launches are only noted, for `compile_launches`: then products beside them need not be, either."""
+    return device.type == "meta" and getattr(_rehearsal, "variants", None) is not None
+
+
 @lru_cache(maxsize=64)
 def generation(device: torch.device) -> str:
     """Of NVIDIA's GPUs: "ampere" (sm_80 to sm_89), "hopper" (sm_90), "blackwell" (sm_100, sm_120), and "" for all else."""

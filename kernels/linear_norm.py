@@ -22,7 +22,7 @@ from .add_layer_norm_backward import BackwardForm, backward_variant, residual_no
 from .configs import FEW_ROWS, LINEAR_NORM
 from .dropout import Dropout, keep_rows, load_seed
 from .entry import Budget, Entry
-from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, rehearsing, tl
 from .product_tiles import Form, drawn, has_product_in_fp32, plus_product, precision, product, store_tile
 from .rows import (
     MAX_PLANS,
@@ -237,7 +237,10 @@ def linear_norm_forward(
     bias, norm_weight, norm_bias = packed(bias), packed(norm_weight), packed(norm_bias)
     parameters = bias, residual, norm_weight, norm_bias
     if not one_launch and K >= LONG_ROWS and has_product_in_fp32(x):
-        z = plus_product(None, x.view(rows, K) if x.is_contiguous() else x.reshape(rows, K), w.t())
+        if rehearsing(x.device):
+            z = empty((rows, N), torch.float32, x.device)
+        else:
+            z = plus_product(None, x.reshape(rows, K), w.t())
         sizes = (residual_stride, rows, N)
         offset = (residual.data_ptr() | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
         plan = _finish_plan(x.dtype, sizes, tuple(map(dtype_of, (*parameters, *out[:3]))), dropout is not None, offset)
