@@ -12,7 +12,8 @@ Source: Ba et al., 2016, arXiv:1607.06450 (LayerNorm).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache, partial, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -237,14 +238,7 @@ def linear_norm_forward(
     bias, norm_weight, norm_bias = packed(bias), packed(norm_weight), packed(norm_bias)
     parameters = bias, residual, norm_weight, norm_bias
     if not one_launch and K >= LONG_ROWS and has_product_in_fp32(x):
-        if rehearsing(x.device):
-            z = empty((rows, N), torch.float32, x.device)
-        else:
-            z = plus_product(None, x.reshape(rows, K), w.t())
-        sizes = (residual_stride, rows, N)
-        offset = (residual.data_ptr() | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
-        plan = _finish_plan(x.dtype, sizes, tuple(map(dtype_of, (*parameters, *out[:3]))), dropout is not None, offset)
-        launch(plan.variant, plan.grid, z, *parameters, *out, *drawn(dropout, sizes), eps)
+        _finish(x.reshape(rows, K), w, parameters, residual_stride, eps, dropout, out)
         return out
     offset = x.data_ptr() | w.data_ptr() | residual.data_ptr()
     offset = (offset | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
@@ -268,6 +262,24 @@ def _plan(
     vector = run_length(dtype.itemsize, x_stride | w_stride | residual_stride | N | K, offset)
     variant = forward_variant(Form(dtype, "none", K % 64 == 0, vector, rounding), N, rows <= FEW_ROWS, dtypes, dropout)
     return Plan(variant, (-(-rows // variant.constants["BLOCK_M"]),), sizes)
+
+
+def _finish(
+    x: Tensor,
+    w: Tensor,
+    parameters: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None],
+    residual_stride: int,
+    eps: float,
+    dropout: Dropout | None,
+    out: Rows,
+) -> None:
+    """x @ w^T by PyTorch, in fp32, and what is behind it."""
+    rows, N = x.shape[0], w.shape[0]
+    z = empty((rows, N), torch.float32, x.device) if rehearsing(x.device) else plus_product(None, x, w.t())
+    offset = reduce(or_, map(address_of, parameters)) % 16
+    sizes, dtypes = (residual_stride, rows, N), tuple(map(dtype_of, (*parameters, *out[:3])))
+    plan = _finish_plan(x.dtype, sizes, dtypes, dropout is not None, offset)
+    launch(plan.variant, plan.grid, z, *parameters, *out, *drawn(dropout, sizes), eps)
 
 
 @lru_cache(maxsize=MAX_PLANS)
