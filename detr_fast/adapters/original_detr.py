@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, joined, names, names_used, reads, why_not_switch
+from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.nn import fusion
 from detr_fast.nn.multihead_attention import attention_inputs
+from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
 
 # The code that we know: the names that forward, forward_post and forward_pre read.
 _FORWARD = frozenset({"normalize_before", "forward_pre", "forward_post"})
@@ -60,14 +63,17 @@ class EncoderLayer(Scriptable):
         self: Any, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, pos: Any = None
     ) -> Tensor:
         """As the original's: positions are added to queries and keys, not to values."""
-        masks = (src_mask, src_key_padding_mask)
         with shared_seed():
-            if not self.normalize_before:
-                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, *masks, position=pos)
-                return fusion.feed_forward_add_norm(x, *_hidden(self), self.dropout2, self.norm2)
-            parts = (self.self_attn, self.dropout1, self.norm2)
-            x, n = attend_add_norm(*parts, self.norm1(src), *masks, residual=src, position=pos)
-            return fusion.feed_forward_sum(self, n, x, *_hidden(self), self.dropout2)
+            tensors = (src, src_mask, src_key_padding_mask, pos)
+            return whole(ENCODER_LAYER, self, self._fused, tensors) if is_dispatched(src) else self._fused(*tensors)
+
+    def _fused(self: Any, src: Tensor, mask: Any, padding: Any, pos: Any) -> Tensor:
+        if not self.normalize_before:
+            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, src, mask, padding, position=pos)
+            return fusion.feed_forward_add_norm(x, *_hidden(self), self.dropout2, self.norm2)
+        parts = (self.self_attn, self.dropout1, self.norm2)
+        x, n = attend_add_norm(*parts, self.norm1(src), mask, padding, residual=src, position=pos)
+        return fusion.feed_forward_sum(self, n, x, *_hidden(self), self.dropout2)
 
 
 class DecoderLayer(Scriptable):
@@ -85,18 +91,37 @@ class DecoderLayer(Scriptable):
         query_pos: Any = None,
     ) -> Tensor:
         """As the original's: query positions are added to queries and self-attention's keys, positions to memory's keys."""
-        own, cross = (tgt_mask, tgt_key_padding_mask), (memory_mask, memory_key_padding_mask)
-        sources = {"memory": memory, "memory_key": self.with_pos_embed(memory, pos), "position": query_pos}
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        memory_key = None if pos is None else self.with_pos_embed(memory, pos)
+        tensors = (tgt, memory, memory_key, *masks, query_pos)
         with shared_seed():
-            if not self.normalize_before:
-                x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, *own, position=query_pos)
-                x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, *cross, **sources)
-                return fusion.feed_forward_add_norm(x, *_hidden(self), self.dropout3, self.norm3)
-            parts = (self.self_attn, self.dropout1, self.norm2)
-            x, n = attend_add_norm(*parts, self.norm1(tgt), *own, residual=tgt, position=query_pos)
-            parts = (self.multihead_attn, self.dropout2, self.norm3)
-            x, n = attend_add_norm(*parts, n, *cross, residual=x, **sources)
-            return fusion.feed_forward_sum(self, n, x, *_hidden(self), self.dropout3)
+            source = (self.multihead_attn, memory, memory_key)
+            if is_dispatched(tgt):
+                return whole(DECODER_LAYER, self, self._fused, tensors, memory=source)
+            return self._fused(*tensors)
+
+    def _fused(
+        self: Any,
+        tgt: Tensor,
+        memory: Tensor,
+        memory_key: Any,
+        mask: Any,
+        memory_mask: Any,
+        padding: Any,
+        memory_padding: Any,
+        query_pos: Any,
+    ) -> Tensor:
+        own, cross = (mask, padding), (memory_mask, memory_padding)
+        sources = {"memory": memory, "memory_key": memory_key, "position": query_pos}
+        if not self.normalize_before:
+            x = attend_add_norm(self.self_attn, self.dropout1, self.norm1, tgt, *own, position=query_pos)
+            x = attend_add_norm(self.multihead_attn, self.dropout2, self.norm2, x, *cross, **sources)
+            return fusion.feed_forward_add_norm(x, *_hidden(self), self.dropout3, self.norm3)
+        parts = (self.self_attn, self.dropout1, self.norm2)
+        x, n = attend_add_norm(*parts, self.norm1(tgt), *own, residual=tgt, position=query_pos)
+        parts = (self.multihead_attn, self.dropout2, self.norm3)
+        x, n = attend_add_norm(*parts, n, *cross, residual=x, **sources)
+        return fusion.feed_forward_sum(self, n, x, *_hidden(self), self.dropout3)
 
 
 def _hidden(layer: Any) -> tuple[Any, Any, Any, Any]:

@@ -24,7 +24,9 @@ from detr_fast.nn.fusion import (
     project_add_norm,
 )
 from detr_fast.nn.memory import readers, shared_memory
+from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -58,7 +60,14 @@ class TransformerEncoderLayer(nn.Module):
 
         With a packing, all of them are packed, (1, T, C), and there is no mask.
         """
+        if packing is not None:
+            return self._fused(source, position, None, packing)
+        with shared_seed():
+            return whole(ENCODER_LAYER, self, self._fused, (source, position, key_padding_mask))
 
+    def _fused(
+        self, source: Tensor, position: Tensor, key_padding_mask: Tensor | None, packing: Packing | None = None
+    ) -> Tensor:
         x, residual = (normed(self.norm1, source), source) if self.pre_norm else (source, None)
         behind = (self.self_attn, self.dropout1, self.norm2 if self.pre_norm else self.norm1)
         if packing is not None:
@@ -115,7 +124,22 @@ class TransformerDecoderLayer(nn.Module):
         Returns:
             (B, Q, C)
         """
+        tensors = (target, memory, memory_key, query_position, key_padding_mask)
+        if packing is not None:
+            return self._fused(*tensors, packing)
+        with shared_seed():
+            source = (self.multihead_attn, memory, memory_key)
+            return whole(DECODER_LAYER, self, self._fused, tensors, memory=source)
 
+    def _fused(
+        self,
+        target: Tensor,
+        memory: Tensor,
+        memory_key: Tensor,
+        query_position: Tensor,
+        key_padding_mask: Tensor | None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         cross: Any = {"key_padding_mask": key_padding_mask, "packing": packing}
         hidden = (self.linear1, nn.functional.relu, self.dropout, self.linear2)
         if self.pre_norm:

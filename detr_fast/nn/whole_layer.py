@@ -82,7 +82,10 @@ def _contents(layer: nn.Module) -> _Contents | None:
     """None where a part is not what is expected, or may not be taken apart."""
     own = layer.__dict__
     settings: list[Any] = [type(layer), *map(own.get, ("training", "norm_first", "normalize_before", "pre_norm"))]
-    settings.append(own.get("activation"))
+    if (activation := own.get("activation")) is not None:
+        if (name := activation_name(activation)) is None:
+            return None
+        settings.append(name)
     parameters: list[Tensor | None] = []
     drops, hidden = False, 0
     part: Any
@@ -109,8 +112,8 @@ def _contents(layer: nn.Module) -> _Contents | None:
             drops = drops or p > 0.0
         elif kind in _LINEARS:
             hidden = part.out_features if name == "linear1" else hidden
-        elif activation_name(part) is not None:
-            settings.append(activation_name(part))
+        elif (activated := activation_name(part)) is not None:
+            settings.append(activated)
         else:
             return None
     return _Contents(parameters, settings, hidden, drops)

@@ -11,7 +11,8 @@ Nothing is computed here that the ops do not compute: the program is theirs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def record(
         given = [t if t is None or not grad else t.detach().requires_grad_(t.requires_grad) for t in arguments]
         recorder = Recorder([*given, *parameters], seed)
         identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-        with identity, given_seed(seed, FIRST_OFFSET) as scope, recorder.recording():
+        with identity, _casts_again(), given_seed(seed, FIRST_OFFSET) as scope, recorder.recording():
             outputs = list(function(*given))
             ahead = len(recorder.instructions)
             leaves = [*given, *parameters]
@@ -188,6 +189,17 @@ def record(
         return HostProgram(recorder, given, len(leaves), outputs, ahead, backwards, scope.offset + 1 - FIRST_OFFSET)
     finally:
         _lock.release()
+
+
+@contextmanager
+def _casts_again() -> Iterator[None]:
+    """Inside the block autocast casts each time, so that it is seen to."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _patterns(wanted: list[bool]) -> list[tuple[bool, ...]]:
