@@ -43,14 +43,16 @@ def signature_of(tensors: Sequence[Tensor | None], device: int) -> list[Any] | N
     """What launches depend on, of tensors on that device; None where one is more than memory, or two start in one place."""
     plain = boundary.is_memory
     found: list[Any] = []
+    starts = []
     for t in tensors:
         if t is None:
             found.append(None)
         elif plain(t) and t.get_device() == device:
-            found.append((t.shape, t.stride(), t.dtype, t.requires_grad, t.data_ptr() % ALIGNED))
+            start = t.data_ptr()
+            starts.append(start)
+            found.append((t.shape, t.stride(), t.dtype, t.requires_grad, start % ALIGNED))
         else:
             return None
-    starts = [t.data_ptr() for t in tensors if t is not None]
     return found if len(set(starts)) == len(starts) else None
 
 
