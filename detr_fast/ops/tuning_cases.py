@@ -31,7 +31,7 @@ from detr_fast.ops.qkv_projection import QKV_PROJECTION
 
 Step = Callable[[], tuple[Tensor, ...]]
 WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = MEASURED_WIDTH, MEASURED_HIDDEN, 850, 100, 8
-ROWS = (QUERIES, TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
+ROWS = (QUERIES, 4 * QUERIES, TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
 MANY = 256 * TOKENS  # where memory's speed outweighs the host's even of one small kernel
 DROPOUT = 0.1
 
