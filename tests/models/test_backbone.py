@@ -18,7 +18,7 @@ from detr_fast.testing.interpreter import checked_interpreter
 
 torchvision = pytest.importorskip("torchvision")
 
-from detr_fast.models.resnet import FrozenBatchNorm2d, conv_norm  # noqa: E402
+from detr_fast.models.resnet import FrozenBatchNorm2d, _Forked, conv_norm  # noqa: E402
 
 
 def random_norm(channels: int) -> FrozenBatchNorm2d:
@@ -117,6 +117,33 @@ def assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch, dev
 @pytest.mark.parametrize(("name", "dilation"), [("resnet18", False), ("resnet50", True)])
 def test_in_16_bits_features_are_channels_last_and_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch):
     assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch)
+
+
+@pytest.mark.parametrize("trained", ["both", "weight", "neither but x"])
+def test_a_convolution_beside_which_its_input_goes_on_has_the_gradients_of_both(trained):
+    x = (
+        torch.randn(2, 3, 5, 4)
+        .double()
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_(trained != "weight")
+    )
+    weight = torch.randn(6, 3, 1, 1).double().requires_grad_(trained != "neither but x")
+    probes = torch.randn(2, 6, 5, 4).double(), torch.randn(2, 3, 5, 4).double()
+    leaves = [t for t in (x, weight) if t.requires_grad]
+
+    def gradients(y, beside):
+        loss = (y.square() * probes[0]).sum() + (beside.square() * probes[1]).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return *(g.detach() for g in first), *second
+
+    for found, expected in zip(gradients(*_Forked.apply(x, weight)), gradients(nn.functional.conv2d(x, weight), x)):
+        torch.testing.assert_close(found, expected)
+    y, beside = _Forked.apply(x, weight)
+    found = torch.autograd.grad((y * probes[0]).sum() + (beside * probes[1]).sum(), leaves)  # in place
+    expected = torch.autograd.grad((nn.functional.conv2d(x, weight) * probes[0]).sum() + (x * probes[1]).sum(), leaves)
+    for pair in zip(found, expected):
+        torch.testing.assert_close(*pair)
 
 
 def test_on_a_cpu_nothing_is_channels_last_unasked():
