@@ -1,7 +1,7 @@
-"""Weights that autocast would cast one by one where they are used: here a layer's are cast in one launch, as their gradients.
+"""Weights that autocast would cast one by one where they are used: here many are cast in one launch, as their gradients.
 
 A DETR has some 170 weights and biases that 16-bit products read, and a launch for each, or two with its gradient, takes
-longer than the bytes do. Values are the same.
+longer than the bytes do; so does one for each layer, whose million elements are too few for a large GPU. Values are the same.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def cast_weights(layers: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the block, products in these layers find their weights as autocast would cast them, each layer's cast together.
+def cast_weights(groups: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside the block, products in these modules find their weights as autocast would cast them, each module's cast together.
 
     What is more than a plain fp32 parameter (sharded, quantised, parametrised) or is to come by a hook stays as it is.
     """
     dtype = autocast_dtype(device)
     places: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for layer in () if dtype is None else layers:
-            own = _places(layer, device)
+        for group in () if dtype is None else groups:
+            own = _places(group, device)
             for place, cast in zip(own, cast_together([parameter for *_, parameter in own], dtype)):
                 places.append(place)
                 place[0][place[1]] = cast
@@ -49,9 +49,9 @@ def cast_weights(layers: Iterable[torch.nn.Module], device: torch.device) -> Ite
             parameters[name] = parameter
 
 
-def _places(layer: torch.nn.Module, device: torch.device) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Where the parameters of a layer's products are kept, by which names, and they."""
-    modules = list(layer.modules())
+def _places(group: torch.nn.Module, device: torch.device) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Where the parameters of a module's products are kept, by which names, and they."""
+    modules = list(group.modules())
     if any(module._forward_pre_hooks for module in modules):
         return []
     return [

@@ -287,6 +287,6 @@ class Transformer(nn.Module):
         """
         if packing is not None:
             source, position, key_padding_mask = packing.pack(source), packing.pack(position), None
-        with shared_seed(), cast_weights((*self.encoder.layers, *self.decoder.layers), source.device):
+        with shared_seed(), cast_weights((self.encoder.layers, self.decoder.layers), source.device):
             memory = self.encoder(source, position, key_padding_mask, packing)
             return self.decoder(memory, position, query_position, key_padding_mask, all_layers, packing)

@@ -63,7 +63,7 @@ def test_a_step_under_autocast_has_the_same_values_and_gradients_in_fewer_casts(
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6)
-    assert counts["_foreach_copy_"] == 2 * (TINY.encoder_layers + TINY.decoder_layers)
+    assert counts["_foreach_copy_"] == 2 * 2  # of the encoder and the decoder, and of their gradients
     weights = 8 * TINY.encoder_layers + 12 * TINY.decoder_layers
     assert single["_to_copy"] - counts["_to_copy"] >= 2 * weights
 
