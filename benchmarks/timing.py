@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.hardware import DEVICE, check, sized
 from benchmarks.report import CAPTURABLE, HOW, IS_GRAPH
+from detr_fast.capture import beside_the_default_stream, capture
 
 CHECK_ONLY = os.environ.get("DETR_FAST_CHECK_ONLY") == "1"
 SECONDS = 0.08  # a peer, for each of its times
@@ -111,10 +112,12 @@ def compare(
             call()
         synchronize()
 
-    ready = {name: call for name, call in peers.items() if outcome.attempt(name, partial(checked, name, call))}
-    expected = exact = None  # their memory
+    with beside_the_default_stream():
+        ready = {name: call for name, call in peers.items() if outcome.attempt(name, partial(checked, name, call))}
+        expected = exact = None  # their memory
+        if not CHECK_ONLY:
+            outcome.peers |= timed(ready, outcome)
     if not CHECK_ONLY:
-        outcome.peers |= timed(ready, outcome)
         outcome.record(claims)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -249,7 +252,7 @@ class Timer:
 
 
 class Graph:
-    """`calls` calls in one CUDA graph, captured as a training step is (engine/graphs.py): `auto` chooses as it does there.
+    """`calls` calls in one CUDA graph, captured as a training step is: `auto` chooses as it does there.
 
     Raises what the call raises, and RuntimeError where it waits for the host.
     """
@@ -268,17 +271,9 @@ class Graph:
             torch.cuda.set_sync_debug_mode("default")
         current.wait_stream(stream)
         synchronize()
-        try:
-            with (
-                torch.cuda.stream(current),  # which a failed capture does not restore
-                torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
-            ):
-                for _ in range(calls):
-                    call()
-        except Exception as error:
-            _FAILED.append(self.graph)
-            _draw_again()
-            raise (error.__context__ or error) from None  # the end of a failed capture fails, too
+        with capture(self.graph):
+            for _ in range(calls):
+                call()
 
     def time(self) -> float:
         """ms of a call, of as many replays as take about `REPLAYED`; the first time of one."""
@@ -292,15 +287,6 @@ class Graph:
         each = float(start.elapsed_time(end)) / self.replays
         self.replays = sized(max(1, min(50, round(REPLAYED * 1e3 / max(each, 1e-3)))), 1)
         return each / self.calls
-
-
-_FAILED: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes on asking them
-
-
-def _draw_again() -> None:
-    """Random numbers outside of graphs, which PyTorch's generator refuses where a capture did not end well."""
-    for generator in torch.cuda.default_generators:
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _wall(call: Step, repeats: int) -> float:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast.capture import capture
+
 MAX_GRAPHS = 32
 
 
@@ -120,8 +122,7 @@ class GraphedFunction:
         graph = torch.cuda.CUDAGraph()
         self.before()
         try:
-            # "thread_local": the data loader's thread pins memory meanwhile, which is none of the graph's business.
-            with self.around(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with self.around(), capture(graph, self._pool):
                 outputs = self.function(*inputs)
         except Exception as error:  # whatever CUDA or a model's own code throws: the run must go on
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,12 +11,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from detr_fast import dispatch
+from detr_fast.capture import beside_the_default_stream, capture
 from detr_fast.dispatch import use_backend
 from detr_fast.ops import linear_assignment, regimes
 from detr_fast.ops.regimes import NEVER, Regime
@@ -82,7 +84,9 @@ def tune(
         if only is not None and name not in only:
             continue
         try:
-            yield from measure()
+            with nullcontext() if device.type == "cpu" else beside_the_default_stream():
+                found = list(measure())
+            yield from found
         except Exception as error:  # a kernel that fails here must not keep the others from being measured
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             progress(f"FAILED {name}, which stays as it was: {type(error).__name__}: {reason}")
@@ -191,9 +195,11 @@ def _interleaved(
     captured: a graph holds so many calls as `repeats` says: the host takes longer for a replay than the GPU for a small one.
     """
     runs: list[Callable[[], object]] = []
+    if captured:
+        dispatch.forget_decisions()  # and with them programs of layers, which a graph is not made of
     for backend in backends:
         with use_backend(**{op: backend}):
-            for _ in range(3):
+            for _ in range(1 if captured else 3):
                 step()
             runs.append(_captured(step, repeats) if captured else step)
     times: list[list[float]] = [[] for _ in backends]
@@ -206,8 +212,8 @@ def _interleaved(
 
 def _captured(step: Step, calls: int) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    # As a training step is captured (engine/graphs.py): `auto` may compile in here what it takes in graphs only.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # As a training step is captured: `auto` may compile in here what it takes in graphs only.
+    with capture(graph):
         for _ in range(calls):
             step()
     return graph.replay
