@@ -142,7 +142,8 @@ class Op:
 
     `signature(*args)` gives a hashable tuple of all that the call's decision reads from its arguments, and
     `describe(*args, situation=…)` the `Call` that implementations are asked about. `work(*args)`, where given, is at least
-    the size that kernels' advice goes by: a call below their `least` takes `small` before a key is built.
+    the size that kernels' advice goes by: a call below their `least` takes `small` before a key is built. `kind(*args)`,
+    where given, tells apart calls whose `least` differs.
     """
 
     def __init__(
@@ -153,17 +154,18 @@ class Op:
         describe: Callable[..., Call],
         implementations: Sequence[Implementation],
         work: Callable[..., int] | None = None,
+        kind: Callable[..., tuple[Any, ...]] | None = None,
         small: Implementation | None = None,
     ) -> None:
         self.name = name
         self.implementations = tuple(implementations)
         self.names = frozenset(i.name for i in self.implementations)
-        self._work, self._small = work, small or self.implementations[-1]
+        self._work, self._kind, self._small = work, kind, small or self.implementations[-1]
         self._signature = signature
         self._describe = describe
         self._decisions: dict[tuple[Any, ...], _Decision] = {}
         self._broken: dict[tuple[str, Any], str] = {}
-        self._least: dict[torch.device, int] = {}
+        self._least: dict[tuple[torch.device, tuple[Any, ...]], int] = {}
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -171,7 +173,7 @@ class Op:
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
-        if self._work is not None and self.is_small(self._work(*args), args[0].device):
+        if self._leaves(args):
             return self._small
         decision = self._decision(*args)
         if _recorders:
@@ -183,7 +185,7 @@ class Op:
 
         Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
         """
-        if self._work is not None and self.is_small(self._work(*args), args[0].device):
+        if self._leaves(args):
             return None
         try:
             decision = self._decision(*args)
@@ -197,15 +199,20 @@ class Op:
         self._record(decision._replace(implementation=PARTS))
         return None
 
-    def is_small(self, size: int, device: torch.device) -> bool:
+    def _leaves(self, args: tuple[Any, ...]) -> bool:
+        if intervening or self._work is None:
+            return False
+        return self.is_small(self._work(*args), args[0].device, self._kind(*args) if self._kind else ())
+
+    def is_small(self, size: int, device: torch.device, kind: tuple[Any, ...] = ()) -> bool:
         """Whether every kernel's advice is surely against a call of this size: such calls must cost next to nothing."""
         if intervening or torch.compiler.is_compiling() or in_layer():
             return False
-        least = self._least.get(device)
+        least = self._least.get((device, kind))
         if least is None:
             kernels = [i for i in self.implementations if isinstance(i, TritonImplementation)]
-            answers = (i.least(architecture(device)) if device.type == "cuda" else NEVER for i in kernels)
-            least = self._least[device] = min(answers, default=NEVER)
+            answers = (i.least(architecture(device), *kind) if device.type == "cuda" else NEVER for i in kernels)
+            least = self._least[device, kind] = min(answers, default=NEVER)
         return size < least and not capturing(device.type)
 
     def _record(self, decision: _Decision) -> None:

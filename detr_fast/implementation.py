@@ -57,8 +57,8 @@ class Implementation(ABC):
         """The reason why this implementation can't stand in for a kernel that failed to compile."""
         return None
 
-    def least(self, architecture: str | None) -> int:
-        """The size below which `advice` is against it in all calls on such a device that are launched eagerly."""
+    def least(self, architecture: str | None, *kind: Any) -> int:
+        """The size below which `advice` is against it in all calls (of a kind) on such a device that are launched eagerly."""
         return 0
 
     def note(self, call: Any) -> str | None:

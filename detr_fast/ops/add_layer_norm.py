@@ -150,7 +150,7 @@ class TritonAddLayerNorm(TritonImplementation):
             return None
         return regimes.advice("add_layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
 
-    def least(self, architecture: str | None) -> int:
+    def least(self, architecture: str | None, *kind: Any) -> int:
         return regimes.least("add_layer_norm", architecture)
 
     def note(self, call: AddLayerNormCall) -> str | None:

@@ -18,7 +18,7 @@ from detr_fast.ops.attention_atomics import TritonAtomicsAttention
 from detr_fast.ops.attention_call import describe, misfit, signature
 from detr_fast.ops.attention_eager import EagerAttention as EagerAttention
 from detr_fast.ops.attention_eager import Sdpa as Sdpa
-from detr_fast.ops.attention_triton import TritonAttention
+from detr_fast.ops.attention_triton import TritonAttention, kind_of
 
 
 @overload
@@ -155,5 +155,6 @@ ATTENTION = Op(
     describe=describe,
     implementations=(TritonAtomicsAttention(), TritonAttention(), _sdpa, EagerAttention()),
     work=_bytes,
+    kind=kind_of,
     small=_sdpa,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detr_fast.dispatch import NEVER
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall
-from detr_fast.ops.attention_triton import NAMES, TritonAttention, input_bytes, measured_as
+from detr_fast.ops.attention_triton import TritonAttention, input_bytes, measured_as, names_of
 
 MEASURED_DIM = 64  # the largest head dimension that `tune` measures
 
@@ -41,8 +41,8 @@ class TritonAtomicsAttention(TritonAttention):
             return "unmeasured against triton's deterministic backward: run detr-fast tune"
         return regimes.advice(name, call, input_bytes(call), "PyTorch or triton's deterministic backward")
 
-    def least(self, architecture: str | None) -> int:
-        entries = (regimes.find(measured_with_atomics(name), architecture) for name in NAMES)
+    def least(self, architecture: str | None, gradients: bool | None = None, *kind: bool) -> int:
+        entries = (regimes.find(measured_with_atomics(name), architecture) for name in names_of(kind))
         return min((entry.eager_minimum for entry in entries if entry is not None), default=NEVER)
 
     def note(self, call: AttentionCall) -> str | None:

@@ -80,19 +80,19 @@ _fills: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}  # -inf 
 
 def _bias(padding: Tensor, q: Tensor) -> Tensor:
     """What is added to the scores, (B, 1, 1, S): SDPA would make the same of a bool mask, in three launches in place of one."""
-    hidden = padding[:, None, None]
     if followed() or type(padding) is not Tensor:
-        return ~hidden
+        return ~padding[:, None, None]
     device = q.device
     key = computed_dtype(q.dtype, autocast_dtype(q)), device
     if (fills := _fills.get(key)) is None:
         if capturing(device.type):  # they would be the graph's
-            return ~hidden
+            return ~padding[:, None, None]
         with torch.inference_mode(False):
             fills = tuple(torch.full((), x, dtype=key[0], device=device) for x in (-math.inf, 0.0))
         _fills[key] = fills
     infinite, zero = fills
     batch, keys = padding.shape
+    hidden = padding.view(batch, 1, 1, keys)  # in half the time that an index takes
     if keys % _EIGHT == 0:
         return torch.where(hidden, infinite, zero)
     rows = torch.empty((batch, 1, 1, keys + -keys % _EIGHT), dtype=key[0], device=device)[..., :keys]

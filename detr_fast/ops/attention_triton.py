@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.dispatch import TritonImplementation
+from detr_fast.dispatch import NEVER, TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels import attention_backward_atomics as atomics_kernels
@@ -36,8 +36,22 @@ def _name(*present: bool) -> str:
     return "_".join(["attention", *itertools.compress(("masked", "dropout", "wide", "few_queries"), present)])
 
 
+def kind_of(q: Tensor, k: Tensor, v: Tensor, padding: Any, mask: Any, _: bool, dropout_p: float, *rest: Any) -> Any:
+    """Which measurements decide, and whether those with gradients do, as far as that is soon seen."""
+    if q.dtype == torch.float32:  # autocast may change it
+        return ()
+    gradients = q.requires_grad or None if torch.is_grad_enabled() else False
+    wide = max(q.shape[3], v.shape[3]) > NARROW
+    masked = padding is not None or mask is not None
+    return gradients, masked, dropout_p > 0.0, wide, not wide and 4 * q.shape[1] <= k.shape[1]
+
+
 # All of them; of larger heads there are no others for few queries.
 NAMES = tuple(_name(*p) for p in itertools.product((False, True), repeat=4) if not (p[2] and p[3]))
+
+
+def names_of(kind: tuple[bool, ...]) -> tuple[str, ...]:
+    return (_name(*kind),) if kind else NAMES
 
 
 def few_queries(call: AttentionCall) -> bool:
@@ -80,9 +94,9 @@ class TritonAttention(TritonImplementation):
             size += call.batch * call.heads * call.queries * call.keys * call.dtype.itemsize
         return regimes.advice(name, call, size)
 
-    def least(self, architecture: str | None) -> int:
-        known = [n for n in NAMES if "masked" in n or regimes.find(n, architecture) is not None]
-        return min(regimes.least(name, architecture) for name in known)
+    def least(self, architecture: str | None, gradients: bool | None = None, *kind: Any) -> int:
+        known = [n for n in names_of(kind) if "masked" in n or regimes.find(n, architecture) is not None]
+        return min((regimes.least(name, architecture, gradients) for name in known), default=NEVER)
 
     def note(self, call: AttentionCall) -> str | None:
         return regimes.note(measured_as(call), call)

@@ -118,7 +118,7 @@ class TritonLayerNorm(TritonImplementation):
             return None
         return regimes.advice("layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
 
-    def least(self, architecture: str | None) -> int:
+    def least(self, architecture: str | None, *kind: Any) -> int:
         return regimes.least("layer_norm", architecture)
 
     def note(self, call: LayerNormCall) -> str | None:

@@ -84,7 +84,7 @@ class TritonLayer(TritonImplementation):
         size = torch.Size(call.shape).numel() * call.computed_dtype.itemsize
         return regimes.advice(self.op, call, size, "a choice for each part")
 
-    def least(self, architecture: str | None) -> int:
+    def least(self, architecture: str | None, *kind: Any) -> int:
         return regimes.least(self.op, architecture) if self._measured(architecture) else NEVER
 
     def _measured(self, architecture: str | None) -> bool:

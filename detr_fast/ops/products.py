@@ -58,7 +58,7 @@ class TritonProduct(TritonImplementation):
             return f"{call.rows} rows: it takes fewer than 2**31"
         return None
 
-    def least(self, architecture: str | None) -> int:
+    def least(self, architecture: str | None, *kind: Any) -> int:
         return regimes.least(self.op, architecture) if self._measured(architecture) else NEVER
 
     def _measured(self, architecture: str | None) -> bool:

@@ -114,9 +114,9 @@ def find(op: str, architecture: str | None, gradients: bool = True) -> Regime | 
     )
 
 
-def least(op: str, architecture: str | None) -> int:
-    """The size from which `advice` may be for the kernel, run eagerly, with or without gradients."""
-    entries = [find(op, architecture, gradients) for gradients in (True, False)]
+def least(op: str, architecture: str | None, gradients: bool | None = None) -> int:
+    """The size from which `advice` may be for the kernel, run eagerly; gradients: None for with or without."""
+    entries = [find(op, architecture, one) for one in ((True, False) if gradients is None else (gradients,))]
     return min(UNMEASURED_MINIMUM_BYTES if entry is None else entry.eager_minimum for entry in entries)
 
 

@@ -235,11 +235,11 @@ def test_the_feed_forwards_that_trade_time_for_memory_are_never_chosen(on_sm_90)
         assert "by name" in one.advice(None)
 
 
-def calls_on_a_gpu(size):
-    """One of each op that leaves early, of `size` rows, images or both."""
+def calls_on_a_gpu(size, trained):
+    """One of each op that leaves early, of `size` rows, images or both; trained: of tensors that want a gradient."""
 
     def draw(*shape):
-        return torch.empty(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        return torch.empty(shape, device="cuda", dtype=torch.bfloat16, requires_grad=trained)
 
     x, square, row = draw(size, 256), draw(256, 256), draw(256)
     yield LAYER_NORM, (x, (256,), row, row, 1e-5)
@@ -255,8 +255,10 @@ def calls_on_a_gpu(size):
 
 
 @pytest.mark.parametrize("measured", [[], [0, 0, NEVER], [1 << 20, 1 << 24, NEVER], [NEVER, NEVER, 1 << 22]], ids=str)
-@pytest.mark.parametrize("gradients", [True, False])
-def test_what_leaves_before_a_key_is_built_would_have_been_left_to_pytorch_anyway(on_sm_90, measured, gradients):
+@pytest.mark.parametrize(("gradients", "trained"), [(True, True), (True, False), (False, True)])
+def test_what_leaves_before_a_key_is_built_would_have_been_left_to_pytorch_anyway(
+    on_sm_90, measured, gradients, trained
+):
     names = [op.name for op in (LAYER_NORM, ADD_LAYER_NORM, *PRODUCTS.values())]
     names += [
         f"attention{mask}{size}" for mask in ("", "_masked") for size in ("", "_dropout", "_few_queries", "_wide")
@@ -265,16 +267,17 @@ def test_what_leaves_before_a_key_is_built_would_have_been_left_to_pytorch_anywa
     regimes.save(
         [Regime(name, "sm_90", least, 0, "H100") for name, least in minima if least < NEVER or "att" not in name]
     )
-    regimes.save([Regime(regimes.inference("layer_norm"), "sm_90", 1 << 16, 0, "H100")] if measured else [])
+    without = [regimes.inference(name) for name in ("layer_norm", "attention_masked", "attention_dropout")]
+    regimes.save([Regime(name, "sm_90", 1 << 16, 0, "H100") for name in without if measured])
     left = kept = 0
     for rows in (1, 850, 4 * 850, 64 * 850, 512 * 850):
-        for op, arguments in calls_on_a_gpu(rows):
+        for op, arguments in calls_on_a_gpu(rows, trained):
             with torch.set_grad_enabled(gradients):
                 chosen = op._decision(*arguments).implementation
-                early = op.is_small(op._work(*arguments), arguments[0].device)
+                early = op._leaves(arguments)
                 assert not early or chosen is op.choose(*arguments)
                 left, kept = left + early, kept + (not early and chosen.name == "triton")
                 with dispatch.recording(lambda *_: None):  # who wants to know hears why
-                    assert not op.is_small(op._work(*arguments), arguments[0].device)
+                    assert not op._leaves(arguments)
     assert left > 2
     assert kept > 2 or not measured
