@@ -212,7 +212,7 @@ def _by_program(
             return None
     seed, first = reserve(x.device, program.draws) if program.draws else (None, 0)
     if not program.differentiable:
-        outputs = program.outputs_of(seed, first, inputs)
+        _, outputs = program.forward(seed, first, inputs)
     else:
         again = partial(_again, compute, parameters)
         outputs = ProgramNode.apply(program, again, seed, first, len(arguments), *inputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -157,41 +156,36 @@ def addressed(instructions: Sequence[Instruction], addresses: Addresses) -> list
     return found
 
 
-def compiled(instructions: Sequence[Instruction], lasting: set[int]) -> list[Any]:
-    """As `run` reads them."""
-    last: dict[int, int] = {}
+def compiled(
+    instructions: Sequence[Instruction], constants: Sequence[Any], given: Sequence[int], wanted: Sequence[int | None]
+) -> Callable[..., tuple[Any, ...]]:
+    """A Python function that takes the registers `given`, follows the instructions and returns the registers `wanted`.
+
+    Registers become its local variables: a loop over instructions would take the host as long again as what they call.
+    """
+    last = {r: index for index, one in enumerate(instructions) for r in (*one.reads, *one.results)}
+    made = {r for one in instructions for r in one.results}
+    variables = made | set(given)
+    scope: dict[str, Any] = {}
+
+    def operand(register: int | None) -> str:
+        if register is None or register in variables:
+            return "None" if register is None else f"r{register}"
+        value = constants[register]
+        if value is None or type(value) in (int, bool):
+            return repr(value)
+        scope[f"c{register}"] = value
+        return f"c{register}"
+
+    lines = [f"def program({', '.join(map(operand, given))}):"]
     for index, one in enumerate(instructions):
-        last |= dict.fromkeys((*one.reads, *one.results), index)
-    results = {r for one in instructions for r in one.results}
-    dead: dict[int, list[int]] = {}
-    for register, index in last.items():
-        if register in results and register not in lasting:
-            dead.setdefault(index, []).append(register)
-    found: list[Any] = []
-    for index, one in enumerate(instructions):
-        result = one.results if one.several else one.results[0] if one.results else None
-        found.append((one.call, _picker(one.arguments), result, dead.get(index, ())))
-    return found
-
-
-def _picker(registers: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    if len(registers) > 1:
-        return itemgetter(*registers)
-
-    def pick(values: list[Any]) -> tuple[Any, ...]:
-        return tuple(values[register] for register in registers)
-
-    return pick
-
-
-def run(instructions: list[Any], values: list[Any]) -> None:
-    for call, arguments, result, dead in instructions:
-        if result is None:
-            call(*arguments(values))
-        elif type(result) is int:
-            values[result] = call(*arguments(values))
-        else:
-            for register, found in zip(result, call(*arguments(values))):
-                values[register] = found
-        for register in dead:
-            values[register] = None
+        arguments = ", ".join(map(operand, one.arguments))
+        targets = "".join(f"r{r}, " for r in one.results) if one.several else "".join(f"r{r}" for r in one.results)
+        scope[f"f{index}"] = one.call
+        call = f"{arguments}.data_ptr()" if one.call is Tensor.data_ptr else f"f{index}({arguments})"
+        lines.append(f"{targets} = {call}" if targets else call)
+        dead = [r for r in {*one.reads, *one.results} if last[r] == index and r in made and r not in wanted]
+        lines += [f"r{r} = None" for r in dead]
+    lines.append(f"return ({''.join(operand(r) + ', ' for r in wanted)})")
+    exec("\n    ".join(lines), scope)
+    return scope["program"]  # type: ignore[no-any-return]

@@ -30,7 +30,6 @@ from detr_fast.ops.host_passes import (
     in_one_piece,
     needed,
     read,
-    run,
     taken_again,
     without_views,
 )
@@ -81,7 +80,6 @@ class HostProgram:
         self.inputs, self.outputs = inputs, list(map(recorder.find, outputs))
         self.strides = [torch.empty_like(y, device="meta").stride() for y in outputs]  # of the gradients that it takes
         self._launches = any(STREAM in one.arguments for one in recorder.instructions)
-        self._constants, self._offsets = recorder.constants, recorder.offsets
         forward, *behind = [recorder.instructions[:ahead], *(b.instructions for b in backwards.values())]
         views = {r: one for one in forward if one.view for r in one.results}
         made = {r for one in forward for r in one.results}
@@ -99,17 +97,20 @@ class HostProgram:
         self.differentiable = bool(backwards)
         forward = needed(forward, {*self.outputs, *(saved if backwards else ())})
         sections = [forward, *behind]
-        same = without_views(sections, self._constants, fixed)
+        same = without_views(sections, recorder.constants, fixed)
         saved, fixed = ({same.get(r, r) for r in registers} for registers in (saved, fixed))
         self.outputs = [same.get(r, r) for r in self.outputs]
         self.saved = sorted(self._in_pieces(sections, saved, fixed, recorder))  # registers that are kept for backward
-        lasting = {*self.outputs, *(self.saved if backwards else ())}
-        self._forward = compiled(addressed(forward, recorder.addresses), lasting)
-        self._backwards: dict[Any, Backward] = {}
+        self._steps = [steps for _, steps in recorder.offsets]
+        ahead_of_inputs = [STREAM, *(register for register, _ in recorder.offsets)]
+        given_to = [*ahead_of_inputs, SEED, *range(FIRST_INPUT, FIRST_INPUT + inputs)]
+        kept = self.saved if backwards else []
+        self._forward = self._compiled(forward, recorder, given_to, [*kept, *self.outputs])
+        self._backwards: dict[Any, Callable[..., tuple[Any, ...]]] = {}
         for (pattern, backward), instructions in zip(backwards.items(), behind):
             results = tuple(None if r is None else same.get(r, r) for r in backward.gradients)
-            found = compiled(addressed(instructions, recorder.addresses), {r for r in results if r is not None})
-            self._backwards[pattern] = backward._replace(instructions=found, gradients=results)
+            given_to = [*ahead_of_inputs, *self.saved, *(r for r in backward.arriving if r is not None)]
+            self._backwards[pattern] = self._compiled(instructions, recorder, given_to, results)
 
     def _in_pieces(
         self, sections: list[list[Instruction]], saved: set[int], fixed: set[int], recorder: Recorder
@@ -119,46 +120,41 @@ class HostProgram:
         alone = {one.results[0] for section in sections for one in section if one.allocation} - read - fixed
         kept = alone & saved
         for section, registers in ((sections[0], kept), *((section, alone - kept) for section in sections)):
-            self._constants.append(None)
-            new = len(self._constants) - 1
+            recorder.constants.append(None)
+            new = len(recorder.constants) - 1
             if in_one_piece(section, sections, registers, new, recorder.addresses) and registers is kept:
                 saved = saved - kept | {new}
         return saved
 
-    def _registers(self, offset: int) -> list[Any]:
-        values = self._constants.copy()
-        values[STREAM] = launch.current_stream() if self._launches else None
-        for register, steps in self._offsets:
-            values[register] = offset + steps
-        return values
+    def _compiled(
+        self, instructions: list[Instruction], recorder: Recorder, given: list[int], wanted: Sequence[int | None]
+    ) -> Callable[..., tuple[Any, ...]]:
+        return compiled(addressed(instructions, recorder.addresses), recorder.constants, given, wanted)
 
-    def forward(self, seed: Tensor | None, offset: int, inputs: Sequence[Any]) -> list[Any]:
-        """The registers afterwards."""
-        values = self._registers(offset)
-        values[SEED] = seed
-        values[FIRST_INPUT : FIRST_INPUT + self.inputs] = inputs
+    def forward(
+        self, seed: Tensor | None, offset: int, inputs: Sequence[Tensor | None]
+    ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """What is kept for backward, in the order of `saved`, and the outputs."""
         with boundary.below_autograd():
-            run(self._forward, values)
-        return values
+            found = self._forward(*self._ahead(offset), seed, *inputs)
+        return found[: -len(self.outputs)], found[-len(self.outputs) :]
 
-    def outputs_of(self, seed: Tensor | None, offset: int, inputs: Sequence[Any]) -> list[Tensor]:
-        """The forward alone."""
-        values = self.forward(seed, offset, inputs)
-        return [values[r] for r in self.outputs]
-
-    def backward(self, offset: int, saved: Sequence[Tensor], arriving: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of the inputs, of the registers that were `saved` and what arrives for each output."""
+    def backward(
+        self, offset: int, saved: Sequence[Tensor], arriving: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, of what was kept and what arrives for each output."""
         backward = self._backwards[tuple(dy is not None for dy in arriving)]
-        values = self._registers(offset)
-        for register, tensor in zip(self.saved, saved):
-            values[register] = tensor
         with boundary.below_autograd():
-            for place, dy, strides in zip(backward.arriving, arriving, self.strides):
-                if place is not None and dy is not None:
+            found = []
+            for dy, strides in zip(arriving, self.strides):
+                if dy is not None:
                     fits = dy.stride() == strides and dy.data_ptr() % ALIGNED == 0
-                    values[place] = dy if fits else dy.new_empty_strided(dy.shape, strides).copy_(dy)
-            run(backward.instructions, values)
-        return [None if r is None else values[r] for r in backward.gradients]
+                    found.append(dy if fits else dy.new_empty_strided(dy.shape, strides).copy_(dy))
+            return backward(*self._ahead(offset), *saved, *found)
+
+    def _ahead(self, offset: int) -> list[int | None]:
+        """The stream, and the seed's offsets."""
+        return [launch.current_stream() if self._launches else None, *[offset + steps for steps in self._steps]]
 
 
 _lock = threading.Lock()
@@ -242,11 +238,11 @@ class ProgramNode(torch.autograd.Function):
     def forward(
         ctx: Any, program: HostProgram, again: Any, seed: Tensor | None, offset: int, count: int, *inputs: Tensor | None
     ) -> Any:
-        values = program.forward(seed, offset, inputs)
-        ctx.save_for_backward(*[values[r] for r in program.saved])
+        kept, outputs = program.forward(seed, offset, inputs)
+        ctx.save_for_backward(*kept)
         ctx.program, ctx.again, ctx.offset, ctx.parameters = program, again, offset, inputs[count:]
         ctx.set_materialize_grads(False)
-        return tuple(values[r] for r in program.outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> Any:
