@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch.nn import Module
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def is_bare(part: Module) -> bool:
     """Whether its class's forward on the parameters that lie in it is all that a call of it does.
@@ -17,8 +19,7 @@ def is_bare(part: Module) -> bool:
 
 def has_hooks(module: Module) -> bool:
     """Whether hooks of its own are to see its calls or their gradients."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def is_sharded(module: Module) -> bool:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from detr_fast import dispatch
 from detr_fast.kernels import launch
-from detr_fast.nn.bare import is_bare
+from detr_fast.kernels.rows import MAX_PLANS
+from detr_fast.nn.bare import HOOKS, is_bare
 from detr_fast.nn.blocks import activation_name
 from detr_fast.nn.fusion import following_norm, leave_ahead, norms_ahead, take_ahead, taken_ahead
 from detr_fast.nn.memory import Projected, given_share, share_of
@@ -58,65 +61,139 @@ def whole(
     assert x is not None
     if torch.compiler.is_compiling() or op.is_small(x.nbytes, x.device):
         return function(*tensors, *settings)
-    contents = _contents(layer)
-    if contents is None or op.kernel(x, contents.hidden, layer.training) is None:
+    contents = _contents(layer, op)
+    if contents is None:
         return function(*tensors, *settings)
-    if _unseen(x):
-        found = _by_program(op, layer, function, tensors, settings, memory, contents)
-        if found is not None:
-            return found
+    call = _call_of(layer, function, tensors, settings, memory, contents) if _unseen(x) else None
+    if call is not None and (program := contents.program(call)) is not None:  # where there is one, the choice was made
+        return _run(program, call)
+    if op.kernel(x, contents.hidden, layer.training) is None:
+        return function(*tensors, *settings)
+    if call is not None and (program := _program(op, call)) is not None:
+        return _run(program, call)
     with layer_regime():
         return function(*tensors, *settings)
 
 
-class _Contents(NamedTuple):
-    """What a layer computes from: parameters, and all else that its parts read of themselves."""
+class _Contents:
+    """What a layer computes from: parameters, and all else that its parts read of themselves.
 
-    parameters: list[Tensor | None]
-    settings: list[Any]
-    hidden: int
-    drops: bool
+    Read once; `hold` says whether all of that is still what it was.
+    """
+
+    def __init__(self, op: LayerOp) -> None:
+        self.parameters: list[Tensor | None] = []
+        self.settings: list[Any] = []
+        self.hidden = 0
+        self.drops = False
+        self._programs: dict[Any, HostProgram] = {}
+        self._state: list[Any] = []
+        self._op, self._generation = op, op.generation
+        self._parts: list[nn.Module] = []
+        self._kinds: list[type] = []
+        self._places: list[tuple[dict[str, Any], str]] = []  # of what may have become another object
+        self._hooks: list[tuple[dict[str, Any], str]] = []
+        self._found: list[Any] = []
+
+    def watch(self, part: Any, *names: str, drop: str | None = None) -> None:
+        """Take a part's parameters and these settings of its, and dropout's probability under the name `drop`."""
+        state = part.__dict__
+        self._parts.append(part)
+        self.parameters += part._parameters.values()
+        self.settings += [state[name] for name in names]
+        if drop is not None:
+            p = state[drop] if state["training"] else 0.0
+            self.settings.append(p)
+            self.drops = self.drops or p > 0.0
+            names = (*names, drop)
+        self._hooks += [(state, name) for name in HOOKS]
+        self.keep(state, part, *names)
+
+    def keep(self, state: dict[str, Any], part: nn.Module, *names: str) -> None:
+        """Remember what is found in a part's state."""
+        self._places += [(state, name) for name in ("training", "forward", "_modules", "_parameters", *names)]
+        self._places += [(children, name) for children in (part._modules, part._parameters) for name in children]
+
+    def close(self) -> _Contents:
+        self._kinds = list(map(type, self._parts))
+        self._found = [state.get(name) for state, name in self._places]
+        return self
+
+    def hold(self, layer: nn.Module) -> bool:
+        return (
+            self._generation is self._op.generation
+            and type(layer) is self.settings[0]
+            and all(map(is_, self._found, [state.get(name) for state, name in self._places]))
+            and list(map(type, self._parts)) == self._kinds
+            and not any([state[name] for state, name in self._hooks])
+        )
+
+    def program(self, call: _Call) -> HostProgram | None:
+        """That of such a call before, on parameters that look like these."""
+        state = [None if p is None else _look(p) for p in self.parameters]
+        if state != self._state:
+            self._state = state
+            self._programs.clear()
+        return self._programs.get(call.key)
+
+    def remember(self, call: _Call, program: HostProgram) -> None:
+        if len(self._programs) >= MAX_PLANS:
+            self._programs.clear()
+        self._programs[call.key] = program
 
 
-def _contents(layer: nn.Module) -> _Contents | None:
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.get_device(), tensor.shape, tensor.stride()
+
+
+_known: WeakKeyDictionary[nn.Module, _Contents] = WeakKeyDictionary()
+
+
+def _contents(layer: nn.Module, op: LayerOp) -> _Contents | None:
     """None where a part is not what is expected, or may not be taken apart."""
-    own = layer.__dict__
-    settings: list[Any] = [type(layer), *map(own.get, ("training", "norm_first", "normalize_before", "pre_norm"))]
+    found = _known.get(layer)
+    if found is not None and found.hold(layer):
+        return found
+    found = _read(layer, op)
+    if found is not None:
+        _known[layer] = found
+    return found
+
+
+def _read(layer: nn.Module, op: LayerOp) -> _Contents | None:
+    found, own = _Contents(op), layer.__dict__
+    switches = ("training", "norm_first", "normalize_before", "pre_norm")
+    found.settings = [type(layer), *map(own.get, switches)]
+    found.keep(own, layer, *switches, "activation")
     if (activation := own.get("activation")) is not None:
-        if (name := activation_name(activation)) is None:
+        if (known := activation_name(activation)) is None:
             return None
-        settings.append(name)
-    parameters: list[Tensor | None] = []
-    drops, hidden = False, 0
+        found.settings.append(known)
     part: Any
     for name, part in layer._modules.items():
         kind = type(part)
         if part is None or not is_bare(part):
             return None
-        state = part.__dict__
         if kind is nn.Dropout:
-            p = state["p"] if state["training"] else 0.0
-            settings.append(p)
-            drops = drops or p > 0.0
-            continue
-        parameters += part._parameters.values()
-        if kind in _NORMS:
-            settings.append(state["eps"])
+            found.watch(part, drop="p")
+        elif kind in _NORMS:
+            found.watch(part, "eps")
         elif kind is MultiheadAttention:
             projection = part._modules["out_proj"]
             if type(projection) not in _LINEARS or not is_bare(projection):
                 return None
-            parameters += projection._parameters.values()
-            p = state["dropout"] if state["training"] else 0.0
-            settings += (p, state["num_heads"], state["batch_first"], state["add_zero_attn"])
-            drops = drops or p > 0.0
+            found.watch(part, "num_heads", "batch_first", "add_zero_attn", drop="dropout")
+            found.watch(projection)
         elif kind in _LINEARS:
-            hidden = part.out_features if name == "linear1" else hidden
-        elif (activated := activation_name(part)) is not None:
-            settings.append(activated)
+            found.watch(part)
+            found.hidden = part.out_features if name == "linear1" else found.hidden
+        elif (known := activation_name(part)) is not None:
+            found.watch(part)
+            found.keep(part.__dict__, part, "approximate")
+            found.settings.append(known)
         else:
             return None
-    return _Contents(parameters, settings, hidden, drops)
+    return found.close()
 
 
 def _unseen(x: Tensor) -> bool:
@@ -160,92 +237,105 @@ class _Computation:
             return [y] if self.norm is None else [y, take_ahead()]
 
 
-def _by_program(
-    op: LayerOp,
+class _Call(NamedTuple):
+    """A layer's call: what computes it of which tensors, and what a program of it depends on besides the layer's contents."""
+
+    compute: _Computation
+    arguments: list[Tensor | None]
+    parameters: list[Tensor | None]
+    key: tuple[Any, ...]
+    drops: bool
+    contents: _Contents
+
+
+def _call_of(
     layer: nn.Module,
     function: Callable[..., Tensor],
     tensors: Sequence[Tensor | None],
     settings: tuple[Any, ...],
     memory: Memory | None,
     contents: _Contents,
-) -> Tensor | None:
-    x = tensors[0]
-    assert x is not None
+) -> _Call | None:
+    """None where no program can be of such tensors."""
+    x: Any = tensors[0]
     parameters = contents.parameters
     normed, norm = taken_ahead(layer._modules["norm1"], x), following_norm(layer)
+    arguments = [*tensors, normed]
+    following: list[Tensor | None] = []
     if norm is not None:
         if type(norm) not in _NORMS:
             return None
-        parameters += norm._parameters.values()
-    share, packs = None, []
+        following = [*norm._parameters.values()]
+        parameters = parameters + following
+    attention = share = None
     if memory is not None:
         with layer_regime():
             share = share_of(*memory)
-    if share is not None and memory is not None:
-        packs = share.packs
-        unread = (memory[0].in_proj_weight, memory[0].in_proj_bias)  # the share has what remains of them
-        parameters = [None if p is not None and any(p is one for one in unread) else p for p in parameters]
-    arguments = [*tensors, normed, *(() if share is None else (share.weight, share.bias, *packs))]
-    inputs = [*arguments, *parameters]
-    known = signature_of(inputs, x.get_device())
+        if share is not None:
+            attention = memory[0]
+            arguments += [share.weight, share.bias, *share.packs]
+            unread = (attention.in_proj_weight, attention.in_proj_bias)  # the share has what remains of them
+            parameters = [None if p is not None and any(p is one for one in unread) else p for p in parameters]
+    known = signature_of([*arguments, *following], x.get_device())
     if known is None:
         return None
     kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    state = (
+    key = (
+        *known,
+        settings,
+        None if norm is None else norm.eps,
+        share is not None,
+        len(arguments),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        autocast,
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        (exact_fp32(), tf32()) if x.dtype == torch.float32 else None,
+        frozenset(dispatch._requested.items()),
     )
-    precision = (exact_fp32(), tf32()) if x.dtype == torch.float32 else None
-    requests = frozenset(dispatch._requested.items())
-    beside = (norm is not None and norm.eps, len(arguments), len(packs), contents.drops, precision, requests)
-    key = (*known, *contents.settings, *settings, *beside, *state)
-
-    attention = None if share is None or memory is None else memory[0]
     compute = _Computation(layer, norm, function, settings, len(tensors), attention)
-    program = op.programs.get(key)
-    if not isinstance(program, HostProgram):
-        program = _recorded(op, key, compute, arguments, parameters, contents.drops, x.device)
-        if program is None:
-            return None
+    return _Call(compute, arguments, parameters, key, contents.drops, contents)
+
+
+def _run(program: HostProgram, call: _Call) -> Tensor:
+    x: Any = call.arguments[0]
     seed, first = reserve(x.device, program.draws) if program.draws else (None, 0)
+    inputs = [*call.arguments, *call.parameters]
     if not program.differentiable:
         _, outputs = program.forward(seed, first, inputs)
     else:
-        again = partial(_again, compute, parameters)
-        outputs = ProgramNode.apply(program, again, seed, first, len(arguments), *inputs)
+        again = partial(_again, call.compute, call.parameters)
+        outputs = ProgramNode.apply(program, again, seed, first, len(call.arguments), *inputs)
+    norm = call.compute.norm
     if norm is not None:
         leave_ahead(outputs[0], norm, outputs[1])
-    elif normed is not None:
+    elif call.arguments[call.compute.own] is not None:
         take_ahead()
     return outputs[0]
 
 
-def _recorded(
-    op: LayerOp,
-    key: Any,
-    compute: _Computation,
-    arguments: list[Tensor | None],
-    parameters: list[Tensor | None],
-    drops: bool,
-    device: torch.device,
-) -> HostProgram | None:
+def _program(op: LayerOp, call: _Call) -> HostProgram | None:
     """The program of a layer that is seen again (a stack's second, say); None where there is none, or not yet."""
-    if op.programs.get(key, False) is False:  # to record takes longer than to run: not what is seen once
+    x: Any = call.arguments[0]
+    looks = signature_of(call.parameters, x.get_device())
+    if looks is None:
+        return None
+    key = (call.key, *call.contents.settings, *looks)
+    program = op.programs.get(key, False)
+    if program is False:  # to record takes longer than to run: not what is seen once
         op.keep(key, None)
         return None
-    if isinstance(op.programs[key], str) or any(p is not None and p._backward_hooks for p in parameters):
-        return None
-    try:
-        with layer_regime():
-            program = record(compute, arguments, parameters, reserve(device, 0)[0] if drops else None)
-    except Unrepeatable as error:
-        op.keep(key, str(error))
-        return None
-    if program is not None:
+    if program is None and not any(p is not None and p._backward_hooks for p in call.parameters):
+        seed = reserve(x.device, 0)[0] if call.drops else None
+        try:
+            with layer_regime():
+                program = record(call.compute, call.arguments, call.parameters, seed)
+        except Unrepeatable as error:
+            program = str(error)
         op.keep(key, program)
+    if not isinstance(program, HostProgram):
+        return None
+    call.contents.remember(call, program)
     return program
 
 

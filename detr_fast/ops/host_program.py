@@ -39,20 +39,17 @@ ALIGNED = 16  # bytes: what kernels move at once
 
 
 def signature_of(tensors: Sequence[Tensor | None], device: int) -> list[Any] | None:
-    """What launches depend on, of tensors on that device; None where one is more than memory, or two start in one place."""
+    """What launches depend on, of tensors on that device; None where one is more than memory."""
     plain = boundary.is_memory
     found: list[Any] = []
-    starts = []
     for t in tensors:
         if t is None:
             found.append(None)
         elif plain(t) and t.get_device() == device:
-            start = t.data_ptr()
-            starts.append(start)
-            found.append((t.shape, t.stride(), t.dtype, t.requires_grad, start % ALIGNED))
+            found.append((t.shape, t.stride(), t.dtype, t.requires_grad, t.data_ptr() % ALIGNED))
         else:
             return None
-    return found if len(set(starts)) == len(starts) else None
+    return found
 
 
 class Backward(NamedTuple):
@@ -166,10 +163,15 @@ def record(
     parameters: Sequence[Tensor | None],
     seed: Tensor | None,
 ) -> HostProgram | None:
-    """The program of `function(*arguments)`, which reads `parameters` besides, and of its backward; None while another is made.
+    """The program of `function(*arguments)`, which reads `parameters` besides, and of its backward.
+
+    None while another is made, and where two of the tensors start in one place, so that nothing tells them apart.
 
     arguments: any tensors; parameters: leaves. Runs forward and backward once, on these tensors. Raises Unrepeatable.
     """
+    starts = [t.data_ptr() for t in (*arguments, *parameters) if t is not None]
+    if len(set(starts)) < len(starts):
+        return None
     if not _lock.acquire(blocking=False):  # to wait could be for ever: the other may need this thread for its backward
         return None
     try:

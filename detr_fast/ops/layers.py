@@ -115,10 +115,12 @@ class LayerOp(Op):
         parts = (TritonLayer(name), LayerParts())
         super().__init__(name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of)
         self.programs: OrderedDict[Any, HostProgram | str | None] = OrderedDict()
+        self.generation = object()  # another one when programs are forgotten
 
     def forget(self) -> None:
         super().forget()
         self.programs.clear()
+        self.generation = object()
 
     def keep(self, key: Any, program: HostProgram | str | None) -> None:
         while len(self.programs) >= MAX_PROGRAMS:
