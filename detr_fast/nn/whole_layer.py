@@ -111,7 +111,7 @@ class _Contents:
 
     def keep(self, state: dict[str, Any], part: nn.Module, *names: str) -> None:
         """Remember what is found in a part's state."""
-        self._places += [(state, name) for name in ("training", "forward", "_modules", "_parameters", *names)]
+        self._places += [(state, name) for name in ("training", "forward", *names)]
         self._places += [(children, name) for children in (part._modules, part._parameters) for name in children]
 
     def close(self) -> _Contents:
@@ -125,7 +125,7 @@ class _Contents:
             and type(layer) is self.settings[0]
             and all(map(is_, self._found, [state.get(name) for state, name in self._places]))
             and list(map(type, self._parts)) == self._kinds
-            and not any([state[name] for state, name in self._hooks])
+            and not any(state[name] for state, name in self._hooks)
         )
 
     def program(self, call: _Call) -> HostProgram | None:
