@@ -244,6 +244,7 @@ class _Call(NamedTuple):
     arguments: list[Tensor | None]
     parameters: list[Tensor | None]
     key: tuple[Any, ...]
+    autocast: torch.dtype | None
     drops: bool
     contents: _Contents
 
@@ -280,6 +281,7 @@ def _call_of(
     if known is None:
         return None
     kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     key = (
         *known,
         settings,
@@ -289,12 +291,12 @@ def _call_of(
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        autocast,
         (exact_fp32(), tf32()) if x.dtype == torch.float32 else None,
         frozenset(dispatch._requested.items()),
     )
     compute = _Computation(layer, norm, function, settings, len(tensors), attention)
-    return _Call(compute, arguments, parameters, key, contents.drops, contents)
+    return _Call(compute, arguments, parameters, key, autocast, contents.drops, contents)
 
 
 def _run(program: HostProgram, call: _Call) -> Tensor:
@@ -304,7 +306,7 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
     if not program.differentiable:
         _, outputs = program.forward(seed, first, inputs)
     else:
-        again = partial(_again, call.compute, call.parameters)
+        again = partial(_again, call.compute, x.device.type, call.autocast)
         outputs = ProgramNode.apply(program, again, seed, first, len(call.arguments), *inputs)
     norm = call.compute.norm
     if norm is not None:
@@ -349,17 +351,25 @@ class _Both(nn.Module):
     def forward(self, *arguments: Tensor | None) -> list[Tensor]:
         return self.compute(*arguments)
 
+    def names(self) -> list[str]:
+        """Of all parameters, those that are None among them, in the order of a call's."""
+        found = []
+        for name, part in self.layer._modules.items():
+            assert part is not None
+            found += [f"layer.{name}.{one}" for one in part._parameters]
+            if (projection := part._modules.get("out_proj")) is not None:
+                found += [f"layer.{name}.out_proj.{one}" for one in projection._parameters]
+        return found if self.norm is None else found + [f"norm.{one}" for one in self.norm._parameters]
+
 
 def _again(
-    compute: _Computation,
-    parameters: list[Tensor | None],
-    seed: Tensor | None,
-    offset: int,
-    *inputs: Tensor | None,
+    compute: _Computation, kind: str, autocast: torch.dtype | None, seed: Tensor | None, offset: int, *inputs: Any
 ) -> list[Tensor]:
     """The layer's outputs by its parts, with other tensors as its parameters and the dropout of before."""
-    both, count = _Both(compute), len(inputs) - len(parameters)
-    places = {id(p): given for p, given in zip(parameters, inputs[count:]) if p is not None and given is not None}
-    others = {name: places[id(p)] for name, p in both.named_parameters() if id(p) in places}
-    with layer_regime(), given_seed(seed, offset):
+    both = _Both(compute)
+    names = both.names()
+    count = len(inputs) - len(names)
+    others = {name: one for name, one in zip(names, inputs[count:]) if one is not None}
+    casting = torch.autocast(kind, autocast, enabled=autocast is not None)
+    with layer_regime(), given_seed(seed, offset), casting:
         return list(torch.func.functional_call(both, others, inputs[:count]))

@@ -167,7 +167,7 @@ def record(
 
     None while another is made, and where two of the tensors start in one place, so that nothing tells them apart.
 
-    arguments: any tensors; parameters: leaves. Runs forward and backward once, on these tensors. Raises Unrepeatable.
+    arguments: any tensors; parameters: also of a graph, which is not walked. Runs forward and backward once, on these tensors. Raises Unrepeatable.
     """
     starts = [t.data_ptr() for t in (*arguments, *parameters) if t is not None]
     if len(set(starts)) < len(starts):

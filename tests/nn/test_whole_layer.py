@@ -34,17 +34,18 @@ def inputs_of(name, width=16):
     return inputs, {"memory_key_padding_mask" if name == "Decoder" else "src_key_padding_mask": PADDING}
 
 
-def step(module, inputs, masks, seed=3):
+def step(module, inputs, masks, seed=3, autocast=False):
     torch.manual_seed(seed)
-    y = module(*inputs, **masks)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = module(*inputs, **masks)
     dy = torch.linspace(-1, 1, y.numel()).view_as(y)
     return [y, *torch.autograd.grad(y, [*inputs, *module.parameters()], dy)], y.grad_fn.name()
 
 
-def assert_program_is_its_parts(module, inputs, masks):
+def assert_program_is_its_parts(module, inputs, masks, **settings):
     with use_backend("triton"):
-        expected, first = step(module, inputs, masks)  # seen for the first time: its parts
-        found, name = step(module, inputs, masks)
+        expected, first = step(module, inputs, masks, **settings)  # seen for the first time: its parts
+        found, name = step(module, inputs, masks, **settings)
     assert first != "ProgramNodeBackward"
     assert name == "ProgramNodeBackward"
     assert all(map(torch.equal, found, expected))
@@ -55,15 +56,17 @@ def assert_program_is_its_parts(module, inputs, masks):
     ("name", "options"),
     [
         ("Encoder", {"norm_first": True, "activation": "gelu", "bias": False}),
+        ("Encoder", {"autocast": True}),
         ("Decoder", {"batch_first": False}),
     ],
     ids=str,
 )
 def test_a_layer_is_one_node_and_gives_what_its_parts_give_to_the_bit(name, options):
-    inputs, masks = inputs_of(name)
+    options, (inputs, masks) = dict(options), inputs_of(name)
+    autocast = options.pop("autocast", False)
     if not options.get("batch_first", True):
         inputs = [x.detach().transpose(0, 1).contiguous().requires_grad_() for x in inputs]
-    assert_program_is_its_parts(made(name, **options), inputs, masks)
+    assert_program_is_its_parts(made(name, **options), inputs, masks, autocast=autocast)
 
 
 @interpreter
