@@ -180,11 +180,29 @@ def _bytes_before(tensor: Tensor) -> int:
     return int(tensor.storage_offset()) * tensor.itemsize
 
 
+_aten = torch.ops.aten
+_BINDINGS: dict[
+    Any, Callable[..., Any]
+] = {  # of operations that take all arguments by place, or `dtype` and the like by name
+    _aten.mm.default: torch.mm,
+    _aten.addmm.default: torch.addmm,
+    _aten.addmm_.default: Tensor.addmm_,
+    _aten.t.default: torch.t,
+    _aten.transpose.int: torch.transpose,
+    _aten.select.int: torch.select,
+    _aten.unbind.int: torch.unbind,
+    _aten.split.Tensor: torch._C._VariableFunctions.split,  # torch.split is Python
+    _aten.split_with_sizes.default: torch.split_with_sizes,
+    _aten.sum.dim_IntList: torch.sum,
+    _aten.add.Tensor: torch.add,
+    _aten.empty.memory_format: torch.empty,
+}
+
+
 def _positional(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """The operation as Python's fastest binding of it, and its arguments, those by name and in lists among them."""
+    """The operation, by a binding that Python calls faster, and its arguments, those by name and in lists among them."""
     leaves, spec = tree_flatten((args, kwargs))
-    name = func._schema.name.split("::")[1]
-    binding = getattr(torch._C._VariableFunctions, name, None) or getattr(Tensor, name, None) or func
+    binding = _BINDINGS.get(func, func)
     nested = [a for a in (*kwargs.values(), *args) if isinstance(a, (list, tuple))]
     if any(isinstance(t, Tensor) for t in (*kwargs.values(), *tree_flatten(nested)[0])):
 
