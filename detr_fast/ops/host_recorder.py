@@ -191,7 +191,7 @@ _BINDINGS: dict[
     _aten.transpose.int: torch.transpose,
     _aten.select.int: torch.select,
     _aten.unbind.int: torch.unbind,
-    _aten.split.Tensor: torch._C._VariableFunctions.split,  # torch.split is Python
+    _aten.split.Tensor: getattr(torch._C._VariableFunctions, "split"),  # noqa: B009 (torch.split is Python, and mypy knows no other)
     _aten.split_with_sizes.default: torch.split_with_sizes,
     _aten.sum.dim_IntList: torch.sum,
     _aten.add.Tensor: torch.add,
