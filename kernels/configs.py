@@ -50,8 +50,9 @@ LAYER_NORM_FORWARD = {
 # The backward sums the weight's and the bias's gradient in registers over its loop, and adds up its warps' sums once, at the
 # end, through shared memory: of two warps, not more. On an H200, 425 programs of one tile (8, 256) take 6.6 us with two warps,
 # 13.6 with four and 22.5 with eight. 32 elements a lane take 18.5 instructions an element at C = 256, 16 take 19.3.
-# `programs` is for many rows, see `rows.persistent_programs`: (524,288, 256) in bf16 takes 205 us with 8, where copying as
-# many bytes takes 196, and 292 with 4; (32,768, 1024) takes 56 with 4, copying 53.
+# `programs` is for many rows, see `rows.persistent_programs`; more than registers allow at once cost up to a quarter. On an
+# H200 in bf16, (524,288, 256) takes 205 to 211 us, where copying as many bytes takes 191 to 196, (131,072, 512) 102 (98),
+# (32,768, 1024) 56 (50 to 53), (32,768, 2048) 115 (98), (16,384, 4096) 128 (98) and (8,192, 8192) 146 (98).
 LAYER_NORM_BACKWARD = {
     16: RowConfig(rows=64, num_warps=2, programs=8),
     32: RowConfig(rows=64, num_warps=2, programs=8),
@@ -60,14 +61,15 @@ LAYER_NORM_BACKWARD = {
     256: RowConfig(rows=8, num_warps=2, programs=8),
     512: RowConfig(rows=4, num_warps=2, programs=8),
     1024: RowConfig(rows=4, num_warps=4, programs=4),
-    2048: RowConfig(rows=2, num_warps=4, programs=4),
-    4096: RowConfig(rows=1, num_warps=4, programs=4),
+    2048: RowConfig(rows=2, num_warps=4, programs=3),
+    4096: RowConfig(rows=1, num_warps=4, programs=2),
     8192: RowConfig(rows=1, num_warps=8, programs=2),
 }
 
-# 16 elements a lane where LayerNorm's backward takes 32: x, the residual and dropout's mask live beside the gradients, and
-# 32 spill in fp32. On an H200 (524,288, 256) in bf16 takes 259 us, as copying as many bytes, and 355 with dropout, whose 36
-# instructions an element bind; (32,768, 1024) takes 69, copying 69.
+# 16 elements a lane: x, the residual and dropout's mask live beside the gradients, and 32 spill in fp32. LayerNorm's own
+# backward takes these, too, where fp32 or masks of columns need registers. On an H200 in bf16, (524,288, 256) takes 258 us
+# (copying as many bytes 259), with dropout 355 to 378 (326), (131,072, 512) 139 (129), (32,768, 1024) 69 (65 to 69),
+# (32,768, 2048) 141 (129), (16,384, 4096) 147 (129) and (8,192, 8192) 160 (129).
 ADD_LAYER_NORM_BACKWARD = {
     16: RowConfig(rows=32, num_warps=2, programs=8),
     32: RowConfig(rows=32, num_warps=2, programs=8),
@@ -78,7 +80,7 @@ ADD_LAYER_NORM_BACKWARD = {
     1024: RowConfig(rows=2, num_warps=4, programs=6),
     2048: RowConfig(rows=1, num_warps=4, programs=4),
     4096: RowConfig(rows=1, num_warps=8, programs=2),
-    8192: RowConfig(rows=1, num_warps=16, programs=1),
+    8192: RowConfig(rows=1, num_warps=16, programs=2),
 }
 
 # 16 elements a lane: an H200 copies 109 MB in 58.8 µs, scales and shifts them so in 58.7, and in 62.5 with 32 a lane.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import wide_rows
-from .configs import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD
+from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, RowConfig
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
 from .rows import (
@@ -251,7 +251,9 @@ def _plan_backward(
     vector = run_length(min(x_dtype.itemsize, dy_dtype.itemsize), strides[0] | strides[1] | columns, offset)
     variant = backward_variant(columns, *dtypes, *wanted, vector)
     tiles = -(-rows // variant.constants["ROWS"])
-    programs = persistent_programs(tiles, multiprocessors(device), LAYER_NORM_BACKWARD[block_of(columns)].programs)
+    programs = persistent_programs(
+        tiles, multiprocessors(device), backward_config(columns, dy_dtype, x_dtype, vector).programs
+    )
     return Plan(variant, (programs,), (*strides, rows, columns))
 
 
@@ -303,6 +305,13 @@ def forward_variant(
     return Variant(layer_norm_forward_kernel, types, row_constants(columns, config, vector), config.num_warps)
 
 
+def backward_config(columns: int, dy_dtype: torch.dtype, x_dtype: torch.dtype, vector: int) -> RowConfig:
+    """How the backward lies on the machine."""
+    block = block_of(columns)
+    crowded = vector > 1 and (columns < block or max(dy_dtype.itemsize, x_dtype.itemsize) > 2)
+    return (ADD_LAYER_NORM_BACKWARD if crowded else LAYER_NORM_BACKWARD)[block]
+
+
 @cache
 def backward_variant(
     columns: int,
@@ -315,7 +324,7 @@ def backward_variant(
     vector: int,
 ) -> Variant:
     """The program that takes all gradients in one pass over dy and x."""
-    config = LAYER_NORM_BACKWARD[block_of(columns)]
+    config = backward_config(columns, dy_dtype, x_dtype, vector)
     fp32 = torch.float32
     tensors = (dy_dtype, x_dtype, weight_dtype, fp32, fp32, x_dtype if with_dx else None)
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
@@ -327,7 +336,7 @@ def backward_variant(
 
 def catalog_entries() -> Iterator[Entry]:
     fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
-    ahead, narrow, wide = Budget(144, 64, 88, 64), Budget(144, 1024, 160, 2048), Budget(255, 8192, 168, 16384)
+    ahead, narrow, wide = Budget(144, 64, 88, 64), Budget(144, 1024, 160, 2048), Budget(144, 4096, 112, 8192)
     # columns, x's dtype, the parameters' dtype, y's dtype, whether all is aligned, budgets
     rows = (
         (256, bf16, bf16, bf16, True, ahead, narrow),

@@ -191,10 +191,11 @@ def sum_partials_variant(columns: int, first: torch.dtype, second: torch.dtype |
     """The program that adds up partial sums, into totals of these dtypes, the widest of `columns` columns."""
     partial = None if second is None else torch.float32
     types = (*map(pointer, (torch.float32, partial, first, second)), "i32", "i32", "i32", "i32")
-    # Narrow blocks spread few columns over many multiprocessors; many columns do so with wide ones. 16 loads a lane at once:
-    # on an H200, 528 programs' sums of 256 columns take 2.8 us; 32 by 32, 8 loads a lane, take 7.3.
-    block = 16 if columns <= 1024 else 64
-    return Variant(sum_partials_kernel, types, {"ROWS": 4096 // block, "BLOCK_C": block}, num_warps=8)
+    # Narrow blocks spread few columns over many multiprocessors, and their many rows are loaded at once: on an H200, 528
+    # programs' sums of 256 columns take 2.3 us; 256 rows by 16 columns take 2.8, 32 by 32 take 7.3.
+    block = 8 if columns <= 256 else 16 if columns <= 1024 else 64
+    constants = {"ROWS": 64 if block == 64 else 512, "BLOCK_C": block}
+    return Variant(sum_partials_kernel, types, constants, num_warps=8)
 
 
 class ParameterSums:
@@ -283,10 +284,10 @@ def row_groups(constants: dict[str, int | bool], num_warps: int) -> int:
 def persistent_programs(tiles: int, multiprocessors: int, most: int) -> int:
     """How many programs share `tiles`, at most `most` a multiprocessor, or one where tiles are few; each takes as many, or one less.
 
-    A program more means a row of partial sums more. So each takes two tiles, and four before more than half of `most` run.
+    A program more means a row of partial sums more. So each takes two tiles, and eight before more than half of `most` run.
     """
     few, half, all_ = multiprocessors, multiprocessors * most // 2, multiprocessors * most
-    programs = max(min(tiles, few), min(-(-tiles // 2), half), min(-(-tiles // 4), all_))
+    programs = max(min(tiles, few), min(-(-tiles // 2), half), min(-(-tiles // 8), all_))
     return -(-tiles // -(-tiles // programs)) if tiles else 0
 
 

@@ -229,8 +229,8 @@ def test_partial_sums_of_many_programs_are_all_added(interpreter):
         (132, 132),  # one each
         (133, 67),  # two each, but for the last
         (425, 213),
-        (1500, 500),  # three each: half of the most
-        (4000, 1000),  # four each
+        (4000, 500),  # half of the most, and eight each
+        (8000, 1000),  # eight each
         (65_536, 1041),  # 63 each: with 1,056, too, the longest take 63
     ],
 )
