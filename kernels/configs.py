@@ -233,6 +233,7 @@ def attention_config(
     causal: bool,
     scattered: bool,
     mask_run: int,
+    wide_mask: bool,
     unaligned: bool,
     few: bool,
     generation: str,
@@ -242,7 +243,7 @@ def attention_config(
     No variant in 16 bits spills a register up to a head dimension of 128 (tests/kernels/test_attention_code.py).
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    unaligned: q, k or v are loaded one by one. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
+    wide_mask: its elements have 4 bytes; unaligned: q, k or v are loaded one by one. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
@@ -264,7 +265,9 @@ def attention_config(
         if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
             return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
-        return _atomics_config(itemsize, block, dropout, masked or causal, unaligned, generation)
+        config = _atomics_config(itemsize, block, dropout, masked or causal, unaligned, generation)
+        wide = wide_mask and itemsize == 2 and block <= 32 and generation == "ampere"
+        return replace(config, rows=16) if wide else config
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
     wide_keys = kernel == "keys" and itemsize == 2 and block == 128 and (causal or unaligned)

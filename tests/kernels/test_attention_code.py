@@ -87,6 +87,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 128, "queries", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
         ("sm_100", 128, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
         ("sm_80", 32, "atomics", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_80", 32, "atomics", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 64, "atomics", {"padding": True, "dropout": True, "causal": True}),
         ("sm_80", 128, "atomics", {"padding": True, "vector": 1}),
         ("sm_120", 32, "atomics", {"padding": True}),
