@@ -146,7 +146,7 @@ ATTENTION = {
 }
 
 # On sm_90 in 16 bits, without an attn_mask, keyed by kernel, head dimension, and what is in its loop: keys from a list, dropout, or
-# neither. The fastest of 4 to 17 tiles that spill nothing, each kernel alone in a CUDA graph on an H200 (bf16, triton 3.6), 4 images
+# neither. The fastest of 4 to 17 tiles that spill nothing in any 16-bit form, each kernel alone in a CUDA graph on an H200 (bf16, triton 3.6), 4 images
 # of 1,000 queries and keys, 256 columns. Behind them: microseconds, and those of what static analysis had chosen.
 ATTENTION_HOPPER = {
     ("forward", 32, "listed"): TileConfig(128, 64, 4, 5),  # 22.2, 29.0
@@ -161,22 +161,20 @@ ATTENTION_HOPPER = {
     ("queries", 32, "listed"): TileConfig(128, 64, 4, 5),  # 20.6
     ("queries", 32, "plain"): TileConfig(128, 64, 4, 3),  # 20.4
     ("queries", 32, "dropout"): TileConfig(128, 32, 4, 3),  # 29.9, 34.1
-    ("queries", 64, "listed"): TileConfig(64, 64, 4, 3),  # 19.8, 22.6
+    ("queries", 64, "listed"): TileConfig(64, 64, 4, 5),  # 19.1, 22.6
     ("queries", 64, "plain"): TileConfig(64, 64, 4, 3),  # 16.8, 21.6
     ("queries", 64, "dropout"): TileConfig(64, 64, 4, 3),  # 22.8, 47.3
     ("queries", 128, "listed"): TileConfig(64, 64, 4, 2),  # 29.1, 39.7
     ("queries", 128, "plain"): TileConfig(64, 64, 4, 2),  # 26.0, 36.9
     ("queries", 128, "dropout"): TileConfig(128, 64, 8, 2),  # 33.9, 80.1
-    ("keys", 32, "plain"): TileConfig(32, 128, 4, 3),  # 32.6
-    ("keys", 32, "dropout"): TileConfig(
-        16, 128, 4, 3
-    ),  # 50.7, 73.6; of 16 images with 850, 131.6, where 32 rows take 132.3
-    ("keys", 64, "plain"): TileConfig(32, 64, 4, 3),  # 29.1, 34.8
-    ("keys", 64, "dropout"): TileConfig(32, 64, 4, 3),  # 42.4, 88.2
+    ("keys", 32, "plain"): TileConfig(32, 128, 4, 3),  # 32.9
+    ("keys", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 46.4, 73.6
+    ("keys", 64, "plain"): TileConfig(64, 64, 4, 1),  # 24.6, 34.8
+    ("keys", 64, "dropout"): TileConfig(32, 64, 4, 3),  # 42.6, 88.2
     ("keys", 128, "plain"): TileConfig(32, 128, 8, 2),  # 46.6
-    ("keys", 128, "dropout"): TileConfig(32, 64, 4, 1),  # 60.1 with two stages, 162.3
-    ("atomics", 32, "plain"): TileConfig(64, 64, 4, 2),  # 71.6
-    ("atomics", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 88.9 with two stages, 115.7
+    ("keys", 128, "dropout"): TileConfig(32, 64, 4, 1),  # 57.5, 162.3
+    ("atomics", 32, "plain"): TileConfig(32, 128, 4, 1),  # 63.1, 71.6
+    ("atomics", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 80.2, 115.7
     ("atomics", 64, "plain"): TileConfig(32, 128, 8, 2),  # 62.8, 63.2
     ("atomics", 64, "dropout"): TileConfig(32, 128, 8, 2),  # 76.1, 78.2
     ("atomics", 128, "plain"): TileConfig(32, 128, 8, 1),  # 95.5
@@ -257,11 +255,10 @@ def attention_config(
     if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
     if generation == "hopper" and itemsize == 2 and not (masked or unaligned):
-        key = (
-            kernel,
-            max(32, block),
-            "dropout" if dropout else "listed" if listed and kernel in ("forward", "queries") else "plain",
-        )
+        content = "dropout" if dropout else "listed" if listed else "plain"
+        key = kernel, max(32, block), content
+        if key not in ATTENTION_HOPPER and not dropout:
+            key = kernel, max(32, block), "plain"
         if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
             return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
