@@ -214,6 +214,8 @@ def test_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "*fp32"), (torch.float16, "*fp16")])
 def test_on_a_gpu_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
+    if DEVICE.type == "cpu":
+        pytest.skip("inline assembly runs on a GPU, and in the emulator (above)")
     seed = seed_of(24681012141618).to(DEVICE)
     expected = keep_mask(seed, 1, p, 4, 32, 64, tiles=True)[3].to(dtype)
     for transposed in (False, True):
