@@ -144,6 +144,7 @@ def linear_cross_entropy_forward(
         if wanted[2]:
             own = logits.sum(0, dtype=fp32)
             db = own if db is None else db.add_(own)
+        del logits  # or the next block's would be computed beside them
     if wanted[1] and dw is None:
         dw = torch.zeros(weight.shape, dtype=fp32, device=device)
     if wanted[2] and db is None:

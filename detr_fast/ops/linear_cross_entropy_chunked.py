@@ -18,9 +18,9 @@ from detr_fast.kernels.product_tiles import plus_product
 from detr_fast.ops import linear_probabilities
 from detr_fast.ops.products import eager_gradients
 
-# At least so many rows at once on a GPU, in whole tiles: each block reads and writes the gradient of weight in fp32, 8 bytes
-# an element, for 4 FLOPs a row of it in tensor cores.
-BLOCK_ROWS, TILE = 512, 128
+# On a GPU, in which small blocks leave multiprocessors idle: as many logits at once, but at least so many rows, in whole tiles.
+# On an H200 4,096 bf16 rows of 1,024 by 128,000 classes take 13 ms forward and backward, of 256 by 32,000 2.2.
+GPU_ELEMENTS, GPU_ROWS, TILE = 1 << 25, 512, 128
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Chunked(torch.autograd.Function):
                 place = labels[rows, None]
                 lses[rows] = lse = (logits.gather(1, place) - logits.log_softmax(1).gather(1, place))[:, 0]
                 losses[rows] = _losses(logits, lse, of, rows)
+                del logits  # or the next block's would be computed beside them
         ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
         ctx.share = share
         return losses
@@ -128,6 +129,7 @@ class Chunked(torch.autograd.Function):
             if wanted[2]:
                 own = (gradient * factor).sum(0)
                 db = own if db is None else db.add_(own)
+            del gradient
         dw = torch.zeros_like(weight) if wanted[1] and dw is None else dw
         db = torch.zeros_like(bias) if wanted[2] and db is None else db
         dw, db = (None if d is None else d.to(x.dtype) for d in (dw, db))
@@ -135,7 +137,8 @@ class Chunked(torch.autograd.Function):
 
 
 def _blocks(x: Tensor, weight: Tensor) -> list[slice]:
-    size = rows_at_once(linear_probabilities.BLOCK_ELEMENTS, weight.shape[0], BLOCK_ROWS if x.is_cuda else 1)
+    elements, least = (GPU_ELEMENTS, GPU_ROWS) if x.is_cuda else (linear_probabilities.BLOCK_ELEMENTS, 1)
+    size = rows_at_once(elements, weight.shape[0], least)
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 

@@ -313,3 +313,12 @@ def test_the_one_kernel_follows_torchs_setting_of_matmul_precision(monkeypatch):
 def test_on_a_gpu_it_is_as_accurate_as_eager(kernel, dtype, norm):
     inputs = [t.to(DEVICE) for t in tensors((sized(1037, 20),), sized(256, 64), sized(2048, 128), norm=norm)]
     assert_as_accurate_as_eager(ours("relu", norm), reference=eager("relu", norm), inputs=inputs, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_on_a_gpu_nan_and_infinity_go_through_relu_as_in_pytorch(kernel, p):
+    x, w1, b1, w2, b2 = (t.to(DEVICE, torch.bfloat16) for t in tensors((70,), 64, 128)[:5])
+    x[3, 5], x[4, 6] = torch.nan, torch.inf
+    y = ops.feed_forward(x, w1, b1, w2, b2, "relu", p)
+    assert y.isfinite().all(-1).logical_not().nonzero().flatten().tolist() == [3, 4]
