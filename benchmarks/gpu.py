@@ -88,7 +88,7 @@ def sections(out: Path) -> list[Section]:
         *([("wheels", [*install, *wheels], 30)] if wheels else []),
         ("install", [*install, "-e", "."], 40),
         ("tests and checks", [*sharing, *pytest, *many, step, *timed, *files], 200),
-        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 70),
+        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 100),
         ("training step", [*pytest, *processes(1, 135), step], 140),
         ("profile", [python, "-m", "benchmarks.step_profile", str(out)], 75),
         ("benchmarks", [*pytest, *one, *timed], 170),
