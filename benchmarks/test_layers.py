@@ -32,7 +32,7 @@ BATCHES = sized(
     [(2, 6, True, False)],
 )  # images, tokens, padded, norm first
 DROPOUT = 0.1
-FUSED = {"attention": "triton", "linear_add_layer_norm": "triton", "feed_forward": "triton"}
+FUSED = dict.fromkeys(("attention", "linear_add_layer_norm", "feed_forward", "encoder_layer"), "triton")
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
 BY_NAME = {name: FUSED | {"feed_forward": name} for name in ("triton_recompute", "triton_one_kernel")}
 PEERS: dict[str, dict[str, str]] = BACKENDS | BY_NAME

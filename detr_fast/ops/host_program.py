@@ -178,8 +178,7 @@ def record(
         grad = torch.is_grad_enabled()
         given = [t if t is None or not grad else t.detach().requires_grad_(t.requires_grad) for t in arguments]
         recorder = Recorder([*given, *parameters], seed)
-        identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-        with identity, _casts_again(), given_seed(seed, FIRST_OFFSET) as scope, recorder.recording():
+        with _casts_again(), given_seed(seed, FIRST_OFFSET) as scope, recorder.recording():
             outputs = list(function(*given))
             ahead = len(recorder.instructions)
             leaves = [*given, *parameters]

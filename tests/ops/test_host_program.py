@@ -89,3 +89,19 @@ def test_compiled_programs_launch_the_same_with_addresses_in_the_tensors_places(
     assert found == expected
     assert program.draws == 1
     launch.forget_programs()
+
+
+def test_no_graph_outlives_its_recording():
+    """A parameter's node that is kept alive belongs to the stream of then, and no CUDA graph can be captured on another."""
+
+    def node():
+        return weight.view_as(weight).grad_fn.next_functions[0][0]
+
+    def function(x):
+        node().metadata["recorded"] = True
+        return [(x @ weight.t()).softmax(-1).tanh()]
+
+    weight = torch.randn(4, 5, requires_grad=True)
+    program = record(function, [torch.randn(3, 5, requires_grad=True)], [weight], None)
+    assert program is not None
+    assert "recorded" not in node().metadata
