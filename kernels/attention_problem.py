@@ -224,6 +224,7 @@ def _config(form: Form, kernel: str) -> TileConfig:
         mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
         wide_mask=form.mask == torch.float32,
         unaligned=form.vector == 1,
+        packed=form.packed,
         few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,
     )

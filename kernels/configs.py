@@ -173,6 +173,7 @@ ATTENTION_HOPPER = {
     ("keys", 64, "dropout"): TileConfig(32, 64, 4, 3),  # 42.6, 88.2
     ("keys", 128, "plain"): TileConfig(32, 128, 8, 2),  # 46.6
     ("keys", 128, "dropout"): TileConfig(32, 64, 4, 1),  # 57.5, 162.3
+    ("keys", 128, "packed dropout"): TileConfig(16, 128, 8, 2),  # 72.3, not packed
     ("atomics", 32, "plain"): TileConfig(32, 128, 4, 1),  # 63.1, 71.6
     ("atomics", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 80.2, 115.7
     ("atomics", 64, "plain"): TileConfig(32, 128, 8, 2),  # 62.8, 63.2
@@ -233,6 +234,7 @@ def attention_config(
     mask_run: int,
     wide_mask: bool,
     unaligned: bool,
+    packed: bool,
     few: bool,
     generation: str,
 ) -> TileConfig:
@@ -241,7 +243,7 @@ def attention_config(
     No variant in 16 bits spills a register up to a head dimension of 128 (tests/kernels/test_attention_code.py).
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    wide_mask: its elements have 4 bytes; unaligned: q, k or v are loaded one by one. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
+    wide_mask: its elements have 4 bytes; unaligned: q, k or v are loaded one by one. packed: a packed batch. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
@@ -255,10 +257,10 @@ def attention_config(
     if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
     if generation == "hopper" and itemsize == 2 and not (masked or unaligned):
-        content = "dropout" if dropout else "listed" if listed else "plain"
+        content = "packed dropout" if dropout and packed else "dropout" if dropout else "listed" if listed else "plain"
         key = kernel, max(32, block), content
-        if key not in ATTENTION_HOPPER and not dropout:
-            key = kernel, max(32, block), "plain"
+        if key not in ATTENTION_HOPPER:
+            key = kernel, max(32, block), "dropout" if dropout else "plain"
         if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
             return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":

@@ -83,6 +83,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_90", 128, "keys", {"causal": True}),
         ("sm_90", 64, "keys", {"packed": True}),
         ("sm_90", 32, "keys", {"packed": True, "dropout": True}),
+        ("sm_90", 128, "keys", {"packed": True, "dropout": True}),
         ("sm_120", 128, "keys", {"padding": True, "vector": 1}),
         ("sm_100", 128, "keys", {"dropout": True, "causal": True}),
         ("sm_120", 128, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
