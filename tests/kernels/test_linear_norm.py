@@ -73,11 +73,12 @@ def test_the_fused_rows_are_as_accurate_as_eager(interpreter, rows, width, colum
     )
 
 
-def test_many_rows_take_larger_tiles_with_the_same_dropout(monkeypatch):
-    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+@pytest.mark.parametrize(("limit", "value", "rows"), [("FEW_ROWS", 0, 80), ("LONG_ROWS", 40, 81)])
+def test_many_rows_and_long_ones_take_larger_tiles_with_the_same_dropout(monkeypatch, limit, value, rows):
+    monkeypatch.setattr(kernels, limit, value)
     with checked_interpreter() as checks:
         assert_as_accurate_as_eager(
-            fused(DROPOUT), reference=eager(DROPOUT), inputs=inputs((80,), 40, 24), dtype=torch.bfloat16
+            fused(DROPOUT), reference=eager(DROPOUT), inputs=inputs((rows,), 40, 24), dtype=torch.bfloat16
         )
         assert checks.launches[0].variant.constants["BLOCK_M"] == 64
 
