@@ -61,6 +61,12 @@ def interval(timings: Iterable[Timing]) -> tuple[int, int]:
     return found
 
 
+def common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The sizes in both intervals."""
+    minimum, maximum = max(one[0], other[0]), min(one[1], other[1])
+    return (minimum, maximum) if minimum <= maximum else (NEVER, NEVER)
+
+
 def measures(
     device: torch.device, progress: Progress = print, more: Iterable[Group] = ()
 ) -> dict[str, Callable[[], Iterable[Regime]]]:
@@ -108,11 +114,14 @@ def tune_group(group: Group, device: torch.device, progress: Progress = print) -
                 beside = case.other if name == backends[1] else "the best other"
                 progress(_line(f"{group.ours[name]} {case.text}{where}", beside, timing))
                 other = min(other, milliseconds)
-    return [_regime(group.ours[name], device, *times.values()) for name, times in timings.items()]
+    first = next(iter(group.ours))
+    return [_regime(group.ours[name], device, *times.values(), rival=name != first) for name, times in timings.items()]
 
 
-def _regime(name: str, device: torch.device, eager: list[Timing], captured: list[Timing]) -> Regime:
-    (eager_minimum, eager_maximum), (minimum, maximum) = interval(eager), interval(captured)
+def _regime(name: str, device: torch.device, eager: list[Timing], captured: list[Timing], rival: bool) -> Regime:
+    """rival: of another kernel of ours, which launches as much; launched eagerly, only noise can tell them apart."""
+    graph = minimum, maximum = interval(captured)
+    eager_minimum, eager_maximum = common(interval(eager), graph) if rival else interval(eager)
     return Regime(name, _architecture(device), eager_minimum, minimum, source(device), eager_maximum, maximum)
 
 

@@ -14,7 +14,7 @@ from detr_fast import dispatch, ops
 from detr_fast.nn import layer_cases
 from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
 from detr_fast.ops.regimes import NEVER, Regime
-from detr_fast.ops.tuning import Timing, interval
+from detr_fast.ops.tuning import Timing, common, interval
 from tests.stub_cuda import stubs
 
 EVERYTHING = (*tuning_cases.GROUPS, *layer_cases.GROUPS)
@@ -61,6 +61,12 @@ def test_a_large_loss_or_a_wrong_result_ends_a_run_and_the_run_that_gains_most_c
     assert interval(of(1.5, 0.9, 1.3, 1.3)) == (4, NEVER)
     assert interval(of(2.0, 2.0, 2.0, 1.1, wrong=[1])) == (4, NEVER)
     assert interval(of(2.0, wrong=[0])) == (NEVER, NEVER)
+
+
+def test_of_two_intervals_only_sizes_in_both_count():
+    assert common((0, 5), (3, NEVER)) == (3, 5)
+    assert common((0, NEVER), (4, 4)) == (4, 4)
+    assert common((0, 2), (3, NEVER)) == common((NEVER, NEVER), (0, 7)) == (NEVER, NEVER)
 
 
 def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache, monkeypatch, capsys):
