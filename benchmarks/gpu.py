@@ -76,7 +76,7 @@ def sections(out: Path) -> list[Section]:
     found = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if needs_gpu(path))
     found.sort(key=lambda path: not path.name.startswith(LONGEST))
     files = [str(path.relative_to(ROOT)) for path in found]
-    names = ("layers", "attention", "layer_norm", "losses", "criterion", "attention_forms")
+    names = ("layers", "attention", "layer_norm", "losses", "criterion", "attention_forms", "backbone")
     timed = [f"benchmarks/test_{name}.py" for name in names]
     # The compilers of many processes share the cores, and the longest compilation begins first.
     sharing = ["env", "DETR_FAST_CHECK_ONLY=1", "TORCHINDUCTOR_COMPILE_THREADS=4", "OMP_NUM_THREADS=1"]

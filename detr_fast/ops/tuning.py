@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -115,13 +115,14 @@ def tune_group(group: Group, device: torch.device, progress: Progress = print) -
                 progress(_line(f"{group.ours[name]} {case.text}{where}", beside, timing))
                 other = min(other, milliseconds)
     first = next(iter(group.ours))
-    return [_regime(group.ours[name], device, *times.values(), rival=name != first) for name, times in timings.items()]
+    return [_regime(group.ours[name], device, times, rival=name != first) for name, times in timings.items()]
 
 
-def _regime(name: str, device: torch.device, eager: list[Timing], captured: list[Timing], rival: bool) -> Regime:
-    """rival: of another kernel of ours, which launches as much; launched eagerly, only noise can tell them apart."""
-    graph = minimum, maximum = interval(captured)
-    eager_minimum, eager_maximum = common(interval(eager), graph) if rival else interval(eager)
+def _regime(name: str, device: torch.device, times: Mapping[bool, list[Timing]], rival: bool) -> Regime:
+    """times: launched eagerly (False) and in a graph. rival: of another kernel of ours, which takes the host as long: launched
+    eagerly, they differ by noise."""
+    graph = minimum, maximum = interval(times[True])
+    eager_minimum, eager_maximum = common(interval(times[False]), graph) if rival else interval(times[False])
     return Regime(name, _architecture(device), eager_minimum, minimum, source(device), eager_maximum, maximum)
 
 

@@ -17,6 +17,7 @@ from detr_fast.kernels import layer_norm
 from triton.runtime import cache
 
 from detr_fast import dispatch, ops, use_backend
+from detr_fast.ops import regimes
 from detr_fast.ops.layer_norm import LAYER_NORM, LayerNormCall
 
 pytestmark = pytest.mark.offline
@@ -24,8 +25,9 @@ pytestmark = pytest.mark.offline
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """An empty Triton cache, and no memory of kernels that failed."""
+    """An empty Triton cache, no memory of kernels that failed, and no measurements."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(regimes, "known", tuple)  # nothing was measured
     LAYER_NORM.forget()
     yield
     LAYER_NORM.forget()
