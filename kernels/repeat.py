@@ -102,12 +102,12 @@ def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
         device = -2
         for argument in arguments:
             if isinstance(argument, Tensor):
-                address = argument.data_ptr()
-                key += (argument.shape, argument.stride(), argument.dtype, address % 16)
+                address, place = argument.data_ptr(), argument.get_device()
+                # each one's device: what a program gets are addresses, which Triton could no longer refuse
+                key += (argument.shape, argument.stride(), argument.dtype, address % 16, place)
                 bases.append(address)
                 if device == -2:
-                    device = argument.get_device()
-                    key.append(device)
+                    device = place
                     if argument.dtype is torch.float32:
                         key.append(torch.get_float32_matmul_precision())
             elif type(argument) is list:

@@ -23,6 +23,8 @@ from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
 
 MAX_IMAGE = 1 << 31  # elements: offsets inside an image are 32 bits wide
+MAX_GRID = 65_535  # images, and rows of blocks
+MAX_HEIGHT = 2 * (MAX_GRID - 3)
 
 
 @jit
@@ -88,14 +90,21 @@ def affine_pool_kernel(
 
 def pixel_blocks(images: Tensor, dtype: torch.dtype) -> Tensor:
     """images (B, 3, H, W), any strides -> (B, ceil(H/2) + 3, ceil(W/2) + 3, 16) of `dtype`, with the padding of a 4×4
-    convolution, contiguous. Raises ValueError for other channels, or images of 2**31 elements."""
+    convolution, contiguous. Raises ValueError for other channels, images of 2**31 elements, or more than a grid holds."""
     batch, channels, height, width = images.shape
     if channels != 3:
         raise ValueError(f"got images of {channels} channels; expected 3")
-    image_stride, *strides = images.stride()
-    if sum(stride * (size - 1) for stride, size in zip(strides, images.shape[1:])) >= MAX_IMAGE:
-        raise ValueError(f"got an image of shape {tuple(images.shape[1:])}; expected less than 2**31 elements")
     rows, columns = (height + 1) // 2 + 3, (width + 1) // 2 + 3
+    if images.shape[1:].numel() >= MAX_IMAGE:
+        raise ValueError(f"got an image of shape {tuple(images.shape[1:])}; expected less than 2**31 elements")
+    if max(rows, batch) > MAX_GRID:
+        raise ValueError(
+            f"got images of shape {tuple(images.shape)}; expected up to {MAX_GRID:,}, of up to {MAX_HEIGHT:,} rows"
+        )
+    if sum(stride * size for stride, size in zip(images.stride()[1:], images.shape[1:])) >= MAX_IMAGE:
+        # spread out, as where a batch lies inside its channels; strides of one row count, too: they are passed on
+        images = images.clone(memory_format=torch.contiguous_format)
+    image_stride, *strides = images.stride()
     y = empty((batch, rows, columns, 16), dtype, images.device)
     variant = blocks_variant(images.dtype, dtype)
     grid = (-(-columns // int(variant.constants["BLOCK_J"])), rows, batch)

@@ -17,6 +17,7 @@ from detr_fast.models.weight_files import WeightsError, list_problems, read_safe
 from detr_fast.nn.bare import is_bare
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE
+from detr_fast.situation import situation
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -188,7 +189,7 @@ class ResNetBody(nn.Module):
         """
         dtype = autocast_dtype(x.device) or self.conv1.weight.dtype
         wanted = x.is_cuda or CHANNEL_AFFINE.requested is not None
-        if wanted and dtype.itemsize == 2 and not torch.compiler.is_compiling() and self._is_plain():
+        if wanted and dtype.itemsize == 2 and _is_eager(x) and self._is_plain():
             return self._channels_last(x, dtype)
         x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -231,6 +232,11 @@ class ResNetBody(nn.Module):
 
     def _stages(self) -> tuple[Any, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether nothing compiles, traces or transforms what runs on x: such would not follow into our nodes of autograd's."""
+    return not torch.compiler.is_compiling() and situation(x.device.type).transform is None
 
 
 def load_resnet_weights(name: str, weights: str | Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from detr_fast.kernels import add_layer_norm as kernels
 from detr_fast.kernels.rows import MAX_COLUMNS
 from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm_autograd import forward
-from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
 from detr_fast.ops.dropout import next_seed
 
 
@@ -119,14 +119,14 @@ def _describe(
         bias_dtype=None if bias is None else bias.dtype,
         dropout=p > 0.0,
         return_sum=return_sum,
-        one_device=all(t is None or t.device == x.device for t in (residual, weight, bias)),
+        one_device=on_one_device(x, residual, weight, bias),
     )
 
 
 class TritonAddLayerNorm(TritonImplementation):
     def why_not(self, call: AddLayerNormCall) -> str | None:
         if not call.one_device:
-            return "the tensors lie on several devices"
+            return SEVERAL_DEVICES
         if not 1 <= call.columns <= MAX_COLUMNS:
             return f"{call.columns} columns: it takes 1 to {MAX_COLUMNS}"
         if call.residual_dtype not in self.dtypes:

@@ -37,13 +37,14 @@ class TritonAtomicsAttention(TritonAttention):
         if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > MEASURED_DIM:
             return f"measured in 16 bits at head dimensions up to {MEASURED_DIM} only: ask for it by name"
         name = measured_with_atomics(measured_as(call))
-        if regimes.find(name, call.architecture) is None:
+        if regimes.unmeasured(name, call):
             return "unmeasured against triton's deterministic backward: run detr-fast tune"
         return regimes.advice(name, call, input_bytes(call), "PyTorch or triton's deterministic backward")
 
     def least(self, architecture: str | None, gradients: bool | None = None, *kind: bool) -> int:
         entries = (regimes.find(measured_with_atomics(name), architecture) for name in names_of(kind))
-        return min((entry.eager_minimum for entry in entries if entry is not None), default=NEVER)
+        own = (entry.eager_minimum for entry in entries if entry is not None and entry.architecture == architecture)
+        return min(own, default=NEVER)
 
     def note(self, call: AttentionCall) -> str | None:
         if not call.needs_grad:

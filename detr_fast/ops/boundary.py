@@ -183,6 +183,14 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+SEVERAL_DEVICES = "the tensors lie on several devices"
+
+
+def on_one_device(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all of them lie where x does: a kernel would read another's address as one of its own."""
+    return all(t is None or t.device == x.device for t in others)
+
+
 def isolated(tensor: Tensor) -> Tensor:
     """The tensor as a node of its own, to differentiate by: a graph that it depends on is not walked."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()

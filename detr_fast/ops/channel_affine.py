@@ -13,7 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import channel_affine as kernels
 from detr_fast.kernels.rows import MAX_BLOCK
-from detr_fast.ops.boundary import define, wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, on_one_device, wants_grad
 
 
 def channel_affine(
@@ -52,6 +52,7 @@ class ChannelAffineCall(Call):
     images: torch.Size
     dtypes: tuple[torch.dtype | None, ...]  # of x, the residual and the residual's scale
     parameter_grad: bool
+    one_device: bool
 
     def shapes(self) -> str:
         return f"{tuple(self.images)} {str(self.dtype).removeprefix('torch.')}"
@@ -59,7 +60,7 @@ class ChannelAffineCall(Call):
 
 def _signature(*tensors: Any) -> tuple[Any, ...]:
     x = tensors[0]
-    return x.shape, x.device, *(None if t is None else (type(t), t.dtype, t.requires_grad) for t in tensors)
+    return x.shape, *(None if t is None else (type(t), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 
 def _describe(
@@ -81,11 +82,14 @@ def _describe(
         images=x.shape,
         dtypes=tuple(None if t is None else t.dtype for t in (x, residual, residual_scale)),
         parameter_grad=wants_grad(scale, shift, residual_scale),
+        one_device=on_one_device(x, scale, shift, residual, residual_scale),
     )
 
 
 class TritonChannelAffine(TritonImplementation):
     def why_not(self, call: ChannelAffineCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if call.parameter_grad:
             return "a scale or shift needs a gradient: only eager gives one"
         if not 1 <= call.images[1] <= MAX_BLOCK:

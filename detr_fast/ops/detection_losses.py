@@ -13,7 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import detection_losses as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import define, double_backward, integers, wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, integers, on_one_device, wants_grad
 from detr_fast.ops.boxes import BORDER_SLACK, generalized_iou
 
 Losses = tuple[Tensor, Tensor, Tensor]
@@ -88,6 +88,7 @@ class DetectionLossesCall(Call):
     classes: int
     targets: int
     focal: bool
+    one_device: bool
 
     def shapes(self) -> str:
         return f"({self.layers}, {self.images}, {self.queries}, {self.classes}), {self.targets} targets"
@@ -95,7 +96,7 @@ class DetectionLossesCall(Call):
 
 def _signature(logits: Tensor, boxes: Tensor, query: Tensor, *rest: Any) -> tuple[Any, ...]:
     predictions = tuple((type(t), t.shape, t.dtype, t.device, t.requires_grad) for t in (logits, boxes))
-    return *predictions, query.shape, rest[-1]
+    return *predictions, query.shape, *(t.device for t in (query, *rest[:5])), rest[-1]
 
 
 def _describe(logits: Tensor, boxes: Tensor, query: Tensor, *rest: Any, situation: Situation) -> DetectionLossesCall:
@@ -114,11 +115,14 @@ def _describe(logits: Tensor, boxes: Tensor, query: Tensor, *rest: Any, situatio
         classes=logits.shape[3],
         targets=query.shape[2],
         focal=rest[-1],
+        one_device=on_one_device(logits, boxes, query, *rest[:5]),
     )
 
 
 class TritonDetectionLosses(TritonImplementation):
     def why_not(self, call: DetectionLossesCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if call.boxes_dtype not in self.dtypes:
             return f"{str(call.boxes_dtype).removeprefix('torch.')} boxes: it takes bfloat16, float16, float32"
         return None

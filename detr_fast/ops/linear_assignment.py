@@ -15,7 +15,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import assignment as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import define, integers
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, integers, on_one_device
 
 
 def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -46,13 +46,14 @@ class AssignmentCall(Call):
     problems: int
     targets: int
     queries: int
+    one_device: bool
 
     def shapes(self) -> str:
         return f"{self.problems} × ({self.targets}, {self.queries}) {str(self.dtype).removeprefix('torch.')}"
 
 
 def _signature(cost: Tensor, counts: Tensor) -> tuple[Any, ...]:
-    return type(cost), cost.shape, cost.dtype, cost.device
+    return type(cost), cost.shape, cost.dtype, cost.device, counts.device
 
 
 def _describe(cost: Tensor, counts: Tensor, *, situation: Situation) -> AssignmentCall:
@@ -66,6 +67,7 @@ def _describe(cost: Tensor, counts: Tensor, *, situation: Situation) -> Assignme
         problems=cost.shape[:-2].numel(),
         targets=cost.shape[-2],
         queries=cost.shape[-1],
+        one_device=on_one_device(cost, counts),
     )
 
 
@@ -73,6 +75,8 @@ class TritonAssignment(TritonImplementation):
     dtypes = frozenset({torch.float32})
 
     def why_not(self, call: AssignmentCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if call.targets > kernels.MAX_TARGETS or call.queries > kernels.MAX_QUERIES:
             return (
                 f"{call.targets} targets and {call.queries} queries: "

@@ -14,7 +14,7 @@ from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplem
 from detr_fast.kernels import matching_cost as kernels
 from detr_fast.kernels.matching_cost import INVALID_COST as INVALID_COST
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import define, integers
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, integers, on_one_device
 from detr_fast.ops.boxes import generalized_iou
 
 Weights = tuple[float, float, float]
@@ -72,13 +72,15 @@ class MatchingCostCall(Call):
     queries: int
     classes: int
     focal: bool
+    one_device: bool
 
     def shapes(self) -> str:
         return f"{self.problems} × ({self.targets}, {self.queries}), {self.classes} classes"
 
 
 def _signature(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
-    return type(logits), logits.shape, logits.dtype, logits.device, boxes.dtype, labels.shape, rest[-1]
+    devices = tuple(t.device for t in (logits, boxes, labels, *rest[:2]))
+    return type(logits), logits.shape, logits.dtype, devices, boxes.dtype, labels.shape, rest[-1]
 
 
 def _describe(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any, situation: Situation) -> MatchingCostCall:
@@ -95,11 +97,14 @@ def _describe(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any, situati
         queries=logits.shape[-2],
         classes=logits.shape[-1],
         focal=rest[-1],
+        one_device=on_one_device(logits, boxes, labels, *rest[:2]),
     )
 
 
 class TritonMatchingCost(TritonImplementation):
     def why_not(self, call: MatchingCostCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if call.boxes_dtype not in self.dtypes:
             return f"{str(call.boxes_dtype).removeprefix('torch.')} boxes: it takes bfloat16, float16, float32"
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import stem as kernels
-from detr_fast.ops.boundary import define, wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, on_one_device, wants_grad
 from detr_fast.ops.channel_affine import channel_affine
 
 
@@ -40,6 +40,7 @@ class ResNetStemCall(Call):
     images: torch.Size
     image_dtype: torch.dtype
     channels: int
+    one_device: bool
 
     def shapes(self) -> str:
         return f"{tuple(self.images)} {str(self.dtype).removeprefix('torch.')}"
@@ -47,7 +48,7 @@ class ResNetStemCall(Call):
 
 def _signature(*tensors: Tensor) -> tuple[Any, ...]:
     images, weight, *_ = tensors
-    return images.shape, images.device, weight.shape, *((type(t), t.dtype, t.requires_grad) for t in tensors)
+    return images.shape, weight.shape, *((type(t), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 
 def _describe(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, situation: Situation) -> ResNetStemCall:
@@ -61,6 +62,7 @@ def _describe(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, s
         images=images.shape,
         image_dtype=images.dtype,
         channels=weight.shape[0],
+        one_device=on_one_device(images, weight, scale, shift),
     )
 
 
@@ -68,6 +70,8 @@ class TritonResNetStem(TritonImplementation):
     """PyTorch's convolution between two kernels of ours."""
 
     def why_not(self, call: ResNetStemCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if call.needs_grad:
             return "the stem or its images need a gradient: only eager gives one"
         if call.image_dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -76,6 +80,9 @@ class TritonResNetStem(TritonImplementation):
             return f"{call.channels} channels: it takes a power of two from 16 to 1,024"
         if call.images[1:].numel() >= kernels.MAX_IMAGE or call.images[-1] * call.channels >= kernels.MAX_IMAGE:
             return f"images of {tuple(call.images[1:])}: too large for offsets of 32 bits"
+        if call.images[0] > kernels.MAX_GRID or call.images[2] > kernels.MAX_HEIGHT:
+            limits = f"{kernels.MAX_GRID:,} images of {kernels.MAX_HEIGHT:,} rows"
+            return f"{call.images[0]:,} images of {call.images[2]:,} rows: it takes up to {limits}"
         return None
 
     def advice(self, call: ResNetStemCall) -> str | None:

@@ -188,6 +188,22 @@ def test_what_launches_depend_on_tells_calls_apart(log: list[Launched], change: 
         assert was_repeated(log)
 
 
+class Elsewhere(Tensor):
+    """A tensor that says it lies on another device."""
+
+    def get_device(self) -> int:
+        return 7
+
+
+def test_a_tensor_on_another_device_is_left_to_the_launcher_to_refuse(log: list[Launched]) -> None:
+    norm, x, weight = repeat.repeated(layer_norm.layer_norm_forward), torch.zeros(4, 64), torch.zeros(64)
+    for _ in range(3):
+        norm(x, weight, None, 1e-5)
+    assert was_repeated(log)
+    norm(x, weight.as_subclass(Elsewhere), None, 1e-5)
+    assert not was_repeated(log)
+
+
 def test_an_operation_of_pytorchs_runs_in_each_call(log: list[Launched]) -> None:
     def filled(x: Tensor) -> Tensor:
         return layer_norm.layer_norm_forward(x, None, None, 1e-5)[1].fill_(7.0)

@@ -9,6 +9,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
@@ -156,6 +157,34 @@ def test_on_a_cpu_nothing_is_channels_last_unasked():
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_on_a_gpu_features_in_16_bits_are_as_accurate_as_folded_norms(name, monkeypatch):
     assert_as_accurate_as_folded_norms(name, False, "triton", monkeypatch, DEVICE, sized((133, 270), (37, 40)))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "trace", "dual numbers"])
+def test_transforms_and_tracing_take_the_folded_norms(transform):
+    backbone = ResNetBackbone("resnet18").eval()
+    trained = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
+    x = torch.randn(1, 3, 32, 32)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(backbone, parameters, (x,))[0].float().square().mean()
+
+    def run():
+        if transform == "grad":
+            return list(torch.func.grad(loss)(trained, x).values())
+        if transform == "vmap":
+            return torch.vmap(lambda one: loss(trained, one[None]))(x)
+        if transform == "jvp":
+            return torch.func.jvp(lambda parameters: loss(parameters, x), (trained,), (trained,))
+        if transform == "dual numbers":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(loss(trained, forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+        with torch.no_grad():
+            return torch.jit.trace(backbone.body, x, check_trace=False)(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run()
+        with use_backend(channel_affine="eager"):  # which is channels last otherwise
+            torch.testing.assert_close(run(), expected, rtol=0, atol=0)
 
 
 def test_in_16_bits_a_part_that_is_not_plain_runs_as_it_is():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detr_fast.kernels import launch
@@ -170,6 +172,18 @@ def measured(minimum):
     return faster + tuple(Regime(f"{name}_atomics", "sm_90", minimum, minimum, "") for name in names)
 
 
+def elsewhere(architecture):
+    """As measured to be faster, with atomics on another GPU only."""
+    return tuple(replace(one, architecture=architecture) if one.op.endswith("_atomics") else one for one in measured(0))
+
+
+def test_another_gpus_measurements_do_not_count_for_it(monkeypatch):
+    atomics = next(one for one in ATTENTION.implementations if one.name == "triton_atomics")
+    monkeypatch.setattr(regimes, "known", lambda: elsewhere("sm_100"))
+    assert atomics.least("sm_90") == NEVER
+    assert atomics.least("sm_100") == 0
+
+
 def chosen_on_a_gpu(monkeypatch, known=None, queries=850, dtype=torch.bfloat16, dim=32, grad=True):
     """What auto decides, with these measurements."""
     monkeypatch.setattr(regimes, "known", lambda: measured(0) if known is None else known)
@@ -193,6 +207,7 @@ def test_auto_takes_it_where_it_was_measured_to_be_faster_and_says_so(monkeypatc
     ("options", "reason"),
     [
         ({"known": ()}, "unmeasured against triton's deterministic backward: run detr-fast tune"),
+        ({"known": elsewhere("sm_100")}, "unmeasured against triton's deterministic backward: run detr-fast tune"),
         ({"known": measured(NEVER)}, "triton's deterministic backward is faster"),
         ({"known": (*measured(0)[:4], measured(NEVER)[4]), "queries": 100}, "deterministic backward is faster"),
         ({"grad": False}, "without gradients it is triton's"),

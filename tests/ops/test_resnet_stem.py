@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_fast.kernels import launch
 from detr_fast.kernels import stem as kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -89,6 +90,40 @@ def test_a_gpu_takes_two_kernels_of_ours():
         case = make_case(device="cuda")
         counts = count(lambda: ops.resnet_stem(*case))
     assert (counts.launches["pixel_blocks_kernel"], counts.launches["affine_pool_kernel"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((4, 3, 2048, 2048), (2**22, 512 * 2**22, 2**11, 1)), ((4, 3, 1, 9), (27, 9, 2**40, 1))],
+    ids=["channels outside of a long batch", "one row of any stride"],
+)
+def test_images_that_lie_far_apart_are_copied(monkeypatch, shape, strides):
+    launched = []
+    monkeypatch.setattr(launch, "observers", [launched.append])
+    images = torch.empty_strided(shape, strides, device="meta", dtype=torch.bfloat16)
+    kernels.pixel_blocks(images, torch.bfloat16)
+    (one,) = launched
+    assert one.arguments[2:6] == torch.empty(shape, device="meta").stride()
+    near = torch.empty(shape, device="meta").mT.contiguous().mT
+    kernels.pixel_blocks(near, torch.float32)
+    assert launched[1].arguments[0] is near
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((65_536, 3, 8, 8), "65,536 images of 8 rows: it takes up to 65,535 images of 131,064 rows"),
+        ((1, 3, 131_065, 8), "1 images of 131,065 rows"),
+    ],
+)
+def test_more_images_or_rows_than_a_grid_holds_run_eagerly(shape, reason):
+    found = []
+    with FakeTensorMode(), dispatch.recording(lambda op, decision: found.append(decision)):
+        images = torch.empty(shape, device="cuda")
+        ops.resnet_stem(images, *make_case(device="cuda")[1:])
+        with pytest.raises(ValueError, match="expected up to 65,535, of up to 131,064 rows"):
+            kernels.pixel_blocks(images, torch.float32)
+    assert reason in found[0].reasons["triton"]
 
 
 @interpreter

@@ -1,0 +1,30 @@
+"""Tensors on several devices: no kernel may take another device's addresses for its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detr_fast import dispatch, ops, use_backend
+
+SCORES, BOXES = torch.zeros(2, 5, 4), torch.zeros(2, 5, 4)
+TRUE = (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))
+MATCHED = (torch.zeros(1, 2, 3, dtype=torch.int64), *TRUE, torch.zeros(1, 2, 5, dtype=torch.bool), TRUE[2])
+CASES = {
+    "channel_affine": [torch.zeros(1, 8, 4, 4), torch.zeros(8), torch.zeros(8)],
+    "resnet_stem": [torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 7, 7), torch.zeros(16), torch.zeros(16)],
+    "linear_assignment": [torch.zeros(2, 3, 5), TRUE[2]],
+    "matching_cost": [SCORES, BOXES, *TRUE],
+    "detection_losses": [SCORES[None], BOXES[None], *MATCHED],
+}
+
+
+@pytest.mark.parametrize(("op", "left"), [(op, i) for op, tensors in CASES.items() for i in range(1, len(tensors))])
+def test_a_tensor_left_on_the_cpu_is_refused_also_after_a_call_that_was_right(op, left):
+    with FakeTensorMode() as mode, use_backend(**{op: "triton"}):
+        tensors = [mode.from_tensor(t) for t in CASES[op]]
+        placed = [t.to("cuda") for t in tensors]
+        getattr(ops, op)(*placed)
+        with pytest.raises(dispatch.BackendError, match="the tensors lie on several devices"):
+            getattr(ops, op)(*placed[:left], tensors[left], *placed[left + 1 :])
