@@ -59,6 +59,8 @@ class Pair:
             use_timm_backbone=False,
             backbone_config=transformers.ResNetConfig(out_features=["stage4"]),
             num_labels=CLASSES,
+            attention_dropout=self.config.dropout,
+            activation_dropout=self.config.dropout,
             auxiliary_loss=True,
             encoder_layers=self.config.encoder_layers,
             decoder_layers=self.config.decoder_layers,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+FAR = 1 << 40  # random numbers of a thread, in fours: more than all replays of older graphs draw
 _failed: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes on asking them
 
 
@@ -29,6 +30,10 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
 
     After one that failed, PyTorch's own leaves its stream the current one, and its generator refuses to draw outside of graphs
     ("Offset increment outside graph capture"): both are put right. Raises what went wrong first.
+
+    To draw again a generator takes a new state, of the same seed and far behind the old one in its numbers. Graphs captured before
+    keep the old state: they go on drawing by it, other numbers than what comes after, and `torch.manual_seed` no longer
+    reaches them.
     """
     try:
         with (
@@ -40,4 +45,5 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
         _failed.append(graph)
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
+            generator.set_offset(generator.get_offset() + FAR)
         raise (error.__context__ or error) from None  # the end of a failed capture fails, too

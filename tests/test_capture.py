@@ -16,13 +16,21 @@ class Generator:
     """As torch's: while its capture did not end it draws nothing outside of one."""
 
     def __init__(self):
-        self.state = "capturing"
+        self.state, self.offset = "capturing", 8
 
     def clone_state(self):
         return "as before"
 
     def graphsafe_set_state(self, state):
         self.state = state
+
+    def get_offset(self):
+        assert self.state != "capturing"
+        return self.offset
+
+    def set_offset(self, offset):
+        assert offset % 4 == 0
+        self.offset = offset
 
 
 @pytest.fixture
@@ -53,6 +61,7 @@ def test_a_capture_that_fails_tells_its_first_error_and_lets_generators_draw_aga
     with pytest.raises(ValueError, match="the first"), capture(graph):
         raise ValueError("the first")
     assert generator.state == "as before"
+    assert generator.offset >= 8 + 2**40  # graphs captured before draw from 8 on
     assert module._failed == [graph]  # PyTorch's allocator goes on asking it
 
 
@@ -60,7 +69,7 @@ def test_a_capture_that_goes_well_changes_nothing(generator):
     graph, x = torch.cuda.CUDAGraph(), torch.ones(2)
     with capture(graph):
         y = x + 1.0
-    assert generator.state == "capturing"
+    assert (generator.state, generator.offset) == ("capturing", 8)
     assert module._failed == []
     x.fill_(4.0)
     graph.replay()
@@ -71,6 +80,9 @@ def test_a_capture_that_goes_well_changes_nothing(generator):
 @pytest.mark.skipif(NEEDS_GPU[1].args[0], reason="a capture needs a GPU")
 def test_on_a_gpu_dropout_and_captures_go_on_after_one_that_failed():
     x = torch.randn(64, 64, device=DEVICE)
+    before = torch.cuda.CUDAGraph()
+    with beside_the_default_stream(), capture(before):
+        drawn = torch.rand(64, 64, device=DEVICE)
 
     def waiting():
         with capture(torch.cuda.CUDAGraph()):
@@ -92,3 +104,5 @@ def test_on_a_gpu_dropout_and_captures_go_on_after_one_that_failed():
     assert y.isfinite().all()
     if DEVICE.type == "cuda":
         assert not torch.equal(first, y)  # each replay draws anew
+        before.replay()
+        assert not torch.equal(drawn, torch.rand(64, 64, device=DEVICE))  # nor what an older graph drew

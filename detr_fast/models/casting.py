@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import nn
-from detr_fast.nn.bare import is_bare
+from detr_fast.nn.bare import has_hooks, is_bare
+from detr_fast.nn.casts import known_casts
 from detr_fast.ops.boundary import wants_grad
 
 _CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
@@ -31,31 +32,29 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def cast_weights(groups: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside the block, products in these modules find their weights as autocast would cast them, each module's cast together.
+    """Inside the block, in this thread, products in these modules find their weights as autocast would cast them (see
+    `nn.casts`), each module's cast together. The modules keep their parameters.
 
-    What is more than a plain fp32 parameter (sharded, quantised, parametrised) or is to come by a hook stays as it is.
+    What is more than a plain fp32 parameter (sharded, quantised, parametrised), or what a hook may change, is not cast here.
     """
     dtype = autocast_dtype(device)
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for group in () if dtype is None else groups:
-            own = _places(group, device)
-            for place, cast in zip(own, cast_together([parameter for *_, parameter in own], dtype)):
-                places.append(place)
-                place[0][place[1]] = cast
+    parameters: list[Tensor] = []  # kept: they are known by their ids
+    casts: list[Tensor] = []
+    for group in () if dtype is None else groups:
+        own = _parameters(group, device)
+        parameters += own
+        casts += cast_together(own, dtype)
+    with known_casts(dict(zip(map(id, parameters), casts))):
         yield
-    finally:
-        for parameters, name, parameter in places:
-            parameters[name] = parameter
 
 
-def _places(group: torch.nn.Module, device: torch.device) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Where the parameters of a module's products are kept, by which names, and they."""
+def _parameters(group: torch.nn.Module, device: torch.device) -> list[Tensor]:
+    """Those of a module's products; none where a hook sees what runs between them."""
     modules = list(group.modules())
-    if any(module._forward_pre_hooks for module in modules):
+    if any(map(has_hooks, modules)):
         return []
     return [
-        (module._parameters, name, parameter)
+        parameter
         for module in modules
         if type(module) in _CLASSES and is_bare(module)
         for name, parameter in module._parameters.items()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from detr_fast import dispatch, nn
 from detr_fast.dispatch import Call, Implementation, Op, Situation
+from detr_fast.nn.casts import cast_of
 from detr_fast.ops.attention_varlen import attention_varlen
 
 CAPACITIES = 8  # numbers of tokens that captured steps of one batch size and padded size may have
@@ -109,8 +110,8 @@ class Packing:
         else:
             longest = query.shape[1]
             ends = torch.arange(0, (batch + 1) * longest, longest, dtype=torch.int32, device=query.device)
-        weights = attention.in_proj_weight.chunk(3)
-        biases = attention.in_proj_bias.chunk(3)
+        weights = cast_of(attention.in_proj_weight).chunk(3)
+        biases = cast_of(attention.in_proj_bias).chunk(3)
         q, k, v = (
             nn.functional.linear(x.flatten(0, 1), weight, bias).unflatten(-1, (attention.num_heads, -1))
             for x, weight, bias in zip((query, key, value), weights, biases)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from detr_fast.kernels.linear_norm import MAX_COLUMNS
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.casts import cast_of
 from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM, add_layer_norm
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
@@ -68,7 +69,17 @@ def fused_linear(x: Tensor, linear: Any, residual: Tensor, norm: Any, p: float, 
     """norm(residual + dropout(linear(x))) in one launch, pre_norm: (the sum, its norm); None where no kernel does it."""
     if norm.weight is None:
         return None
-    arguments = (x, linear.weight, linear.bias, residual, norm.weight, norm.bias, norm.eps, p, pre_norm)
+    arguments = (
+        x,
+        cast_of(linear.weight),
+        cast_of(linear.bias),
+        residual,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        p,
+        pre_norm,
+    )
     kernel = LINEAR_ADD_LAYER_NORM.kernel(*arguments)
     return None if kernel is None else sum_first(kernel.run(*arguments))
 
@@ -82,7 +93,7 @@ def fused_feed_forward(x: Tensor, parts: FeedForwardParts, norm: Any = None, res
     wide = second.weight.shape[0] > MAX_COLUMNS  # such rows fit no tile of a product
     if (wide and not (norm is None and residual is None)) or (norm is not None and norm.weight is None):
         return None
-    weights = (first.weight, first.bias, second.weight, second.bias)
+    weights = [*map(cast_of, (first.weight, first.bias, second.weight, second.bias))]
     behind = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     both = norm is not None and residual is not None
     settings = (parts.activation, parts.dropout_p, parts.output_dropout_p, residual, both)

@@ -29,6 +29,7 @@ from detr_fast.nn.blocks import (
     sum_and_norm,
     sum_first,
 )
+from detr_fast.nn.casts import cast_of, linear
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.dropout import recording
@@ -58,7 +59,7 @@ def attend_add_norm(
     pre_norm = residual is not None
     if _may_fuse(x, attention, dropout, norm) and _plain(attention.out_proj):
         projection, parameters = attention.out_proj, (norm.weight, norm.bias, norm.eps, probability(dropout), pre_norm)
-        weights = (projection.weight, projection.bias)
+        weights = (cast_of(projection.weight), cast_of(projection.bias))
         # What attention gives looks like x; the choice is made before anything is computed.
         fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x if residual is None else residual, *parameters)
         if fused is not None:
@@ -84,7 +85,7 @@ def project_add_norm(
         fused = fused_linear(heads, projection, residual, norm, probability(dropout), pre_norm)
         if fused is not None:
             return fused
-    return add_norm(projection(heads), residual, dropout, norm, pre_norm)
+    return add_norm(linear(projection, heads), residual, dropout, norm, pre_norm)
 
 
 def feed_forward_add_norm(
@@ -153,7 +154,7 @@ def _without_sum(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2
         fused = fused_feed_forward(x, FeedForwardParts(linear1, name, probability(dropout), linear2, 0.0))
         if fused is not None:
             return fused
-    return linear2(dropout(activation(linear1(x))))
+    return linear(linear2, dropout(activation(linear(linear1, x))))
 
 
 def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, pre_norm: bool = False) -> Any:

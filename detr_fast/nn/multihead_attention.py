@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from detr_fast import dispatch
 from detr_fast.dispatch import BackendError, Implementation
+from detr_fast.nn.casts import cast_of, with_casts
 from detr_fast.nn.memory import Projected, share_of
 from detr_fast.nn.replacements import replaces
 from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
@@ -73,8 +74,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, weights)
             if plan is not None:
                 return self._attend(plan, query, key, value)
-        return super().forward(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        return nn.MultiheadAttention.forward(
+            with_casts(self),
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
         )
 
     def runs_here(
@@ -161,7 +170,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _attend(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor) -> Output:
         heads, weights = self._attend_heads(plan, query, key, value)
-        return F.linear(heads, self.out_proj.weight, self.out_proj.bias), weights
+        return F.linear(heads, cast_of(self.out_proj.weight), cast_of(self.out_proj.bias)), weights
 
     def _attend_heads(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor) -> Output:
         packs = self._project(query, key, value)
@@ -267,8 +276,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v in the inputs' layout (…, n * C): one matrix product, of n of them, for inputs that are one tensor."""
         if not self._qkv_same_embed_dim:
-            biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = (None, None, None) if self.in_proj_bias is None else cast_of(self.in_proj_bias).chunk(3)
+            weights = map(cast_of, (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
             return list(map(F.linear, (query, key, value), weights, biases))
         if (projected := share_of(self, value, key)) is not None:
             return [F.linear(query, projected.weight, projected.bias), *projected.packs]
@@ -283,7 +292,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def in_parameters(self, shares: list[int]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
         """Weights and biases that project shares[i] of q, k and v each: by `split`, whose backward is one launch."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight, bias = cast_of(self.in_proj_weight), cast_of(self.in_proj_bias)
         if len(shares) == 1:
             return [weight], [bias]
         rows = [share * self.embed_dim for share in shares]
@@ -299,7 +308,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Projections for `_run_packs`, and x to go on with (see `project`)."""
         width = self.embed_dim
         if memory is None:
-            found = project(x, self.in_proj_weight, self.in_proj_bias, position, 2 * width)
+            found = project(x, cast_of(self.in_proj_weight), cast_of(self.in_proj_bias), position, 2 * width)
             if found is not None:
                 return [found[0]], found[1]
             assert position is not None  # two products: of x + position, and of x

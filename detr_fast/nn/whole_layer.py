@@ -25,6 +25,7 @@ from detr_fast.kernels import launch
 from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.nn.bare import HOOKS, is_bare
 from detr_fast.nn.blocks import activation_name
+from detr_fast.nn.casts import cast_of
 from detr_fast.nn.fusion import following_norm, leave_ahead, norms_ahead, take_ahead, taken_ahead
 from detr_fast.nn.memory import Projected, given_share, share_of
 from detr_fast.nn.multihead_attention import MultiheadAttention
@@ -129,8 +130,8 @@ class _Contents:
         )
 
     def program(self, call: _Call) -> HostProgram | None:
-        """That of such a call before, on parameters that look like these."""
-        state = [None if p is None else _look(p) for p in self.parameters]
+        """That of such a call before, on parameters that look like its."""
+        state = [None if p is None else _look(p) for p in call.parameters]
         if state != self._state:
             self._state = state
             self._programs.clear()
@@ -277,6 +278,7 @@ def _call_of(
             arguments += [share.weight, share.bias, *share.packs]
             unread = (attention.in_proj_weight, attention.in_proj_bias)  # the share has what remains of them
             parameters = [None if p is not None and any(p is one for one in unread) else p for p in parameters]
+    parameters = [*map(cast_of, parameters)]
     known = signature_of([*arguments, *following], x.get_device())
     if known is None:
         return None

@@ -12,10 +12,12 @@ from benchmarks.test_step import Pair, check
 from tests.stub_cuda import stubs
 
 
-def test_both_sides_of_the_step_benchmark_are_the_same_model_and_train():
+def test_both_sides_of_the_step_benchmark_are_the_same_model_drop_as_much_and_train():
     pytest.importorskip("transformers")
     pair = Pair("cpu", size=(64, 96), batch=2, layers=1)
     check(pair)
+    config = pair.peer.config
+    assert {config.dropout, config.attention_dropout, config.activation_dropout} == {pair.config.dropout} == {0.1}
     for which in ("uncaptured", "auto", "huggingface"):
         loss = pair.step(which)()
         assert torch.isfinite(loss)

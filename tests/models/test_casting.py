@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, get_ident
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.models import ModelConfig, build_model, casting
 from detr_fast.models.casting import cast_together, cast_weights
+from detr_fast.nn.casts import cast_of
 
 TINY = ModelConfig(
     backbone="conv",
@@ -68,18 +71,72 @@ def test_a_step_under_autocast_has_the_same_values_and_gradients_in_fewer_casts(
     assert single["_to_copy"] - counts["_to_copy"] >= 2 * weights
 
 
-def test_weights_come_back_when_a_forward_fails():
+def test_a_thread_knows_its_casts_until_its_forward_ends_or_fails_and_no_other_does():
     layer = nn.Linear(3, 3)
     weight = layer.weight
 
     def fail():
         with torch.autocast("cpu", torch.bfloat16), cast_weights([layer], CPU):
-            assert layer.weight.dtype == torch.bfloat16
+            assert cast_of(weight).dtype == torch.bfloat16
+            assert layer.weight is weight
+            with ThreadPoolExecutor(1) as other:
+                assert other.submit(cast_of, weight).result() is weight
             raise RuntimeError("of mine")
 
     with pytest.raises(RuntimeError, match="of mine"):
         fail()
-    assert layer.weight is weight
+    assert cast_of(weight) is weight
+
+
+def test_a_cast_that_is_not_what_autocast_would_make_here_is_not_taken():
+    weight = (layer := nn.Linear(3, 3)).weight
+    with torch.autocast("cpu", torch.bfloat16), cast_weights([layer], CPU):
+        with torch.autocast("cpu", enabled=False):
+            assert cast_of(weight) is weight
+        with torch.autocast("cpu", torch.float16):
+            assert cast_of(weight) is weight
+        assert cast_of(weight).requires_grad
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cast_weights([layer], CPU):
+        assert cast_of(weight).dtype == torch.bfloat16
+        with torch.enable_grad():
+            assert cast_of(weight) is weight
+
+
+def test_a_model_that_another_thread_evaluates_trains_and_is_saved_as_if_alone(monkeypatch):
+    model = build_model(TINY).train()
+    forward = type(model.transformer.encoder).forward
+    inside, go, main = Event(), Event(), get_ident()
+
+    def slow(self, *arguments):
+        if get_ident() != main:
+            inside.set()
+            assert go.wait(60)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(type(model.transformer.encoder), "forward", slow)
+
+    def evaluate():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(torch.rand(1, 3, 32, 32))["pred_logits"]
+
+    with ThreadPoolExecutor(1) as other:
+        evaluated = other.submit(evaluate)
+        try:
+            assert inside.wait(60)
+            assert torch.bfloat16 not in {t.dtype for t in model.state_dict().values()}
+            _, gradients, _ = step(model)
+        finally:
+            go.set()
+        assert evaluated.result().isfinite().all()
+    assert all(gradients[name] is not None for name in gradients if name.startswith("transformer"))
+
+
+def test_hooks_of_a_layer_see_and_may_change_weights_that_are_cast_behind_them():
+    for register in ("register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"):
+        layer = nn.Sequential(nn.Linear(3, 3))
+        getattr(layer, register)(lambda *_: None)
+        with torch.autocast("cpu", torch.bfloat16), cast_weights([layer], CPU):
+            assert cast_of(layer[0].weight) is layer[0].weight
 
 
 def test_what_is_no_plain_weight_or_may_come_by_a_hook_stays_as_it_is():
@@ -99,12 +156,13 @@ def test_what_is_no_plain_weight_or_may_come_by_a_hook_stays_as_it_is():
     layers = [plain, hooked, parametrised, mixed, Own(3, 3)]
     with torch.autocast("cpu", torch.bfloat16), cast_weights(layers, CPU):
         kinds = [
-            {t.dtype for t in layer._parameters.values()} for layer in (plain, hooked[0], parametrised, layers[-1])
+            {cast_of(t).dtype for t in layer._parameters.values()}
+            for layer in (plain, hooked[0], parametrised, layers[-1])
         ]
         assert kinds == [{torch.bfloat16}, {torch.float32}, {torch.float32}, {torch.float32}]
-        assert {p.dtype for p in mixed.parameters()} == {torch.float32, torch.float64}
+        assert {cast_of(p).dtype for p in mixed.parameters()} == {torch.float32, torch.float64}
     with cast_weights(layers, CPU):  # no autocast
-        assert plain.weight.dtype == torch.float32
+        assert cast_of(plain.weight) is plain.weight
 
 
 def test_gradients_lie_as_their_parameters_and_what_is_not_used_has_none():
