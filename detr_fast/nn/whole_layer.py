@@ -129,6 +129,10 @@ class _Contents:
             and not any(state[name] for state, name in self._hooks)
         )
 
+    def computes_as(self, other: _Contents) -> bool:
+        """Whether the same is computed, of other parameters perhaps."""
+        return self.settings == other.settings and self._kinds == other._kinds
+
     def program(self, call: _Call) -> HostProgram | None:
         """That of such a call before, on parameters that look like its."""
         state = [None if p is None else _look(p) for p in call.parameters]
@@ -178,7 +182,9 @@ def _read(layer: nn.Module, op: LayerOp) -> _Contents | None:
         if kind is nn.Dropout:
             found.watch(part, drop="p")
         elif kind in _NORMS:
-            found.watch(part, "eps")
+            if part.weight is None:  # nothing says how many columns it takes
+                return None
+            found.watch(part, "eps", "normalized_shape")
         elif kind is MultiheadAttention:
             projection = part._modules["out_proj"]
             if type(projection) not in _LINEARS or not is_bare(projection):
@@ -265,9 +271,11 @@ def _call_of(
     arguments = [*tensors, normed]
     following: list[Tensor | None] = []
     if norm is not None:
-        if type(norm) not in _NORMS:
+        if type(norm) not in _NORMS or norm.weight is None:
             return None
         following = [*norm._parameters.values()]
+        if any(p is not None and p.grad_fn is not None for p in following):
+            return None
         parameters = parameters + following
     attention = share = None
     if memory is not None:
@@ -286,8 +294,9 @@ def _call_of(
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     key = (
         *known,
+        x.get_device(),
         settings,
-        None if norm is None else norm.eps,
+        None if norm is None else _settings_of(norm),
         share is not None,
         len(arguments),
         torch.is_grad_enabled(),
@@ -301,6 +310,10 @@ def _call_of(
     return _Call(compute, arguments, parameters, key, autocast, contents.drops, contents)
 
 
+def _settings_of(norm: Any) -> tuple[Any, ...]:
+    return type(norm), norm.eps, norm.normalized_shape
+
+
 def _run(program: HostProgram, call: _Call) -> Tensor:
     x: Any = call.arguments[0]
     seed, first = reserve(x.device, program.draws) if program.draws else (None, 0)
@@ -308,7 +321,9 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
     if not program.differentiable:
         _, outputs = program.forward(seed, first, inputs)
     else:
-        again = partial(_again, call.compute, x.device.type, call.autocast)
+        norm = call.compute.norm
+        before = call.contents, None if norm is None else _settings_of(norm), dispatch._requested
+        again = partial(_again, call.compute, before, x.device.type, call.autocast)
         outputs = ProgramNode.apply(program, again, seed, first, len(call.arguments), *inputs)
     norm = call.compute.norm
     if norm is not None:
@@ -322,7 +337,8 @@ def _program(op: LayerOp, call: _Call) -> HostProgram | None:
     """The program of a layer that is seen again (a stack's second, say); None where there is none, or not yet."""
     x: Any = call.arguments[0]
     looks = signature_of(call.parameters, x.get_device())
-    if looks is None:
+    # Of parameters that were computed (`functional_call`), what they were computed of may be among them.
+    if looks is None or any(p is not None and p.grad_fn is not None for p in call.parameters):
         return None
     key = (call.key, *call.contents.settings, *looks)
     program = op.programs.get(key, False)
@@ -364,14 +380,39 @@ class _Both(nn.Module):
         return found if self.norm is None else found + [f"norm.{one}" for one in self.norm._parameters]
 
 
+Before = tuple[_Contents, tuple[Any, ...] | None, dict[str, str]]  # a layer, the norm behind it and what was asked for
+
+
 def _again(
-    compute: _Computation, kind: str, autocast: torch.dtype | None, seed: Tensor | None, offset: int, *inputs: Any
+    compute: _Computation,
+    before: Before,
+    kind: str,
+    autocast: torch.dtype | None,
+    seed: Tensor | None,
+    offset: int,
+    *inputs: Any,
 ) -> list[Tensor]:
-    """The layer's outputs by its parts, with other tensors as its parameters and the dropout of before."""
+    """The layer's outputs by its parts, with other tensors as its parameters and the dropout of before.
+
+    Raises RuntimeError where the layer is no longer what it was.
+    """
+    (contents, norm_settings, requests), norm = before, compute.norm
+    now = _read(compute.layer, contents._op)
+    if (
+        now is None
+        or not now.computes_as(contents)
+        or (norm is not None and (not is_bare(norm) or _settings_of(norm) != norm_settings))
+    ):
+        raise RuntimeError(
+            f"{type(compute.layer).__name__} changed between its forward and a backward with create_graph=True, which computes "
+            "the layer again and needs it as it was (training or eval, dropout, eps, its parts and their hooks): "
+            "change it behind that backward"
+        )
     both = _Both(compute)
     names = both.names()
     count = len(inputs) - len(names)
     others = {name: one for name, one in zip(names, inputs[count:]) if one is not None}
     casting = torch.autocast(kind, autocast, enabled=autocast is not None)
-    with layer_regime(), given_seed(seed, offset), casting:
+    requested = dispatch.use_backend(**{"*": "auto"} | requests)
+    with layer_regime(), given_seed(seed, offset), casting, requested:
         return list(torch.func.functional_call(both, others, inputs[:count]))

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from detr_fast.ops.host_passes import (
     taken_again,
     without_views,
 )
-from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, SEED, STREAM, Recorder, Unrepeatable
+from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, SEED, STREAM, Recorder, Unrepeatable, size_of
 
 ALIGNED = 16  # bytes: what kernels move at once
 
@@ -165,12 +166,12 @@ def record(
 ) -> HostProgram | None:
     """The program of `function(*arguments)`, which reads `parameters` besides, and of its backward.
 
-    None while another is made, and where two of the tensors start in one place, so that nothing tells them apart.
+    None while another is made, and where two of the tensors overlap, so that nothing tells apart what is in them.
 
     arguments: any tensors; parameters: also of a graph, which is not walked. Runs forward and backward once, on these tensors. Raises Unrepeatable.
     """
-    starts = [t.data_ptr() for t in (*arguments, *parameters) if t is not None]
-    if len(set(starts)) < len(starts):
+    starts = sorted((t.data_ptr(), size_of(t)) for t in (*arguments, *parameters) if t is not None)
+    if any(start < before + max(size, 1) for (before, size), (start, _) in pairwise(starts)):
         return None
     if not _lock.acquire(blocking=False):  # to wait could be for ever: the other may need this thread for its backward
         return None
@@ -242,6 +243,7 @@ class ProgramNode(torch.autograd.Function):
         kept, outputs = program.forward(seed, offset, inputs)
         ctx.save_for_backward(*kept)
         ctx.program, ctx.again, ctx.offset, ctx.parameters = program, again, offset, inputs[count:]
+        ctx.versions = _versions(ctx.parameters)  # not all are saved
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -254,9 +256,18 @@ class ProgramNode(torch.autograd.Function):
             return (None, None, None, None, None, *program.backward(ctx.offset, saved, arriving))
         values = dict(zip(program.saved, saved))
         arguments = [values.get(FIRST_INPUT + i) for i in range(program.inputs - len(ctx.parameters))]
+        if _versions(ctx.parameters) != ctx.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a parameter of "
+                "a layer, which a backward with create_graph=True computes again; change parameters behind that backward"
+            )
         inputs, wanted = (*arguments, *ctx.parameters), ctx.needs_input_grad[5:]
         again = partial(ctx.again, values.get(SEED), ctx.offset)
         return (None, None, None, None, None, *_differentiable(again, inputs, arriving, wanted))
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def _differentiable(

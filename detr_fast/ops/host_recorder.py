@@ -42,7 +42,9 @@ class Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # so that places and ids stay theirs
         self._registers: dict[int, int] = {}
         self._places: dict[Any, int] = {}
-        self._memory: dict[int, tuple[int, int]] = {}  # by storage: the first register in it, and where that starts
+        # By storage: the first register of each piece of it, and where that starts and ends. Inputs may lie in one storage
+        # (flattened parameters): how far they are from each other is no part of what is repeated.
+        self._memory: dict[int, list[tuple[int, int, int]]] = {}
         self.addresses: Addresses = {}
         self._offsets: dict[int, int] = {}
         if seed is not None:
@@ -61,7 +63,17 @@ class Recorder(TorchDispatchMode):
         self._alive.append(tensor)
         self._registers[id(tensor)] = register
         self._places.setdefault(_place(tensor), register)
-        self._memory.setdefault(tensor.untyped_storage()._cdata, (register, _bytes_before(tensor)))
+        if self._piece(tensor) is None:
+            pieces = self._memory.setdefault(tensor.untyped_storage()._cdata, [])
+            pieces.append((register, *_span(tensor)))
+
+    def _piece(self, tensor: Tensor) -> tuple[int, int] | None:
+        """The register whose memory holds the tensor's, and how many bytes behind its start that begins."""
+        start, end = _span(tensor)
+        for register, first, last in self._memory.get(tensor.untyped_storage()._cdata, ()):
+            if first <= start and end <= last:
+                return register, start - first
+        return None
 
     def find(self, tensor: Tensor) -> int:
         """The register that holds such a tensor: itself, or its memory seen in the same way."""
@@ -143,14 +155,13 @@ class Recorder(TorchDispatchMode):
 
     def _address(self, tensor: Tensor) -> tuple[int, int]:
         """A register with the tensor's memory, and the one of its address: a kernel takes no more, and asks no driver about it."""
-        found = self._memory.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        place = self._piece(tensor)
+        if place is None:
             raise Unrepeatable(f"a tensor of shape {tuple(tensor.shape)} comes from outside")
-        place = found[0], _bytes_before(tensor) - found[1]
         if place not in self.addresses:
             self.constants.append(None)
             self.addresses[place] = len(self.constants) - 1
-        return found[0], self.addresses[place]
+        return place[0], self.addresses[place]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -176,8 +187,17 @@ def _place(tensor: Tensor) -> Any:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _bytes_before(tensor: Tensor) -> int:
-    return int(tensor.storage_offset()) * tensor.itemsize
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where in its storage a tensor starts and ends, in bytes."""
+    start = int(tensor.storage_offset()) * tensor.itemsize
+    return start, start + size_of(tensor)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last, with what lies between them."""
+    if not tensor.numel():
+        return 0
+    return (1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))) * tensor.itemsize
 
 
 _aten = torch.ops.aten

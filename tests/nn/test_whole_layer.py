@@ -111,6 +111,76 @@ def test_a_weight_that_changes_before_the_backward_is_noticed():
 
 
 @interpreter
+@pytest.mark.parametrize("name", ["linear1.bias", "norm2.bias"])
+def test_a_parameter_that_is_not_kept_for_backward_may_not_change_before_one_that_is_differentiated(name):
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            y = layer(*inputs, **masks)
+        with torch.no_grad():
+            layer.get_parameter(name).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+
+
+@interpreter
+@pytest.mark.parametrize("spoil", ["eval", "eps", "hook"])
+def test_a_layer_that_changed_can_not_be_differentiated_twice(spoil):
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            y = layer(*inputs, **masks)
+        if spoil == "eval":
+            layer.eval()
+        elif spoil == "eps":
+            layer.norm1.eps = 0.1
+        else:
+            layer.linear1.register_forward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match="changed between its forward and a backward with create_graph=True"):
+            torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+
+
+@interpreter
+def test_a_backward_that_is_differentiated_draws_the_forwards_dropout_whatever_is_asked_for_then():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            y = layer(*inputs, **masks)
+    (expected,) = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    (found,) = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+    assert y.grad_fn.name() == "ProgramNodeBackward"
+    torch.testing.assert_close(found, expected)
+
+
+@interpreter
+def test_norms_without_weights_and_parameters_that_were_computed_are_left_to_the_parts():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    weights = {name: p.detach().requires_grad_() for name, p in layer.named_parameters()}
+    weights["norm2.weight"] = weights["norm1.weight"] * 2
+    gradients = []
+    with use_backend("triton"):
+        for _ in range(3):
+            torch.manual_seed(3)
+            y = torch.func.functional_call(layer, weights, tuple(inputs), masks)
+            gradients += torch.autograd.grad(y.square().sum(), weights["norm1.weight"], retain_graph=True)
+        assert torch.equal(gradients[0], gradients[2])
+        layer.norm1 = nn.LayerNorm(16, elementwise_affine=False)
+        for _ in range(3):
+            layer(*inputs, **masks)
+    assert not any(isinstance(one, HostProgram) for one in ENCODER_LAYER.programs.values())
+
+
+@interpreter
+def test_each_device_has_programs_of_its_own(monkeypatch):
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            layer(*inputs, **masks)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda t: 1)
+        assert layer(*inputs, **masks).grad_fn.name() != "ProgramNodeBackward"
+
+
+@interpreter
 def test_the_double_backward_is_the_parts_own():
     layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
 

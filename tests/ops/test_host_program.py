@@ -91,6 +91,35 @@ def test_compiled_programs_launch_the_same_with_addresses_in_the_tensors_places(
     launch.forget_programs()
 
 
+@pytest.mark.offline
+def test_inputs_in_one_storage_are_found_wherever_they_lie(stub_gpu, monkeypatch):
+    """As flattened parameters are, whose distances differ from layer to layer."""
+    from detr_fast import implementation
+    from detr_fast.ops import boundary
+
+    for module in (implementation, boundary):
+        monkeypatch.setattr(module, "INTERPRETING", True)
+
+    def flat(gap):
+        memory = torch.randn(5 * 64 + 2 * (64 + gap))
+        weight, bias = memory[320 + gap :][: 2 * (64 + gap)].view(2, -1)[:, :64].unbind(0)
+        return [memory[:320].view(5, 64), weight, bias]
+
+    with use_backend("triton"):
+        program = record(lambda x: [ops.layer_norm(x, (64,), *given[1:])], (given := flat(0))[:1], given[1:], None)
+        for inputs in (given, flat(32)):
+            before = len(stub_gpu.launched)
+            program.forward(None, 0, inputs)
+            (_, arguments), *_ = stub_gpu.launched[before:]
+            assert {t.data_ptr() for t in inputs} <= set(arguments)
+    launch.forget_programs()
+
+
+def test_inputs_that_overlap_are_not_recorded():
+    x = torch.randn(8)
+    assert record(lambda x, y: [x[:4] + y], [x[:6], x[2:6]], [], None) is None
+
+
 def test_no_graph_outlives_its_recording():
     """A parameter's node that is kept alive belongs to the stream of then, and no CUDA graph can be captured on another."""
 
