@@ -338,7 +338,7 @@ def _program(op: LayerOp, call: _Call) -> HostProgram | None:
     x: Any = call.arguments[0]
     looks = signature_of(call.parameters, x.get_device())
     # Of parameters that were computed (`functional_call`), what they were computed of may be among them.
-    if looks is None or any(p is not None and p.grad_fn is not None for p in call.parameters):
+    if looks is None or any(p is not None and p.grad_fn is not None for p in call.contents.parameters):
         return None
     key = (call.key, *call.contents.settings, *looks)
     program = op.programs.get(key, False)

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast import nn, use_backend
 from detr_fast.explanation import explaining
+from detr_fast.nn.casts import known_casts
 from detr_fast.ops import regimes
 from detr_fast.ops.host_program import HostProgram
 from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
@@ -146,8 +147,9 @@ def test_a_backward_that_is_differentiated_draws_the_forwards_dropout_whatever_i
     with use_backend("triton"):
         for _ in range(2):
             y = layer(*inputs, **masks)
-    (expected,) = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
-    (found,) = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    (found,) = torch.autograd.grad(y, inputs, dy, create_graph=True)
     assert y.grad_fn.name() == "ProgramNodeBackward"
     torch.testing.assert_close(found, expected)
 
@@ -168,6 +170,17 @@ def test_norms_without_weights_and_parameters_that_were_computed_are_left_to_the
         for _ in range(3):
             layer(*inputs, **masks)
     assert not any(isinstance(one, HostProgram) for one in ENCODER_LAYER.programs.values())
+
+
+@interpreter
+def test_weights_that_are_cast_together_are_no_computed_parameters():
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            casts = {id(p): p.bfloat16() for name, p in layer.named_parameters() if "norm" not in name}
+            with known_casts(casts):
+                y = layer(*inputs, **masks)
+    assert y.grad_fn.name() == "ProgramNodeBackward"
 
 
 @interpreter
