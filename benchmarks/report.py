@@ -40,7 +40,7 @@ def page(entries: Sequence[Mapping[str, Any]], failed: Sequence[str] = (), *, ti
     """times: with all peers' times of each case, which are most of the page."""
     cases = [entry for entry in entries if "peers" in entry]
     facts = [entry for entry in entries if "peers" not in entry]
-    short = [*told(facts), *claims(cases), *next_steps(cases, failed), *absent(cases)]
+    short = [*told(facts), *rates(cases), *claims(cases), *next_steps(cases, failed), *absent(cases)]
     return short + all_times(cases) if times else short
 
 
@@ -52,6 +52,17 @@ def told(facts: Sequence[Mapping[str, Any]]) -> list[str]:
             shown = values if isinstance(values, str) else ", ".join(f"{k} {_short(v)}" for k, v in values.items())
             lines.append(f"- {title}: {shown}")
     return ["", *lines] if lines else []
+
+
+def rates(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Images a second of what computes images, by its wall time, fastest first."""
+    lines = []
+    for entry in cases:
+        if images := entry.get("images"):
+            times = sorted(_times(entry, "wall").items(), key=lambda item: item[1])
+            shown = ", ".join(f"{name} {images / milliseconds * 1e3:.0f}" for name, milliseconds in times)
+            lines.append(f"- {entry['case']}, images a second: {shown}")
+    return lines
 
 
 def claims(cases: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -83,6 +83,7 @@ def compare(
     checks: Mapping[str, Step] | None = None,
     claims: Sequence[Claim] = (),
     moves: int = 0,
+    images: int = 0,
     in_graphs: bool = True,
 ) -> None:
     """Check what each of `peers` computes against `eager`'s error from `truth`, time those that are right, and record it.
@@ -96,11 +97,12 @@ def compare(
         checks: what is checked in place of a peer's timed call, say without dropout.
         claims: judged of the times, and recorded with them.
         moves: bytes that must be read and written, for the record.
+        images: how many a call computes, for the record.
         in_graphs: whether peers are timed in CUDA graphs, too; not where ours, as it is run, is one.
     """
     if time.time() > float(os.environ.get("DETR_FAST_DEADLINE", "inf")):
         pytest.skip("out of time")
-    outcome = Outcome(case, moves, in_graphs)
+    outcome = Outcome(case, moves, in_graphs, images)
     expected, exact = (None if call is None else [t.detach() for t in call()] for call in (eager, truth))
 
     def checked(name: str, call: Step) -> None:
@@ -129,8 +131,8 @@ def compare(
 class Outcome:
     """What is known of a case's peers: times, or why there are none."""
 
-    def __init__(self, case: str, moves: int, in_graphs: bool) -> None:
-        self.case, self.moves, self.in_graphs = case, moves, in_graphs
+    def __init__(self, case: str, moves: int, in_graphs: bool, images: int = 0) -> None:
+        self.case, self.moves, self.in_graphs, self.images = case, moves, in_graphs, images
         self.peers: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, BaseException] = {}  # of `OURS`
 
@@ -173,7 +175,7 @@ class Outcome:
 
     def record(self, claims: Iterable[Claim]) -> None:
         judged = [one for claim in claims for one in claim.judged(self.peers, self.in_graphs)]
-        told = {"case": self.case, "moves": self.moves, "in_graphs": self.in_graphs}
+        told = {"case": self.case, "moves": self.moves, "in_graphs": self.in_graphs, "images": self.images}
         record(told | {"peers": self.peers, "claims": judged})
 
 

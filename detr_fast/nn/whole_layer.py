@@ -341,7 +341,7 @@ def _program(op: LayerOp, call: _Call) -> HostProgram | None:
     if looks is None or any(p is not None and p.grad_fn is not None for p in call.contents.parameters):
         return None
     key = (call.key, *call.contents.settings, *looks)
-    program = op.programs.get(key, False)
+    program = op.known(key)
     if program is False:  # to record takes longer than to run: not what is seen once
         op.keep(key, None)
         return None
@@ -350,7 +350,7 @@ def _program(op: LayerOp, call: _Call) -> HostProgram | None:
         try:
             with layer_regime():
                 program = record(call.compute, call.arguments, call.parameters, seed)
-        except Unrepeatable as error:
+        except (Unrepeatable, torch.OutOfMemoryError) as error:  # recording keeps all that a step makes
             program = str(error)
         op.keep(key, program)
     if not isinstance(program, HostProgram):

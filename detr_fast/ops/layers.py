@@ -93,7 +93,7 @@ class TritonLayer(TritonImplementation):
         return entry is not None and entry.architecture == architecture
 
     def note(self, call: LayerCall) -> str | None:
-        return "all of its parts on kernels; in a plain step one program, and one node of autograd's"
+        return "all of its parts on kernels; where a plain step can be repeated, one program and one node of autograd's"
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("layers are run by nn.whole_layer")
@@ -122,10 +122,18 @@ class LayerOp(Op):
         self.programs.clear()
         self.generation = object()
 
+    def known(self, key: Any) -> HostProgram | str | bool | None:
+        """What was kept for a call, and is now the last to go; False where it was never seen."""
+        if key not in self.programs:
+            return False
+        self.programs.move_to_end(key)
+        return self.programs[key]
+
     def keep(self, key: Any, program: HostProgram | str | None) -> None:
-        while len(self.programs) >= MAX_PROGRAMS:
-            self.programs.popitem(last=False)
+        """In place of what was called least recently, where there are too many."""
         self.programs[key] = program
+        while len(self.programs) > MAX_PROGRAMS:
+            self.programs.popitem(last=False)
 
 
 ENCODER_LAYER = LayerOp("encoder_layer")

@@ -227,10 +227,12 @@ def test_the_page_says_which_claims_hold_and_what_to_change_next():
         entry("slow", 2.0, 0.5, auto=2.0, eager=1.0),
         entry("slower than a library", 2.0, None, auto=3.0, liger=2.0, copy=1.0),
         {"case": "broken", "moves": 0, "peers": {"triton": {"failed": "why"}, "apex": {"absent": ""}}, "claims": []},
+        entry("step", 0.5, 3.0, eager=8.0, auto=4.0) | {"images": 4},
         {"ceilings": {"copy, GB/s": 3000.123}},
     ]
     page = report.page(entries, ["tests"])
     assert "- ceilings: copy, GB/s 3000" in page
+    assert "- step, images a second: auto 1000, eager 500" in page
     assert "| c | ≥ 2 × | launched eagerly | 1 of 3, 1 unknown | 0.50 × | slow |" in page
     assert "| c | ≥ 2 × | in a CUDA graph | 1 of 3, 1 unknown | 1.00 × | slow |" in page
     steps = page[page.index("What to change next:") + 1 :][:6]

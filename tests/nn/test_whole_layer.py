@@ -7,8 +7,9 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast import nn, use_backend
 from detr_fast.explanation import explaining
+from detr_fast.nn import whole_layer
 from detr_fast.nn.casts import known_casts
-from detr_fast.ops import regimes
+from detr_fast.ops import layers, regimes
 from detr_fast.ops.host_program import HostProgram
 from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
 from detr_fast.testing import count
@@ -191,6 +192,31 @@ def test_each_device_has_programs_of_its_own(monkeypatch):
             layer(*inputs, **masks)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda t: 1)
         assert layer(*inputs, **masks).grad_fn.name() != "ProgramNodeBackward"
+
+
+def test_programs_called_least_recently_go_first(monkeypatch):
+    monkeypatch.setattr(layers, "MAX_PROGRAMS", 2)
+    ENCODER_LAYER.keep("hot", "reason")
+    ENCODER_LAYER.keep("once", None)
+    assert ENCODER_LAYER.known("hot") == "reason"
+    ENCODER_LAYER.keep("new", None)
+    assert list(ENCODER_LAYER.programs) == ["hot", "new"]
+    ENCODER_LAYER.keep("new", "reason")  # in its own place
+    assert list(ENCODER_LAYER.programs) == ["hot", "new"]
+    assert ENCODER_LAYER.known("once") is False
+
+
+@interpreter
+def test_a_layer_too_large_to_be_recorded_runs_its_parts(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(whole_layer, "record", full)
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        names = [step(layer, inputs, masks)[1] for _ in range(2)]
+    assert "ProgramNodeBackward" not in names
+    assert [str(reason)[:18] for reason in ENCODER_LAYER.programs.values()] == ["CUDA out of memory"]
 
 
 @interpreter
