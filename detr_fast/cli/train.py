@@ -108,6 +108,15 @@ def train(
         int | None,
         typer.Option("--evaluate-every", help="Epochs between evaluations.", show_default="1", rich_help_panel=_RECIPE),
     ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            "--save-every",
+            help="Steps between checkpoints within an epoch: the most that a crash can lose.",
+            show_default="1000",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", help="Of weights, order and augmentation.", show_default="0", rich_help_panel=_RECIPE),
@@ -125,7 +134,7 @@ def train(
 ) -> None:
     """Train a DETR on a COCO-format folder; classes and their names come from its annotations.
 
-    Ctrl-C keeps a checkpoint, and --resume goes on from it. Several GPUs: accelerate launch -m detr_fast train …
+    A checkpoint is kept after each epoch, within long ones, and on Ctrl-C; --resume goes on from the last. Several GPUs: accelerate launch -m detr_fast train …
     """
     import os
     from dataclasses import replace
@@ -147,6 +156,7 @@ def train(
         "lr_backbone": lr_backbone,
         "ema_decay": ema,
         "evaluate_every": evaluate_every,
+        "save_every": save_every,
         "seed": seed,
         "device": device,
         "precision": precision,

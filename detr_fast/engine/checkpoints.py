@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read without executing code.
 
 A checkpoint is a dict of plain data and tensors: `format`, `version`, `detr_fast` (the library's version), `config` (TrainConfig.to_dict()),
-`names` and `category_ids` by label, `model`, `ema`, `optimizer`, `scheduler`, `scaler`, `rng`, `epoch`, `step`, `metrics` (of the last
-evaluation). A checkpoint to predict with holds only the weights: `optimizer`, `scheduler`, `scaler` and `rng` are absent.
+`names` and `category_ids` by label, `model`, `ema`, `optimizer`, `scheduler`, `scaler`, `rng`, `epoch`, `step`, `metrics` and `evaluated` (the last
+evaluation's figures and step). A checkpoint to predict with holds only the weights: `optimizer`, `scheduler`, `scaler` and `rng` are absent.
 """
 
 from __future__ import annotations

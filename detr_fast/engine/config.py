@@ -50,6 +50,7 @@ class TrainConfig:
     workers: int = 2
     log_every: int = 10  # steps between reads of the losses from the device
     evaluate_every: int = 1  # epochs
+    save_every: int = 1000  # steps between checkpoints within an epoch: the most that a crash can lose
 
     def __post_init__(self) -> None:
         at_least = {
@@ -58,6 +59,7 @@ class TrainConfig:
             "workers": 0,
             "log_every": 1,
             "evaluate_every": 1,
+            "save_every": 1,
             "warmup_steps": 0,
             "weight_decay": 0,
             "lr_backbone": 0,

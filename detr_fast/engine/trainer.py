@@ -159,6 +159,7 @@ class Trainer:
             self.device
         )
         self.step = 0
+        self.saved = self.evaluated = 0  # at which step last
         self.metrics: dict[str, float] = {}
         self.best = -math.inf
         if state is not None:
@@ -203,6 +204,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.metrics, self.best = state["step"], state["metrics"], state["best"]
+        self.saved, self.evaluated = self.step, state.get("evaluated", self.step)
         set_rng_state(state["rng"])
 
     def _rate(self, step: int) -> float:
@@ -239,14 +241,13 @@ class Trainer:
             self.reporter.message(f"all {self.config.epochs} epochs are done already; give --epochs to go further")
         try:
             with StopSignals(announced=self.main) as signals:
+                self._end_epoch()  # of a run that was stopped before it evaluated
                 while self.step < self.total_steps:
                     self._train_epoch(signals)
-                    epoch = self.step // self.data.steps_per_epoch
-                    if epoch % self.config.evaluate_every == 0 or self.step == self.total_steps:
-                        self._evaluate()
-                    self._save()
+                    self._end_epoch()
         except Interrupted as stop:
-            self._save()
+            if self.saved != self.step:
+                self._save()
             advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
             raise Interrupted(stop.signum, advice) from None
         finally:
@@ -275,14 +276,28 @@ class Trainer:
             self.step += 1
             window.images += len(batch) * self.accelerator.num_processes
             last = self.step % self.data.steps_per_epoch == 0
+            save = self.step - self.saved >= self.config.save_every
             record = None
-            if self.step % self.config.log_every == 0 or last or signals.received is not None:
-                record = self._log(window, epoch)
+            if self.step % self.config.log_every == 0 or last or save or signals.received is not None:
+                record = self._log(window, epoch)  # raises, so that what isn't finite is never saved
+                if save:
+                    self._save()
                 window = _Window(self.step)
             self.images += len(batch) * self.accelerator.num_processes
             self.reporter.step(self.step, record)
             signals.check()
         self.seconds += time.perf_counter() - begun
+
+    def _end_epoch(self) -> None:
+        """Evaluate where that is due and not done yet, and save."""
+        epoch, steps = divmod(self.step, self.data.steps_per_epoch)
+        due = steps == 0 and (epoch % self.config.evaluate_every == 0 or self.step == self.total_steps)
+        if due and self.evaluated != self.step:
+            self._evaluate()
+            self.evaluated = self.step
+            self._save()
+        elif self.saved != self.step:
+            self._save()
 
     def _log(self, window: _Window, epoch: int) -> dict[str, Any]:
         means = self.sums.read()  # the one place where the host waits for the device
@@ -331,9 +346,11 @@ class Trainer:
             "step": self.step,
             "metrics": self.metrics,
             "best": self.best,
+            "evaluated": self.evaluated,
         }
 
     def _save(self) -> None:
+        self.saved = self.step
         if not self.main:
             return
         scaler = self.accelerator.scaler

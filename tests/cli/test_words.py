@@ -103,7 +103,7 @@ def test_defaults_in_the_help_of_train_are_those_of_the_recipes() -> None:
         assert full == str(settings["resnet50"][option.name]), option.name
         assert (small or full) == str(settings["small"][option.name]), option.name
         checked += 1
-    assert checked == 11
+    assert checked == 12
 
 
 def test_a_command_that_is_advised_can_be_pasted_where_paths_have_spaces(

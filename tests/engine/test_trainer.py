@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,35 @@ class StopAt(Reporter):
     def step(self, step: int, record: dict[str, Any] | None) -> None:
         if step == self.at:
             os.kill(os.getpid(), self.signum)
+
+
+class CrashAt(Reporter):
+    """Ends training without notice after a step, or as soon as so many images are evaluated."""
+
+    def __init__(self, step: int | None = None, evaluated: int | None = None) -> None:
+        self.at, self.images = step, evaluated
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        if step == self.at:
+            raise RuntimeError("crashed")
+
+    def evaluating(self, done: int, total: int) -> None:
+        if done == self.images:
+            raise RuntimeError("crashed")
+
+
+KILLED = """
+import json, os, signal, sys
+from detr_fast.engine.config import TrainConfig
+from detr_fast.engine.trainer import Reporter, train
+
+class Killed(Reporter):
+    def step(self, step, record):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(TrainConfig.from_dict(json.loads(sys.argv[1])), reporter=Killed())
+"""
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
@@ -79,11 +110,50 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny: Tiny, 
     with pytest.raises(Interrupted, match=f"step {stop_at} of 6 is saved; go on with 'detr-fast train --resume"):
         train(tiny("parts"), reporter=StopAt(stop_at, signum))
     parts = resume(Path(tiny("parts").run))
-    a, b = load_checkpoint(whole.run.checkpoint), load_checkpoint(parts.run.checkpoint)
-    for key in ("model", "ema", "optimizer", "scheduler", "rng", "step", "metrics", "best"):
+    assert_same_run(whole.run, parts.run)
+
+
+def assert_same_run(whole: RunFolder, parts: RunFolder) -> None:
+    """Everything that a checkpoint holds, and the figures logged, but not the time that they took."""
+    a, b = load_checkpoint(whole.checkpoint), load_checkpoint(parts.checkpoint)
+    for key in ("model", "ema", "optimizer", "scheduler", "rng", "step", "metrics", "best", "evaluated"):
         assert_same(a[key], b[key], key)
-    steps = [r["step"] for r in parts.run.read_metrics() if r["kind"] == "train"]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    untimed = [[r | {"images_per_second": 0} for r in run.read_metrics()] for run in (whole, parts)]
+    assert_same(*untimed)
+
+
+@pytest.mark.parametrize(("crash", "saved"), [(CrashAt(3), 2), (CrashAt(evaluated=4), 6)])
+def test_a_run_that_crashed_goes_on_from_a_checkpoint_within_its_epoch(tiny: Tiny, crash: CrashAt, saved: int) -> None:
+    whole = train(tiny("whole", batch_size=2))
+    with pytest.raises(RuntimeError, match="crashed"):
+        train(tiny("parts", batch_size=2, save_every=2), reporter=crash)
+    folder = RunFolder(tiny("parts").run)
+    assert load_checkpoint(folder.checkpoint)["step"] == saved
+    assert_same_run(whole.run, resume(folder.path).run)
+
+
+def test_a_run_killed_in_mid_epoch_resumes_to_the_same_weights(tiny: Tiny) -> None:
+    whole, parts = train(tiny("whole", batch_size=2)).run, tiny("parts", batch_size=2, save_every=4, workers=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", KILLED, json.dumps(parts.to_dict())]
+    assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+    assert load_checkpoint(RunFolder(parts.run).checkpoint)["step"] == 4
+    assert_same_run(whole, resume(parts.run).run)
+
+
+def test_checkpoints_within_an_epoch_are_as_far_apart_as_asked(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr("detr_fast.engine.trainer.save_checkpoint", lambda path, state, *_: saved.append(state["step"]))
+    train(tiny(batch_size=2, save_every=4, evaluate_every=3))
+    assert saved == [4, 6, 10, 12, 12]  # the best, too, after the evaluation
+
+
+def test_a_step_that_is_not_finite_never_replaces_a_checkpoint(tiny: Tiny) -> None:
+    with pytest.raises(TrainingDiverged, match=r"step (\d) .*the last checkpoint is kept.*lower --lr"):
+        train(tiny(lr=1e30, clip_norm=1e30, ema_decay=0.0, save_every=1, log_every=1000))
+    state = load_checkpoint(RunFolder(tiny().run).checkpoint)
+    assert state["step"] == 1
+    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 def test_a_resumed_run_can_be_made_longer(tiny: Tiny) -> None:
