@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import launch as launching
 from .attention_tiles import dot
@@ -179,9 +180,25 @@ def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return total.addmm_(a.float(), b.float())
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if torch.compiler.is_compiling():  # Inductor knows the product of mixed dtypes, and not the one that adds
+    if torch.compiler.is_compiling() or not _has_product_that_adds(total):  # nor has Inductor
         return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+
+
+def _has_product_that_adds(total: Tensor) -> bool:
+    return (type(total) is Tensor and total.is_cuda) or adds_without_memory()
+
+
+@cache
+def adds_without_memory() -> bool:
+    """Whether PyTorch knows the product that adds in fp32 for meta and fake tensors: in 2.11 it takes the dtype for beta."""
+    with _disable_current_modes():
+        total, half = (torch.empty(1, 1, dtype=dtype, device="meta") for dtype in (torch.float32, torch.float16))
+        try:
+            torch.ops.aten.addmm.dtype_out(total, half, half, torch.float32, out=total)
+        except TypeError:
+            return False
+    return True
 
 
 def has_product_in_fp32(x: Tensor) -> bool:

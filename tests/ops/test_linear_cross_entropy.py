@@ -328,7 +328,8 @@ def test_a_block_takes_three_products_and_one_kernel_and_no_logits_are_kept(dtyp
     in_fp32 = [
         ours.launches[f"aten.{name}"] for name in ("mm.dtype", "addmm.dtype_out")
     ]  # from 16 bits, and added there
-    assert in_fp32 == ([0, 0] if dtype == torch.float32 else [1, blocks - 1])
+    added = blocks - 1 if kernels.adds_without_memory() else 0  # on a GPU always
+    assert in_fp32 == ([0, 0] if dtype == torch.float32 else [blocks - added, added])
     logits, both_gradients = 4 * rows * classes, 4 * (rows + classes) * features
     assert ours.saved_bytes <= both_gradients + 8 * rows + 64 < logits / 20
 
