@@ -18,6 +18,7 @@ from detr_fast import nn
 from detr_fast.nn.bare import has_hooks, is_bare
 from detr_fast.nn.casts import known_casts
 from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.products import is_batch
 
 _CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
 _NAMES = {"weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
@@ -97,7 +98,7 @@ class _Cast(torch.autograd.Function):
 
 def _copies(dtype: torch.dtype, channels_last: bool, *tensors: Any) -> tuple[Tensor, ...]:
     """Contiguous copies, or those of four dimensions channels last: in one launch, but for what is to be laid otherwise."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):  # to be differentiated once more
+    if wants_grad(*tensors) or is_batch(*tensors):
         return tuple(tensor.to(dtype) for tensor in tensors)
     made, sources, targets = [], [], []
     for tensor in tensors:

@@ -28,7 +28,7 @@ from detr_fast.ops.attention_triton import (
     run_forward,
 )
 from detr_fast.ops.boundary import define, wants_grad
-from detr_fast.ops.products import eager_gradients
+from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
 
 
 def run_packed(
@@ -102,7 +102,7 @@ class _Forward(torch.autograd.Function):
         if dout is None:
             return (None,) * (4 + len(packs))
         wanted = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
+        if goes_by_eager_ops(dout):
 
             def again(*packs: Tensor) -> Tensor:
                 q, k, v = unpacked(list(packs))

@@ -26,7 +26,7 @@ from detr_fast.ops import regimes
 from detr_fast.ops.boundary import define, integers, wants_grad
 from detr_fast.ops.linear_cross_entropy_chunked import Chunked, rows_at_once
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
-from detr_fast.ops.products import autocast_dtype, eager_gradients
+from detr_fast.ops.products import autocast_dtype, eager_gradients, goes_by_eager_ops
 
 # With the kernel, as many rows at once as make 256 MiB of logits, but at least 2,048: each block reads and writes the gradient
 # of weight in fp32. 4,096 bf16 rows of 1,024 by 128,000 classes, forward and backward on an H200: 6.0 ms in blocks of 1,024 rows,
@@ -317,7 +317,7 @@ class _Forward(torch.autograd.Function):
             return (None,) * 9
         *inputs, scale, dx, dw, db = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # a double backward will follow: through PyTorch's own ops
+        if goes_by_eager_ops(g):
 
             def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 return _eager(x, weight, bias, *inputs[3:], *ctx.settings)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detr_fast.kernels.product_tiles import plus_product
 from detr_fast.ops import linear_probabilities
-from detr_fast.ops.products import eager_gradients
+from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
 
 # On a GPU, in which small blocks leave multiprocessors idle: as many logits at once, but at least so many rows, in whole tiles.
 # On an H200 4,096 bf16 rows of 1,024 by 128,000 classes take 13 ms forward and backward, of 256 by 32,000 2.2.
@@ -109,7 +109,7 @@ class Chunked(torch.autograd.Function):
         dtype = of.counts.dtype
         # The mean over nothing divides by zero: what is ignored has no gradient even so, as in PyTorch.
         g = g.masked_fill((counts if present is None else present) == 0, 0.0)
-        if torch.is_grad_enabled():  # a double backward will follow: through PyTorch's own ops
+        if goes_by_eager_ops(g):
 
             def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 logits = F.linear(x, weight, bias).to(dtype)

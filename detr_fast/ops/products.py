@@ -151,6 +151,19 @@ def dropout_of(p: float, seed: Tensor | None, offset: int) -> Dropout | None:
     return None if seed is None else Dropout(seed, offset, p)
 
 
+def is_batch(*arriving: Tensor | None) -> bool:
+    """Whether one is a batch of gradients at once, of `is_grads_batched`: nothing can be written into others by it."""
+    return not torch.compiler.is_compiling() and any(t is not None and _is_batch(t) for t in arriving)
+
+
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
+def goes_by_eager_ops(*arriving: Tensor | None) -> bool:
+    """Whether a backward must be PyTorch's operations, each with a result of its own: it is differentiated, or of a batch."""
+    return torch.is_grad_enabled() or is_batch(*arriving)
+
+
 def eager_gradients(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:

@@ -23,6 +23,7 @@ from detr_fast.ops.products import (
     autocast_dtype,
     exact_fp32,
     flat,
+    goes_by_eager_ops,
     key,
     meta,
     shape_misfit,
@@ -237,7 +238,7 @@ class _Projection(torch.autograd.Function):
 def _added(arrived: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
     if arrived is None:
         return torch.mm(rows, weight)
-    if torch.is_grad_enabled() or not arrived.is_contiguous():
+    if goes_by_eager_ops(arrived, rows) or not arrived.is_contiguous():
         return torch.addmm(flat(arrived), rows, weight)
     return flat(arrived).addmm_(rows, weight)  # in place: out of place, cuBLAS would copy it first
 
@@ -249,7 +250,7 @@ def _weight_gradient(rows: Tensor, x: Tensor, position: Tensor | None, columns: 
     if columns == rows.shape[1]:
         return torch.mm(rows.t(), positioned)
     parts = zip(rows.split([columns, rows.shape[1] - columns], 1), (positioned, flat(x)))
-    if torch.is_grad_enabled():
+    if goes_by_eager_ops(rows):
         return torch.cat([torch.mm(part.t(), inputs) for part, inputs in parts])
     dw = rows.new_empty(rows.shape[1], x.shape[-1])
     for (part, inputs), out in zip(parts, dw.split([columns, rows.shape[1] - columns])):

@@ -188,3 +188,11 @@ def test_gradients_can_be_differentiated_again():
     (first,) = torch.autograd.grad(cast.pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     torch.testing.assert_close(second, 6 * x)
+
+
+def test_casts_take_a_batch_of_gradients_at_once():
+    parameters = [torch.randn(3, 2, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)]
+    casts = casting._Cast.apply(torch.bfloat16, True, *parameters)
+    upstream = [torch.randn(2, *cast.shape).bfloat16() for cast in casts]
+    found = torch.autograd.grad(casts, parameters, upstream, is_grads_batched=True)
+    assert all(torch.equal(one, arrived.float()) for one, arrived in zip(found, upstream))
