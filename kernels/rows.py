@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .launch import Variant, empty, jit, launch, pointer, tl
 MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
 MAX_COLUMNS = 1 << 24
 MAX_ROW_STRIDE = 1 << 24
+MANY_ROWS = (
+    8192  # beyond, `sum_rows` shares rows out over programs: one would go over all for longer than a launch takes
+)
 MAX_PLANS = 4096  # of each kind that are kept; shapes that vary for ever must not fill the memory
 
 
@@ -131,70 +134,130 @@ def sum_partials_kernel(
     second_ptr,
     first_total_ptr,
     second_total_ptr,
-    first_programs: tl.int32,
-    second_programs: tl.int32,
+    first_row_stride: tl.int32,
+    second_row_stride: tl.int32,
+    first_rows: tl.int32,
+    second_rows: tl.int32,
     first_columns: tl.int32,
     second_columns: tl.int32,
-    ROWS: tl.constexpr,
+    share: tl.int32,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Sum first (first_programs, first_columns), fp32, over its rows, always in one order; so second, or None."""
+    """Sum first (first_rows, first_columns) over its rows, always in one order; so second, or None.
+
+    The grid's second dimension shares rows out, `share` a program, which has a row of the totals.
+    """
     block = tl.program_id(0)
     blocks = tl.cdiv(first_columns, BLOCK_C)
+    begin = tl.program_id(1) * share
     if block < blocks:
-        _sum_columns(first_ptr, first_total_ptr, first_programs, first_columns, block, ROWS, BLOCK_C)
+        end = tl.minimum(begin + share, first_rows)
+        _sum_columns(
+            *(first_ptr, first_total_ptr, first_row_stride, begin, end, first_columns, block),
+            *(BLOCK_C, LOADS, LANES, ALIGNED),
+        )
     elif second_ptr is not None:
-        _sum_columns(second_ptr, second_total_ptr, second_programs, second_columns, block - blocks, ROWS, BLOCK_C)
+        end = tl.minimum(begin + share, second_rows)
+        _sum_columns(
+            *(second_ptr, second_total_ptr, second_row_stride, begin, end, second_columns, block - blocks),
+            *(BLOCK_C, LOADS, LANES, ALIGNED),
+        )
 
 
 @jit
-def _sum_columns(partial_ptr, total_ptr, programs, C, block, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sum_columns(
+    ptr,
+    total_ptr,
+    row_stride,
+    begin,
+    end,
+    C,
+    block,
+    BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    VEC: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    GROUPS: tl.constexpr = LANES * VEC // BLOCK_C  # rows that all lanes load at once
+    ROWS: tl.constexpr = LOADS * GROUPS
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for start in range(0, programs, ROWS):
-        program = start + tl.arange(0, ROWS)[:, None]
-        partial = partial_ptr + program.to(tl.int64) * C + column
-        total += tl.load(partial, mask=(program < programs) & (column < C), other=0.0)
-    total = tl.sum(total, axis=0)[None, :].to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + column, total, mask=column < C)
+    inside = column // VEC < C // VEC
+    total = tl.zeros((GROUPS, BLOCK_C), tl.float32)
+    for start in range(begin, end, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        pointers = run_pointers(ptr, row.to(tl.int64) * row_stride, column, VEC)
+        tile = tl.load(pointers, mask=(row < end) & inside, other=0.0).to(tl.float32)
+        total = add_rows(total, tile, ROWS, BLOCK_C, GROUPS)
+    sums = tl.sum(total, axis=0)[None, :].to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + tl.program_id(1).to(tl.int64) * C + column, sums, mask=column < C)
 
 
 def sum_partials(
-    first: tuple[Tensor, torch.dtype], second: tuple[Tensor, torch.dtype] | None = None
+    first: tuple[Tensor, torch.dtype], second: tuple[Tensor, torch.dtype] | None = None, parts: int = 1
 ) -> tuple[Tensor, ...]:
-    """The sums over rows of one or two tensors (programs, C), fp32, each as (C,) of the dtype beside it. Deterministic."""
-    one, dtype = first
-    other, other_dtype = second or (None, None)
-    device = one.device
-    plan = _plan_sums(one.shape, dtype, None if other is None else other.shape, other_dtype)
-    total = empty(one.shape[1:], dtype, device)
-    if other is None or other_dtype is None:
-        launch(plan.variant, plan.grid, one, None, total, None, *plan.sizes)
-        return (total,)
-    other_total = empty(other.shape[1:], other_dtype, device)
-    launch(plan.variant, plan.grid, one, other, total, other_total, *plan.sizes)
-    return total, other_total
+    """The sums over rows of one or two tensors (rows, C), each as (C,) of the dtype beside it. Deterministic.
+
+    In fp32. With more parts as (parts, C): the sum of each of so many shares of the rows.
+    """
+    tensors, forms, addresses = [], [], 0
+    for tensor, dtype in (first,) if second is None else (first, second):
+        tensor, stride = as_rows(tensor)
+        tensors.append(tensor)
+        forms.append((tensor.dtype, *tensor.shape, stride, dtype))
+        addresses |= tensor.data_ptr()
+    plan = _plan_sums(tuple(forms), parts, addresses % 16)
+    shapes = [(columns,) if parts == 1 else (parts, columns) for _, _, columns, *_ in forms]
+    totals = [empty(shape, form[-1], tensors[0].device) for shape, form in zip(shapes, forms)]
+    if second is None:
+        launch(plan.variant, plan.grid, tensors[0], None, totals[0], None, *plan.sizes)
+    else:
+        launch(plan.variant, plan.grid, *tensors, *totals, *plan.sizes)
+    return tuple(totals)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum of x (..., C) over its rows, (C,), in x's dtype; taken in fp32. Deterministic."""
+    x = x.reshape(-1, x.shape[-1])
+    parts = -(-len(x) // MANY_ROWS)
+    total = (x, x.dtype) if parts <= 1 else (sum_partials((x, torch.float32), None, parts)[0], x.dtype)
+    return sum_partials(total)[0]
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan_sums(
-    first: torch.Size, dtype: torch.dtype, second: torch.Size | None, second_dtype: torch.dtype | None
-) -> Plan:
-    shapes = [first] if second is None else [first, second]
-    variant = sum_partials_variant(max(columns for _, columns in shapes), dtype, *([second_dtype] if second else []))
-    blocks = sum(-(-columns // variant.constants["BLOCK_C"]) for _, columns in shapes)
-    return Plan(variant, (blocks,), (first[0], 0 if second is None else second[0], first[1], shapes[-1][1]))
+def _plan_sums(forms: tuple[tuple[Any, ...], ...], parts: int, offset: int) -> Plan:
+    """forms: each tensor's dtype, rows, columns, distance of rows and dtype of the total."""
+    read, rows, columns, strides, totals = zip(*forms)
+    aligned = all(
+        run_length(dtype.itemsize, C | stride, offset) > 1 for dtype, C, stride in zip(read, columns, strides)
+    )
+    variant = _sums_variant(sum(columns), aligned, read, totals)
+    blocks = sum(-(-C // variant.constants["BLOCK_C"]) for C in columns)
+    both = (strides[0], strides[-1], rows[0], rows[-1], columns[0], columns[-1])
+    return Plan(variant, (blocks, parts), (*both, -(-max(rows) // parts)))
+
+
+def sum_partials_variant(columns: int, *totals: torch.dtype) -> Variant:
+    """The program that adds up partial sums, fp32, of `columns` columns each into totals of these dtypes."""
+    return _sums_variant(columns * len(totals), columns % 4 == 0, (torch.float32,) * len(totals), totals)
 
 
 @cache
-def sum_partials_variant(columns: int, first: torch.dtype, second: torch.dtype | None = None) -> Variant:
-    """The program that adds up partial sums, into totals of these dtypes, the widest of `columns` columns."""
-    partial = None if second is None else torch.float32
-    types = (*map(pointer, (torch.float32, partial, first, second)), "i32", "i32", "i32", "i32")
-    # Narrow blocks spread few columns over many multiprocessors, and their many rows are loaded at once: on an H200, 528
-    # programs' sums of 256 columns take 2.3 us; 256 rows by 16 columns take 2.8, 32 by 32 take 7.3.
-    block = 8 if columns <= 256 else 16 if columns <= 1024 else 64
-    constants = {"ROWS": 64 if block == 64 else 512, "BLOCK_C": block}
+def _sums_variant(
+    columns: int, aligned: bool, read: tuple[torch.dtype, ...], totals: tuple[torch.dtype, ...]
+) -> Variant:
+    """columns: of all tensors together."""
+    alone = (None,) * (2 - len(read))
+    types = (*map(pointer, (*read, *alone, *totals, *alone)), *["i32"] * 7)
+    # Time goes by what follows one another: a program's rounds of loads, each as long as the L2 cache takes, and the cache
+    # lines that its multiprocessor looks up, one a row. Few columns a program spread the rows' lines over multiprocessors,
+    # and all loads of 1,024 partial sums are one round: an encoder layer's 567 x 768 and 107 x 2,048 are 176 programs of
+    # one round, 16 bytes a load. 16-bit rows share no sector of 32 bytes between programs.
+    block = 64 if columns > 4096 else 16 if columns > 1024 or min(dtype.itemsize for dtype in read) == 2 else 8
+    constants = {"BLOCK_C": block, "LOADS": min(block, 16), "LANES": 256, "ALIGNED": aligned}
     return Variant(sum_partials_kernel, types, constants, num_warps=8)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels.feed_forward import MAX_COLUMNS
+from detr_fast.kernels.rows import sum_rows
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.feed_forward_autograd import ACTIVATIONS, forward, run_backward, run_forward
@@ -224,6 +225,8 @@ class TritonFeedForward(TritonProduct):
             hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, biases[0])
             settled = (seed, call.activation, 0, p, p, added or call.dtype, b1 is not None)
             run_backward(y, total if call.return_sum else None, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
+            if b2 is not None and not call.norm and seed is None:
+                sum_rows(y)
 
     def beyond_measured(self, call: FeedForwardCall) -> str | None:
         if call.hidden > MEASURED_HIDDEN:

@@ -19,7 +19,7 @@ from detr_fast.kernels.feed_forward import Norm, feed_forward
 from detr_fast.kernels.linear_norm import Rows, linear_norm_forward
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
-from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat
+from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat, sum_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -260,7 +260,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | No
     d_norm: Any
     *d_norm, of_b2 = sums.chunk(3) if norm_weight is not None else (None, None, sums)
     if wanted[4]:
-        db2 = of_b2.to(b2.dtype) if of_b2.numel() else dz.sum(0)
+        db2 = of_b2.to(b2.dtype) if of_b2.numel() else sum_rows(dz)
     dw2 = torch.mm(dz.t(), h) if wanted[3] else None
     if wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
         adds = norm_weight is not None and residual_dtype is None

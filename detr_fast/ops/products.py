@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from detr_fast.dispatch import NEVER, Call, TritonImplementation
-from detr_fast.kernels import launch
+from detr_fast.kernels import launch, rows
 from detr_fast.kernels.dropout import Dropout, scale
 from detr_fast.ops import regimes
+from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import keep_mask
 
 MEASURED_WIDTH, MEASURED_HIDDEN = 256, 2048  # of what `tune` measures, and `auto` takes nothing beyond: DETR's
@@ -212,3 +213,15 @@ def dropped(x: Tensor, seed: Tensor | None, offset: int, p: float, hidden: bool 
 def flat(tensor: Tensor) -> Tensor:
     """(..., C) as (rows, C)."""
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _sum_rows_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[-1])
+
+
+def _sum_rows_autograd(x: Tensor) -> Tensor:
+    return flat(x).sum(0) if wants_grad(x) else sum_rows.below(x)
+
+
+# A bias's gradient, x (..., C): its sum over rows, (C,). On an H200 PyTorch's own sum of 6,800 x 768 in bf16 takes 15 µs.
+sum_rows = define("sum_rows(Tensor x) -> Tensor", run=rows.sum_rows, fake=_sum_rows_fake, autograd=_sum_rows_autograd)

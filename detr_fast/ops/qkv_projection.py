@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
+from detr_fast.kernels import rows as row_kernels
 from detr_fast.kernels.linear import linear_forward
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.products import (
@@ -27,6 +28,7 @@ from detr_fast.ops.products import (
     key,
     meta,
     shape_misfit,
+    sum_rows,
 )
 from detr_fast.ops.regimes import bytes_of
 
@@ -132,7 +134,9 @@ class TritonQkvProjection(TritonProduct):
         x, weight = meta(dtype, call.rows, call.width), meta(dtype, call.columns, call.width)
         bias = meta(call.dtypes[2] and dtype, call.columns)
         position = meta(dtype if call.position else None, min(1, call.rows), call.width)
-        _run_forward(x, weight, bias, position, call.position_columns)
+        y = _run_forward(x, weight, bias, position, call.position_columns)
+        if call.needs_grad and bias is not None:
+            row_kernels.sum_rows(y)
 
     def compiled_key(self, call: QkvCall) -> Any:
         return super().compiled_key(call), call.position
@@ -211,7 +215,7 @@ class _Projection(torch.autograd.Function):
         else:
             y = _eager(*arguments)
         ctx.save_for_backward(x, weight, position)
-        ctx.columns, ctx.bias = columns if position is not None else 0, bias is not None
+        ctx.columns, ctx.fused = columns if position is not None else 0, fused
         ctx.set_materialize_grads(False)
         return (y, x.view_as(x)) if tapped else y
 
@@ -222,7 +226,7 @@ class _Projection(torch.autograd.Function):
         x, weight, position = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_position = ctx.needs_input_grad[:4]
         rows = flat(dy)
-        dx = dw = dposition = None
+        dx = dw = db = dposition = None
         if wants_x:
             dx = _added(arrived, rows, weight).view(x.shape)
         if wants_weight:
@@ -232,7 +236,9 @@ class _Projection(torch.autograd.Function):
             seen = rows[:, : ctx.columns]
             seen = seen if period == len(rows) else seen.unflatten(0, (-1, period)).sum(0)
             dposition = torch.mm(seen, weight[: ctx.columns]).view(position.shape)
-        return dx, dw, rows.sum(0) if wants_bias else None, dposition, None, None, None
+        if wants_bias:
+            db = sum_rows(rows) if ctx.fused else rows.sum(0)
+        return dx, dw, db, dposition, None, None, None
 
 
 def _added(arrived: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:

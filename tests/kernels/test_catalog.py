@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from detr_fast.kernels import launch, layer_norm, offline, rows
-from detr_fast.kernels.analysis import analyse
+from detr_fast.kernels.analysis import analyse, disassemble, innermost_loops
 from detr_fast.kernels.catalog import CATALOG, TARGETS, Budget, Entry, entries, entry
 from detr_fast.kernels.offline import compile_catalog, compile_variant, occupancy, over_budget
 
@@ -75,6 +75,35 @@ def test_layer_norm_at_256_columns_is_bound_by_memory(target, kernel, most, stre
     assert wide == {"LDG": lanes * (streams - 1) + parameters, "STG": lanes}
     warps = resources.occupancy * 64  # that many fit on a multiprocessor of both
     assert warps * one.elements / one.variant.num_warps * 2 * (streams - 1) >= 18 * 1024
+
+
+# An encoder layer's, 8 x 850 tokens: parameter gradients' partial sums, both blocks' and one's, and a bias gradient's rows.
+@offline_only
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "programs", "rounds"),
+    [
+        ([(567, 768), (107, 2048)], torch.float32, 176, 1),
+        ([(567, 768)], torch.float32, 96, 1),
+        ([(6800, 768)], torch.bfloat16, 48, 4),
+    ],
+)
+def test_sums_over_rows_take_many_programs_few_rounds_of_wide_loads(target, shapes, dtype, programs, rounds):
+    forms = tuple((dtype, *shape, shape[1], torch.bfloat16) for shape in shapes)
+    plan = rows._plan_sums(forms, 1, 0)
+    assert plan.grid == (programs, 1)
+    constants = plan.variant.constants
+    at_once = constants["LANES"] * 16 // dtype.itemsize // constants["BLOCK_C"]
+    assert math.ceil(shapes[0][0] / at_once / constants["LOADS"]) == rounds
+    binary, _, resources = compile_variant(plan.variant, target)
+    assert resources.spills == 0
+    for loop in innermost_loops(disassemble(binary)):
+        loads = [one.opcode for one in loop if one.opcode.startswith("LDG")]
+        assert len(loads) == constants["LOADS"]
+        assert all(".128" in opcode for opcode in loads)
+        first = next(place for place, one in enumerate(loop) if one.opcode.startswith("FADD"))
+        waiting = [one for one in loop[first:] if one.opcode.startswith("LDG")]  # until the first loads have come
+        assert len(waiting) < len(loads) / 2
 
 
 @offline_only

@@ -214,11 +214,43 @@ def test_the_backward_is_deterministic_whatever_order_programs_run_in():
         assert all(torch.equal(one, same) for one, same in zip(results[0], other))
 
 
-def test_partial_sums_of_many_programs_are_all_added(interpreter):
-    first, second = torch.randn(601, 40), torch.randn(3, 1100)
+# Several rounds of loads, columns of one program and of several; runs of 16 bytes and none.
+@pytest.mark.parametrize("columns", [(40, 1100), (43, 5), (8, 4200)])
+def test_partial_sums_of_many_programs_are_all_added(interpreter, columns):
+    first, second = torch.randn(1601, columns[0]), torch.randn(3, columns[1])
     sums = rows.sum_partials((first, torch.float32), (second, torch.bfloat16))
     torch.testing.assert_close(sums[0], first.double().sum(0).float())
     torch.testing.assert_close(sums[1], second.double().sum(0).bfloat16())
+
+
+def shifted(x):
+    """x at an address off 16 bytes."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "arrange"),
+    [
+        ((0, 8), lambda x: x),
+        ((1, 1), lambda x: x),
+        ((3, 700, 24), lambda x: x),  # in 16 bits two rounds of loads
+        ((70, 16), shifted),
+        ((70, 16), lambda x: torch.cat([x, x], -1)[:, :16]),  # rows far apart
+        ((1, 24), lambda x: x.expand(50, 24)),
+        ((16, 70), lambda x: x.T),
+        ((rows.MANY_ROWS + 1, 8), lambda x: x),  # in two launches
+    ],
+)
+def test_sums_over_rows_are_as_accurate_as_eager(interpreter, shape, arrange, dtype):
+    x = torch.randn(shape) + 1.0  # a mean of zero would hide rows that are left out
+    assert_as_accurate_as_eager(
+        lambda x: rows.sum_rows(arrange(x)),
+        reference=lambda x: arrange(x).flatten(0, -2).sum(0),
+        inputs=[x],
+        dtype=dtype,
+        grad=False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,18 @@ def test_x_and_position_are_never_added_up_in_memory(triton):
     assert counts.launches == {"linear_kernel": 1}
 
 
+@interpreter
+def test_opcheck_accepts_the_sum_over_rows():
+    torch.library.opcheck(torch.ops.detr_fast.sum_rows.default, (torch.randn(2, 3, 8, requires_grad=True),))
+
+
+def test_a_bias_takes_one_launch_of_the_backward(triton):
+    x, weight, bias = (t.detach().to("meta").requires_grad_() for t in tensors((2, 500))[:3])
+    forward = count(lambda: ops.qkv_projection(x, weight, bias))
+    both = count(lambda: torch.autograd.backward(ops.qkv_projection(x, weight, bias), x.new_empty(2, 500, 3 * WIDTH)))
+    assert both.launches - forward.launches == {"sum_partials_kernel": 1, "aten.mm.default": 2}
+
+
 def test_fake_cuda_tensors_trace_forward_without_a_gpu(triton):
     with FakeTensorMode():
         y = ops.qkv_projection(*[t.cuda() for t in tensors()])
