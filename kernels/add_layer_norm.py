@@ -23,13 +23,12 @@ from .add_layer_norm_backward import BackwardForm, add_layer_norm_backward, back
 from .configs import LAYER_NORM_FORWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .entry import Budget, Entry
-from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, pointer, tl
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
     Plan,
     address_of,
-    aligned_run,
     as_rows,
     block_of,
     column_block,
@@ -40,7 +39,6 @@ from .rows import (
     row_statistics,
     run_length,
     run_pointers,
-    sum_partials_variant,
     tile_elements,
 )
 
@@ -159,43 +157,6 @@ def _plan_forward(
     vector = run_length(min(dtypes[0].itemsize, dtypes[1].itemsize), strides[0] | strides[1] | columns, offset)
     variant = forward_variant(columns, *dtypes, with_sum, dropout, vector)
     return Plan(variant, (-(-rows // variant.constants["ROWS"]),), (*strides, rows, columns))
-
-
-def compile_add_layer_norm(
-    columns: int,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    weight_dtype: torch.dtype | None,
-    has_bias: bool,
-    dropout: bool,
-    with_sum: bool,
-    needs_grad: bool,
-    device: torch.device,
-    out_dtype: torch.dtype,
-) -> None:
-    """Compile what aligned tensors of such dtypes launch, with needs_grad also the full backward."""
-    sum_dtype = torch.promote_types(x_dtype, residual_dtype)
-    bias_dtype = (weight_dtype or sum_dtype) if has_bias else None
-    # What the backward reads and writes: the sum alone, or both; one gradient serves both where they are the same.
-    read = (sum_dtype, None) if with_sum else (x_dtype, residual_dtype)
-    dx_dtype = x_dtype if dropout or x_dtype != residual_dtype else None
-    affine = weight_dtype is not None
-    parameter_dtype = weight_dtype or sum_dtype
-    dsum_dtype = sum_dtype if with_sum else None
-    forward = (x_dtype, residual_dtype, weight_dtype, bias_dtype, out_dtype)
-    backward = (out_dtype, dsum_dtype, *read, weight_dtype, dx_dtype, residual_dtype)
-    if columns > MAX_BLOCK:
-        wide_rows.compile_forward((*forward, dsum_dtype), dropout, columns, device)
-        if needs_grad:
-            wide_rows.compile_backward(backward, dropout, columns, affine, has_bias, parameter_dtype, device)
-        return
-    vector = aligned_run(columns, forward[:2])
-    compile_variant(forward_variant(columns, *forward, with_sum, dropout, vector), device)
-    if needs_grad:
-        vector = aligned_run(columns, backward[:4] + backward[5:])
-        compile_variant(backward_variant(columns, BackwardForm(backward, affine, has_bias, dropout), vector), device)
-        if affine or has_bias:
-            compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (affine + has_bias)), device)
 
 
 @cache

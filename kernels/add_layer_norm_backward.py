@@ -25,6 +25,7 @@ from .rows import (
     Plan,
     add_rows,
     address_of,
+    arriving_rows,
     as_rows,
     block_of,
     column_block,
@@ -173,9 +174,9 @@ def add_layer_norm_backward(
     dresidual_dtype: None where that gradient is not wanted. parameter_dtype: of dweight and dbias; weight's where None.
     Deterministic: sums are always taken in the same order on the same GPU.
     """
-    dy, dy_stride = as_rows(dy)
+    dy, dy_stride = arriving_rows(dy)
     x, x_stride = as_rows(x)
-    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
+    dsum, dsum_stride = (None, 0) if dsum is None else arriving_rows(dsum)
     residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     weight = packed(weight)
     shape, device, columns = x.shape, x.device, x.shape[-1]
@@ -240,8 +241,8 @@ def residual_norm_backward(
     dresidual), both (..., C), and the sums over each program's rows for weight, bias and the bias inside x, fp32
     (programs, 3 * C), for `sum_partials`. C up to 8,192. Deterministic.
     """
-    dy, dy_stride = as_rows(dy)
-    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
+    dy, dy_stride = arriving_rows(dy)
+    dsum, dsum_stride = (None, 0) if dsum is None else arriving_rows(dsum)
     weight = weight.contiguous()
     shape, device, columns = dy.shape, dy.device, dy.shape[-1]
     dresidual = empty(shape, dresidual_dtype, device)
@@ -261,7 +262,7 @@ def residual_norm_backward(
 
 def dropped_backward(dsum: Tensor, dropout: Dropout, dx_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Back from residual + dropout(x) to x: dx (..., C), and its sums over each program's rows, fp32 (programs, C)."""
-    dsum, stride = as_rows(dsum)
+    dsum, stride = arriving_rows(dsum)
     shape, device, columns = dsum.shape, dsum.device, dsum.shape[-1]
     dx = empty(shape, dx_dtype, device)
     form = BackwardForm((dsum.dtype, None, None, None, None, dx_dtype, None), False, False, True, True)

@@ -23,7 +23,7 @@ from .attention import empty_rows
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_mask import attention_backward_mask_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
-from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places, readable
+from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, arriving, places
 from .attention_split import Parts, combine_variant, key_parts
 from .launch import Variant, empty, launch, pointer
 
@@ -43,9 +43,8 @@ def attention_backward(
     out, lse: what the forward returned; dout, dlse: the gradients that arrive for them, in any layout.
     into: where to write dq, dk and dv, aligned as q, k and v are.
     """
-    out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, out, lse, dout, dlse, into)
-    form = problem.form(out, dout)
-
+    form = problem.form()
+    out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, form, out, lse, dout, dlse, into)
     rows = form.config("queries").rows
     parts = key_parts(problem, rows, dq.device)
     split = Parts(parts, problem, dq) if parts > 1 else None
@@ -61,17 +60,24 @@ def attention_backward(
         split.combine(form)
 
     launch_keys(problem, form, dout, statistics, dk, dv)
-    return dq, dk, dv, _mask_gradient(problem, statistics, dout) if with_mask else None
+    return dq, dk, dv, _mask_gradient(problem, form, statistics, dout) if with_mask else None
 
 
 def ready(
-    problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, into: Sequence[Tensor] | None
+    problem: Problem,
+    form: Form,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    into: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, tuple[Tensor, ...]]:
     """What a backward's launches read and write: out, dout and dlse as they can be read, statistics, (dq, dk, dv)."""
     dims = (problem.head_dim, problem.head_dim, problem.value_dim)
     gradients = into or (empty_rows(t, dim) for t, dim in zip(problem.given, dims))
     statistics = empty((2, *lse.shape), torch.float32, lse.device)
-    return readable(out), readable(dout), None if dlse is None else dlse.contiguous(), statistics, tuple(gradients)
+    out, dout = arriving(out, form.vector), arriving(dout, form.vector)
+    return out, dout, None if dlse is None else dlse.contiguous(), statistics, tuple(gradients)
 
 
 def launch_keys(
@@ -93,13 +99,13 @@ def launch_keys(
     launch(variant, grid, *tensors, *inputs, *strides, *problem.sizes(), problem.scale, *counts)
 
 
-def _mask_gradient(problem: Problem, statistics: Tensor, dout: Tensor) -> Tensor:
+def _mask_gradient(problem: Problem, form: Form, statistics: Tensor, dout: Tensor) -> Tensor:
     assert problem.given_mask is not None
     shape = problem.given_mask.shape
     batches, heads, rows, columns = (1,) * (4 - len(shape)) + tuple(shape)
     dmask = empty(shape, problem.given_mask.dtype, dout.device)
     # A dimension of size 1 is not shared, but summing over it is the same.
-    variant = mask_variant(problem.form(dout), rows == 1, columns == 1)
+    variant = mask_variant(form, rows == 1, columns == 1)
     tiles_m = 1 if rows == 1 else -(-rows // variant.constants["BLOCK_M"])
     tiles_n = 1 if columns == 1 else -(-columns // variant.constants["BLOCK_N"])
     tensors = (problem.q, problem.k, problem.v, dout)

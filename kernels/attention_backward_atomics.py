@@ -76,8 +76,8 @@ def attention_backward_atomics(
     """
     if problem.sequences is not None:
         raise ValueError("a packed batch's dq is not added up by atomics: use attention_backward")
-    out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, out, lse, dout, dlse, into)
-    form = problem.form(out, dout)
+    form = problem.form()
+    out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, form, out, lse, dout, dlse, into)
     parts = None if form.dtype == torch.float32 else Parts(1, problem, dq)
     sums = dq if parts is None else parts.tensor
 

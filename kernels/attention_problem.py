@@ -161,8 +161,8 @@ class Problem:
             # At least a tile each: its program writes the zeros of what is surplus.
             self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
 
-    def form(self, *others: Tensor) -> Form:
-        """The form of launches that also read `others`, (B, L, H, E); what they write is allocated aligned."""
+    def form(self) -> Form:
+        """The form of its launches; what they write is allocated aligned, and gradients are brought to be (`arriving`)."""
         return _form(
             self.q.dtype,
             self.head_dim,
@@ -173,7 +173,7 @@ class Problem:
             self.seed is not None,
             self.tf32,
             self.sequences is not None,
-            tile_run(self.q, self.k, self.v, *others),
+            tile_run(self.q, self.k, self.v),
             1 if self.mask is None else mask_run(self.mask),
             self.generation == "hopper" and self.tiles(128) < FEW_TILES,
             self.generation == "hopper" and -(-self.keys // 128) * self.batch * self.heads < FEW_TILES * self.group,
@@ -251,21 +251,21 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if adjacent and row <= MAX_TILE_STRIDE else tensor.contiguous()
 
 
+def arriving(tensor: Tensor, vector: int) -> Tensor:
+    """`readable` of a gradient, say, of whose place nothing was known when its call's programs were compiled.
+
+    It is copied where it does not allow runs of `vector` elements, as new memory of such a call does.
+    """
+    tensor = readable(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format) if vector > 1 and tile_run(tensor) == 1 else tensor
+
+
 def places(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides over batch, heads and rows of a (B, L, H, E) tensor; zeros where there is none."""
     if tensor is None:
         return 0, 0, 0
     batch, row, head, _ = tensor.stride()
     return batch, head, row
-
-
-def layout(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's strides, 0 where there is a single element to step over: what programs depend on."""
-    return _layout(tensor.shape, tensor.stride())
-
-
-def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides))
 
 
 def tile_run(*tensors: Tensor) -> int:
@@ -292,5 +292,5 @@ def mask_run(mask: Tensor) -> int:
 @lru_cache(maxsize=4 * MAX_PLANS)
 def _together(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """What a power of two divides where it divides the strides of all dimensions but the last, and that one's size."""
-    a, b, c, _ = _layout(shape, strides)
+    a, b, c, _ = (0 if size == 1 else stride for size, stride in zip(shape, strides))
     return a | b | c | shape[3]

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from .configs import CHANNEL_AFFINE
 from .entry import Budget, Entry
-from .launch import Variant, compile_launches, empty, jit, launch, pointer, tl
+from .launch import Variant, empty, jit, launch, pointer, tl
 from .rows import (
     MAX_PLANS,
     Plan,
     address_of,
+    arriving_rows,
     block_of,
     column_block,
     load_parameters,
@@ -139,7 +140,7 @@ def channel_affine_backward(
     """Gradients of `channel_affine_forward` for x and the residual, in y's dtype; dy and y (..., C)."""
     if not (with_dx or with_dresidual):
         return None, None
-    dy, y = dy.contiguous(), y.contiguous()
+    dy, y = arriving_rows(dy.contiguous())[0], y.contiguous()
     scale, residual_scale = scale.contiguous(), packed(residual_scale)
     dx, dresidual = (empty(y.shape, y.dtype, y.device) if wanted else None for wanted in (with_dx, with_dresidual))
     given = dy.dtype, y.dtype, residual_scale is not None, with_dx, with_dresidual
@@ -169,22 +170,6 @@ def _plan_backward(
     vector = run_length(min(given[0].itemsize, given[1].itemsize), columns, offset)
     variant = backward_variant(columns, *given, vector)
     return Plan(variant, (-(-rows // variant.constants["ROWS"]),), (rows, columns))
-
-
-def compile_channel_affine(
-    columns: int, dtype: torch.dtype, residual: bool, scaled: bool, needs_grad: bool, device: torch.device
-) -> None:
-    """Compile what forward and, with needs_grad, the full backward launch; scaled: the residual has a scale."""
-
-    def rehearsal() -> None:
-        x = torch.empty(1, columns, dtype=dtype, device="meta")
-        scale = torch.empty(columns, dtype=torch.float32, device="meta")
-        residual_scale = scale if scaled else None
-        y = channel_affine_forward(x, scale, scale, x if residual else None, residual_scale)
-        if needs_grad:
-            channel_affine_backward(y, y, scale, residual_scale, with_dresidual=residual)
-
-    compile_launches(rehearsal, device)
 
 
 @cache

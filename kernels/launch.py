@@ -103,13 +103,19 @@ class Variant:
             return found
         with _compiling:
             if (found := self._programs.get(key)) is None:
-                stand_ins = [_stand_in(kind) for kind in self.types]
-                kernel = self.kernel.warmup(*stand_ins, grid=(1,), **self.constants, **self.options())
-                # Loading is lazy, and not allowed while a CUDA graph is being captured.
-                kernel._init_handles()
-                found = self._programs[key] = Program(kernel, tuple(self.constants.values()))
-                _compiled.append(self)
+                # Caches make two of one, as of an argument that is left out and its default.
+                same = _variants.setdefault(self, self)
+                found = same._programs.get(key) or self._compile()
+                for variant in (self, same):
+                    variant._programs[key] = found
+                    _compiled.append(variant)
         return found
+
+    def _compile(self) -> Program:
+        kernel = self.kernel.warmup(*map(_stand_in, self.types), grid=(1,), **self.constants, **self.options())
+        # Loading is lazy, and not allowed while a CUDA graph is being captured.
+        kernel._init_handles()
+        return Program(kernel, tuple(self.constants.values()))
 
     def all_constants(self) -> dict[str, Any]:
         """The constants, with None for each absent tensor."""
@@ -154,6 +160,7 @@ observers: list[Callable[[Launch], None]] = []
 _rehearsal = threading.local()  # `variants`: what the thread's rehearsal has launched
 _compiling = threading.Lock()  # Python 3.11's parser, which Triton calls, fails at times in two threads at once
 _compiled: list[Variant] = []
+_variants: dict[Variant, Variant] = {}  # the first of all that are equal
 _allocate: Callable[..., torch.Tensor] = torch.empty
 
 

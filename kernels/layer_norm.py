@@ -22,7 +22,7 @@ from torch import Tensor
 from . import wide_rows
 from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, RowConfig
 from .entry import Budget, Entry
-from .launch import TRITON_TYPES, Variant, compile_variant, empty, jit, launch, multiprocessors, pointer, tl
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, multiprocessors, pointer, tl
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -30,7 +30,7 @@ from .rows import (
     Plan,
     add_rows,
     address_of,
-    aligned_run,
+    arriving_rows,
     as_rows,
     block_of,
     column_block,
@@ -218,7 +218,7 @@ def layer_norm_backward(
     """
     if not (with_dx or with_dw or with_db):
         return None, None, None
-    dy, dy_stride = as_rows(dy)
+    dy, dy_stride = arriving_rows(dy)
     x, x_stride = as_rows(x)
     weight = packed(weight)
     shape, device = x.shape, x.device
@@ -255,38 +255,6 @@ def _plan_backward(
         tiles, multiprocessors(device), backward_config(columns, dy_dtype, x_dtype, vector).programs
     )
     return Plan(variant, (programs,), (*strides, rows, columns))
-
-
-def compile_layer_norm(
-    columns: int,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype | None,
-    has_bias: bool,
-    needs_grad: bool,
-    device: torch.device,
-    out_dtype: torch.dtype | None = None,
-    aligned: bool = True,
-) -> None:
-    """Compile what `layer_norm_forward`, and with needs_grad the full backward, launches for such tensors.
-
-    aligned: every tensor and row starts at a multiple of 16 bytes. A failing compilation raises here, before any work.
-    """
-    out_dtype = out_dtype or x_dtype
-    bias_dtype = (weight_dtype or x_dtype) if has_bias else None
-    affine, parameter_dtype = weight_dtype is not None, weight_dtype or x_dtype
-    if columns > MAX_BLOCK:
-        wide_rows.compile_forward((x_dtype, None, weight_dtype, bias_dtype, out_dtype, None), False, columns, device)
-        if needs_grad:
-            dtypes = (out_dtype, None, x_dtype, None, weight_dtype, None, x_dtype)
-            wide_rows.compile_backward(dtypes, False, columns, affine, has_bias, parameter_dtype, device)
-        return
-    vector = aligned_run(columns, [x_dtype]) if aligned else 1
-    compile_variant(forward_variant(columns, x_dtype, weight_dtype, bias_dtype, out_dtype, vector), device)
-    if needs_grad:
-        backward = backward_variant(columns, out_dtype, x_dtype, weight_dtype, True, affine, has_bias, vector)
-        compile_variant(backward, device)
-        if affine or has_bias:
-            compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (affine + has_bias)), device)
 
 
 @cache

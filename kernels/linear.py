@@ -24,7 +24,7 @@ from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .product_tiles import Form, activate, drawn, precision, product, store_tile, tile_of
-from .rows import MAX_PLANS, Plan, address_of, as_rows, dtype_of, packed, run_length, run_pointers
+from .rows import MAX_PLANS, Plan, address_of, arriving_rows, as_rows, dtype_of, packed, run_length, run_pointers
 
 
 @jit
@@ -247,7 +247,7 @@ def linear_backward(
     saved: y for ReLU, else pre, (..., N), contiguous; or what to compute them from once more. Returns dpre (..., N),
     y (..., N), and dpre's sums over the rows of each tile, fp32 (tiles, N), for `sum_partials`, or None. Deterministic.
     """
-    dy, dy_stride = as_rows(dy)
+    dy, dy_stride = arriving_rows(dy)
     w, w_stride = as_rows(w)
     dtype, device, N, K = dy.dtype, dy.device, w.shape[1], dy.shape[-1]
     leading = dy.shape[:-1]

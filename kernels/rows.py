@@ -221,7 +221,7 @@ def sum_partials(
 
 def sum_rows(x: Tensor) -> Tensor:
     """The sum of x (..., C) over its rows, (C,), in x's dtype; taken in fp32. Deterministic."""
-    x = x.reshape(-1, x.shape[-1])
+    x, _ = arriving_rows(x.reshape(-1, x.shape[-1]))
     parts = -(-len(x) // MANY_ROWS)
     total = (x, x.dtype) if parts <= 1 else (sum_partials((x, torch.float32), None, parts)[0], x.dtype)
     return sum_partials(total)[0]
@@ -299,6 +299,19 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     if distance > MAX_ROW_STRIDE or (columns > 1 and x.stride(-1) != 1):
         return x.contiguous(), columns
     return x, distance
+
+
+def arriving_rows(gradient: Tensor) -> tuple[Tensor, int]:
+    """`as_rows` of a gradient, of whose place nothing was known when its call's programs were compiled: they are for new memory.
+
+    So it is copied where its rows start beside multiples of 16 bytes, and those of new memory would not.
+    """
+    gradient, distance = as_rows(gradient)
+    columns = gradient.shape[-1]
+    apart = distance != columns and distance % 8  # of 2 bytes, the shortest elements
+    if (apart or gradient.data_ptr() % 16) and columns * gradient.element_size() % 16 == 0:
+        return gradient.clone(memory_format=torch.contiguous_format), columns
+    return gradient, distance
 
 
 def packed(parameter: Tensor | None) -> Tensor | None:

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from .configs import WIDE_PARAMETERS, WIDE_ROWS
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
-from .launch import Variant, compile_variant, jit, launch, multiprocessors, pointer, tl
+from .launch import Variant, jit, launch, multiprocessors, pointer, tl
 from .rows import (
     ParameterSums,
     address_of,
-    aligned_run,
     as_rows,
     dtype_of,
     load_parameters,
     run_length,
     run_pointers,
-    sum_partials_variant,
 )
 
 Dtypes = tuple[torch.dtype | None, ...]
@@ -289,30 +287,6 @@ def backward(
     tensors = (dy, x, residual, seed if dropped else None, mean, rstd, sums.dw, sums.db)
     launch(variant, (blocks, programs), *tensors, strides[0], *strides[2:], rows, columns, *numbers)
     return sums.total(parameter_dtype)
-
-
-def compile_forward(dtypes: Dtypes, dropout: bool, columns: int, device: torch.device) -> None:
-    """Compile what `forward` launches for aligned tensors; dtypes: of x, residual, weight, bias, y and the sum."""
-    compile_variant(forward_variant(dtypes, dropout, aligned_run(columns, dtypes[:2] + dtypes[4:])), device)
-
-
-def compile_backward(
-    dtypes: Dtypes,
-    dropout: bool,
-    columns: int,
-    with_dw: bool,
-    with_db: bool,
-    parameter_dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Compile what `backward` launches; dtypes: of dy, dsum, x, residual, weight, dx and dresidual."""
-    vector = aligned_run(columns, dtypes[:4] + dtypes[5:])
-    compile_variant(backward_variant(dtypes, dropout, vector), device)
-    if with_dw or with_db:
-        dropped = dropout and dtypes[3] is not None
-        inputs = (dtypes[0], dtypes[2], dtypes[3])
-        compile_variant(parameters_variant(inputs, dropped, with_dw, with_db, vector), device)
-        compile_variant(sum_partials_variant(columns, *[parameter_dtype] * (with_dw + with_db)), device)
 
 
 @cache

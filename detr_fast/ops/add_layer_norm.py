@@ -11,12 +11,13 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
-from detr_fast.kernels import add_layer_norm as kernels
+from detr_fast.kernels.launch import compile_launches
 from detr_fast.kernels.rows import MAX_COLUMNS
 from detr_fast.ops import regimes
-from detr_fast.ops.add_layer_norm_autograd import forward
+from detr_fast.ops.add_layer_norm_autograd import forward, run_backward, run_forward, written_dtypes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
 from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 
 def add_layer_norm(
@@ -74,6 +75,8 @@ class AddLayerNormCall(Call):
     dropout: bool
     return_sum: bool
     one_device: bool
+    wanted: tuple[bool, ...]  # which of x, residual, weight and bias need a gradient
+    layouts: Layouts  # theirs
 
     def shapes(self) -> str:
         extras = (" dropout" if self.dropout else "") + (" with sum" if self.return_sum else "")
@@ -83,14 +86,7 @@ class AddLayerNormCall(Call):
 def _signature(
     x: Tensor, residual: Tensor, weight: Any, bias: Any, eps: float, p: float, return_sum: bool
 ) -> tuple[Any, ...]:
-    return (
-        *(
-            None if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad)
-            for t in (x, residual, weight, bias)
-        ),
-        p > 0.0,
-        return_sum,
-    )
+    return key(x), key(residual), key(weight), key(bias), p > 0.0, return_sum
 
 
 def _describe(
@@ -120,6 +116,8 @@ def _describe(
         dropout=p > 0.0,
         return_sum=return_sum,
         one_device=on_one_device(x, residual, weight, bias),
+        wanted=tuple(map(wants_grad, (x, residual, weight, bias))),
+        layouts=layouts(situation, x, residual, weight, bias),
     )
 
 
@@ -158,21 +156,23 @@ class TritonAddLayerNorm(TritonImplementation):
 
     def compiled_key(self, call: AddLayerNormCall) -> Any:
         dtypes = (call.dtype, call.residual_dtype, call.weight_dtype, call.bias_dtype, call.situation.autocast)
-        return call.device, call.columns, dtypes, call.dropout, call.return_sum, call.needs_grad
+        return call.device, call.columns, dtypes, call.dropout, call.return_sum, call.wanted, aligned(call.layouts)
 
     def prepare(self, call: AddLayerNormCall) -> None:
-        kernels.compile_add_layer_norm(
-            call.columns,
-            call.dtype,
-            call.residual_dtype,
-            call.weight_dtype or call.bias_dtype,
-            call.bias_dtype is not None,
-            dropout=call.dropout,
-            with_sum=call.return_sum,
-            needs_grad=call.needs_grad,
-            device=call.device,
-            out_dtype=_result_dtype(torch.promote_types(call.dtype, call.residual_dtype), call.device_type),
-        )
+        compile_launches(lambda: self.rehearse(call), call.device)
+
+    def rehearse(self, call: AddLayerNormCall) -> None:
+        """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
+        x, residual, weight, bias = rehearsed(call.layouts)
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if call.dropout else None
+        out_dtype = _result_dtype(torch.promote_types(call.dtype, call.residual_dtype), call.device_type)
+        numbers = (seed, 0, 0.5 if call.dropout else 0.0, 0.0)
+        y, total, mean, rstd = run_forward(x, residual, weight, bias, *numbers, call.return_sum, out_dtype)
+        if call.needs_grad:
+            kept = (total, None) if call.return_sum else (x, residual)
+            dtypes = written_dtypes(call.dropout, (x.dtype, residual.dtype), call.wanted)
+            for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not
+                run_backward(y, dsum, *kept, weight, bias, mean, rstd, *numbers, *dtypes, *call.wanted[2:])  # type: ignore[call-arg]
 
     def run(
         self, x: Tensor, residual: Tensor, weight: Any, bias: Any, eps: float, p: float, return_sum: bool

@@ -5,6 +5,7 @@ The backward reads x and the residual, or the sum (as x, without a residual) whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def _dropout(seed: Tensor | None, offset: int, p: float) -> Dropout | None:
     return None if seed is None else Dropout(seed, offset, p)
 
 
-def _run_forward(
+def run_forward(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -50,7 +51,7 @@ def _fake_forward(
     return x.new_empty(x.shape, dtype=out_dtype), total, statistics, torch.empty_like(statistics)
 
 
-def _run_backward(
+def run_backward(
     dy: Tensor,
     dsum: Tensor | None,
     x: Tensor,
@@ -117,6 +118,14 @@ def _fake_backward(
     return dx, torch.empty_like(none) if dresidual is none else dresidual, dw, db
 
 
+def written_dtypes(
+    dropout: bool, dtypes: tuple[torch.dtype, torch.dtype], wanted: Sequence[bool]
+) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Of the gradients of x and the residual that are written: None for x's where the residual's serves both."""
+    shared = not dropout and dtypes[0] == dtypes[1] and wanted[1]
+    return dtypes[0] if wanted[0] and not shared else None, dtypes[1] if wanted[1] else None
+
+
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,6 +145,7 @@ class _Forward(torch.autograd.Function):
         kept = (total, None) if with_sum else (x, residual)
         ctx.save_for_backward(*kept, weight, bias, mean, rstd, seed)
         ctx.numbers, ctx.with_sum, ctx.dtypes = (offset, p, eps), with_sum, (x.dtype, residual.dtype)
+        ctx.out_dtype = out_dtype
         ctx.mark_non_differentiable(mean, rstd, *(() if with_sum else (total,)))
         ctx.set_materialize_grads(False)
         return y, total, mean, rstd
@@ -145,18 +155,14 @@ class _Forward(torch.autograd.Function):
         if dy is None and dsum is None:
             return (None,) * 10
         x, residual, weight, bias, mean, rstd, seed = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else dy
-        x_wanted, residual_wanted, with_dw, with_db = ctx.needs_input_grad[:4]
-        x_dtype, residual_dtype = ctx.dtypes
-        shared = seed is None and x_dtype == residual_dtype  # one gradient serves both
-        dx_dtype = x_dtype if x_wanted and not (shared and residual_wanted) else None
-        wanted = (dx_dtype, residual_dtype if residual_wanted else None, with_dw, with_db)
+        dy = torch.zeros_like(x, dtype=ctx.out_dtype) if dy is None else dy
+        wanted = ctx.needs_input_grad[:4]
+        dtypes = written_dtypes(seed is not None, ctx.dtypes, wanted)
         saved = (x, residual, weight, bias, mean, rstd, seed)
-        dx, dresidual, dw, db = _backward(dy, dsum if ctx.with_sum else None, *saved, *ctx.numbers, *wanted)
-        if x_wanted and dx_dtype is None:
-            dx = dresidual
-        found = (dx, dresidual, dw, db)
-        return (*(g if want else None for g, want in zip(found, ctx.needs_input_grad)), *(None,) * 6)
+        gradients = (dy, dsum if ctx.with_sum else None)
+        dx, dresidual, dw, db = _backward(*gradients, *saved, *ctx.numbers, *dtypes, *wanted[2:])
+        found = (dresidual if dtypes[0] is None else dx, dresidual, dw, db)
+        return (*(g if want else None for g, want in zip(found, wanted)), *(None,) * 6)
 
 
 class _Backward(torch.autograd.Function):
@@ -218,7 +224,7 @@ def _autograd_backward(dy: Tensor, dsum: Any, x: Tensor, residual: Any, weight: 
 forward = define(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int offset, float p, float eps, "
     "bool with_sum, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    run=_run_forward,
+    run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
 )
@@ -226,7 +232,7 @@ _backward = define(
     "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor rstd, Tensor? seed, int offset, float p, float eps, ScalarType? dx_dtype, ScalarType? dresidual_dtype, "
     "bool with_dw, bool with_db) -> (Tensor, Tensor, Tensor, Tensor)",
-    run=_run_backward,
+    run=run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,
 )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.kernels.attention_problem import layout
 from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.layouts import Layouts, key, layouts
 
 Weights = Literal["heads", "mean"] | None  # whether the attention weights are returned too, and how
 
@@ -37,7 +37,7 @@ class AttentionCall(Call):
     weights: Weights
     one_dtype: bool  # of q, k and v, and of a float mask unless that is fp32
     misfit: str | None  # what does not fit, in words
-    layouts: tuple[tuple[int, ...], ...]
+    layouts: Layouts
 
     def shapes(self) -> str:
         extras = [
@@ -123,11 +123,8 @@ def signature(
     return_lse: bool = False,
     weights: Weights = None,
 ) -> tuple[Any, ...]:
-    tensors = [t for t in (q, k, v, padding, mask) if t is not None]
     return (
-        *((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
-        padding is None,
-        mask is None,
+        *map(key, (q, k, v, padding, mask)),
         is_causal,
         dropout_p > 0.0,
         enable_gqa,
@@ -182,7 +179,7 @@ def describe(
         one_dtype=len(set(dtypes)) == 1,
         misfit=misfit(q, k, v, padding, mask, dropout_p, enable_gqa)
         or (None if len({t.device for t in tensors}) == 1 else "q, k, v and the masks must lie on one device"),
-        layouts=tuple(map(layout, tensors)),
+        layouts=layouts(situation, *tensors),
     )
 
 

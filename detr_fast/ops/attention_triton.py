@@ -21,6 +21,7 @@ from detr_fast.ops.attention_call import autocast_dtype as autocast_dtype
 from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
 from detr_fast.ops.boundary import define, double_backward, isolated, wants_grad
 from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.layouts import aligned, rehearsed
 
 
 def measured_as(call: AttentionCall) -> str:
@@ -104,7 +105,7 @@ class TritonAttention(TritonImplementation):
     def compiled_key(self, call: AttentionCall) -> Any:
         masks = (call.key_padding, call.attn_mask, call.is_causal, call.dropout)
         wanted = (call.needs_grad, call.return_lse, call.weights)
-        return call.device, call.dtype, call.head_dim, call.value_dim, masks, wanted
+        return call.device, call.dtype, call.head_dim, call.value_dim, masks, wanted, aligned(call.layouts)
 
     def prepare(self, call: AttentionCall) -> None:
         problem = _meta_problem(call)
@@ -166,24 +167,18 @@ def drawn(q: Tensor, is_causal: bool, dropout_p: float, scale: float | None) -> 
 
 def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
     """A problem like the call's, without memory; of_weights: with k in place of v, which does not count for weights."""
-    rows = (call.batch, call.queries, call.heads, call.head_dim), (call.batch, call.keys, call.key_heads, call.head_dim)
-    shapes = (*rows, (*rows[1][:3], call.value_dim), call.mask_shape)
-    dtypes = [call.dtype] * 4
+    q, k, v = rehearsed(call.layouts[:3], call.dtype)
+    mask = None
     if call.attn_mask is not None:
-        dtypes[3] = computed_dtype(getattr(torch, call.attn_mask), call.situation.autocast)
-    tensors = [
-        torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        for shape, stride, dtype in zip(shapes, call.layouts, dtypes)
-    ]
+        (mask,) = rehearsed(call.layouts[3:], computed_dtype(getattr(torch, call.attn_mask), call.situation.autocast))
     padding = torch.empty(call.batch, call.keys, dtype=torch.bool, device="meta") if call.key_padding else None
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    q, k, v = tensors[:3]
     return Problem(
         q,
         k,
         k if of_weights else v,
         padding,
-        *tensors[3:],
+        mask,
         causal=call.is_causal,
         dropout_p=0.5 if call.dropout else 0.0,
         seed=seed,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.kernels.attention_problem import layout
 from detr_fast.ops.attention_call import computed_dtype, tf32
 from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.layouts import Layouts, key, layouts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class VarlenCall(Call):
     dropout: bool
     return_lse: bool
     one_dtype: bool  # of q, k and v
-    layouts: tuple[tuple[int, ...], ...]
+    layouts: Layouts
 
     def shapes(self) -> str:
         heads = self.heads if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
@@ -107,8 +107,15 @@ def signature(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    described = ((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-    return (*described, max_q, max_k, is_causal, dropout_p > 0.0, return_lse, q.dtype == torch.float32 and tf32())
+    return (
+        *map(key, tensors),
+        max_q,
+        max_k,
+        is_causal,
+        dropout_p > 0.0,
+        return_lse,
+        q.dtype == torch.float32 and tf32(),
+    )
 
 
 def describe(
@@ -148,5 +155,5 @@ def describe(
         dropout=dropout_p > 0.0,
         return_lse=return_lse,
         one_dtype=len(set(dtypes)) == 1,
-        layouts=tuple(map(layout, (q, k, v))),
+        layouts=layouts(situation, q, k, v),
     )

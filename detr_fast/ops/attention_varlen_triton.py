@@ -18,6 +18,7 @@ from detr_fast.ops.attention_triton import OPTIONS, autocast, autocast_dtype, dr
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
 from detr_fast.ops.boundary import define, double_backward, wants_grad
+from detr_fast.ops.layouts import aligned, rehearsed
 
 
 class TritonVarlen(TritonImplementation):
@@ -35,7 +36,7 @@ class TritonVarlen(TritonImplementation):
 
     def compiled_key(self, call: VarlenCall) -> Any:
         options = (call.is_causal, call.dropout, call.needs_grad, call.return_lse)
-        return call.device, call.dtype, call.head_dim, call.value_dim, options
+        return call.device, call.dtype, call.head_dim, call.value_dim, options, aligned(call.layouts)
 
     def prepare(self, call: VarlenCall) -> None:
         problem = _meta_problem(call)
@@ -68,16 +69,10 @@ class TritonVarlen(TritonImplementation):
 
 def _meta_problem(call: VarlenCall) -> Problem:
     """A problem like the call's, without memory."""
-    keys = (call.keys, call.key_heads)
-    shapes = (call.queries, call.heads, call.head_dim), (*keys, call.head_dim), (*keys, call.value_dim)
-    tensors = [
-        torch.empty_strided(shape, stride, dtype=call.dtype, device="meta")
-        for shape, stride in zip(shapes, call.layouts)
-    ]
+    q, k, v = rehearsed(call.layouts, call.dtype)
     ends = torch.empty(call.sequences + 1, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     options = (call.is_causal, 0.5 if call.dropout else 0.0, 1.0, 0, tf32())
-    q, k, v = tensors
     return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options, generation=generation(call.device))
 
 

@@ -16,6 +16,7 @@ from detr_fast.kernels.rows import sum_rows
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.feed_forward_autograd import ACTIVATIONS, forward, run_backward, run_forward
+from detr_fast.ops.layouts import key, layouts, rehearsed
 from detr_fast.ops.linear_add_layer_norm import norm_misfit, result_dtype
 from detr_fast.ops.products import (
     MEASURED_HIDDEN,
@@ -24,7 +25,6 @@ from detr_fast.ops.products import (
     autocast,
     autocast_dtype,
     exact_fp32,
-    key,
     meta,
     shape_misfit,
 )
@@ -120,6 +120,8 @@ class FeedForwardCall(ProductCall):
     norm: bool
     residual: bool  # beside x
     return_sum: bool
+    drops: tuple[bool, bool]  # of the hidden activation, and of what is added to the residual
+    bias_grads: tuple[bool, bool]
 
     def shapes(self) -> str:
         behind = " + residual" * self.residual + " + norm" * self.norm + " with sum" * self.return_sum
@@ -183,11 +185,14 @@ def _describe(
         dropout=dropout_p > 0.0 or output_dropout_p > 0.0,
         exact_fp32=exact_fp32(),
         misfit=misfit,
+        layouts=layouts(situation, *tensors),
         hidden=hidden,
         activation=activation,
         norm=norm_weight is not None,
         residual=residual is not None,
         return_sum=return_sum,
+        drops=(dropout_p > 0.0, output_dropout_p > 0.0 and (norm_weight is not None or residual is not None)),
+        bias_grads=(wants_grad(b1), wants_grad(b2)),
     )
 
 
@@ -199,34 +204,26 @@ class TritonFeedForward(TritonProduct):
     one_kernel: ClassVar[bool] = False
 
     def rehearse(self, call: FeedForwardCall) -> None:
-        _, _, b1, _, b2, norm_weight, norm_bias, added = call.dtypes
-        dtype, grad = call.computed_dtype, call.needs_grad
-        if call.norm and added is None and dtype != call.dtype:
-            added = call.dtype
-        out = result_dtype(added or call.dtype, call.device_type)
-        x, w1 = meta(dtype, call.rows, call.width), meta(dtype, call.hidden, call.width)
-        w2, biases = (
-            meta(dtype, call.columns, call.hidden),
-            (meta(b1 and dtype, call.hidden), meta(b2 and dtype, call.columns)),
-        )
-        norm = [meta(d, call.columns) for d in (norm_weight, norm_bias)]
-        residual = meta(added, call.rows, call.columns)
-        # Which of the two dropouts acts is not told apart: where one does, the other's form is compiled as well.
-        for seed in (None, *[meta(torch.int64, 1)] * call.dropout):
-            p = 0.0 if seed is None else 0.5
-            settings = (seed, call.activation, 0, p, p, 1e-5, out, call.return_sum, grad)
-            variant = (self.keeps_hidden, self.one_kernel)
-            y, total, saved, xhat, rstd = run_forward(
-                x, w1, biases[0], w2, biases[1], *norm, residual, *settings, *variant
-            )  # type: ignore[call-arg]
-            if not grad:
-                continue
-            kept: Any = (xhat, rstd, norm[0]) if call.norm else (None, None, None)
-            hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, biases[0])
-            settled = (seed, call.activation, 0, p, p, added or call.dtype, b1 is not None)
-            run_backward(y, total if call.return_sum else None, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
-            if b2 is not None and not call.norm and seed is None:
-                sum_rows(y)
+        x, w1, b1, w2, b2 = rehearsed(call.layouts[:5], call.computed_dtype)
+        norm_weight, norm_bias, residual = rehearsed(call.layouts[5:])
+        if call.norm and residual is None and x.dtype != call.dtype:  # what `run` takes for it under autocast
+            residual = call.layouts[0].rehearsed()  # type: ignore[union-attr]
+        out = result_dtype(call.dtype if residual is None else residual.dtype, call.device_type)
+        seed = meta(torch.int64 if any(call.drops) else None, 1)
+        p, output_p = (0.5 * drops for drops in call.drops)
+        tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed)
+        settings = (call.activation, 0, p, output_p, 1e-5, out, call.return_sum, call.needs_grad)
+        y, total, saved, xhat, rstd = run_forward(*tensors, *settings, self.keeps_hidden, self.one_kernel)
+        if not call.needs_grad:
+            return
+        kept: Any = (xhat, rstd, norm_weight) if call.norm else (None, None, None)
+        hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, b1)
+        dtype = x.dtype if residual is None else residual.dtype
+        settled = (seed, call.activation, 0, p, output_p, dtype, call.bias_grads[0])
+        for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not
+            run_backward(y, dsum, *kept, w2, *hidden, *settled)  # type: ignore[call-arg]
+        if call.bias_grads[1] and not (call.norm or call.drops[1]):
+            sum_rows(y.to(x.dtype))
 
     def beyond_measured(self, call: FeedForwardCall) -> str | None:
         if call.hidden > MEASURED_HIDDEN:
@@ -234,7 +231,7 @@ class TritonFeedForward(TritonProduct):
         return super().beyond_measured(call)
 
     def compiled_key(self, call: FeedForwardCall) -> Any:
-        return super().compiled_key(call), call.hidden, call.activation, call.return_sum
+        return super().compiled_key(call), call.hidden, call.activation, call.return_sum, call.drops
 
     def run(
         self,

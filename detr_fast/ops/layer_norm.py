@@ -14,8 +14,10 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import layer_norm as kernels
+from detr_fast.kernels.launch import compile_launches
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import define, double_backward, wants_grad
+from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 
 def layer_norm(
@@ -43,7 +45,9 @@ class LayerNormCall(Call):
     columns: int
     weight_dtype: torch.dtype | None
     bias_dtype: torch.dtype | None
-    parameter_grad: bool
+    dims: int  # that are normalised over
+    wanted: tuple[bool, bool, bool]  # which of input, weight and bias need a gradient
+    layouts: Layouts  # theirs
     well_formed: bool  # the shapes and devices fit each other; otherwise torch's own op says what is wrong
 
     def shapes(self) -> str:
@@ -51,16 +55,7 @@ class LayerNormCall(Call):
 
 
 def _signature(input: Tensor, normalized_shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
-    return (
-        type(input),
-        input.shape,
-        input.dtype,
-        input.device,
-        input.requires_grad,
-        normalized_shape,
-        None if weight is None else (type(weight), weight.dtype, weight.requires_grad, weight.shape, weight.device),
-        None if bias is None else (type(bias), bias.dtype, bias.requires_grad, bias.shape, bias.device),
-    )
+    return key(input), normalized_shape, key(weight), key(bias)
 
 
 def _describe(
@@ -85,7 +80,9 @@ def _describe(
         columns=columns,
         weight_dtype=None if weight is None else weight.dtype,
         bias_dtype=None if bias is None else bias.dtype,
-        parameter_grad=wants_grad(weight, bias),
+        dims=len(normalized_shape),
+        wanted=(wants_grad(input), wants_grad(weight), wants_grad(bias)),
+        layouts=layouts(situation, input, weight, bias),
         well_formed=len(normalized_shape) > 0
         and tuple(input.shape[input.ndim - len(normalized_shape) :]) == normalized_shape
         and all(tuple(p.shape) == normalized_shape and p.device == input.device for p in parameters),
@@ -126,26 +123,22 @@ class TritonLayerNorm(TritonImplementation):
 
     def compiled_key(self, call: LayerNormCall) -> Any:
         dtypes = (call.dtype, call.weight_dtype, call.bias_dtype, call.situation.autocast)
-        return call.device, call.columns, dtypes, call.needs_grad
+        return call.device, call.columns, dtypes, call.wanted, aligned(call.layouts)
 
     def prepare(self, call: LayerNormCall) -> None:
-        kernels.compile_layer_norm(
-            call.columns,
-            call.dtype,
-            weight_dtype=call.weight_dtype,
-            has_bias=call.bias_dtype is not None,
-            needs_grad=call.needs_grad,
-            device=call.device,
-            out_dtype=_result_dtype(call.dtype, call.device_type),
-        )
+        compile_launches(lambda: self.rehearse(call), call.device)
+
+    def rehearse(self, call: LayerNormCall) -> None:
+        """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
+        x, weight, bias = _flat(call.dims, *rehearsed(call.layouts))
+        y, mean, rstd = _run_forward(x, weight, bias, 0.0, _result_dtype(call.dtype, call.device_type))
+        if call.needs_grad:
+            _run_backward(y, x, weight, bias, mean, rstd, 0.0, list(call.wanted))
 
     def run(self, input: Tensor, normalized_shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> Tensor:
-        flat = len(normalized_shape) == 1
-        x = input if flat else input.flatten(-len(normalized_shape))
-        if not flat:
-            weight, bias = (None if p is None else p.flatten() for p in (weight, bias))
-        y = _forward(x, weight, bias, eps, _result_dtype(input.dtype, input.device.type))[0]
-        return y if flat else y.view(input.shape)
+        dims = len(normalized_shape)
+        y = _forward(*_flat(dims, input, weight, bias), eps, _result_dtype(input.dtype, input.device.type))[0]
+        return y if dims == 1 else y.view(input.shape)
 
 
 class EagerLayerNorm(Implementation):
@@ -162,6 +155,13 @@ LAYER_NORM = Op(
     implementations=(TritonLayerNorm(), EagerLayerNorm()),
     work=regimes.bytes_of,
 )
+
+
+def _flat(dims: int, input: Tensor, weight: Any, bias: Any) -> tuple[Any, ...]:
+    """The tensors with one dimension in place of those that are normalised over."""
+    if dims == 1:
+        return input, weight, bias
+    return input.flatten(-dims), *(None if p is None else p.flatten() for p in (weight, bias))
 
 
 def _result_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -16,6 +16,7 @@ from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.layouts import key, layouts, rehearsed
 from detr_fast.ops.products import (
     ProductCall,
     TritonProduct,
@@ -26,7 +27,6 @@ from detr_fast.ops.products import (
     eager_norm_gradients,
     exact_fp32,
     flat,
-    key,
     meta,
     shape_misfit,
 )
@@ -125,6 +125,7 @@ def _describe(
         dropout=dropout_p > 0.0,
         exact_fp32=exact_fp32(),
         misfit=shape_misfit(expected, x.device) or norm_misfit(x, (weight, bias), residual, (norm_weight, norm_bias)),
+        layouts=layouts(situation, *tensors),
         return_sum=return_sum,
     )
 
@@ -147,21 +148,16 @@ class TritonLinearAddLayerNorm(TritonProduct):
     op = "linear_add_layer_norm"
 
     def rehearse(self, call: LinearNormCall) -> None:
-        _, _, bias, residual, norm_weight, norm_bias = call.dtypes
-        out = result_dtype(residual or call.dtype, call.device_type)
-        dtype, shape = call.computed_dtype, (call.rows, call.columns)
+        x, weight, bias = rehearsed(call.layouts[:3], call.computed_dtype)
+        residual, norm_weight, norm_bias = rehearsed(call.layouts[3:])
+        out = result_dtype(residual.dtype, call.device_type)
         seed = meta(torch.int64 if call.dropout else None, 1)
-        x, weight, residual_in = (
-            meta(dtype, call.rows, call.width),
-            meta(dtype, call.columns, call.width),
-            meta(residual, *shape),
-        )
-        parameters = [meta(d, call.columns) for d in (bias and dtype, norm_weight, norm_bias)]
         settings = (seed, 0, 0.5, 1e-5, out, call.return_sum, call.needs_grad)
-        _, total, xhat, rstd = _run_forward(x, weight, parameters[0], residual_in, *parameters[1:], *settings)  # type: ignore[call-arg]
-        if call.needs_grad:
-            arriving = meta(out, *shape), total if call.return_sum else None
-            _run_backward(*arriving, xhat, rstd, parameters[1], seed, 0, 0.5, residual or dtype, dtype)
+        y, total, xhat, rstd = _run_forward(x, weight, bias, residual, norm_weight, norm_bias, *settings)  # type: ignore[call-arg]
+        if not call.needs_grad:
+            return
+        for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not
+            _run_backward(y, dsum, xhat, rstd, norm_weight, seed, 0, 0.5, residual.dtype, x.dtype)
 
     def compiled_key(self, call: LinearNormCall) -> Any:
         return super().compiled_key(call), call.return_sum

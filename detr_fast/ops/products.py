@@ -16,6 +16,7 @@ from detr_fast.kernels.dropout import Dropout, scale
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import keep_mask
+from detr_fast.ops.layouts import Layouts, aligned
 
 MEASURED_WIDTH, MEASURED_HIDDEN = 256, 2048  # of what `tune` measures, and `auto` takes nothing beyond: DETR's
 
@@ -24,7 +25,8 @@ MEASURED_WIDTH, MEASURED_HIDDEN = 256, 2048  # of what `tune` measures, and `aut
 class ProductCall(Call):
     """A call around x @ w^T.
 
-    dtypes: those of all tensors, None where one is left out. misfit: what shapes, devices or dtypes do not fit each other.
+    dtypes, layouts: those of all tensors, None where one is left out. misfit: what shapes, devices or dtypes do not fit each
+    other.
     """
 
     rows: int
@@ -34,6 +36,7 @@ class ProductCall(Call):
     dropout: bool
     exact_fp32: bool
     misfit: str | None
+    layouts: Layouts
 
     def shapes(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -99,20 +102,22 @@ class TritonProduct(TritonImplementation):
 
     def compiled_key(self, call: Any) -> Any:
         few = call.rows if call.rows < 1 << 16 else -1
-        return call.device, call.dtypes, few, call.width, call.columns, call.dropout, call.needs_grad
+        return (
+            call.device,
+            call.dtypes,
+            few,
+            call.width,
+            call.columns,
+            call.dropout,
+            call.needs_grad,
+            aligned(call.layouts),
+        )
 
 
 @torch.compiler.assume_constant_result
 def exact_fp32() -> bool:
     """Whether float32 products must not round to tf32."""
     return torch.get_float32_matmul_precision() == "highest"
-
-
-def key(tensor: Tensor | None) -> Any:
-    """What decisions read of a tensor."""
-    if tensor is None:
-        return None
-    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def shape_misfit(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], device: torch.device) -> str | None:

@@ -17,6 +17,7 @@ from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels import rows as row_kernels
 from detr_fast.kernels.linear import linear_forward
 from detr_fast.ops.boundary import define, wants_grad
+from detr_fast.ops.layouts import key, layouts, rehearsed
 from detr_fast.ops.products import (
     ProductCall,
     TritonProduct,
@@ -25,8 +26,6 @@ from detr_fast.ops.products import (
     exact_fp32,
     flat,
     goes_by_eager_ops,
-    key,
-    meta,
     shape_misfit,
     sum_rows,
 )
@@ -73,6 +72,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | No
 class QkvCall(ProductCall):
     position: bool
     position_columns: int
+    bias_grad: bool
 
     def shapes(self) -> str:
         return super().shapes() + (f" position in {self.position_columns}" if self.position else "")
@@ -108,8 +108,10 @@ def _describe(
         dropout=False,
         exact_fp32=exact_fp32(),
         misfit=misfit,
+        layouts=layouts(situation, *tensors),
         position=position is not None,
         position_columns=columns,
+        bias_grad=wants_grad(bias),
     )
 
 
@@ -130,12 +132,8 @@ class TritonQkvProjection(TritonProduct):
         return super().why_not(call)
 
     def rehearse(self, call: QkvCall) -> None:
-        dtype = call.computed_dtype
-        x, weight = meta(dtype, call.rows, call.width), meta(dtype, call.columns, call.width)
-        bias = meta(call.dtypes[2] and dtype, call.columns)
-        position = meta(dtype if call.position else None, min(1, call.rows), call.width)
-        y = _run_forward(x, weight, bias, position, call.position_columns)
-        if call.needs_grad and bias is not None:
+        y = _run_forward(*rehearsed(call.layouts, call.computed_dtype), call.position_columns)  # type: ignore[call-arg]
+        if call.bias_grad:
             row_kernels.sum_rows(y)
 
     def compiled_key(self, call: QkvCall) -> Any:

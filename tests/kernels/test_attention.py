@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from detr_fast.kernels import attention as kernels
-from detr_fast.kernels import attention_backward, attention_problem, attention_split, dropout
+from detr_fast.kernels import (
+    attention_backward,
+    attention_backward_atomics,
+    attention_problem,
+    attention_split,
+    dropout,
+)
 from detr_fast.kernels.attention_problem import LOG2_E, Problem, mask_run, readable, tile_run
 
 from detr_fast.ops.attention_eager import EagerAttention, attention_weights
@@ -273,6 +279,21 @@ def test_dropout_is_the_twins(interpreter, transposed, generation):
     expected = torch.einsum("bhls,bshe->blhe", weights, exact[2])
     for ours, truth in zip(found, (expected, *torch.autograd.grad(expected, exact, dout.double()))):
         assert (ours - truth).norm() <= 2e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("off", ["rows", "address"])
+def test_a_gradient_off_16_bytes_is_read_as_one_on_them(interpreter, off):
+    q, k, v = (t.half() for t in qkv(1, 9, 20, 2, 16))
+    problem = Problem(q, k, v)
+    out, lse = kernels.attention_forward(problem)
+    dout = torch.randn_like(out)
+    if off == "rows":
+        moved = torch.cat([dout, dout[..., :1]], -1)[..., :16]
+    else:
+        moved = torch.cat([dout.flatten()[:1], dout.flatten()])[1:].view(dout.shape)
+    for backward in (attention_backward.attention_backward, attention_backward_atomics.attention_backward_atomics):
+        for ours, expected in zip(backward(problem, out, lse, moved)[:3], backward(problem, out, lse, dout)[:3]):
+            assert torch.equal(ours, expected)
 
 
 def test_dropping_all_or_nothing_is_exact(interpreter):

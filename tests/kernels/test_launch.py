@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import triton
-from detr_fast.kernels import launch, layer_norm, offline
+from detr_fast.kernels import launch, layer_norm, offline, rows
 
 pytestmark = pytest.mark.offline
 
@@ -18,6 +18,11 @@ def call():
     x = torch.randn(100, 256).bfloat16()
     weight, bias = torch.randn(2, 256).bfloat16()
     return x, weight, bias
+
+
+def step(x, weight, bias):
+    y, mean, rstd = layer_norm.layer_norm_forward(x, weight, bias, 1e-5)
+    layer_norm.layer_norm_backward(y, x, weight, mean, rstd)
 
 
 def test_a_launch_runs_the_catalogs_machine_code_with_the_calls_arguments(stub_gpu, call, monkeypatch, tmp_path):
@@ -33,11 +38,10 @@ def test_a_launch_runs_the_catalogs_machine_code_with_the_calls_arguments(stub_g
 
 
 def test_compiling_ahead_loads_all_that_the_step_launches_and_launches_nothing(stub_gpu, call):
-    layer_norm.compile_layer_norm(256, torch.bfloat16, torch.bfloat16, True, True, torch.device("cuda"))
+    launch.compile_launches(lambda: step(*(t.to("meta") for t in call)), torch.device("cuda"))
     assert len(stub_gpu.loaded) == 3
     assert stub_gpu.launched == []
-    y, mean, rstd = layer_norm.layer_norm_forward(*call, 1e-5)
-    layer_norm.layer_norm_backward(y, call[0], call[1], mean, rstd)
+    step(*call)
     assert len(stub_gpu.loaded) == 3
     assert len(stub_gpu.launched) == 3
 
@@ -94,11 +98,11 @@ def test_a_rehearsal_is_its_threads_own_and_hides_no_other_launch_from_observers
     assert seen == ["cpu", "meta"]
 
 
-def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, monkeypatch):
-    variant = layer_norm.sum_partials_variant(256, torch.float32)
+def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, call, monkeypatch):
+    variant = rows.sum_partials_variant(256, torch.bfloat16, torch.bfloat16)
     broken = dataclasses.replace(variant, constants={**variant.constants, "BLOCK_C": 33})
-    monkeypatch.setattr(layer_norm, "sum_partials_variant", lambda *_: broken)
+    monkeypatch.setattr(rows, "_plan_sums", lambda *_: rows.Plan(broken, (1,), (1, 1, 256, 256)))
     with pytest.raises(Exception, match="block < blocks") as failure:
-        layer_norm.compile_layer_norm(256, torch.bfloat16, torch.bfloat16, True, True, torch.device("cuda"))
+        launch.compile_launches(lambda: step(*(t.to("meta") for t in call)), torch.device("cuda"))
     assert "power of 2" in str(failure.value.__cause__)
     assert stub_gpu.launched == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_fast.kernels import launch
 from detr_fast.kernels import layer_norm as kernels
 
 from benchmarks.hardware import DEVICE, sized
@@ -130,7 +131,7 @@ def test_a_failing_compilation_is_seen_before_the_forward_runs(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no registers left")
 
-    monkeypatch.setattr(kernels, "compile_layer_norm", fail)
+    monkeypatch.setattr(launch, "compile_variant", fail)
     with use_backend(layer_norm="triton"), pytest.raises(BackendError, match="no registers left"):
         ops.layer_norm(torch.randn(2, 8), (8,))
     LAYER_NORM.forget()

@@ -19,6 +19,7 @@ from triton.runtime import cache
 from detr_fast import dispatch, ops, use_backend
 from detr_fast.ops import regimes
 from detr_fast.ops.layer_norm import LAYER_NORM, LayerNormCall
+from detr_fast.ops.layouts import Layout
 
 pytestmark = pytest.mark.offline
 
@@ -46,7 +47,9 @@ def decide(architecture="sm_90"):
         columns=256,
         weight_dtype=torch.bfloat16,
         bias_dtype=torch.bfloat16,
-        parameter_grad=False,
+        dims=1,
+        wanted=(False,) * 3,
+        layouts=(Layout((1 << 20, 256), (256, 1), torch.bfloat16, 0), *[Layout((256,), (1,), torch.bfloat16, 0)] * 2),
         well_formed=True,
     )
     with warnings.catch_warnings(record=True) as caught:
