@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_fast.kernels import rows
 from detr_fast.kernels.catalog import CATALOG
 
 from detr_fast import ops, use_backend
@@ -118,6 +119,22 @@ def test_layer_norms_programs_are_as_accurate_as_eager(gpu, rows, columns, dtype
         dtype=dtype,
     )
     assert list(gpu.counts()) == ["layer_norm_forward_kernel", "layer_norm_backward_kernel", "sum_partials_kernel"]
+
+
+# Several rounds of loads, and several shares of the rows; aligned, and not.
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2100, 24), torch.bfloat16), ((8200, 8), torch.float16), ((1100, 8), torch.float32)]
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_programs_that_sum_rows_are_as_accurate_as_eager(gpu, shape, dtype, first):
+    assert_as_accurate_as_eager(
+        lambda x: rows.sum_rows(x[:, first:]),
+        reference=lambda x: x[:, first:].sum(0),
+        inputs=[torch.randn(shape) + 1.0],
+        dtype=dtype,
+        grad=False,
+    )
+    assert list(gpu.counts()) == ["sum_partials_kernel"]
 
 
 def test_layer_norms_programs_read_rows_that_lie_at_no_multiple_of_16_bytes(gpu):
