@@ -27,6 +27,14 @@ from .launch import Variant, empty, jit, launch, pointer, tl
 
 
 @jit
+def _row_sums(weights, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr):
+    """The sums of every LANES-th column, (ROWS, LANES): of 8, a lane of an accumulator has its own, and asks no other."""
+    if LANES == 1:
+        return tl.sum(weights, 1)[:, None]
+    return tl.sum(tl.reshape(weights, (ROWS, COLUMNS // LANES, LANES)), 1)
+
+
+@jit
 def _attend(
     accumulator,
     total,
@@ -57,7 +65,8 @@ def _attend(
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
     LISTED: tl.constexpr = FORM[8]
-    PAIRED: tl.constexpr = FORM[9]
+    PAIRED: tl.constexpr = FORM[10]
+    LANES: tl.constexpr = FORM[11]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -80,7 +89,7 @@ def _attend(
             weights = tl.exp2(scores * scale - higher[:, None])
             shrink = tl.exp2(highest - higher)
         highest = higher
-        total = total * shrink + tl.sum(weights, 1)
+        total = total * shrink[:, None] + _row_sums(weights, BLOCK_M, BLOCK_N, LANES)
         v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
         weights = weights.to(v.dtype)
         if drop[0] is not None:
@@ -140,11 +149,13 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
+    LANES: tl.constexpr = 8 if q_ptr.dtype.element_ty.primitive_bitwidth == 16 else 1
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, PAIRED)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, UNIFORM, PAIRED, LANES)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
@@ -174,7 +185,7 @@ def attention_forward_kernel(
 
     start, first_masked, end = keys_to_visit(hiding, row_start, S, BLOCK_M, BLOCK_N, FORM)
     accumulator = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, LANES), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for MASKED in tl.static_range(2):
         if MASKED or mask_ptr is None:
@@ -201,6 +212,7 @@ def attention_forward_kernel(
                 FORM,
             )
 
+    total = tl.sum(total, 1)
     empty_row = total == 0.0
     accumulator = accumulator * (rescale / tl.where(empty_row, 1.0, total))[:, None]
     lse = tl.where(empty_row, -float("inf"), highest + tl.log2(tl.where(empty_row, 1.0, total)))
@@ -274,5 +286,6 @@ def forward_variant(form: Form, split: bool = False) -> Variant:
         *form.ends(),
     )
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, *PACKED_TYPES)
-    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), "PAIRED": form.paired}
+    constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
+    constants |= {"UNIFORM": form.uniform, "PAIRED": form.paired}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

@@ -135,7 +135,8 @@ def queries_variant(form: Form, with_dlse: bool = False, split: bool = False, ex
     fp32, listed = torch.float32, torch.int32 if form.padding else None
     rows = (fp32, fp32 if with_dlse else None, fp32, listed)
     tensors = (*(form.dtype,) * 5, fp32 if split else form.dtype)
-    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, PAIRED=form.paired, EXACT=exact)
+    more = {"UNIFORM": form.uniform, "PAIRED": form.paired, "EXACT": exact}
+    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, **more)
 
 
 @cache

@@ -51,8 +51,8 @@ def _pass_over_keys(
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
     LISTED: tl.constexpr = FORM[8]
-    EXACT: tl.constexpr = FORM[9]
-    PAIRED: tl.constexpr = FORM[10]
+    EXACT: tl.constexpr = FORM[10]
+    PAIRED: tl.constexpr = FORM[11]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -141,6 +141,7 @@ def attention_backward_queries_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -150,7 +151,7 @@ def attention_backward_queries_kernel(
     up to what arrives for its log-sum-exp.
     """
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, EXACT, PAIRED)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, UNIFORM, EXACT, PAIRED)
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)

@@ -59,6 +59,11 @@ class Form:
         )
 
     @property
+    def uniform(self) -> bool:
+        """Whether a loop's bounds that come from memory are shown to be the same in all lanes: what tensor cores of sm_90 gain by."""
+        return self.generation == "hopper" and self.dtype.itemsize == 2 and (self.padding or self.packed)
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """E and Ev, rounded up to what a tensor core takes."""
         return block_of(self.head_dim), block_of(self.value_dim)

@@ -9,7 +9,7 @@ that is returned):
     packed = (ends of queries, ends of keys), pointers or None: int32 (B + 1,), 0 and then the end of each sequence of a packed
         batch, in which a batch element is a sequence of its own length
     drop = (seed pointer or None, batch * heads + head, offset, threshold, rescale) of dropout: see `dropout`
-    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, ...), constants: see `Form.constants`
+    FORM = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, UNIFORM, ...), constants: see `Form.constants`
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     """
     CAUSAL: tl.constexpr = FORM[4]
     LISTED: tl.constexpr = FORM[8]
+    UNIFORM: tl.constexpr = FORM[9]
     if LISTED:
         end = _list_visible(hiding, S)
         first_masked = end
@@ -122,10 +123,21 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     first_masked = tl.minimum(first_masked, end) // BLOCK_N * BLOCK_N
     if hiding[3] is not None:
         first_masked = 0
+    if UNIFORM:
+        first_masked, end = _uniform(first_masked), _uniform(end)
     share = tl.cdiv(tl.cdiv(end, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     start = tl.program_id(1) * share
     end = tl.minimum(end, start + share)
     return start, tl.maximum(start, tl.minimum(first_masked, end)), end
+
+
+@jit
+def _uniform(number):
+    """An int32 that comes from memory, reduced over 32 copies: ptxas then knows that all lanes of a warp have the same.
+
+    In a loop with such bounds, addresses of shared memory and the tensor cores' descriptors stay in uniform registers.
+    """
+    return tl.max(tl.zeros((32,), tl.int32) + number, 0)
 
 
 @jit
