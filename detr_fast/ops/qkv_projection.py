@@ -235,7 +235,7 @@ class _Projection(torch.autograd.Function):
             seen = seen if period == len(rows) else seen.unflatten(0, (-1, period)).sum(0)
             dposition = torch.mm(seen, weight[: ctx.columns]).view(position.shape)
         if wants_bias:
-            db = sum_rows(rows) if ctx.fused else rows.sum(0)
+            db = sum_rows(rows) if ctx.fused and not goes_by_eager_ops(rows) else rows.sum(0)
         return dx, dw, db, dposition, None, None, None
 
 
