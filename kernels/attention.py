@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
-from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence
+from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence
 from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import dot, drawn, dropped, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
@@ -204,7 +204,7 @@ def attention_forward_kernel(
                 first_masked if MASKED else start,
                 end if MASKED else first_masked,
                 L,
-                S,
+                mask_end(ends_k_ptr, mask_ptr, S, MASK_VEC),
                 scale,
                 MASKED,
                 BLOCK_M,

@@ -112,7 +112,8 @@ def _mask_gradient(problem: Problem, form: Form, statistics: Tensor, dout: Tenso
     strides = [stride for tensor in tensors for stride in places(tensor)]
     grid = (tiles_m * tiles_n * batches * heads,)
     sizes = (*problem.sizes(), problem.batch, batches, heads)
-    launch(variant, grid, *tensors, dmask, statistics, *problem.tensors(), *strides, *sizes)
+    packed, _ = problem.packed(problem.q)
+    launch(variant, grid, *tensors, dmask, statistics, *problem.tensors(), *packed, *strides, *sizes)
     return dmask
 
 
@@ -169,7 +170,7 @@ def _variant(
 def mask_variant(form: Form, shared_rows: bool, shared_columns: bool) -> Variant:
     """The program that takes the gradient of a float mask."""
     config = form.config("shared_mask" if shared_rows else "mask")
-    tensors = (*(form.dtype,) * 4, form.mask, torch.float32, *form.masks())
+    tensors = (*(form.dtype,) * 4, form.mask, torch.float32, *form.masks(), *form.ends())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, "i32", "i32", "i32")
     shared = {"SHARED_ROWS": shared_rows, "SHARED_COLUMNS": shared_columns}
     constants = {**shared, "BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}

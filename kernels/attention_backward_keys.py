@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, clear_surplus, own_keys, own_sequence
+from .attention_program import at, clear_surplus, mask_end, own_keys, own_sequence
 from .attention_tiles import (
     add_tile,
     deferred,
@@ -243,7 +243,7 @@ def attention_backward_keys_kernel(
                     start if MASKED else tl.maximum(start, end_masked),
                     end_masked if MASKED else end,
                     L,
-                    S,
+                    mask_end(ends_k_ptr, mask_ptr, S, MASK_VEC),
                     scale,
                     MASKED,
                     BLOCK_M,

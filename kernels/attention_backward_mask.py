@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at
+from .attention_program import at, mask_end, own_sequence
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
 
@@ -19,6 +19,8 @@ def attention_backward_mask_kernel(
     padding_ptr,
     mask_ptr,
     seed_ptr,
+    ends_q_ptr,
+    ends_k_ptr,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int32,
@@ -63,7 +65,8 @@ def attention_backward_mask_kernel(
 ):
     """One program for one tile of dmask, (mask_batches, mask_heads, 1 or L, 1 or S), over all that the mask is shared by.
 
-    Each element is written once, by sums in a fixed order, and no buffer larger than dmask is needed.
+    Each element is written once, by sums in a fixed order, and no buffer larger than dmask is needed. Of a packed batch, L and S
+    are the largest lengths, and a batch element is a sequence.
     """
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
     tiles_n = 1 if SHARED_COLUMNS else tl.cdiv(S, BLOCK_N)
@@ -81,8 +84,12 @@ def attention_backward_mask_kernel(
     dmask = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for index in range(first_batch * heads, end_batch * heads):
         batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
+        place, first_q, own_L, first_k, own_S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
         # Of the heads of a batch element, those from first_head to end_head.
         last_row = tl.where((head >= first_head) & (head < end_head), end_row, first_row)
+        last_column = end_column
+        if ends_q_ptr is not None:
+            last_row, last_column = tl.minimum(last_row, own_L), tl.minimum(last_column, own_S)
         hiding = (
             padding_ptr,
             batch * padding_batch,
@@ -95,25 +102,30 @@ def attention_backward_mask_kernel(
             0,
         )
         drop = (seed_ptr, index, offset, threshold, rescale)
+        end = mask_end(ends_k_ptr, mask_ptr, own_S, MASK_VEC)
+        q_base = at(q_ptr, (q_batch, q_head, q_row), place, head, first_q)
+        dout_base = at(dout_ptr, (dout_batch, dout_head, dout_row), place, head, first_q)
+        k_base = at(k_ptr, (k_batch, k_head, k_row), place, head // group, first_k)
+        v_base = at(v_ptr, (v_batch, v_head, v_row), place, head // group, first_k)
         for row_start in range(first_row, last_row, BLOCK_M):
-            exists = row < L - row_start
-            q_here = at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start)
-            dout_here = at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, row_start)
+            exists = row < own_L - row_start
+            q_here = q_base + tl.cast(row_start, tl.int64) * q_row
+            dout_here = dout_base + tl.cast(row_start, tl.int64) * dout_row
             q = load_tile(q_here, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
             dout = load_tile(dout_here, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
             rows = tl.cast(index, tl.int64) * L + row_start + row
             lse = tl.load(statistics_ptr + rows, mask=exists, other=float("inf"))
             all_rows = tl.cast(batches, tl.int64) * heads * L
             delta = tl.load(statistics_ptr + all_rows + rows, mask=exists, other=0.0)
-            for column_start in range(first_column, end_column, BLOCK_N):
-                visible = visible_keys(hiding, column_start, S, BLOCK_N)
-                k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
-                v_here = at(v_ptr, (v_batch, v_head, v_row), batch, head // group, column_start)
+            for column_start in range(first_column, last_column, BLOCK_N):
+                visible = visible_keys(hiding, column_start, own_S, BLOCK_N)
+                k_here = k_base + tl.cast(column_start, tl.int64) * k_row
+                v_here = v_base + tl.cast(column_start, tl.int64) * v_row
                 k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
                 v = load_tile(v_here, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
                 scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 scores = masked_scores(
-                    scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM
+                    scores * scale, hiding, row_start, column_start, own_L, end, visible, BLOCK_M, BLOCK_N, FORM
                 )
                 weights = tl.exp2(scores - lse[:, None])
                 dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, clear_surplus, keys_to_visit, own_queries, own_sequence, row_statistics
+from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence, row_statistics
 from .attention_tiles import (
     deferred,
     dot,
@@ -208,7 +208,7 @@ def attention_backward_queries_kernel(
                 first_masked if MASKED else start,
                 end if MASKED else first_masked,
                 L,
-                S,
+                mask_end(ends_k_ptr, mask_ptr, S, MASK_VEC),
                 scale,
                 MASKED,
                 BLOCK_M,

@@ -120,9 +120,9 @@ class Problem:
     q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
     mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
     given, given_mask: q, k and v, and the mask as they came.
-    sequences: of a packed batch, whose q, k and v have a batch of 1, and which has neither padding nor mask. What lies behind the
+    sequences: of a packed batch, whose q, k and v have a batch of 1, and which has no padding. What lies behind the
     last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
-    largest lengths, and lse is (B, H, max_q), -inf where a sequence has ended.
+    largest lengths, which the mask is for, and lse is (B, H, max_q), -inf where a sequence has ended.
     generation: of the GPU that it is for; None: of q's device.
     """
 
@@ -150,6 +150,11 @@ class Problem:
         if padding is not None and padding.stride(1) > MAX_TILE_STRIDE // 16:  # 1,024 keys are read at once
             padding = padding.contiguous()
         self.padding, self.given_mask = padding, mask
+        self.sequences = sequences
+        if sequences is not None:
+            self.batch = len(sequences.ends_q) - 1
+            # At least a tile each: its program writes the zeros of what is surplus.
+            self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
         if mask is not None:
             mask = mask.expand(self.batch, self.heads, self.queries, self.keys)
             if mask.stride(2) + mask.stride(3) > MAX_TILE_STRIDE:
@@ -160,11 +165,6 @@ class Problem:
         self.dropout_p = dropout_p
         self.causal, self.tf32 = causal, tf32
         self.generation = launch.generation(q.device) if generation is None else generation
-        self.sequences = sequences
-        if sequences is not None:
-            self.batch = len(sequences.ends_q) - 1
-            # At least a tile each: its program writes the zeros of what is surplus.
-            self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
 
     def form(self) -> Form:
         """The form of its launches; what they write is allocated aligned, and gradients are brought to be (`arriving`)."""

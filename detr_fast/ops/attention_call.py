@@ -90,14 +90,18 @@ def misfit(
             f"key_padding_mask must be bool of shape (B, S) = ({batch}, {keys}), True = padding; "
             f"got {padding.dtype} {_shape(padding)}"
         )
-    if mask is not None:
-        fits = mask.ndim <= 4 and all(m in (1, s) for m, s in zip(mask.shape[::-1], (keys, length, heads, batch)))
-        if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
-            return (
-                f"attn_mask must be bool (True = may attend) or float and broadcast to (B, H, L, S) = "
-                f"({batch}, {heads}, {length}, {keys}); got {mask.dtype} {_shape(mask)}"
-            )
-    return None
+    return None if mask is None else mask_misfit(mask, (batch, heads, length, keys), "(B, H, L, S)")
+
+
+def mask_misfit(mask: Tensor, shape: tuple[int, int, int, int], names: str) -> str | None:
+    """What does not fit in an attn_mask that is to broadcast to that shape, in words."""
+    fits = mask.ndim <= 4 and all(m in (1, s) for m, s in zip(mask.shape[::-1], shape[::-1]))
+    if fits and (mask.dtype == torch.bool or mask.is_floating_point()):
+        return None
+    return (
+        f"attn_mask must be bool (True = may attend) or float and broadcast to {names} = {shape}; "
+        f"got {mask.dtype} {_shape(mask)}"
+    )
 
 
 def _shape(tensor: Tensor) -> str:

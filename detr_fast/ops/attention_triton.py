@@ -14,7 +14,7 @@ from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels import attention_weights as weights_kernels
 from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem
-from detr_fast.kernels.launch import compile_variant, generation
+from detr_fast.kernels.launch import Variant, compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype
 from detr_fast.ops.attention_call import autocast_dtype as autocast_dtype
@@ -116,8 +116,7 @@ class TritonAttention(TritonImplementation):
             wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
             variants += backward_kernels.backward_variants(problem, call.device, **wanted)
         if call.mask_grad:
-            rows, columns = (1, 1, *call.mask_shape)[-2:]
-            variants.append(backward_kernels.mask_variant(problem.form(), rows == 1, columns == 1))
+            variants.append(gradient_of_mask(problem, call.mask_shape))
         for variant in variants:
             compile_variant(variant, call.device)
         if call.weights is not None:
@@ -168,9 +167,7 @@ def drawn(q: Tensor, is_causal: bool, dropout_p: float, scale: float | None) -> 
 def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
     """A problem like the call's, without memory; of_weights: with k in place of v, which does not count for weights."""
     q, k, v = rehearsed(call.layouts[:3], call.dtype)
-    mask = None
-    if call.attn_mask is not None:
-        (mask,) = rehearsed(call.layouts[3:], computed_dtype(getattr(torch, call.attn_mask), call.situation.autocast))
+    mask = rehearsed_mask(call)
     padding = torch.empty(call.batch, call.keys, dtype=torch.bool, device="meta") if call.key_padding else None
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     return Problem(
@@ -185,6 +182,19 @@ def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
         tf32=tf32(),
         generation=generation(call.device),
     )
+
+
+def rehearsed_mask(call: Any) -> Tensor | None:
+    """The attn_mask of a call, whose layouts begin with those of q, k and v, as autocast leaves it, without memory."""
+    if call.attn_mask is None:
+        return None
+    return rehearsed(call.layouts[3:], computed_dtype(getattr(torch, call.attn_mask), call.situation.autocast))[0]
+
+
+def gradient_of_mask(problem: Problem, shape: tuple[int, ...]) -> Variant:
+    """The program that takes the gradient of a mask of that shape."""
+    rows, columns = (1, 1, *shape)[-2:]
+    return backward_kernels.mask_variant(problem.form(), rows == 1, columns == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

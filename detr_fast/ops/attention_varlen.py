@@ -27,6 +27,7 @@ def attention_varlen(
     max_q: int,
     max_k: int,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -45,6 +46,7 @@ def attention_varlen(
     max_q: int,
     max_k: int,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -62,6 +64,7 @@ def attention_varlen(
     max_q: int,
     max_k: int,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -77,6 +80,8 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device: 0, then the end of each sequence. Tokens behind the
             last end are surplus (a fixed capacity): they are not read, and their output and gradients are zero.
         max_q, max_k: no sequence is longer; known on the host, so that nothing waits for the device.
+        attn_mask: broadcasts to (B, H, max_q, max_k), by position within a sequence: bool with True = may attend, or float,
+            added to the scores, as a relative position bias that all sequences share. A float mask gets its gradient.
         is_causal: a query sees keys up to its own position within its sequence (aligned top-left).
         dropout_p: of the attention weights.
         scale: 1 / sqrt(E) by default.
@@ -87,12 +92,12 @@ def attention_varlen(
         (Tq, H, Ev) in q's dtype (autocast's under autocast). A query of a sequence without keys gives zeros.
 
     Raises:
-        ValueError: shapes or lengths that do not fit (lengths are checked on the CPU only).
+        ValueError: shapes, lengths or a mask that do not fit (lengths are checked on the CPU only).
 
     Sources: as `attention`'s; the layout is Dao's, 2023, arXiv:2307.08691.
     """
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, enable_gqa)
-    options = (is_causal, dropout_p, scale, enable_gqa, return_lse)
+    check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, attn_mask, dropout_p, enable_gqa)
+    options = (attn_mask, is_causal, dropout_p, scale, enable_gqa, return_lse)
     return ATTENTION_VARLEN(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *options)
 
 

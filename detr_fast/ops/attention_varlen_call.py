@@ -11,14 +11,14 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.ops.attention_call import computed_dtype, tf32
+from detr_fast.ops.attention_call import computed_dtype, mask_misfit, tf32
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.layouts import Layouts, key, layouts
 
 
 @dataclass(frozen=True)
 class VarlenCall(Call):
-    """dtype: what is computed in, autocast's under autocast. layouts: of q, k and v."""
+    """dtype: what is computed in, autocast's under autocast. layouts: of q, k, v and the mask."""
 
     sequences: int
     queries: int
@@ -29,10 +29,13 @@ class VarlenCall(Call):
     key_heads: int
     head_dim: int
     value_dim: int
+    attn_mask: str | None  # its dtype's name
+    mask_shape: tuple[int, ...]
+    mask_grad: bool
     is_causal: bool
     dropout: bool
     return_lse: bool
-    one_dtype: bool  # of q, k and v
+    one_dtype: bool  # of q, k and v, and of a float mask unless that is fp32
     layouts: Layouts
 
     def shapes(self) -> str:
@@ -41,7 +44,8 @@ class VarlenCall(Call):
             f"{self.sequences} sequences H {heads} {self.queries}×{self.keys} tokens, at most "
             f"{self.max_q}×{self.max_k} hd {self.head_dim} {str(self.dtype).removeprefix('torch.')}"
         )
-        extras = (("causal", self.is_causal), ("dropout", self.dropout), ("log-sum-exp", self.return_lse))
+        mask = (f"{self.attn_mask} attn_mask", self.attn_mask)
+        extras = (mask, ("causal", self.is_causal), ("dropout", self.dropout), ("log-sum-exp", self.return_lse))
         return " ".join([text, *(name for name, present in extras if present)])
 
 
@@ -53,6 +57,7 @@ def check(
     ends_k: Tensor,
     max_q: int,
     max_k: int,
+    mask: Tensor | None,
     dropout_p: float,
     enable_gqa: bool,
 ) -> None:
@@ -77,6 +82,10 @@ def check(
             )
     if len(ends_q) != len(ends_k):
         raise ValueError(f"cu_seqlens_q is of {len(ends_q) - 1} sequences and cu_seqlens_k of {len(ends_k) - 1}")
+    if mask is not None and (
+        wrong := mask_misfit(mask, (len(ends_q) - 1, heads, max_q, max_k), "(B, H, max_q, max_k)")
+    ):
+        raise ValueError(wrong)
     if q.device.type == "cpu" and not isinstance(ends_q, dispatch.FakeTensor) and not torch.compiler.is_compiling():
         _check_lengths("q", ends_q.tolist(), q.shape[0], max_q)
         _check_lengths("k", ends_k.tolist(), k.shape[0], max_k)
@@ -100,13 +109,14 @@ def signature(
     cu_seqlens_k: Tensor,
     max_q: int,
     max_k: int,
+    mask: Tensor | None,
     is_causal: bool,
     dropout_p: float,
     scale: float | None,
     enable_gqa: bool = False,
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, mask)
     return (
         *map(key, tensors),
         max_q,
@@ -126,6 +136,7 @@ def describe(
     cu_seqlens_k: Tensor,
     max_q: int,
     max_k: int,
+    mask: Tensor | None,
     is_causal: bool,
     dropout_p: float,
     scale: float | None,
@@ -134,13 +145,15 @@ def describe(
     *,
     situation: Situation,
 ) -> VarlenCall:
-    dtypes = [computed_dtype(t.dtype, situation.autocast) for t in (q, k, v)]
+    dtypes = {computed_dtype(t.dtype, situation.autocast) for t in (q, k, v)}
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        dtypes.add(computed_dtype(mask.dtype, situation.autocast))
     return VarlenCall(
         device=q.device,
         architecture=dispatch.architecture(q.device),
-        dtype=dtypes[0],
-        tensor_type=dispatch.tensor_type((q, k, v, cu_seqlens_q, cu_seqlens_k)),
-        needs_grad=wants_grad(q, k, v),
+        dtype=computed_dtype(q.dtype, situation.autocast),
+        tensor_type=dispatch.tensor_type((q, k, v, cu_seqlens_q, cu_seqlens_k, mask)),
+        needs_grad=wants_grad(q, k, v, mask),
         situation=situation,
         sequences=len(cu_seqlens_q) - 1,
         queries=q.shape[0],
@@ -151,9 +164,12 @@ def describe(
         key_heads=k.shape[1],
         head_dim=q.shape[2],
         value_dim=v.shape[2],
+        attn_mask=None if mask is None else str(mask.dtype).removeprefix("torch."),
+        mask_shape=() if mask is None else tuple(mask.shape),
+        mask_grad=wants_grad(mask),
         is_causal=is_causal,
         dropout=dropout_p > 0.0,
         return_lse=return_lse,
-        one_dtype=len(set(dtypes)) == 1,
-        layouts=layouts(situation, q, k, v),
+        one_dtype=len(dtypes) == 1,
+        layouts=layouts(situation, q, k, v, mask),
     )

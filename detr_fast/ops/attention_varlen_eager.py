@@ -27,6 +27,8 @@ class PerSequence(Implementation):
             return f"the lengths are on {call.device_type}: to read them would make the host wait"
         if call.situation.regime == "compiled" or call.tensor_type is dispatch.FakeTensor:
             return "the lengths are not known while tracing"
+        if call.attn_mask is not None:
+            return "attn_mask is by position in a padded batch"
         return "it does not return the log-sum-exp" if call.return_lse else None
 
     def run(
@@ -38,6 +40,7 @@ class PerSequence(Implementation):
         cu_seqlens_k: Tensor,
         max_q: int,
         max_k: int,
+        mask: Tensor | None,
         is_causal: bool,
         dropout_p: float,
         scale: float | None,
@@ -78,17 +81,18 @@ class Padded(Implementation):
         cu_seqlens_k: Tensor,
         max_q: int,
         max_k: int,
+        mask: Tensor | None,
         is_causal: bool,
         dropout_p: float,
         scale: float | None,
         enable_gqa: bool = False,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Any:
-            arguments = (q, k, v, padding, None, is_causal, dropout_p, scale, enable_gqa, return_lse)
+        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, mask: Tensor | None) -> Any:
+            arguments = (q, k, v, padding, mask, is_causal, dropout_p, scale, enable_gqa, return_lse)
             return EagerAttention().run(*arguments) if dropout_p > 0.0 else ATTENTION(*arguments)
 
-        return padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, attend, return_lse)
+        return padded(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, mask, attend, return_lse)
 
 
 def padded(
@@ -99,22 +103,25 @@ def padded(
     cu_seqlens_k: Tensor,
     max_q: int,
     max_k: int,
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Any],
+    mask: Tensor | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Any],
     with_lse: bool = False,
 ) -> Any:
-    """`attend(q, k, v, padding)` of the sequences as a padded batch, packed again; zeros for surplus tokens.
+    """`attend(q, k, v, padding, mask)` of the sequences as a padded batch, packed again; zeros for surplus tokens.
 
     with_lse: it gives the log-sum-exp (B, H, max_q) as well.
     """
     sequences = len(cu_seqlens_q) - 1
-    if not q.shape[0] or not k.shape[0] or not sequences:
+    if not (q.shape[0] and k.shape[0] and sequences and max_q and max_k):
         y = _zeros(q, k, v)
+        if mask is not None and mask.is_floating_point():
+            y = y + mask.flatten()[:0].sum().to(y.dtype)
         # A function of q all the same, as y is: its gradient is zero, not missing.
         nothing = y.sum().float() * 0 - math.inf
         return (y, nothing.expand(sequences, q.shape[1], max_q)) if with_lse else y
     index_q, ended = _slots(cu_seqlens_q, max_q)
     index_k, padding = _slots(cu_seqlens_k, max_k)
-    y = attend(q[index_q], k[index_k], v[index_k], padding)
+    y = attend(q[index_q], k[index_k], v[index_k], padding, mask)
     y, lse = y if with_lse else (y, None)
     token = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)

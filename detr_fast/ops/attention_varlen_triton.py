@@ -14,7 +14,15 @@ from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem, S
 from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import tf32
-from detr_fast.ops.attention_triton import OPTIONS, autocast, autocast_dtype, drawn, reference
+from detr_fast.ops.attention_triton import (
+    OPTIONS,
+    autocast,
+    autocast_dtype,
+    drawn,
+    gradient_of_mask,
+    reference,
+    rehearsed_mask,
+)
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
 from detr_fast.ops.boundary import define, double_backward, wants_grad
@@ -29,20 +37,25 @@ class TritonVarlen(TritonImplementation):
     def why_not(self, call: VarlenCall) -> str | None:
         if not (1 <= call.head_dim <= self.max_head_dim and 1 <= call.value_dim <= self.max_head_dim):
             return f"head dimensions {call.head_dim} and {call.value_dim}: it takes 1 to {self.max_head_dim}"
-        return None if call.one_dtype else "q, k and v of different dtypes: it takes one"
+        if not call.one_dtype:
+            return "q, k, v and a float attn_mask of different dtypes: it takes one (the mask may also be float32)"
+        return None
 
     def note(self, call: VarlenCall) -> str | None:
         return regimes.note("attention_varlen", call)
 
     def compiled_key(self, call: VarlenCall) -> Any:
-        options = (call.is_causal, call.dropout, call.needs_grad, call.return_lse)
+        options = (call.attn_mask, call.is_causal, call.dropout, call.needs_grad, call.return_lse)
         return call.device, call.dtype, call.head_dim, call.value_dim, options, aligned(call.layouts)
 
     def prepare(self, call: VarlenCall) -> None:
         problem = _meta_problem(call)
         variants = kernels.forward_variants(problem, call.device)
         if call.needs_grad:
-            variants += backward_kernels.backward_variants(problem, call.device, with_dlse=call.return_lse)
+            wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
+            variants += backward_kernels.backward_variants(problem, call.device, **wanted)
+        if call.mask_grad and problem.mask is not None:
+            variants.append(gradient_of_mask(problem, call.mask_shape))
         for variant in variants:
             compile_variant(variant, call.device)
 
@@ -55,25 +68,29 @@ class TritonVarlen(TritonImplementation):
         cu_seqlens_k: Tensor,
         max_q: int,
         max_k: int,
+        mask: Tensor | None,
         is_causal: bool,
         dropout_p: float,
         scale: float | None,
         enable_gqa: bool = False,
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        q, k, v = autocast(autocast_dtype(q), q, k, v)
+        q, k, v, mask = autocast(autocast_dtype(q), q, k, v, mask)
         ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        out, lse = _forward(q, k, v, *ends, max_q, max_k, *drawn(q, is_causal, dropout_p, scale))
+        out, lse = _forward(q, k, v, *ends, max_q, max_k, mask, *drawn(q, is_causal, dropout_p, scale))
         return (out, lse[..., :max_q] / LOG2_E) if return_lse else out
 
 
 def _meta_problem(call: VarlenCall) -> Problem:
     """A problem like the call's, without memory."""
-    q, k, v = rehearsed(call.layouts, call.dtype)
+    q, k, v = rehearsed(call.layouts[:3], call.dtype)
+    mask = rehearsed_mask(call)
     ends = torch.empty(call.sequences + 1, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     options = (call.is_causal, 0.5 if call.dropout else 0.0, 1.0, 0, tf32())
-    return _problem(q, k, v, ends, ends, call.max_q, call.max_k, seed, *options, generation=generation(call.device))
+    return _problem(
+        q, k, v, ends, ends, call.max_q, call.max_k, mask, seed, *options, generation=generation(call.device)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,6 +105,7 @@ def _problem(
     ends_k: Tensor,
     max_q: int,
     max_k: int,
+    mask: Tensor | None,
     seed: Tensor | None,
     *options: Any,
     generation: str | None = None,
@@ -97,6 +115,7 @@ def _problem(
         q[None],
         k[None],
         v[None],
+        mask=mask if max_q and max_k else None,
         causal=causal,
         scale=scale,
         dropout_p=dropout_p,
@@ -119,51 +138,56 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tenso
     return q.new_empty((*q.shape[:2], v.shape[2])), lse
 
 
-def _run_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    problem = _problem(*arguments)
-    gradients = backward_kernels.attention_backward(problem, out[None], lse, dout[None], dlse)[:3]
-    return tuple(g[0] if problem.batch else g[0].zero_() for g in gradients if g is not None)
+def _run_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, with_mask: bool, *arguments: Any
+) -> tuple[Tensor, ...]:
+    problem, mask = _problem(*arguments), arguments[7]
+    tensors = (out[None], lse, dout[None], dlse)
+    own_mask = with_mask and problem.mask is not None
+    *gradients, dmask = backward_kernels.attention_backward(problem, *tensors, with_mask=own_mask)
+    if dmask is None:
+        dmask = torch.zeros_like(mask) if with_mask else dout.new_empty(0)
+    return *(g[0] if problem.batch else g[0].zero_() for g in gradients), dmask
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, with_mask: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+    dmask = arguments[7].new_empty(arguments[7].shape) if with_mask else dout.new_empty(0)
+    return *(t.new_empty(t.shape) for t in arguments[:3]), dmask
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         out, lse = _forward.below(q, k, v, *rest)
-        ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
-        ctx.save_for_backward(q, k, v, ends_q, ends_k, seed, out, lse)
+        ends_q, ends_k, ctx.max_q, ctx.max_k, mask, seed, *ctx.options = rest
+        ctx.save_for_backward(q, k, v, ends_q, ends_k, mask, seed, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        q, k, v, ends_q, ends_k, seed, out, lse = ctx.saved_tensors
+        q, k, v, ends_q, ends_k, mask, seed, out, lse = ctx.saved_tensors
         if dout is None:
             if dlse is None:
-                return (None,) * 13
+                return (None,) * 14
             dout = torch.zeros_like(out)
-        packed = (q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, seed)
-        gradients = _backward(dout, dlse, out, lse, *packed, *ctx.options)
+        packed = (q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, mask, seed)
+        *gradients, dmask = _backward(dout, dlse, out, lse, ctx.needs_input_grad[7], *packed, *ctx.options)
         wanted = (g if want else None for g, want in zip(gradients, ctx.needs_input_grad))
-        return (*wanted, *(None,) * 10)
+        return (*wanted, *(None,) * 4, dmask if ctx.needs_input_grad[7] else None, *(None,) * 6)
 
 
 class _Backward(torch.autograd.Function):
     """The first backward; its own backward (double backward) recomputes eagerly, padded."""
 
     @staticmethod
-    def forward(
-        ctx: Any, dout: Tensor, dlse: Any, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-    ) -> Any:
-        gradients = _backward.below(dout, dlse, out, lse, q, k, v, *rest)
-        ctx.with_dlse = dlse is not None
-        ends_q, ends_k, ctx.max_q, ctx.max_k, seed, *ctx.options = rest
-        ctx.save_for_backward(dout, q, k, v, ends_q, ends_k, seed)
+    def forward(ctx: Any, dout: Tensor, dlse: Any, out: Tensor, lse: Tensor, with_mask: bool, *packed: Any) -> Any:
+        gradients = _backward.below(dout, dlse, out, lse, with_mask, *packed)
+        ctx.with_dlse, ctx.with_mask = dlse is not None, with_mask
+        q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, mask, seed, *ctx.options = packed
+        ctx.save_for_backward(dout, q, k, v, ends_q, ends_k, mask, seed)
         ctx.set_materialize_grads(False)
         return tuple(gradients)
 
@@ -173,33 +197,38 @@ class _Backward(torch.autograd.Function):
             raise NotImplementedError(
                 "the double backward through the log-sum-exp has no kernel: use attention_varlen='eager' for this call"
             )
-        dout, q, k, v, ends_q, ends_k, seed = ctx.saved_tensors
+        dout, q, k, v, ends_q, ends_k, mask, seed = ctx.saved_tensors
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-            return reference(q, k, v, padding, None, seed, tuple(ctx.options))  # type: ignore[arg-type]
+        def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, mask: Tensor | None) -> Tensor:
+            return reference(q, k, v, padding, mask, seed, tuple(ctx.options))
 
-        def again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return padded(q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, attend)
+        def again(q: Tensor, k: Tensor, v: Tensor, differentiable: Tensor | None) -> Tensor:
+            own_mask = mask if differentiable is None else differentiable
+            return padded(q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, own_mask, attend)
 
-        d_dout, d_qkv = double_backward(again, (q, k, v), dout, [True] * 3, upstream)
-        return (d_dout, None, None, None, *d_qkv, *(None,) * 10)
+        inputs, wanted = (q, k, v, mask if ctx.with_mask else None), [True, True, True, ctx.with_mask]
+        d_dout, (*d_qkv, d_mask) = double_backward(again, inputs, dout, wanted, upstream)
+        return (d_dout, *(None,) * 4, *d_qkv, *(None,) * 4, d_mask, *(None,) * 6)
 
 
 def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    if wants_grad(q, k, v):
+    if wants_grad(q, k, v, rest[4]):
         return _Forward.apply(q, k, v, *rest)
     return _forward.below(q, k, v, *rest)
 
 
 def _autograd_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, with_mask: bool, *packed: Any
 ) -> Any:
-    if wants_grad(dout, dlse, q, k, v):
-        return _Backward.apply(dout, dlse, out, lse, q, k, v, *rest)
-    return _backward.below(dout, dlse, out, lse, q, k, v, *rest)
+    if wants_grad(dout, dlse, *packed[:3], packed[7]):
+        return _Backward.apply(dout, dlse, out, lse, with_mask, *packed)
+    return _backward.below(dout, dlse, out, lse, with_mask, *packed)
 
 
-_PACKED = f"Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, int max_q, int max_k, Tensor? seed, {OPTIONS}"
+_PACKED = (
+    "Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, int max_q, int max_k, Tensor? mask, Tensor? seed, "
+    f"{OPTIONS}"
+)
 _forward = define(
     f"attention_varlen({_PACKED}) -> (Tensor, Tensor)",
     run=_run_forward,
@@ -207,7 +236,8 @@ _forward = define(
     autograd=_autograd_forward,
 )
 _backward = define(
-    f"attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor, Tensor)",
+    f"attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool with_mask, {_PACKED}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

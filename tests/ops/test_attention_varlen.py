@@ -12,21 +12,11 @@ from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
 from detr_fast.situation import situation
 from detr_fast.testing import assert_as_accurate_as_eager, counting
+from tests.attention_inputs import ends
+from tests.attention_inputs import sequences as problem
 
 BACKENDS = ("sdpa", "eager")
 interpreter = pytest.mark.interpreter
-
-
-def ends(*lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def problem(lengths_q, lengths_k, surplus=0, heads=2, dim=8, value_dim=6, dtype=torch.float64, key_heads=None):
-    q = torch.randn(sum(lengths_q) + surplus, heads, dim, dtype=dtype, requires_grad=True)
-    k = torch.randn(sum(lengths_k) + surplus, key_heads or heads, dim, dtype=dtype, requires_grad=True)
-    v = torch.randn(sum(lengths_k) + surplus, key_heads or heads, value_dim, dtype=dtype, requires_grad=True)
-    longest = max(lengths_q, default=0), max(lengths_k, default=0)
-    return (q, k, v, ends(*lengths_q), ends(*lengths_k), *longest)
 
 
 def one_by_one(q, k, v, lengths_q, lengths_k, is_causal=False):
@@ -225,12 +215,12 @@ def test_the_padded_form_is_the_kernels_twin_in_dropout_and_in_the_double_backwa
 @interpreter
 def test_opcheck_accepts_the_kernels_ops():
     q, k, v, *rest = problem((4, 3), (5, 2), surplus=2, dtype=torch.float32)
-    packed = (q, k, v, *rest, torch.tensor([7]), True, 0.5, 0.3, 2, False)
+    packed = (q, k, v, *rest, None, torch.tensor([7]), True, 0.5, 0.3, 2, False)
     torch.library.opcheck(torch.ops.detr_fast.attention_varlen.default, packed)
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention_varlen(*packed)
     torch.library.opcheck(
-        torch.ops.detr_fast.attention_varlen_backward.default, (torch.randn_like(out), None, out, lse, *packed)
+        torch.ops.detr_fast.attention_varlen_backward.default, (torch.randn_like(out), None, out, lse, False, *packed)
     )
 
 
@@ -301,9 +291,9 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
     with use_backend(attention_varlen="triton"):
         ops.attention_varlen(q, k, v, ends_of, ends_of, 20, 20, dropout_p=0.1)
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
-    packed = (q, k, v, ends_of, ends_of, 20, 20, seed, False, 0.1, 1.0, 0, False)
+    packed = (q, k, v, ends_of, ends_of, 20, 20, None, seed, False, 0.1, 1.0, 0, False)
     out, lse = attention_varlen_triton._run_forward(*packed)
-    attention_varlen_triton._run_backward(out, None, out, lse, *packed)
+    attention_varlen_triton._run_backward(out, None, out, lse, False, *packed)
     assert len(compiled) == 3
     assert launched == compiled
     ATTENTION_VARLEN.forget()
@@ -317,7 +307,7 @@ def test_what_is_compiled_beforehand_is_for_the_calls_gpu(monkeypatch):
 
     for module in (launch, attention_varlen_triton):
         monkeypatch.setattr(module, "generation", lambda device: "hopper" if device.type == "cuda" else "")
-    call = ATTENTION_VARLEN._describe(*problem((3,), (4,)), False, 0.0, None, situation=situation("cpu"))
+    call = ATTENTION_VARLEN._describe(*problem((3,), (4,)), None, False, 0.0, None, situation=situation("cpu"))
     calls = (dataclasses.replace(call, device=torch.device(device)) for device in ("cuda", "cpu"))
     assert [attention_varlen_triton._meta_problem(one).form().generation for one in calls] == ["hopper", ""]
 
