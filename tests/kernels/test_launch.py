@@ -101,7 +101,7 @@ def test_a_rehearsal_is_its_threads_own_and_hides_no_other_launch_from_observers
 def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, call, monkeypatch):
     variant = rows.sum_partials_variant(256, torch.bfloat16, torch.bfloat16)
     broken = dataclasses.replace(variant, constants={**variant.constants, "BLOCK_C": 33})
-    monkeypatch.setattr(rows, "_plan_sums", lambda *_: rows.Plan(broken, (1,), (1, 1, 256, 256)))
+    monkeypatch.setattr(rows, "_plan_sums", lambda *_: rows.Plan(broken, (64, 1), (256, 256, 1, 1, 256, 256, 1)))
     with pytest.raises(Exception, match="block < blocks") as failure:
         launch.compile_launches(lambda: step(*(t.to("meta") for t in call)), torch.device("cuda"))
     assert "power of 2" in str(failure.value.__cause__)
