@@ -260,7 +260,8 @@ def compile_launches(rehearsal: Callable[[], object], device: torch.device) -> N
     outer = getattr(_rehearsal, "variants", None)
     _rehearsal.variants = variants
     try:
-        rehearsal()
+        with _disable_current_modes():  # nobody is to see, or count, what is only rehearsed
+            rehearsal()
     finally:
         _rehearsal.variants = outer
     for variant in variants:

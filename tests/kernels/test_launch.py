@@ -10,6 +10,8 @@ import torch
 import triton
 from detr_fast.kernels import launch, layer_norm, offline, rows
 
+from detr_fast.testing import count
+
 pytestmark = pytest.mark.offline
 
 
@@ -96,6 +98,11 @@ def test_a_rehearsal_is_its_threads_own_and_hides_no_other_launch_from_observers
     assert len(stub_gpu.loaded) == 1
     layer_norm.layer_norm_forward(*(t.to("meta") for t in call), 1e-5)
     assert seen == ["cpu", "meta"]
+
+
+def test_what_is_rehearsed_is_not_counted():
+    x = torch.empty(2, device="meta")
+    assert count(lambda: launch.compile_launches(lambda: x + x, torch.device("meta"))).total_launches == 0
 
 
 def test_a_failing_compilation_raises_before_anything_runs(stub_gpu, call, monkeypatch):
