@@ -37,6 +37,7 @@ def nested(q, k, v, ends, longest):
 
 PACKED = {
     "triton": packed("triton"),
+    "triton_atomics": packed("triton_atomics"),
     "padded": packed("eager"),
     "nested": nested,
     "flash_attn": libraries.flash_packed,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .attention_backward import keys_variant, launch_keys, ready
-from .attention_problem import PLACE_TYPES, Form, Problem, places
-from .attention_program import at, own_queries, row_statistics
-from .attention_split import Parts, combine_variant
+from .attention_problem import PACKED_TYPES, PLACE_TYPES, Form, Problem, places
+from .attention_program import at, clear_surplus, own_queries, own_sequence, row_statistics
+from .attention_split import Parts, combine_variant, whole
 from .attention_tiles import load_tile, store_tile
 from .launch import Variant, jit, launch, pointer, tl
 
@@ -30,6 +30,7 @@ def attention_backward_rows_kernel(
     lse_ptr,
     dlse_ptr,
     statistics_ptr,
+    ends_ptr,
     out_batch: tl.int64,
     out_head: tl.int64,
     out_row: tl.int32,
@@ -41,6 +42,8 @@ def attention_backward_rows_kernel(
     dq_row: tl.int32,
     L: tl.int32,
     heads: tl.int32,
+    tokens: tl.int32,
+    batches: tl.int32,
     BLOCK_M: tl.constexpr,
     E: tl.constexpr,
     EV: tl.constexpr,
@@ -50,10 +53,16 @@ def attention_backward_rows_kernel(
 ):
     """One program for BLOCK_M queries of one head: their statistics, and zeros where dq is going to be added up."""
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
-    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), batch, head, row_start)
+    index, first_q, own_L, _, _ = own_sequence((ends_ptr, ends_ptr), batch, L, L)
+    if ends_ptr is not None:
+        exists = tl.arange(0, BLOCK_M) < own_L - row_start
+        step = tl.cdiv(L, BLOCK_M) * BLOCK_M
+        place = (dq_batch, dq_head, dq_row)
+        clear_surplus(dq_ptr, place, head, ends_ptr, tokens, batch, batches, row_start, step, BLOCK_M, E, BLOCK_E, VEC)
+    dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), index, head, first_q + row_start)
     store_tile(dq_ptr, dq_row, exists, tl.zeros((BLOCK_M, BLOCK_E), tl.float32), BLOCK_M, E, BLOCK_E, VEC)
-    out_ptr = at(out_ptr, (out_batch, out_head, out_row), batch, head, row_start)
-    dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), batch, head, row_start)
+    out_ptr = at(out_ptr, (out_batch, out_head, out_row), index, head, first_q + row_start)
+    dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), index, head, first_q + row_start)
     out = load_tile(out_ptr, out_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
     rows = head_index.to(tl.int64) * L + row_start + tl.arange(0, BLOCK_M)
@@ -70,12 +79,7 @@ def attention_backward_atomics(
     *,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv as of `attention_backward`, in one launch less than three in fp32, and three in 16 bits.
-
-    Raises ValueError for a packed batch.
-    """
-    if problem.sequences is not None:
-        raise ValueError("a packed batch's dq is not added up by atomics: use attention_backward")
+    """dq, dk and dv as of `attention_backward`, in one launch less than three in fp32, and three in 16 bits."""
     form = problem.form()
     out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, form, out, lse, dout, dlse, into)
     parts = None if form.dtype == torch.float32 else Parts(1, problem, dq)
@@ -85,7 +89,8 @@ def attention_backward_atomics(
     tensors = (out, dout, sums)
     strides = [stride for tensor in tensors for stride in places(tensor)]
     grid = (problem.tiles(variant.constants["BLOCK_M"]),)
-    launch(variant, grid, *tensors, lse, dlse, statistics, *strides, problem.queries, problem.heads)
+    (ends, _), counts = problem.packed(sums)
+    launch(variant, grid, *tensors, lse, dlse, statistics, ends, *strides, problem.queries, problem.heads, *counts)
     launch_keys(problem, form, dout, statistics, dk, dv, sums)
     if parts is not None:
         parts.combine(form)
@@ -97,7 +102,9 @@ def atomics_variants(problem: Problem, with_dlse: bool = False) -> list[Variant]
     form = problem.form()
     variants = [rows_variant(form, dlse) for dlse in ((False, True) if with_dlse else (False,))]
     variants.append(keys_variant(form, atomics=True))
-    return variants if form.dtype == torch.float32 else [*variants, combine_variant(form, problem.head_dim, False)]
+    return (
+        variants if form.dtype == torch.float32 else [*variants, combine_variant(whole(form), problem.head_dim, False)]
+    )
 
 
 @cache
@@ -105,8 +112,8 @@ def rows_variant(form: Form, with_dlse: bool = False) -> Variant:
     """The program that takes the rows' statistics and clears dq."""
     fp32 = torch.float32
     block_e, block_ev = form.blocks
-    tensors = (form.dtype, form.dtype, fp32, fp32, fp32 if with_dlse else None, fp32)
-    types = (*map(pointer, tensors), *PLACE_TYPES * 3, "i32", "i32")
+    tensors = (form.dtype, form.dtype, fp32, fp32, fp32 if with_dlse else None, fp32, form.ends()[0])
+    types = (*map(pointer, tensors), *PLACE_TYPES * 3, "i32", "i32", *PACKED_TYPES)
     dims = {"E": form.head_dim, "EV": form.value_dim, "BLOCK_E": block_e, "BLOCK_EV": block_ev}
     constants = {"BLOCK_M": max(16, 2048 // max(block_e, block_ev)), **dims, "VEC": form.vector}
     return Variant(attention_backward_rows_kernel, types, constants, num_warps=4)

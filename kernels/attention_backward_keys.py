@@ -198,7 +198,10 @@ def attention_backward_keys_kernel(
             shown = visible
         if mask_ptr is None:
             shown_column = tl.where(visible, keys, tl.max(tl.where(visible, keys, 0), 0))
-            k = load_rows(k_ptr, shown_column * k_row, None, E, BLOCK_E, VEC)
+            there = None
+            if ends_k_ptr is not None:  # behind its sequence's end a tile may be behind all memory
+                there = shown_column < S - column_start
+            k = load_rows(k_ptr, shown_column * k_row, there, E, BLOCK_E, VEC)
     v = load_rows(v_ptr, keys * v_row, visible, EV, BLOCK_EV, VEC)
     if seed_ptr is not None:
         scale_out = scale_out * deferred(rescale)

@@ -10,6 +10,7 @@ Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -90,24 +91,36 @@ def key_parts(problem: Problem, rows: int, device: torch.device) -> int:
 class Parts:
     """Where the parts of a result (B, L, H, dim) go, each a (B, L, H, dim) one after the other, and their log-sum-exps.
 
-    Of a packed batch, each part is padded: B sequences of L queries.
+    Of a packed batch, each of several parts is padded: B sequences of L queries. One alone lies as the result does.
     """
 
     def __init__(self, parts: int, problem: Problem, result: Tensor, lse: Tensor | None = None) -> None:
         self.parts, self.problem = parts, problem
         self.result, self.result_lse = result, lse
-        rows = (parts * problem.batch, problem.heads, problem.queries)
-        self.tensor = empty((*rows, result.shape[3]), torch.float32, result.device).transpose(1, 2)
+        batch, self.queries, self.heads, dim = result.shape
+        if parts > 1:
+            batch, self.queries = problem.batch, problem.queries
+        rows = (parts * batch, self.heads, self.queries)
+        self.rows = batch * self.heads
+        self.tensor = empty((*rows, dim), torch.float32, result.device).transpose(1, 2)
         self.lse = None if lse is None else empty(rows, torch.float32, result.device)
 
     def combine(self, form: Form) -> None:
         """Launch what writes the result, and its log-sum-exp where there is one."""
         result, problem = self.result, self.problem
-        variant = combine_variant(form, result.shape[3], self.lse is not None)
-        (ends, _), counts = problem.packed(result)
-        sizes = (*places(result), self.parts, problem.queries, problem.heads, *counts)
-        grid = (problem.tiles(int(variant.constants["BLOCK_M"])),)
+        variant = combine_variant(form if self.parts > 1 else whole(form), result.shape[3], self.lse is not None)
+        ends, counts = None, (0, 0)
+        if self.parts > 1:
+            (ends, _), counts = problem.packed(result)
+        sizes = (*places(result), self.parts, self.queries, self.heads, *counts)
+        grid = (-(-self.queries // int(variant.constants["BLOCK_M"])) * self.rows,)
         launch(variant, grid, self.tensor, self.lse, result, self.result_lse, ends, *sizes)
+
+
+@cache
+def whole(form: Form) -> Form:
+    """The form of what reads a packed batch as a single sequence."""
+    return replace(form, packed=False)
 
 
 @cache

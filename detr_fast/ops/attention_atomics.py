@@ -8,6 +8,8 @@ from detr_fast.ops.attention_call import AttentionCall
 from detr_fast.ops.attention_triton import TritonAttention, input_bytes, measured_as, names_of
 
 MEASURED_DIM = 64  # the largest head dimension that `tune` measures
+NOT_DETERMINISTIC = "dq is added up in any order, which torch.use_deterministic_algorithms(True) forbids: use triton"
+NO_ATOMICS_FOR_MASKS = "the gradient of attn_mask would take the backward's fourth launch: use triton"
 
 
 def measured_with_atomics(name: str) -> str:
@@ -24,9 +26,9 @@ class TritonAtomicsAttention(TritonAttention):
 
     def why_not(self, call: AttentionCall) -> str | None:
         if call.situation.deterministic:
-            return "dq is added up in any order, which torch.use_deterministic_algorithms(True) forbids: use triton"
+            return NOT_DETERMINISTIC
         if call.mask_grad:
-            return "the gradient of attn_mask would take the backward's fourth launch: use triton"
+            return NO_ATOMICS_FOR_MASKS
         return super().why_not(call)
 
     def advice(self, call: AttentionCall) -> str | None:

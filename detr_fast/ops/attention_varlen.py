@@ -12,6 +12,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from detr_fast.dispatch import Op
+from detr_fast.ops.attention_varlen_atomics import TritonAtomicsVarlen
 from detr_fast.ops.attention_varlen_call import check, describe, signature
 from detr_fast.ops.attention_varlen_eager import Padded, PerSequence
 from detr_fast.ops.attention_varlen_triton import TritonVarlen
@@ -105,5 +106,5 @@ ATTENTION_VARLEN = Op(
     "attention_varlen",
     signature=signature,
     describe=describe,
-    implementations=(TritonVarlen(), PerSequence(), Padded()),
+    implementations=(TritonAtomicsVarlen(), TritonVarlen(), PerSequence(), Padded()),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
+from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem, Sequences
 from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
@@ -22,6 +23,7 @@ from detr_fast.ops.attention_triton import (
     gradient_of_mask,
     reference,
     rehearsed_mask,
+    run_backward,
 )
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
@@ -33,6 +35,7 @@ class TritonVarlen(TritonImplementation):
     """One launch, on the tokens that are there; the alternative on a GPU pads them first, in a dozen launches."""
 
     max_head_dim = MAX_HEAD_DIM
+    atomics = False  # whether the backward adds dq up by atomics
 
     def why_not(self, call: VarlenCall) -> str | None:
         if not (1 <= call.head_dim <= self.max_head_dim and 1 <= call.value_dim <= self.max_head_dim):
@@ -51,7 +54,9 @@ class TritonVarlen(TritonImplementation):
     def prepare(self, call: VarlenCall) -> None:
         problem = _meta_problem(call)
         variants = kernels.forward_variants(problem, call.device)
-        if call.needs_grad:
+        if call.needs_grad and self.atomics:
+            variants += atomics_kernels.atomics_variants(problem, with_dlse=call.return_lse)
+        elif call.needs_grad:
             wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
             variants += backward_kernels.backward_variants(problem, call.device, **wanted)
         if call.mask_grad and problem.mask is not None:
@@ -77,7 +82,7 @@ class TritonVarlen(TritonImplementation):
     ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v, mask = autocast(autocast_dtype(q), q, k, v, mask)
         ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-        out, lse = _forward(q, k, v, *ends, max_q, max_k, mask, *drawn(q, is_causal, dropout_p, scale))
+        out, lse = _forward(q, k, v, *ends, max_q, max_k, mask, *drawn(q, is_causal, dropout_p, scale), self.atomics)
         return (out, lse[..., :max_q] / LOG2_E) if return_lse else out
 
 
@@ -110,7 +115,7 @@ def _problem(
     *options: Any,
     generation: str | None = None,
 ) -> Problem:
-    causal, dropout_p, scale, offset, tf32 = options
+    causal, dropout_p, scale, offset, tf32 = options[:5]
     return Problem(
         q[None],
         k[None],
@@ -144,7 +149,7 @@ def _run_backward(
     problem, mask = _problem(*arguments), arguments[7]
     tensors = (out[None], lse, dout[None], dlse)
     own_mask = with_mask and problem.mask is not None
-    *gradients, dmask = backward_kernels.attention_backward(problem, *tensors, with_mask=own_mask)
+    *gradients, dmask = run_backward(problem, *tensors, with_mask=own_mask, atomics=arguments[-1])
     if dmask is None:
         dmask = torch.zeros_like(mask) if with_mask else dout.new_empty(0)
     return *(g[0] if problem.batch else g[0].zero_() for g in gradients), dmask
@@ -171,12 +176,12 @@ class _Forward(torch.autograd.Function):
         q, k, v, ends_q, ends_k, mask, seed, out, lse = ctx.saved_tensors
         if dout is None:
             if dlse is None:
-                return (None,) * 14
+                return (None,) * 15
             dout = torch.zeros_like(out)
         packed = (q, k, v, ends_q, ends_k, ctx.max_q, ctx.max_k, mask, seed)
         *gradients, dmask = _backward(dout, dlse, out, lse, ctx.needs_input_grad[7], *packed, *ctx.options)
         wanted = (g if want else None for g, want in zip(gradients, ctx.needs_input_grad))
-        return (*wanted, *(None,) * 4, dmask if ctx.needs_input_grad[7] else None, *(None,) * 6)
+        return (*wanted, *(None,) * 4, dmask if ctx.needs_input_grad[7] else None, *(None,) * 7)
 
 
 class _Backward(torch.autograd.Function):
@@ -208,7 +213,7 @@ class _Backward(torch.autograd.Function):
 
         inputs, wanted = (q, k, v, mask if ctx.with_mask else None), [True, True, True, ctx.with_mask]
         d_dout, (*d_qkv, d_mask) = double_backward(again, inputs, dout, wanted, upstream)
-        return (d_dout, *(None,) * 4, *d_qkv, *(None,) * 4, d_mask, *(None,) * 6)
+        return (d_dout, *(None,) * 4, *d_qkv, *(None,) * 4, d_mask, *(None,) * 7)
 
 
 def _autograd_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
@@ -227,7 +232,7 @@ def _autograd_backward(
 
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor ends_q, Tensor ends_k, int max_q, int max_k, Tensor? mask, Tensor? seed, "
-    f"{OPTIONS}"
+    f"{OPTIONS}, bool atomics"
 )
 _forward = define(
     f"attention_varlen({_PACKED}) -> (Tensor, Tensor)",

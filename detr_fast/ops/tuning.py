@@ -114,8 +114,7 @@ def tune_group(group: Group, device: torch.device, progress: Progress = print) -
                 beside = case.other if name == backends[1] else "the best other"
                 progress(_line(f"{group.ours[name]} {case.text}{where}", beside, timing))
                 other = min(other, milliseconds)
-    first = next(iter(group.ours))
-    return [_regime(group.ours[name], device, times, rival=name != first) for name, times in timings.items()]
+    return [_regime(group.ours[name], device, times, rival=name != "triton") for name, times in timings.items()]
 
 
 def _regime(name: str, device: torch.device, times: Mapping[bool, list[Timing]], rival: bool) -> Regime:

@@ -20,6 +20,7 @@ from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.attention import attention
 from detr_fast.ops.attention_atomics import measured_with_atomics
+from detr_fast.ops.attention_varlen import attention_varlen
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import layer_norm
@@ -61,6 +62,7 @@ class Group:
     Without gradients, as in inference, the measurements have a name of their own.
 
     Attributes:
+        kernel: the implementation that is measured.
         atomics: whether attention's kernel with that backward is measured, too, for a `Regime` of its own.
         tolerance: how far results may be apart, as a share of the right one's norm.
     """
@@ -69,6 +71,7 @@ class Group:
     cases: tuple[Case, ...]
     name: str = ""
     gradients: bool = True
+    kernel: str = "triton"
     atomics: bool = False
     tolerance: float = 2e-2
 
@@ -80,7 +83,7 @@ class Group:
     @property
     def ours(self) -> dict[str, str]:
         """The implementations that are measured, each beside all before it: their regimes' names."""
-        return {"triton": self.regime} | (
+        return {self.kernel: self.regime} | (
             {"triton_atomics": measured_with_atomics(self.regime)} if self.atomics else {}
         )
 
@@ -267,6 +270,35 @@ def _attentions() -> Iterator[Group]:
                 yield from (replace(form, gradients=False) for form in forms)
 
 
+def packed_attention_step(
+    device: torch.device, images: int, queries: int, dropout_p: float = 0.0, gradients: bool = True
+) -> Step:
+    """Images of TOKENS tokens, three in four of them there, attended to by all of them or by `queries` for each."""
+    tokens = [TOKENS * 3 // 4] * images
+    ends_k = torch.tensor([0, *tokens], device=device).cumsum(0).to(torch.int32)
+    ends_q = torch.arange(images + 1, device=device, dtype=torch.int32) * queries if queries else ends_k
+    longest = queries or max(tokens)
+    leaves = [draw(device, n, HEADS, WIDTH // HEADS) for n in (longest * images, sum(tokens), sum(tokens))]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_varlen(q, k, v, ends_q, ends_k, longest, max(tokens), dropout_p=dropout_p)
+
+    return step_of(attend, leaves, gradients)
+
+
+def _packed_attention() -> Group:
+    """The backward by atomics beside the deterministic one: nothing else packed takes as few launches."""
+    cases = []
+    for images, queries in ((1, 0), (4, QUERIES), (4, 0), (16, 0)):
+        keys = images * (TOKENS * 3 // 4)
+        step = partial(call_step, packed_attention_step, (images, queries, DROPOUT))
+        checked = partial(call_step, packed_attention_step, (images, queries))
+        size = ((images * queries or keys) + 2 * keys) * WIDTH * 2
+        cases.append(Case(f"{images} × ({queries or keys // images}, {keys // images})", size, step, "triton", checked))
+    name = "attention_varlen_atomics"
+    return Group("attention_varlen", tuple(cases), name, kernel="triton_atomics")
+
+
 GROUPS = (
     *_by_rows("layer_norm", layer_norm_step, MANY),
     Group(
@@ -293,6 +325,7 @@ GROUPS = (
     ),
     *_by_rows("add_layer_norm", add_layer_norm_step, MANY),
     *_attentions(),
+    _packed_attention(),
     *_by_rows("feed_forward", feed_forward_step),
     *_by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
     *_by_rows("qkv_projection", qkv_projection_step),

@@ -14,7 +14,7 @@ from detr_fast.ops.attention_eager import EagerAttention, attention_weights
 from detr_fast.ops.dropout import keep_mask
 from detr_fast.testing import assert_as_accurate_as_eager
 from detr_fast.testing.interpreter import checked_interpreter
-from tests.attention_inputs import padded, qkv
+from tests.attention_inputs import ends, padded, qkv
 
 pytestmark = pytest.mark.interpreter
 
@@ -213,9 +213,27 @@ def test_offsets_use_64_bits_where_tensors_are_large():
     torch.testing.assert_close(found, attention_backward(problem, out, lse, out)[:3], atol=1e-4, rtol=1e-4)
 
 
-def test_packed_batches_are_refused():
-    q = torch.randn(1, 10, 1, 16)
-    ends = torch.tensor([0, 10], dtype=torch.int32)
-    problem = Problem(q, q, q, sequences=Sequences(ends, ends, 10, 10))
-    with pytest.raises(ValueError, match="use attention_backward"):
-        attention_backward_atomics(problem, q, torch.zeros(1, 1, 10), q)
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "options"),
+    [
+        (FP32, ((20, 0, 35), (40, 5, 17)), {}),
+        (FP16, ((65, 1), (30, 70)), {"dropout_p": 0.3, "seed": torch.tensor([7]), "generation": "hopper"}),
+        (BF16, ((9, 70), (9, 70)), {"causal": True}),
+        (FP16, ((17, 3), (24, 19)), {"mask": torch.rand(2, 17, 24) > 0.4}),
+        (FP16, ((5, 4), (0, 0)), {}),
+    ],
+)
+def test_of_a_packed_batch_it_gives_what_the_deterministic_one_gives(interpreter, dtype, lengths, options):
+    """Gradients of surplus tokens are zero. With two key heads for four."""
+    queries, keys = map(sum, lengths)
+    q = torch.randn(1, queries + 3, 4, 16).to(dtype)
+    k, v = (torch.randn(1, keys + 2, 2, 16).to(dtype) for _ in range(2))
+    mask = options.get("mask")
+    options = options | {"mask": None if mask is None else mask.repeat(2, 1, 1)}
+    problem = Problem(q, k, v, sequences=Sequences(*(ends(*n) for n in lengths), *map(max, lengths)), **options)
+    out, lse = attention_forward(problem)
+    dout = torch.randn_like(out)
+    found = attention_backward_atomics(problem, out, lse, dout)
+    for ours, expected, used in zip(found, attention_backward(problem, out, lse, dout), (queries, keys, keys)):
+        assert not ours[:, used:].any()
+        assert (ours - expected).norm() <= (1e-6 if dtype == FP32 else 4e-3) * expected.norm()

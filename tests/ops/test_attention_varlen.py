@@ -215,7 +215,7 @@ def test_the_padded_form_is_the_kernels_twin_in_dropout_and_in_the_double_backwa
 @interpreter
 def test_opcheck_accepts_the_kernels_ops():
     q, k, v, *rest = problem((4, 3), (5, 2), surplus=2, dtype=torch.float32)
-    packed = (q, k, v, *rest, None, torch.tensor([7]), True, 0.5, 0.3, 2, False)
+    packed = (q, k, v, *rest, None, torch.tensor([7]), True, 0.5, 0.3, 2, False, False)
     torch.library.opcheck(torch.ops.detr_fast.attention_varlen.default, packed)
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention_varlen(*packed)
@@ -291,7 +291,7 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
     with use_backend(attention_varlen="triton"):
         ops.attention_varlen(q, k, v, ends_of, ends_of, 20, 20, dropout_p=0.1)
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
-    packed = (q, k, v, ends_of, ends_of, 20, 20, None, seed, False, 0.1, 1.0, 0, False)
+    packed = (q, k, v, ends_of, ends_of, 20, 20, None, seed, False, 0.1, 1.0, 0, False, False)
     out, lse = attention_varlen_triton._run_forward(*packed)
     attention_varlen_triton._run_backward(out, None, out, lse, False, *packed)
     assert len(compiled) == 3

@@ -136,7 +136,7 @@ def test_a_mask_for_no_keys_gets_a_gradient_of_zeros_where_none_are(backend, len
 def test_opcheck_accepts_the_masks_ops():
     q, k, v, *rest = sequences((4, 3), (5, 2), surplus=2, dtype=torch.float32)
     mask = torch.randn(4, 5, requires_grad=True)
-    packed = (q, k, v, *rest, mask, torch.tensor([7]), True, 0.5, 0.3, 2, False)
+    packed = (q, k, v, *rest, mask, torch.tensor([7]), True, 0.5, 0.3, 2, False, False)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # the rest is checked without a mask
     torch.library.opcheck(torch.ops.detr_fast.attention_varlen.default, packed, test_utils=checks)
     with torch.no_grad():

@@ -166,6 +166,10 @@ CASES = {
     "attention, weights": Case("attention", attention_with_weights, QKV),
     "attention, packed projections": Case("attention", packed, ((2, 16, 3, 2, 16),)),
     "attention_varlen": Case("attention_varlen", partial(varlen, dropout_p=0.1), ((16, 2, 16),) * 3),
+    "attention_varlen, atomics": Case("attention_varlen", varlen, ((16, 2, 16),) * 3, "triton_atomics"),
+    "attention_varlen, mask": Case(
+        "attention_varlen", lambda q, k, v, m: varlen(q, k, v, attn_mask=m), (*((16, 2, 16),) * 3, (2, 11, 11))
+    ),
     "attention_varlen, log-sum-exp": Case(
         "attention_varlen", partial(varlen, return_lse=True), ((16, 2, 16),) * 3, exact=False
     ),

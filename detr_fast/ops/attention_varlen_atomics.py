@@ -1,0 +1,46 @@
+"""Attention over packed sequences whose backward adds dq up by atomics: when it takes a call, and when it was measured faster."""
+
+from __future__ import annotations
+
+from detr_fast.ops import regimes
+from detr_fast.ops.attention_atomics import (
+    MEASURED_DIM,
+    NO_ATOMICS_FOR_MASKS,
+    NOT_DETERMINISTIC,
+    TritonAtomicsAttention,
+)
+from detr_fast.ops.attention_varlen_call import VarlenCall
+from detr_fast.ops.attention_varlen_triton import TritonVarlen
+
+
+class TritonAtomicsVarlen(TritonVarlen):
+    """The forward is the same; the backward passes over the scores once, and is not deterministic."""
+
+    name = TritonAtomicsAttention.name
+    max_head_dim = (
+        MEASURED_DIM  # at 128 it spills 24 bytes on sm_90, and takes no fewer cycles than the deterministic one
+    )
+    atomics = True
+
+    def why_not(self, call: VarlenCall) -> str | None:
+        if call.situation.deterministic:
+            return NOT_DETERMINISTIC
+        return NO_ATOMICS_FOR_MASKS if call.mask_grad else super().why_not(call)
+
+    def advice(self, call: VarlenCall) -> str | None:
+        if not call.needs_grad:
+            return "without gradients it is triton's"
+        if call.dtype.itemsize > 2 or max(call.head_dim, call.value_dim) > MEASURED_DIM:
+            return f"measured in 16 bits at head dimensions up to {MEASURED_DIM} only: ask for it by name"
+        if regimes.unmeasured("attention_varlen_atomics", call):
+            return "unmeasured against triton's deterministic backward: run detr-fast tune"
+        return regimes.advice("attention_varlen_atomics", call, input_bytes(call), "triton's deterministic backward")
+
+    def note(self, call: VarlenCall) -> str | None:
+        return regimes.note("attention_varlen_atomics", call) if call.needs_grad else super().note(call)
+
+
+def input_bytes(call: VarlenCall) -> int:
+    """Bytes of q, k and v."""
+    elements = (call.queries * call.heads + 2 * call.keys * call.key_heads) * call.head_dim
+    return elements * call.dtype.itemsize
