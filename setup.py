@@ -8,6 +8,6 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[*find_packages(include=["detr_fast", "detr_fast.*"]), "detr_fast.kernels"],
-    package_data={"detr_fast": ["py.typed", "ops/measured/*.json"]},
+    package_data={"detr_fast": ["py.typed", "ops/measured/*.json", "native/*.cpp", "native/*.h"]},
     package_dir={"detr_fast": "detr_fast", "detr_fast.kernels": "kernels"},
 )

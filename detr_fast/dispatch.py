@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from detr_fast import native
 from detr_fast.implementation import INTERPRETING as INTERPRETING
 from detr_fast.implementation import NEVER, PARTS
 from detr_fast.implementation import Call as Call
@@ -56,6 +57,7 @@ _requested: dict[str, str] = {}  # the same, merged: later ones win
 _recorders: list[Callable[[str, _Decision], None]] = []
 _lock = threading.RLock()
 intervening = False
+_numbers: dict[frozenset[tuple[str, str]], int] = {frozenset(): 0}
 
 
 def _refresh() -> None:
@@ -66,7 +68,14 @@ def _refresh() -> None:
             merged.clear()  # an inner use_backend("…") for all ops outweighs outer ones for single ops
         merged.update(request)
     _requested = merged
+    if native.host is not None:
+        native.host.set_requests(_number_of(merged))
     intervening = bool(_recorders) or any(name != "auto" for name in merged.values())
+
+
+def _number_of(requested: Mapping[str, str]) -> int:
+    """One for each set of requests, which decisions in C++ are told apart by."""
+    return _numbers.setdefault(frozenset(requested.items()), len(_numbers))
 
 
 def _check_request(request: Mapping[str, str]) -> None:
@@ -166,13 +175,27 @@ class Op:
         self._decisions: dict[tuple[Any, ...], _Decision] = {}
         self._broken: dict[tuple[str, Any], str] = {}
         self._least: dict[tuple[torch.device, tuple[Any, ...]], int] = {}
+        # What was chosen for calls that are made again, found in C++, where that is in use (see `native`).
+        self._known: Any = None
+        self._known_kernels: Any = None
         _ops[name] = self
+        self._switch(native.host)
 
     def __call__(self, *args: Any) -> Any:
         return self.choose(*args).run(*args)
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
+        known = self._known
+        if known is None or torch.compiler.is_compiling():
+            return self._choose(args)
+        found: Implementation | None = known.get(*args)
+        if found is None:
+            found = self._choose(args)
+            known.put(found, *args)
+        return found
+
+    def _choose(self, args: tuple[Any, ...]) -> Implementation:
         if self._leaves(args):
             return self._small
         decision = self._decision(*args)
@@ -185,6 +208,16 @@ class Op:
 
         Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
         """
+        known = self._known_kernels
+        if known is None or torch.compiler.is_compiling():
+            return self._kernel(args)
+        found: Implementation | None = known.get(*args)
+        if found is None:
+            found = self._kernel(args) or PARTS
+            known.put(found, *args)
+        return None if found is PARTS else found
+
+    def _kernel(self, args: tuple[Any, ...]) -> Implementation | None:
         if self._leaves(args):
             return None
         try:
@@ -242,6 +275,12 @@ class Op:
         self._decisions.clear()
         self._broken.clear()
         self._least.clear()
+        if self._known is not None:
+            self._known.clear()
+            self._known_kernels.clear()
+
+    def _switch(self, host: Any) -> None:
+        self._known, self._known_kernels = (None if host is None else host.Decisions(MAX_DECISIONS) for _ in range(2))
 
     @property
     def requested(self) -> str | None:
@@ -301,9 +340,21 @@ class Op:
         return None
 
 
+def _switch(host: Any) -> None:
+    if host is not None:
+        host.set_requests(_number_of(_requested))
+    for op in _ops.values():
+        op._switch(host)
+
+
+native.on_switch(_switch)
+
+
 def forget_decisions() -> None:
     """Drop the cached decisions of all ops, as what they were based on has changed."""
     repeat.forget()
+    if native.host is not None:
+        native.host.forget()
     for op in _ops.values():
         op.forget()
 

@@ -161,6 +161,7 @@ _rehearsal = threading.local()  # `variants`: what the thread's rehearsal has la
 _compiling = threading.Lock()  # Python 3.11's parser, which Triton calls, fails at times in two threads at once
 _compiled: list[Variant] = []
 _variants: dict[Variant, Variant] = {}  # the first of all that are equal
+forgetting: list[Callable[[], object]] = []  # what else holds on to programs
 _allocate: Callable[..., torch.Tensor] = torch.empty
 
 
@@ -240,6 +241,8 @@ def forget_programs() -> None:
     for variant in _compiled:
         variant._programs.clear()
     _compiled.clear()
+    for forget in forgetting:
+        forget()
 
 
 def compile_variant(variant: Variant, device: torch.device) -> None:

@@ -95,6 +95,31 @@ def interpreter(request):
 
 
 @pytest.fixture(scope="session")
+def compiled_host():
+    """The host's part in C++, compiled where it is not yet (half a minute), or why it can't be."""
+    from detr_fast import native
+
+    try:
+        return native.load()
+    except native.CompilationError as error:
+        return str(error)
+
+
+@pytest.fixture
+def host(compiled_host):
+    """The host's part in C++, in use."""
+    from detr_fast import native
+
+    if isinstance(compiled_host, str):
+        pytest.skip(f"host.cpp can't be compiled here: {compiled_host}")
+    before = native.host
+    native.use(compiled_host)
+    compiled_host.forget()
+    yield compiled_host
+    native.use(before)
+
+
+@pytest.fixture(scope="session")
 def bccd() -> Path:
     """The folder of real blood-cell micrographs; a test that needs it is skipped, saying so, where it is absent."""
     places = [os.environ.get("DETR_FAST_BCCD"), Path(__file__).parents[2] / "shared" / "data" / "bccd"]

@@ -50,6 +50,11 @@ def cast_of(parameter: Tensor | None) -> Any:
     return found
 
 
+def casts_of(parameters: list[Tensor | None]) -> list[Tensor | None]:
+    """`cast_of` each."""
+    return [*map(cast_of, parameters)] if _thread.casts else parameters
+
+
 def linear(module: Any, x: Tensor) -> Any:
     """module(x), by the casts of its weight and bias where there are any."""
     if torch.compiler.is_compiling() or not _thread.casts or _has_any_global_hook():

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from detr_fast import dispatch
+from detr_fast import dispatch, native
 from detr_fast.kernels import launch
 from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.nn.bare import HOOKS, is_bare
 from detr_fast.nn.blocks import activation_name
-from detr_fast.nn.casts import cast_of
+from detr_fast.nn.casts import casts_of
 from detr_fast.nn.fusion import following_norm, leave_ahead, norms_ahead, take_ahead, taken_ahead
 from detr_fast.nn.memory import Projected, given_share, share_of
 from detr_fast.nn.multihead_attention import MultiheadAttention
 from detr_fast.nn.normalization import LayerNorm
-from detr_fast.ops import boundary
+from detr_fast.ops import boundary, host_native
 from detr_fast.ops.attention_call import tf32
 from detr_fast.ops.dropout import given_seed, reserve
-from detr_fast.ops.host_program import HostProgram, ProgramNode, record, signature_of
+from detr_fast.ops.host_program import Again, HostProgram, ProgramNode, record, signature_of
 from detr_fast.ops.host_recorder import Unrepeatable
 from detr_fast.ops.layers import LayerOp
 from detr_fast.ops.products import exact_fp32
@@ -88,6 +88,8 @@ class _Contents:
         self.hidden = 0
         self.drops = False
         self._programs: dict[Any, HostProgram] = {}
+        # The same, found in C++ where that is in use.
+        self._known = None if native.host is None else native.host.Decisions(MAX_PLANS)
         self._state: list[Any] = []
         self._op, self._generation = op, op.generation
         self._parts: list[nn.Module] = []
@@ -121,10 +123,14 @@ class _Contents:
         return self
 
     def hold(self, layer: nn.Module) -> bool:
+        return self._generation is self._op.generation and type(layer) is self.settings[0] and self._unchanged()
+
+    def _unchanged(self) -> bool:
+        if native.host is not None:
+            unchanged = native.host.unchanged
+            return bool(unchanged(self._places, self._found, self._parts, self._kinds, self._hooks))
         return (
-            self._generation is self._op.generation
-            and type(layer) is self.settings[0]
-            and all(map(is_, self._found, [state.get(name) for state, name in self._places]))
+            all(map(is_, self._found, [state.get(name) for state, name in self._places]))
             and list(map(type, self._parts)) == self._kinds
             and not any(state[name] for state, name in self._hooks)
         )
@@ -135,6 +141,11 @@ class _Contents:
 
     def program(self, call: _Call) -> HostProgram | None:
         """That of such a call before, on parameters that look like its."""
+        found: HostProgram | None
+        if self._known is not None and (found := self._known.get(*call.looks)) is not None:
+            return found
+        if call.key is None:  # of what is more than memory
+            return None
         state = [None if p is None else _look(p) for p in call.parameters]
         if state != self._state:
             self._state = state
@@ -145,6 +156,8 @@ class _Contents:
         if len(self._programs) >= MAX_PLANS:
             self._programs.clear()
         self._programs[call.key] = program
+        if self._known is not None:
+            self._known.put(program, *call.looks)
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
@@ -206,7 +219,8 @@ def _read(layer: nn.Module, op: LayerOp) -> _Contents | None:
 def _unseen(x: Tensor) -> bool:
     """Whether nobody looks at ops, launches or what is saved, and launches cost what they cost."""
     if (
-        boundary.seen()
+        not boundary.is_memory(x)
+        or boundary.seen()
         or dispatch._recorders
         or _has_any_global_hook()
         or torch.is_anomaly_enabled()
@@ -244,16 +258,51 @@ class _Computation:
             return [y] if self.norm is None else [y, take_ahead()]
 
 
-class _Call(NamedTuple):
-    """A layer's call: what computes it of which tensors, and what a program of it depends on besides the layer's contents."""
+@dataclass(frozen=True)
+class _Call:
+    """A layer's call: what computes it of which tensors, and what a program of it depends on besides the layer's contents.
+
+    parameters: the layer's and behind them the following norm's.
+    """
 
     compute: _Computation
     arguments: list[Tensor | None]
     parameters: list[Tensor | None]
-    key: tuple[Any, ...]
+    following: list[Tensor | None]
     autocast: torch.dtype | None
     drops: bool
     contents: _Contents
+
+    @cached_property
+    def key(self) -> tuple[Any, ...] | None:
+        """All that a program depends on, but for the looks of the layer's own parameters; None where none can be."""
+        x: Any = self.arguments[0]
+        known = signature_of([*self.arguments, *self.following], x.get_device())
+        if known is None:
+            return None
+        compute = self.compute
+        return (
+            *known,
+            x.get_device(),
+            compute.settings,
+            None if compute.norm is None else _settings_of(compute.norm),
+            compute.attention is not None,
+            len(self.arguments),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            self.autocast,
+            (exact_fp32(), tf32()) if x.dtype == torch.float32 else None,
+            frozenset(dispatch._requested.items()),
+        )
+
+    @property
+    def looks(self) -> tuple[Any, ...]:
+        """What C++ makes such a key of, PyTorch's state and the parameters' looks included."""
+        compute, norm = self.compute, self.compute.norm
+        followed = () if norm is None else (type(norm) is LayerNorm, norm.eps, norm.normalized_shape)
+        settings = (compute.settings, followed, compute.attention is not None, len(self.arguments))
+        return (*self.arguments, *self.parameters, *settings)
 
 
 def _call_of(
@@ -286,28 +335,11 @@ def _call_of(
             arguments += [share.weight, share.bias, *share.packs]
             unread = (attention.in_proj_weight, attention.in_proj_bias)  # the share has what remains of them
             parameters = [None if p is not None and any(p is one for one in unread) else p for p in parameters]
-    parameters = [*map(cast_of, parameters)]
-    known = signature_of([*arguments, *following], x.get_device())
-    if known is None:
-        return None
+    parameters = casts_of(parameters)
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    key = (
-        *known,
-        x.get_device(),
-        settings,
-        None if norm is None else _settings_of(norm),
-        share is not None,
-        len(arguments),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        autocast,
-        (exact_fp32(), tf32()) if x.dtype == torch.float32 else None,
-        frozenset(dispatch._requested.items()),
-    )
     compute = _Computation(layer, norm, function, settings, len(tensors), attention)
-    return _Call(compute, arguments, parameters, key, autocast, contents.drops, contents)
+    return _Call(compute, arguments, parameters, following, autocast, contents.drops, contents)
 
 
 def _settings_of(norm: Any) -> tuple[Any, ...]:
@@ -318,13 +350,18 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
     x: Any = call.arguments[0]
     seed, first = reserve(x.device, program.draws) if program.draws else (None, 0)
     inputs = [*call.arguments, *call.parameters]
-    if not program.differentiable:
+    if not program.backwards:
         _, outputs = program.forward(seed, first, inputs)
     else:
         norm = call.compute.norm
         before = call.contents, None if norm is None else _settings_of(norm), dispatch._requested
         again = partial(_again, call.compute, before, x.device.type, call.autocast)
-        outputs = ProgramNode.apply(program, again, seed, first, len(call.arguments), *inputs)
+        if (made := host_native.layer_program(program)) is not None:
+            outputs = made.run(
+                first, Again(program, again, call.parameters), *inputs, *([seed] if program.draws else [])
+            )
+        else:
+            outputs = ProgramNode.apply(program, again, seed, first, len(call.arguments), *inputs)
     norm = call.compute.norm
     if norm is not None:
         leave_ahead(outputs[0], norm, outputs[1])
@@ -336,10 +373,11 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
 def _program(op: LayerOp, call: _Call) -> HostProgram | None:
     """The program of a layer that is seen again (a stack's second, say); None where there is none, or not yet."""
     x: Any = call.arguments[0]
-    looks = signature_of(call.parameters, x.get_device())
+    looks = None if call.key is None else signature_of(call.parameters, x.get_device())
     # Of parameters that were computed (`functional_call`), what they were computed of may be among them.
     if looks is None or any(p is not None and p.grad_fn is not None for p in call.contents.parameters):
         return None
+    assert call.key is not None
     key = (call.key, *call.contents.settings, *looks)
     program = op.known(key)
     if program is False:  # to record takes longer than to run: not what is seen once

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from detr_fast import dispatch
+from detr_fast import dispatch, native
+from detr_fast.ops import host_native
 from detr_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
 from detr_fast.ops.attention import attention as attention
 from detr_fast.ops.attention import attention_with_weights as attention_with_weights
@@ -23,3 +24,5 @@ from detr_fast.ops.qkv_projection import qkv_projection as qkv_projection
 from detr_fast.ops.resnet_stem import resnet_stem as resnet_stem
 
 dispatch.read_environment()
+host_native.register()
+native.read_environment()

@@ -227,6 +227,7 @@ forward = define(
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
+    together=2,
 )
 _backward = define(
     "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "

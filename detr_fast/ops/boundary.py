@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast import native
 from detr_fast.dispatch import INTERPRETING
 from detr_fast.kernels.repeat import repeated
 
@@ -85,21 +86,46 @@ def is_memory(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and _keys(tensor).raw_repr() in _ON_ANY
 
 
-class Boundary:
-    """An op: called, it goes the way of PyTorch's dispatcher, or, where nobody looks, straight to where that ends."""
+ops: list[Boundary] = []
 
-    __slots__ = ("_autograd", "_on_cpu", "_op", "_run")
+
+class Boundary:
+    """An op: called, it goes the way of PyTorch's dispatcher, or, where nobody looks, straight to where that ends.
+
+    native: what does so in C++ for calls that were made before, where that is in use. offset: the index of the argument that is
+    a seed's offset, or -1. together: how many of the first outputs gradients usually arrive for.
+    """
+
+    __slots__ = ("_autograd", "_on_cpu", "_op", "_run", "name", "native", "offset", "together")
 
     def __init__(
-        self, op: Callable[..., Any], run: Callable[..., Any], on_cpu: Callable[..., Any], autograd: Callable[..., Any]
+        self,
+        op: Callable[..., Any],
+        run: Callable[..., Any],
+        on_cpu: Callable[..., Any],
+        autograd: Callable[..., Any],
+        together: int,
     ) -> None:
-        self._op, self._run, self._on_cpu, self._autograd = op, run, on_cpu, autograd
+        self._op, self._run, self._on_cpu, self._autograd, self.together = op, run, on_cpu, autograd, together
+        self.native: Callable[..., Any] | None = None
+        schema = op._schema  # type: ignore[attr-defined]
+        self.name = schema.name
+        self.offset = next((i for i, a in enumerate(schema.arguments) if a.name == "offset"), -1)
+        ops.append(self)
 
     def __call__(self, *args: Any) -> Any:
         """The op with gradients."""
+        if self.native is not None and not torch.compiler.is_compiling():
+            return self.native(*args)
+        return self.python(*args)
+
+    def python(self, *args: Any) -> Any:
+        """The op with gradients, by what is written in Python."""
         run = self._shortcut(args)
         if run is None:
             return self._op(*args)
+        if run is self._run:
+            native.wanted()
         if not torch.is_grad_enabled():
             with below_autograd():
                 return run(*args)
@@ -153,11 +179,13 @@ def define(
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
     on_cpu: Callable[..., Any] | None = None,
+    together: int = 1,
 ) -> Boundary:
     """Register `detr_fast::<schema>`, whose first argument is a tensor or a list of them, and return its callable.
 
     `run` launches kernels (on a GPU; on a CPU in Triton's interpreter only, unless `on_cpu` is there to be called),
-    `fake` gives the outputs' shapes, strides and dtypes, `autograd` is called where a gradient may be needed.
+    `fake` gives the outputs' shapes, strides and dtypes, `autograd` is called where a gradient may be needed. together: of the
+    outputs, for how many of the first gradients usually arrive, if they can.
     """
     name = schema.split("(")[0]
 
@@ -175,7 +203,7 @@ def define(
     _library.impl(name, on_cpu or run_interpreted, "CPU")
     torch.library.register_fake(f"detr_fast::{name}", fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
-    return Boundary(getattr(torch.ops.detr_fast, name).default, run, on_cpu or run_interpreted, autograd)
+    return Boundary(getattr(torch.ops.detr_fast, name).default, run, on_cpu or run_interpreted, autograd, together)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

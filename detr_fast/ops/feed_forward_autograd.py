@@ -294,6 +294,7 @@ forward = define(
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
+    together=2,
 )
 _backward = define(
     "feed_forward_backward(Tensor dy, Tensor? dsum, Tensor? xhat, Tensor? rstd, Tensor? norm_weight, Tensor w2, "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -56,9 +56,16 @@ def signature_of(tensors: Sequence[Tensor | None], device: int) -> list[Any] | N
 class Backward(NamedTuple):
     """The instructions for the gradients that arrive, and the registers of those they give (None for no gradient)."""
 
-    instructions: list[Any]
+    instructions: list[Instruction]
     arriving: tuple[int | None, ...]
     gradients: tuple[int | None, ...]
+
+
+class Arriving(NamedTuple):
+    """How the gradient of an output is to lie in memory: as the output does, without gaps."""
+
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class HostProgram:
@@ -71,44 +78,46 @@ class HostProgram:
         inputs: int,
         outputs: Sequence[Tensor],
         ahead: int,
-        backwards: dict[Any, Backward],
+        backwards: dict[tuple[bool, ...], Backward],
         draws: int,
+        keep: set[int] | None = None,
     ) -> None:
+        """keep: registers that are kept for backward whether it reads them or not; arguments, for a double backward, where None."""
+        self.native: Any = None  # this program in C++ (see `host_native`), or False where it can't be
         self.draws = draws  # seeds' offsets used
         self.inputs, self.outputs = inputs, list(map(recorder.find, outputs))
-        self.strides = [torch.empty_like(y, device="meta").stride() for y in outputs]  # of the gradients that it takes
-        self._launches = any(STREAM in one.arguments for one in recorder.instructions)
+        self.device = outputs[0].device
+        self.differentiable = [y.requires_grad for y in outputs]
+        self.arriving = [Arriving(torch.empty_like(y, device="meta").stride(), y.dtype) for y in outputs]
+        self.launches = any(STREAM in one.arguments for one in recorder.instructions)
+        self.recorder = recorder.forgotten()
+        gradients_of = next(iter(backwards.values())).gradients if backwards else (None,) * inputs
+        self.wanted = [r is not None for r in gradients_of]  # of the inputs, whether a gradient is
         forward, *behind = [recorder.instructions[:ahead], *(b.instructions for b in backwards.values())]
         views = {r: one for one in forward if one.view for r in one.results}
         made = {r for one in forward for r in one.results}
         given = {SEED, *range(FIRST_INPUT, FIRST_INPUT + inputs)}
-        # Arguments in any case, for a double backward.
-        saved = {FIRST_INPUT + i for i, t in enumerate(arguments) if t is not None}
-        fixed = set(self.outputs)
+        saved = {FIRST_INPUT + i for i, t in enumerate(arguments) if t is not None} if keep is None else keep
+        fixed = {*self.outputs, *(keep or ())}
         for backward, instructions in zip(backwards.values(), behind):
             gradients = {r for r in backward.gradients if r is not None}
             prelude = taken_again(views, read(instructions, gradients))
             instructions[:] = needed([*prelude, *instructions], gradients)
             written = {r for one in instructions for r in one.results}
-            saved |= {r for r in read(instructions, gradients) - written if r in made or r in given}
+            saved = saved | {r for r in read(instructions, gradients) - written if r in made or r in given}
             fixed |= gradients
-        self.differentiable = bool(backwards)
         forward = needed(forward, {*self.outputs, *(saved if backwards else ())})
         sections = [forward, *behind]
         same = without_views(sections, recorder.constants, fixed)
         saved, fixed = ({same.get(r, r) for r in registers} for registers in (saved, fixed))
         self.outputs = [same.get(r, r) for r in self.outputs]
-        self.saved = sorted(self._in_pieces(sections, saved, fixed, recorder))  # registers that are kept for backward
-        self._steps = [steps for _, steps in recorder.offsets]
-        ahead_of_inputs = [STREAM, *(register for register, _ in recorder.offsets)]
-        given_to = [*ahead_of_inputs, SEED, *range(FIRST_INPUT, FIRST_INPUT + inputs)]
-        kept = self.saved if backwards else []
-        self._forward = self._compiled(forward, recorder, given_to, [*kept, *self.outputs])
-        self._backwards: dict[Any, Callable[..., tuple[Any, ...]]] = {}
+        saved = self._in_pieces(sections, saved, fixed, recorder)
+        self.saved = sorted(saved) if backwards else []  # registers that are kept for backward
+        self.forward_instructions = forward
+        self.backwards: dict[tuple[bool, ...], Backward] = {}
         for (pattern, backward), instructions in zip(backwards.items(), behind):
             results = tuple(None if r is None else same.get(r, r) for r in backward.gradients)
-            given_to = [*ahead_of_inputs, *self.saved, *(r for r in backward.arriving if r is not None)]
-            self._backwards[pattern] = self._compiled(instructions, recorder, given_to, results)
+            self.backwards[pattern] = Backward(instructions, backward.arriving, results)
 
     def _in_pieces(
         self, sections: list[list[Instruction]], saved: set[int], fixed: set[int], recorder: Recorder
@@ -124,10 +133,30 @@ class HostProgram:
                 saved = saved - kept | {new}
         return saved
 
+    @cached_property
+    def _forward(self) -> Callable[..., tuple[Any, ...]]:
+        given = [*self._given_ahead, SEED, *range(FIRST_INPUT, FIRST_INPUT + self.inputs)]
+        return self._compiled(self.forward_instructions, given, [*self.saved, *self.outputs])
+
+    @cached_property
+    def _backwards(self) -> dict[tuple[bool, ...], Callable[..., tuple[Any, ...]]]:
+        return {
+            pattern: self._compiled(
+                one.instructions,
+                [*self._given_ahead, *self.saved, *(r for r in one.arriving if r is not None)],
+                one.gradients,
+            )
+            for pattern, one in self.backwards.items()
+        }
+
+    @property
+    def _given_ahead(self) -> list[int]:
+        return [STREAM, *(register for register, _ in self.recorder.offsets)]
+
     def _compiled(
-        self, instructions: list[Instruction], recorder: Recorder, given: list[int], wanted: Sequence[int | None]
+        self, instructions: list[Instruction], given: list[int], wanted: Sequence[int | None]
     ) -> Callable[..., tuple[Any, ...]]:
-        return compiled(addressed(instructions, recorder.addresses), recorder.constants, given, wanted)
+        return compiled(addressed(instructions, self.recorder.addresses), self.recorder.constants, given, wanted)
 
     def forward(
         self, seed: Tensor | None, offset: int, inputs: Sequence[Tensor | None]
@@ -144,7 +173,7 @@ class HostProgram:
         backward = self._backwards[tuple(dy is not None for dy in arriving)]
         with boundary.below_autograd():
             found = []
-            for dy, strides in zip(arriving, self.strides):
+            for dy, (strides, _) in zip(arriving, self.arriving):
                 if dy is not None:
                     fits = dy.stride() == strides and dy.data_ptr() % ALIGNED == 0
                     found.append(dy if fits else dy.new_empty_strided(dy.shape, strides).copy_(dy))
@@ -152,7 +181,8 @@ class HostProgram:
 
     def _ahead(self, offset: int) -> list[int | None]:
         """The stream, and the seed's offsets."""
-        return [launch.current_stream() if self._launches else None, *[offset + steps for steps in self._steps]]
+        steps = [offset + further for _, further in self.recorder.offsets]
+        return [launch.current_stream() if self.launches else None, *steps]
 
 
 _lock = threading.Lock()
@@ -173,6 +203,44 @@ def record(
     starts = sorted((t.data_ptr(), size_of(t)) for t in (*arguments, *parameters) if t is not None)
     if any(start < before + max(size, 1) for (before, size), (start, _) in pairwise(starts)):
         return None
+
+    def made(recorder: Recorder, outputs: Sequence[Tensor], *rest: Any) -> HostProgram:
+        return HostProgram(recorder, arguments, len(arguments) + len(parameters), outputs, *rest)
+
+    return _recorded(function, arguments, parameters, seed, _patterns, made)
+
+
+def record_op(
+    function: Callable[..., list[Tensor]],
+    arguments: Sequence[Tensor],
+    patterns: Callable[[Sequence[Tensor]], list[tuple[bool, ...]]],
+    kept: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+) -> tuple[HostProgram, list[int | None]] | None:
+    """The program of an op, which takes its seed as an argument and its offset from FIRST_OFFSET, as `record`.
+
+    The tensors may overlap, in a way that is part of what tells calls apart. patterns(outputs): which gradients arrive for them.
+    kept(outputs): tensors to be kept for backward in any case, whose registers are returned, too.
+    """
+    registers: list[int | None] = []
+
+    def made(recorder: Recorder, outputs: Sequence[Tensor], *recorded: Any) -> HostProgram:
+        registers.extend(None if t is None else recorder.find(t) for t in kept(outputs))
+        keep = {r for r in registers if r is not None}
+        ahead, backwards, draws = recorded
+        return HostProgram(recorder, arguments, len(arguments), outputs, ahead, backwards, draws, keep)
+
+    program = _recorded(function, arguments, (), None, patterns, made)
+    return None if program is None else (program, registers)
+
+
+def _recorded(
+    function: Callable[..., list[Tensor]],
+    arguments: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    seed: Tensor | None,
+    patterns: Callable[[Sequence[Tensor]], list[tuple[bool, ...]]],
+    made: Callable[..., HostProgram],
+) -> HostProgram | None:
     if not _lock.acquire(blocking=False):  # to wait could be for ever: the other may need this thread for its backward
         return None
     try:
@@ -183,10 +251,10 @@ def record(
             outputs = list(function(*given))
             ahead = len(recorder.instructions)
             leaves = [*given, *parameters]
-            backwards: dict[Any, Backward] = {}
-            for pattern in _patterns([t.requires_grad for t in outputs]):
+            backwards: dict[tuple[bool, ...], Backward] = {}
+            for pattern in patterns(outputs):
                 backwards[pattern] = _record_backward(recorder, outputs, leaves, pattern)
-        return HostProgram(recorder, given, len(leaves), outputs, ahead, backwards, scope.offset + 1 - FIRST_OFFSET)
+        return made(recorder, outputs, ahead, backwards, scope.offset + 1 - FIRST_OFFSET)
     finally:
         _lock.release()
 
@@ -202,8 +270,9 @@ def _casts_again() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def _patterns(wanted: list[bool]) -> list[tuple[bool, ...]]:
+def _patterns(outputs: Sequence[Tensor]) -> list[tuple[bool, ...]]:
     """For which outputs gradients may arrive: all, and where there are two, either alone."""
+    wanted = [t.requires_grad for t in outputs]
     if any(wanted) != all(wanted):
         raise Unrepeatable("a gradient can arrive for some of the outputs only")
     if not all(wanted):
@@ -242,8 +311,7 @@ class ProgramNode(torch.autograd.Function):
     ) -> Any:
         kept, outputs = program.forward(seed, offset, inputs)
         ctx.save_for_backward(*kept)
-        ctx.program, ctx.again, ctx.offset, ctx.parameters = program, again, offset, inputs[count:]
-        ctx.versions = _versions(ctx.parameters)  # not all are saved
+        ctx.program, ctx.offset, ctx.again = program, offset, Again(program, again, inputs[count:])
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -253,17 +321,33 @@ class ProgramNode(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         program, saved = ctx.program, ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return (None, None, None, None, None, *program.backward(ctx.offset, saved, arriving))
-        values = dict(zip(program.saved, saved))
-        arguments = [values.get(FIRST_INPUT + i) for i in range(program.inputs - len(ctx.parameters))]
-        if _versions(ctx.parameters) != ctx.versions:
+            found = program.backward(ctx.offset, saved, arriving)
+        else:
+            found = ctx.again.backward(ctx.offset, saved, arriving)
+        return (None, None, None, None, None, *found)
+
+
+class Again:
+    """What computes a program's outputs once more, and the parameters that it takes: not all of them are saved."""
+
+    def __init__(self, program: HostProgram, function: Callable[..., Any], parameters: Sequence[Tensor | None]) -> None:
+        self.program, self.function, self.parameters = program, function, parameters
+        self.versions = _versions(parameters)
+
+    def backward(
+        self, offset: int, saved: Sequence[Tensor | None], arriving: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The program's backward, to be differentiated again. Raises RuntimeError where a parameter has changed."""
+        program, parameters = self.program, self.parameters
+        if _versions(parameters) != self.versions:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a parameter of "
                 "a layer, which a backward with create_graph=True computes again; change parameters behind that backward"
             )
-        inputs, wanted = (*arguments, *ctx.parameters), ctx.needs_input_grad[5:]
-        again = partial(ctx.again, values.get(SEED), ctx.offset)
-        return (None, None, None, None, None, *_differentiable(again, inputs, arriving, wanted))
+        values = dict(zip(program.saved, saved))
+        arguments = [values.get(FIRST_INPUT + i) for i in range(program.inputs - len(parameters))]
+        function = partial(self.function, values.get(SEED), offset)
+        return _differentiable(function, (*arguments, *parameters), arriving, program.wanted)
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ _UNREPEATABLE = {
 
 class Unrepeatable(Exception):
     """What was recorded can't be done again blindly; the message says why."""
+
+
+class Recorded(NamedTuple):
+    """constants: by register, None in those that are given or written. offsets: registers, and how far each is from the first."""
+
+    constants: list[Any]
+    addresses: Addresses
+    offsets: list[tuple[int, int]]
 
 
 class Recorder(TorchDispatchMode):
@@ -130,6 +138,10 @@ class Recorder(TorchDispatchMode):
         empty = func._schema.name in ("aten::empty", "aten::new_empty", "aten::empty_strided")
         self._write(*_positional(func, args, kwargs), found, view=view, empty=empty)
         return found
+
+    def forgotten(self) -> Recorded:
+        """What instructions refer to, without the tensors that were met."""
+        return Recorded(self.constants, self.addresses, self.offsets)
 
     def launched(self, one: launch.Launch) -> None:
         """An observer of launches."""

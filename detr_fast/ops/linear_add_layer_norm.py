@@ -338,6 +338,7 @@ _forward = define(
     run=_run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
+    together=2,
 )
 _backward = define(
     "residual_norm_backward(Tensor dy, Tensor? dsum, Tensor xhat, Tensor rstd, Tensor norm_weight, Tensor? seed, int offset, "

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from detr_fast import nn, use_backend
+from detr_fast import native, nn, use_backend
 from detr_fast.explanation import explaining
 from detr_fast.nn import whole_layer
 from detr_fast.nn.casts import known_casts
@@ -21,7 +21,9 @@ PADDING = torch.tensor([[False, False, True, True]])
 
 @pytest.fixture(autouse=True)
 def _no_programs():
+    before = native.host
     yield
+    native.use(before)
     for op in (ENCODER_LAYER, DECODER_LAYER):
         op.forget()
 
@@ -186,6 +188,7 @@ def test_weights_that_are_cast_together_are_no_computed_parameters():
 
 @interpreter
 def test_each_device_has_programs_of_its_own(monkeypatch):
+    native.use(None)  # which asks tensors themselves, not Python, where they lie
     layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
     with use_backend("triton"):
         for _ in range(2):

@@ -1,0 +1,313 @@
+// What the host does for a call that was made before, without Python: one look into a table, allocations, launches, and one
+// node of autograd's. Which instructions those are, Python writes down (`ops.host_program`, `ops.host_native`).
+//
+// Decisions  call -> any object: what the dispatcher chose for calls like it.
+// Repeated   call -> what its program gives; a call met for the first time, or one that somebody looks at, goes to Python.
+// Program    instructions over registers, the forward's and, by which outputs a gradient arrives for, the backward's.
+//
+// "Like it" is a key: all that a program or a decision depends on, of the arguments and of PyTorch's state (see `Key`).
+// Every function but `HostNode`'s runs with the GIL held, which is what guards the tables.
+//
+// objects.h, key.h and program.h are parts of this file.
+
+#include "program.h"
+
+#include <structmember.h>
+
+#include <array>
+
+namespace host {
+
+struct Decisions {
+  PyObject_HEAD
+  Table table;
+  int64_t of;
+  size_t limit;
+};
+
+bool find_key(Key& key, PyObject* const* arguments, Py_ssize_t count, Py_ssize_t skipped) {
+  return settings != nullptr && key.read(arguments, count, skipped);
+}
+
+// get(*arguments): what was put for such a call, or None.
+PyObject* decisions_get(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  auto& decisions = *reinterpret_cast<Decisions*>(self);
+  static thread_local Key key;
+  if (settings == nullptr || followed() || PyList_GET_SIZE(settings->recorders.get()) > 0 ||
+      !find_key(key, arguments, count, -1)) {
+    Py_RETURN_NONE;
+  }
+  tidy(decisions.table, decisions.of);
+  const auto found = decisions.table.find(key.words());
+  PyObject* value = found == decisions.table.end() ? Py_None : found->second.get();
+  return Object::borrowed(value).release();
+  END_HANDLE_TH_ERRORS
+}
+
+// put(value, *arguments)
+PyObject* decisions_put(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  auto& decisions = *reinterpret_cast<Decisions*>(self);
+  Key key;
+  if (count > 1 && !followed() && find_key(key, arguments + 1, count - 1, -1)) {
+    tidy(decisions.table, decisions.of);
+    keep(decisions.table, decisions.limit, key.words(), Object::borrowed(arguments[0]));
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* decisions_clear(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  Table dropped;
+  dropped.swap(reinterpret_cast<Decisions*>(self)->table);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// Decisions(limit)
+PyObject* decisions_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
+  HANDLE_TH_ERRORS
+  Object made = Object::stolen(type->tp_alloc(type, 0));
+  auto& decisions = *reinterpret_cast<Decisions*>(made.get());
+  new (&decisions.table) Table();
+  decisions.of = generation;
+  decisions.limit = integer(item(arguments, 0));
+  return made.release();
+  END_HANDLE_TH_ERRORS
+}
+
+void decisions_dealloc(PyObject* self) {
+  std::destroy_at(&reinterpret_cast<Decisions*>(self)->table);
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+struct Repeated {
+  PyObject_HEAD
+  Table table;  // Programs; False where a call was met once, None where there can be no program of it
+  int64_t of;
+  size_t limit;
+  Py_ssize_t offset;  // the index of the argument that is a seed's offset, or -1
+  Object python;      // what runs a call without a program
+  Object record;      // (*arguments) -> Program or None
+  vectorcallfunc vectorcall;
+};
+
+Object program_for(Repeated& repeated, const Key& key, PyObject* const* arguments, Py_ssize_t count) {
+  tidy(repeated.table, repeated.of);
+  const auto found = repeated.table.find(key.words());
+  if (found == repeated.table.end()) {  // to record takes longer than to run: not what is called once
+    keep(repeated.table, repeated.limit, key.words(), Object::borrowed(Py_False));
+    return {};
+  }
+  if (is_program(found->second.get())) return found->second;
+  if (found->second.get() != Py_False) return {};
+  found->second = Object::borrowed(Py_None);  // until it is recorded, which calls this again
+  const Words words = key.words();
+  const auto of = generation;
+  Object recorded = Object::stolen(PyObject_Vectorcall(repeated.record.get(), arguments, count, nullptr));
+  if (of == generation) keep(repeated.table, repeated.limit, words, recorded);
+  return is_program(recorded.get()) ? recorded : Object();
+}
+
+PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags, PyObject* names) {
+  HANDLE_TH_ERRORS
+  auto& repeated = *reinterpret_cast<Repeated*>(self);
+  const auto count = PyVectorcall_NARGS(flags);
+  static thread_local Key key;
+  if (settings != nullptr && names == nullptr && !seen() && find_key(key, arguments, count, repeated.offset) &&
+      !key.captured() && on_current_device(key.device().is_cuda() ? key.device().index() : -1)) {
+    if (const Object found = program_for(repeated, key, arguments, count)) {
+      auto& program = *reinterpret_cast<Program*>(found.get());
+      std::vector<Tensor> inputs;
+      inputs.reserve(program.forward.given.size());
+      int64_t offset = 0;
+      for (Py_ssize_t i = 0; i < count; ++i) {
+        if (i == repeated.offset) {
+          offset = integer(arguments[i]);
+        } else if (THPVariable_CheckExact(arguments[i])) {
+          inputs.push_back(THPVariable_Unpack(arguments[i]));
+        }
+      }
+      return run(program, inputs, offset, Object::borrowed(Py_None));
+    }
+  }
+  return PyObject_Vectorcall(repeated.python.get(), arguments, count, names);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* repeated_clear(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  Table dropped;
+  dropped.swap(reinterpret_cast<Repeated*>(self)->table);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// programs(): what is known: a list of Programs, False and None.
+PyObject* repeated_programs(PyObject* self, PyObject*) {
+  HANDLE_TH_ERRORS
+  auto& repeated = *reinterpret_cast<Repeated*>(self);
+  tidy(repeated.table, repeated.of);
+  Object list = Object::stolen(PyList_New(0));
+  for (const auto& one : repeated.table) {
+    if (PyList_Append(list.get(), one.second.get()) < 0) throw python_error();
+  }
+  return list.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// Repeated(python, record, offset, limit)
+PyObject* repeated_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
+  HANDLE_TH_ERRORS
+  Object made = Object::stolen(type->tp_alloc(type, 0));
+  auto& repeated = *reinterpret_cast<Repeated*>(made.get());
+  new (&repeated.table) Table();
+  new (&repeated.python) Object(Object::borrowed(item(arguments, 0)));
+  new (&repeated.record) Object(Object::borrowed(item(arguments, 1)));
+  repeated.of = generation;
+  repeated.offset = integer(item(arguments, 2));
+  repeated.limit = integer(item(arguments, 3));
+  repeated.vectorcall = repeated_call;
+  return made.release();
+  END_HANDLE_TH_ERRORS
+}
+
+void repeated_dealloc(PyObject* self) {
+  auto& repeated = *reinterpret_cast<Repeated*>(self);
+  std::destroy_at(&repeated.table);
+  std::destroy_at(&repeated.python);
+  std::destroy_at(&repeated.record);
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The module.
+
+// configure(observers, recorders, launch, empty, hooks, capturing, exact)
+PyObject* configure(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 7 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]) && PyDict_CheckExact(arguments[2]),
+      "configure takes two lists, a dict and four objects");
+  auto& all = *new Settings();  // for good: what a process leaves behind is destroyed without Python
+  Object* places[] = {&all.observers, &all.recorders, &all.launch, &all.empty, &all.hooks, &all.capturing, &all.exact};
+  for (size_t i = 0; i < 7; ++i) *places[i] = arguments[i] == Py_None ? Object() : Object::borrowed(arguments[i]);
+  settings = &all;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_requests(PyObject*, PyObject* number) {
+  HANDLE_TH_ERRORS
+  requests = integer(number);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_in_layer(PyObject*, PyObject* truth) {
+  in_layer = truth == Py_True;
+  Py_RETURN_NONE;
+}
+
+// unchanged(places, found, parts, kinds, hooks): whether each place (dict, name) still holds the very object that was found there, or
+// None where nothing is, each part is still of its kind, and the dicts at the hooks' places are empty. All are lists.
+PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 5 && std::all_of(arguments, arguments + 5, [](PyObject* one) { return PyList_CheckExact(one); }),
+      "unchanged takes five lists");
+  const auto at = [](PyObject* pair) {
+    PyObject* found = PyDict_GetItemWithError(item(pair, 0), item(pair, 1));
+    if (found == nullptr && PyErr_Occurred()) throw python_error();
+    return found == nullptr ? Py_None : found;
+  };
+  auto [places, found, parts, kinds, hooks] = std::array{arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]};
+  bool same = PyList_GET_SIZE(places) == PyList_GET_SIZE(found) && PyList_GET_SIZE(parts) == PyList_GET_SIZE(kinds);
+  for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(places); ++i) {
+    same = at(PyList_GET_ITEM(places, i)) == PyList_GET_ITEM(found, i);
+  }
+  for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(parts); ++i) {
+    same = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(parts, i))) == PyList_GET_ITEM(kinds, i);
+  }
+  for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(hooks); ++i) {
+    const int some = PyObject_IsTrue(at(PyList_GET_ITEM(hooks, i)));
+    if (some < 0) throw python_error();
+    same = some == 0;
+  }
+  return PyBool_FromLong(same);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* forget(PyObject*, PyObject*) {
+  ++generation;
+  Py_RETURN_NONE;
+}
+
+template <class Function>
+PyCFunction as_method(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef program_methods[] = {{"run", as_method(program_run), METH_FASTCALL, "run(offset, extra, *inputs)"}, {}};
+PyMethodDef decisions_methods[] = {
+    {"get", as_method(decisions_get), METH_FASTCALL, "get(*arguments): what was put for such a call, or None"},
+    {"put", as_method(decisions_put), METH_FASTCALL, "put(value, *arguments)"},
+    {"clear", decisions_clear, METH_NOARGS, "clear()"},
+    {}};
+PyMethodDef repeated_methods[] = {
+    {"clear", repeated_clear, METH_NOARGS, "clear()"},
+    {"programs", repeated_programs, METH_NOARGS, "programs(): Programs, False for a call met once, None where there is none"},
+    {}};
+PyMemberDef repeated_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Repeated, vectorcall), READONLY, nullptr}, {}};
+PyMethodDef functions[] = {
+    {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing, exact)"},
+    {"set_requests", set_requests, METH_O, "set_requests(number)"},
+    {"set_in_layer", set_in_layer, METH_O, "set_in_layer(truth): of this thread"},
+    {"unchanged", as_method(unchanged), METH_FASTCALL, "unchanged(places, found, parts, kinds, hooks)"},
+    {"forget", forget, METH_NOARGS, "forget(): drop all that tables hold"},
+    {}};
+
+PyType_Slot program_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(program_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(program_dealloc)},
+    {Py_tp_methods, program_methods},
+    {0, nullptr}};
+PyType_Slot decisions_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(decisions_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(decisions_dealloc)},
+    {Py_tp_methods, decisions_methods},
+    {0, nullptr}};
+PyType_Slot repeated_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(repeated_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(repeated_dealloc)},
+    {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+    {Py_tp_methods, repeated_methods},
+    {Py_tp_members, repeated_members},
+    {0, nullptr}};
+
+PyType_Spec program_spec = {"detr_fast.native.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT, program_slots};
+PyType_Spec decisions_spec = {"detr_fast.native.Decisions", sizeof(Decisions), 0, Py_TPFLAGS_DEFAULT, decisions_slots};
+PyType_Spec repeated_spec = {
+    "detr_fast.native.Repeated", sizeof(Repeated), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, repeated_slots};
+
+PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_host", nullptr, -1, functions};
+
+}  // namespace host
+
+PyMODINIT_FUNC PyInit__host() {
+  using namespace host;
+  PyObject* module = PyModule_Create(&module_definition);
+  if (module == nullptr) return nullptr;
+  for (auto [name, spec] : {std::pair{"Program", &program_spec}, {"Decisions", &decisions_spec}, {"Repeated", &repeated_spec}}) {
+    PyObject* type = PyType_FromSpec(spec);
+    if (type == nullptr || PyModule_AddObjectRef(module, name, type) < 0) return nullptr;
+    if (spec == &program_spec) program_type = reinterpret_cast<PyTypeObject*>(type);
+  }
+  return module;
+}

@@ -1,0 +1,241 @@
+"""Host programs in C++: single ops', recorded here, and what `native/host.cpp` is told of those and of whole layers.
+
+`record` of `host_program` writes down what reaches the device. For an op that is one node of autograd's, the program keeps what that
+node keeps, and a backward that the program does not have (`create_graph=True`, a mode that looks, another layout of what
+arrives) is the node's own, on a context with the same contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detr_fast import dispatch, native
+from detr_fast.kernels import launch
+from detr_fast.kernels.rows import MAX_PLANS
+from detr_fast.ops import boundary, host_program
+from detr_fast.ops.host_passes import Instruction
+from detr_fast.ops.host_program import Again, HostProgram
+from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, MAX_OFFSETS, SEED, STREAM, Unrepeatable
+
+MAX_BYTES = (
+    64 << 20
+)  # of a call's tensors: with more the GPU takes longer than the host, and a recording too much memory
+unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by the op's name
+
+
+# Kinds of operands, as `Operand::Kind` of host.cpp has them.
+CONSTANT, REGISTER, ADDRESS, OFFSET, STREAM_OF_CALL = range(5)
+
+
+def program_of(program: HostProgram, several: bool, strict: bool, slow: Callable[..., Any] | None) -> Any:
+    """The program in C++, whose inputs are the recorded ones and, where something is dropped, the seed; None where it can't be.
+
+    several: outputs are returned as a tuple. strict: a backward that somebody looks at, or whose gradients lie otherwise, goes to
+    `slow`, as one that is to be differentiated does: slow(offset, what the call gave it, kept, arriving).
+    """
+    given = [*range(FIRST_INPUT, FIRST_INPUT + program.inputs), *([SEED] if program.draws else [])]
+    outputs, host = program.outputs, native.host
+    if host is None or len({*outputs, *given}) < len(outputs) + len(
+        given
+    ):  # an output that is an input, or another one
+        return None
+    forward = _section(program, program.forward_instructions, given, [*program.saved, *outputs])
+    backwards = []
+    places = [i for i, wanted in enumerate(program.differentiable) if wanted]
+    for pattern, one in program.backwards.items():
+        arriving = [r for r in one.arriving if r is not None]
+        wanted = [*one.gradients, *([None] if program.draws else [])]
+        section = _section(program, one.instructions, [*program.saved, *arriving], wanted)
+        backwards.append((sum(pattern[i] << n for n, i in enumerate(places)), section))
+    index, stream = -1, None
+    if program.launches:
+        driver = launch.triton.runtime.driver.active
+        index = program.device.index if program.device.type == "cuda" else -1
+        stream = driver.get_current_stream
+    return host.Program(
+        forward,
+        tuple(backwards),
+        tuple(outputs.index(r) if r in outputs else -1 for r in program.saved),
+        tuple(map(int, program.differentiable)),
+        tuple(program.arriving[i] for i in places),
+        several,
+        strict,
+        slow,
+        stream,
+        index,
+    )
+
+
+def layer_program(program: HostProgram) -> Any:
+    """A layer's program in C++, or None where that is not in use."""
+    if native.host is None:
+        return None
+    if program.native is None:
+        program.native = program_of(program, True, False, _differentiable) or False
+    return program.native or None
+
+
+def _differentiable(offset: int, again: Again, kept: Any, arriving: Any) -> list[Tensor | None]:
+    found = again.backward(offset, kept, arriving)
+    return [*found, None] if again.program.draws else found
+
+
+def _section(
+    program: HostProgram, instructions: Sequence[Instruction], given: Sequence[int], wanted: Sequence[int | None]
+) -> tuple[Any, ...]:
+    """What host.cpp's `section_of` reads."""
+    recorded = program.recorder
+    addresses = {address: place for place, address in recorded.addresses.items()}
+    offsets = dict(recorded.offsets)
+    numbers = {r: n for n, r in enumerate(given)}
+    for one in instructions:
+        for r in one.results:
+            numbers.setdefault(r, len(numbers))
+    last = {r: index for index, one in enumerate(instructions) for r in (*one.reads, *one.results) if r in numbers}
+
+    def operand(register: int) -> tuple[int, Any, int]:
+        if register in numbers:
+            return REGISTER, numbers[register], 0
+        if register in addresses:
+            memory, distance = addresses[register]
+            return ADDRESS, numbers[memory], distance
+        if register in offsets:
+            return OFFSET, offsets[register], 0
+        return (STREAM_OF_CALL, 0, 0) if register == STREAM else (CONSTANT, recorded.constants[register], 0)
+
+    found: list[tuple[Any, ...]] = []
+    for index, one in enumerate(instructions):
+        dead = tuple(numbers[r] for r in {*one.reads, *one.results} if last.get(r) == index and r not in wanted)
+        results = tuple(numbers[r] for r in one.results)
+        if one.allocation is not None:
+            keywords = one.call.keywords  # type: ignore[attr-defined]
+            found.append((None, (*one.allocation, keywords["device"]), results, False, dead))
+        else:
+            found.append((one.call, tuple(map(operand, one.arguments)), results, one.several, dead))
+    registers = tuple(-1 if r is None else numbers[r] for r in wanted)
+    return tuple(found), tuple(numbers[r] for r in given), registers, len(numbers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single ops.
+
+
+def _record(op: boundary.Boundary, *arguments: Any) -> Any:
+    """The program of an op's call, in C++, or None where there can be none."""
+    try:
+        return _recorded(op, arguments)
+    except Exception as error:  # the op runs as it is, and says itself what is wrong
+        unrepeatable[op.name] = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
+    places = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
+    tensors = [arguments[i] for i in places]
+    if sum(t.nbytes for t in tensors) > MAX_BYTES:
+        raise Unrepeatable(f"over {MAX_BYTES} bytes of tensors")
+    settings = list(arguments)
+    if op.offset >= 0:
+        settings[op.offset] = FIRST_OFFSET
+    several = False
+    slow: _Slow | None = None
+
+    def call(*given: Tensor) -> list[Tensor]:
+        nonlocal several
+        merged = list(settings)
+        for place, tensor in zip(places, given):
+            merged[place] = tensor
+        found = op.python(*merged)
+        several = isinstance(found, tuple)
+        return list(found) if several else [found]
+
+    def patterns(outputs: Sequence[Tensor]) -> list[tuple[bool, ...]]:
+        wanted = [y.requires_grad for y in outputs]
+        return [tuple(w and i < op.together for i, w in enumerate(wanted))] if any(wanted) else []
+
+    def kept(outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        nonlocal slow
+        node = next((y.grad_fn for y in outputs if y.requires_grad), None)
+        if node is None:
+            return ()
+        slow = _Slow(node, places)
+        return slow.saved
+
+    found = host_program.record_op(call, tensors, patterns, kept)
+    if found is None:
+        return None
+    program, registers = found
+    if slow is not None:
+        slow.saved, slow.registers, slow.order = (), registers, program.saved
+    return program_of(program, several, True, slow)
+
+
+class _Slow:
+    """A node's own backward, on what a program kept for it."""
+
+    def __init__(self, node: Any, places: list[int]) -> None:
+        self.function = getattr(type(node), "_forward_cls", None)
+        if self.function is None or any(
+            next_node is not None and type(next_node).__name__ != "AccumulateGrad"
+            for next_node, _ in node.next_functions
+        ):
+            raise Unrepeatable("it is not one node of autograd's")
+        self.saved: tuple[Tensor | None, ...] = node.saved_tensors
+        self.attributes = dict(vars(node))
+        self.needs, self.places = node.needs_input_grad, places
+        self.registers: list[int | None] = []  # of `saved`
+        self.order: list[int] = []  # registers, as the program keeps them
+
+    def __call__(
+        self, offset: int, _: None, kept: tuple[Tensor | None, ...], arriving: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
+        values = dict(zip(self.order, kept))
+        context = SimpleNamespace(**{name: _at(offset, value) for name, value in self.attributes.items()})
+        context.saved_tensors = tuple(None if r is None else values[r] for r in self.registers)
+        context.needs_input_grad = self.needs
+        found = self.function.backward(context, *arriving)  # type: ignore[union-attr]
+        return [found[place] for place in self.places]
+
+
+def _at(offset: int, value: Any) -> Any:
+    """With the seed's offset in place of the recorded one."""
+    if type(value) is int and FIRST_OFFSET <= value < FIRST_OFFSET + MAX_OFFSETS:
+        return value - FIRST_OFFSET + offset
+    if type(value) in (tuple, list):
+        return type(value)(_at(offset, one) for one in value)
+    return value
+
+
+def _exact() -> int:
+    """How float32 products are computed: what `exact_fp32` and `tf32` say, in a fraction of their time."""
+    exact = torch._C._get_float32_matmul_precision() == "highest"
+    return 2 * exact + (torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+
+
+def _never() -> int:
+    return 0
+
+
+def _switch(host: ModuleType | None) -> None:
+    if host is None:
+        for op in boundary.ops:
+            op.native = None
+        return
+    if host.forget not in launch.forgetting:
+        launch.forgetting.append(host.forget)
+    hooks = None if launch.triton is None else launch.triton.knobs.runtime
+    capturing: Callable[[], Any] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", _never)
+    host.configure(launch.observers, dispatch._recorders, vars(launch), torch.empty, hooks, capturing, _exact)
+    for op in boundary.ops:
+        op.native = host.Repeated(op.python, partial(_record, op), op.offset, MAX_PLANS)
+
+
+def register() -> None:
+    """Let ops use the compiled module whenever it is in use."""
+    native.on_switch(_switch)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from detr_fast import native
+from detr_fast.ops import boundary
+
+
+@pytest.fixture
+def unstarted(monkeypatch, tmp_path):
+    """As when detr_fast was imported: nothing is compiled, and nobody has asked for it."""
+    before = native.host
+    native.use(None)
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("DETR_FAST_NATIVE", raising=False)
+    monkeypatch.setattr(native, "_started", False)
+    monkeypatch.setattr(native, "_ready", None)
+    monkeypatch.setattr(native, "status", "")
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
+    yield tmp_path
+    native.use(before)
+
+
+def compiler(folder, monkeypatch, script):
+    path = folder / "cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+
+
+def test_the_first_kernel_has_it_made_and_a_later_one_uses_it(host, unstarted, monkeypatch):
+    native.use(None)
+    monkeypatch.setattr(native, "load", lambda: host)
+    native.wanted()
+    for thread in [one for one in threading.enumerate() if one.name == "detr-fast-native"]:
+        thread.join()
+    assert native.host is None  # never in the middle of what another thread does
+    native.wanted()
+    assert native.host is host
+    assert native.status == "in use"
+    assert all(op.native is not None for op in boundary.ops)
+
+
+def test_a_compiler_that_fails_is_told_once_and_everything_runs_from_python(unstarted, monkeypatch):
+    compiler(unstarted, monkeypatch, "echo 'host.cpp:1: error: no such thing' >&2; exit 1")
+    with pytest.warns(RuntimeWarning, match="no such thing.*DETR_FAST_NATIVE=0"):
+        native._make()
+    assert native.status.startswith("left out: the compiler failed")
+    monkeypatch.setattr(native, "_started", True)
+    native.wanted()
+    assert native.host is None
+    assert not list(unstarted.glob("*.so"))
+
+
+def test_without_a_compiler_the_remedy_is_named(unstarted, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(native.CompilationError, match="install g\\+\\+, or set CXX"):
+        native.compile()
+
+
+def test_what_was_compiled_is_found_again_and_not_made_for_another_torch(unstarted, monkeypatch):
+    compiler(
+        unstarted, monkeypatch, 'while [ "$1" != "-o" ]; do shift; done; touch "$2"; echo >> ' + str(unstarted / "runs")
+    )
+    assert native.compile() == native.compile()
+    assert (unstarted / "runs").read_text() == "\n"
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    native.compile()
+    assert (unstarted / "runs").read_text() == "\n\n"
+
+
+def test_what_can_not_be_loaded_is_left_out(unstarted, monkeypatch):
+    compiler(unstarted, monkeypatch, 'while [ "$1" != "-o" ]; do shift; done; echo nonsense > "$2"')
+    with pytest.raises(native.CompilationError, match="can't be loaded"):
+        native.load()
+
+
+def test_it_can_be_left_out(unstarted, monkeypatch):
+    monkeypatch.setenv("DETR_FAST_NATIVE", "0")
+    native.wanted()
+    assert native.status == "left out: DETR_FAST_NATIVE=0"
+    native.wanted()
+    assert native.host is None
+
+
+def test_asked_for_by_the_environment_it_is_in_use_from_the_start(host):
+    code = "from detr_fast import native, ops; print(native.status)"
+    environment = {**os.environ, "DETR_FAST_NATIVE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "in use"
