@@ -63,7 +63,6 @@ def _attend(
     BLOCK_E: tl.constexpr = FORM[2]
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
-    VEC: tl.constexpr = FORM[6]
     LISTED: tl.constexpr = FORM[8]
     PAIRED: tl.constexpr = FORM[10]
     LANES: tl.constexpr = FORM[11]
@@ -75,7 +74,7 @@ def _attend(
         visible = None
         if MASKED:
             visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
-        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC, LISTED)
+        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
@@ -90,7 +89,7 @@ def _attend(
             shrink = tl.exp2(highest - higher)
         highest = higher
         total = total * shrink[:, None] + _row_sums(weights, BLOCK_M, BLOCK_N, LANES)
-        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
+        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, FORM)
         weights = weights.to(v.dtype)
         if drop[0] is not None:
             weights = dropped(weights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N), PAIRED)

@@ -49,7 +49,6 @@ def _pass_over_keys(
     BLOCK_E: tl.constexpr = FORM[2]
     BLOCK_EV: tl.constexpr = FORM[3]
     PRECISION: tl.constexpr = FORM[5]
-    VEC: tl.constexpr = FORM[6]
     LISTED: tl.constexpr = FORM[8]
     EXACT: tl.constexpr = FORM[10]
     PAIRED: tl.constexpr = FORM[11]
@@ -61,8 +60,8 @@ def _pass_over_keys(
         visible = None
         if MASKED:
             visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
-        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, VEC, LISTED)
-        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, VEC, LISTED)
+        k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
+        v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)

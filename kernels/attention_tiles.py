@@ -64,17 +64,26 @@ def load_keys(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    VEC: tl.constexpr,
-    LISTED: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Rows of the keys start ... start + ROWS - 1, by their list where LISTED; zeros where not visible (or None)."""
+    PRECISION: tl.constexpr = FORM[5]
+    VEC: tl.constexpr = FORM[6]
+    LISTED: tl.constexpr = FORM[8]
+    UNIFORM: tl.constexpr = FORM[9]
     list_ptr, list_start = hiding[7], hiding[8]
     if not LISTED:
         tile = load_tile(base + tl.cast(start, tl.int64) * row_stride, row_stride, visible, ROWS, COLUMNS, BLOCK_C, VEC)
     else:
         numbers = tl.load(list_ptr + (list_start + start) + tl.arange(0, ROWS), mask=visible)
-        # Without signs, a product of two 32-bit numbers is one instruction.
-        offsets = numbers.to(tl.uint32, bitcast=True).to(tl.int64) * tl.cast(row_stride, tl.uint32).to(tl.int64)
+        # Without signs, a product of two 32-bit numbers is one instruction; and an addition, where ptxas has the stride in a uniform
+        # register and no longer knows that its upper half is zero.
+        if UNIFORM and visible is None and PRECISION != "interpreted":
+            offsets = tl.inline_asm_elementwise(
+                "mul.wide.u32 $0, $1, $2;", "=l,r,r", [numbers, row_stride], dtype=tl.int64, is_pure=True, pack=1
+            )
+        else:
+            offsets = numbers.to(tl.uint32, bitcast=True).to(tl.int64) * tl.cast(row_stride, tl.uint32).to(tl.int64)
         tile = load_rows(base, offsets, visible, COLUMNS, BLOCK_C, VEC)
     return tile
 
