@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, clear_surplus, mask_end, own_keys, own_sequence
+from .attention_program import at, clear_surplus, mask_end, own_keys, own_sequence, uniform
 from .attention_tiles import (
     add_tile,
     deferred,
@@ -155,6 +155,7 @@ def attention_backward_keys_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -207,6 +208,8 @@ def attention_backward_keys_kernel(
         scale_out = scale_out * deferred(rescale)
 
     end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding
+    if UNIFORM:
+        end = uniform(end)
     start = 0
     end_masked = end
     if CAUSAL:  # the first row that sees these keys, and the first one that all rows from then on see whole

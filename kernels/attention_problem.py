@@ -64,6 +64,13 @@ class Form:
         return self.generation == "hopper" and self.dtype.itemsize == 2 and (self.padding or self.packed)
 
     @property
+    def uniform_keys(self) -> bool:
+        """The same in the kernel of the keys, whose bounds depend on its keys; with dropout at 32 it takes 1 % more instructions."""
+        dim = max(self.blocks)
+        small = self.generation == "hopper" and self.dtype.itemsize == 2 and self.mask is None and dim <= 128
+        return small and not (self.dropout and dim <= 32)
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """E and Ev, rounded up to what a tensor core takes."""
         return block_of(self.head_dim), block_of(self.value_dim)

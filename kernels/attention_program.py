@@ -133,7 +133,7 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
     if hiding[3] is not None:
         first_masked = 0
     if UNIFORM:
-        first_masked, end = _uniform(first_masked), _uniform(end)
+        first_masked, end = uniform(first_masked), uniform(end)
     share = tl.cdiv(tl.cdiv(end, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     start = tl.program_id(1) * share
     end = tl.minimum(end, start + share)
@@ -141,7 +141,7 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @jit
-def _uniform(number):
+def uniform(number):
     """An int32 that comes from memory, reduced over 32 copies: ptxas then knows that all lanes of a warp have the same.
 
     In a loop with such bounds, addresses of shared memory and the tensor cores' descriptors stay in uniform registers.
