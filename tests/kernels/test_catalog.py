@@ -13,7 +13,7 @@ import torch
 from detr_fast.kernels import launch, layer_norm, offline, rows
 from detr_fast.kernels.analysis import analyse, disassemble, innermost_loops
 from detr_fast.kernels.catalog import CATALOG, TARGETS, Budget, Entry, entries, entry
-from detr_fast.kernels.offline import compile_catalog, compile_variant, occupancy, over_budget
+from detr_fast.kernels.offline import compile_catalog, compile_variant, occupancy, older_compiler, over_budget
 
 offline_only = pytest.mark.offline
 
@@ -103,7 +103,8 @@ def test_sums_over_rows_take_many_programs_few_rounds_of_wide_loads(target, shap
         assert all(".128" in opcode for opcode in loads)
         first = next(place for place, one in enumerate(loop) if one.opcode.startswith("FADD"))
         waiting = [one for one in loop[first:] if one.opcode.startswith("LDG")]  # until the first loads have come
-        assert len(waiting) < len(loads) / 2
+        # Triton 3.6 begins to add with 4 to 6 of these loads on their way.
+        assert len(waiting) <= 0.75 * len(loads) if older_compiler() else len(waiting) < len(loads) / 2
 
 
 @offline_only
