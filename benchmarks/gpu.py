@@ -60,7 +60,7 @@ def main() -> int:
     chosen = sections(out)
     if arguments.only:
         wanted = arguments.only.split(",")
-        chosen = [part for part in chosen if any(word in part[0] for word in ("wheels", "install", *wanted))]
+        chosen = [part for part in chosen if any(word in part[0] for word in ("wheels", "install", "native", *wanted))]
     return run(chosen, out, f"{torch.cuda.get_device_name()}, torch {torch.__version__}", SECONDS)
 
 
@@ -87,6 +87,7 @@ def sections(out: Path) -> list[Section]:
     return [
         *([("wheels", [*install, *wheels], 30)] if wheels else []),
         ("install", [*install, "-e", "."], 40),
+        ("native host", [python, "-m", "detr_fast.native"], 100),
         ("tests and checks", [*sharing, *pytest, *many, step, *timed, *files], 200),
         ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 100),
         ("training step", [*pytest, *processes(1, 135), step], 140),
@@ -142,6 +143,10 @@ def run(parts: list[Section], out: Path, machine: str, seconds: float = SECONDS)
         print(f"- {name}: {status}", flush=True)
         if name == "install" and name in failed:
             import_from_checkout(environment)
+        if name == "native host" and name not in failed:
+            environment["DETR_FAST_NATIVE"] = "1"
+    for compiled in out.glob("_host-*"):
+        compiled.unlink()
     figures.write(out)
     drop_large_files(out)
     print("\n".join(lines + report.page(report.measurements(out), failed, times=False)))

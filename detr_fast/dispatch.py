@@ -176,10 +176,8 @@ class Op:
         self._broken: dict[tuple[str, Any], str] = {}
         self._least: dict[tuple[torch.device, tuple[Any, ...]], int] = {}
         # What was chosen for calls that are made again, found in C++, where that is in use (see `native`).
-        self._known: Any = None
-        self._known_kernels: Any = None
+        self._known, self._known_kernels = _tables(native.host)
         _ops[name] = self
-        self._switch(native.host)
 
     def __call__(self, *args: Any) -> Any:
         return self.choose(*args).run(*args)
@@ -189,10 +187,10 @@ class Op:
         known = self._known
         if known is None or torch.compiler.is_compiling():
             return self._choose(args)
-        found: Implementation | None = known.get(*args)
+        found: Implementation | None = known.get(in_layer(), *args)
         if found is None:
             found = self._choose(args)
-            known.put(found, *args)
+            known.put(found, in_layer(), *args)
         return found
 
     def _choose(self, args: tuple[Any, ...]) -> Implementation:
@@ -211,10 +209,10 @@ class Op:
         known = self._known_kernels
         if known is None or torch.compiler.is_compiling():
             return self._kernel(args)
-        found: Implementation | None = known.get(*args)
+        found: Implementation | None = known.get(in_layer(), *args)
         if found is None:
             found = self._kernel(args) or PARTS
-            known.put(found, *args)
+            known.put(found, in_layer(), *args)
         return None if found is PARTS else found
 
     def _kernel(self, args: tuple[Any, ...]) -> Implementation | None:
@@ -243,6 +241,8 @@ class Op:
             return False
         least = self._least.get((device, kind))
         if least is None:
+            if device.type == "cuda":
+                native.wanted()
             kernels = [i for i in self.implementations if isinstance(i, TritonImplementation)]
             answers = (i.least(architecture(device), *kind) if device.type == "cuda" else NEVER for i in kernels)
             least = self._least[device, kind] = min(answers, default=NEVER)
@@ -280,7 +280,8 @@ class Op:
             self._known_kernels.clear()
 
     def _switch(self, host: Any) -> None:
-        self._known, self._known_kernels = (None if host is None else host.Decisions(MAX_DECISIONS) for _ in range(2))
+        self.forget()  # what was measured holds with or without it
+        self._known, self._known_kernels = _tables(host)
 
     @property
     def requested(self) -> str | None:
@@ -340,11 +341,16 @@ class Op:
         return None
 
 
+def _tables(host: Any) -> tuple[Any, Any]:
+    return (None, None) if host is None else (host.Decisions(MAX_DECISIONS), host.Decisions(MAX_DECISIONS))
+
+
 def _switch(host: Any) -> None:
-    if host is not None:
-        host.set_requests(_number_of(_requested))
-    for op in _ops.values():
-        op._switch(host)
+    with _lock:
+        if host is not None:
+            host.set_requests(_number_of(_requested))
+        for op in _ops.values():
+            op._switch(host)
 
 
 native.on_switch(_switch)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-
-from detr_fast import native
 
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor})
 ASSUMED_ARCHITECTURE = "sm_90"  # of fake CUDA tensors on a machine without a GPU
@@ -86,26 +84,11 @@ _thread = _Thread()
 @contextmanager
 def layer_regime() -> Iterator[None]:
     """Inside the block ops are parts of a layer that is to run on kernels as a whole."""
-    outer = _thread.in_layer
-    _set_in_layer(True)
+    outer, _thread.in_layer = _thread.in_layer, True
     try:
         yield
     finally:
-        _set_in_layer(outer)
-
-
-def _set_in_layer(truth: bool) -> None:
-    _thread.in_layer = truth
-    if native.host is not None:
-        native.host.set_in_layer(truth)
-
-
-def _switch(host: Any) -> None:
-    if host is not None:
-        host.set_in_layer(_thread.in_layer)
-
-
-native.on_switch(_switch)
+        _thread.in_layer = outer
 
 
 def in_layer() -> bool:

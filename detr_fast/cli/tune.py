@@ -10,6 +10,7 @@ def tune() -> None:
     """
     import torch
 
+    from detr_fast import native
     from detr_fast.nn import layer_cases
     from detr_fast.ops import regimes
     from detr_fast.ops.tuning import tune as measure
@@ -18,6 +19,10 @@ def tune() -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     if not gpu:
         print("PyTorch sees no GPU here: kernels are measured where there is one, and only assignment on this CPU")
+    else:
+        print("compiling the host's part, which takes half a minute the first time")
+        native.make()
+        print(f"the host's part is {native.status}")
     path = regimes.cache_file()
     for regime in measure(device, more=layer_cases.GROUPS):  # whoever is interrupted keeps what there is
         path = regimes.save([regime])

@@ -40,7 +40,6 @@ status = "not asked for: it is made when a kernel is called"  # in words
 _switches: list[Callable[[ModuleType | None], None]] = []
 _lock = threading.Lock()
 _started = False
-_ready: ModuleType | None = None
 
 
 class CompilationError(RuntimeError):
@@ -139,11 +138,8 @@ def use(module: ModuleType | None) -> None:
 
 
 def wanted() -> None:
-    """A kernel is called: have the module made, in the background, and use it once it is there."""
-    global _started, _ready, status
-    if _ready is not None:
-        module, _ready = _ready, None
-        use(module)
+    """A GPU's tensors are here: have the module made, in the background, and used once it is there."""
+    global _started, status
     if _started:
         return
     _started = True
@@ -154,14 +150,22 @@ def wanted() -> None:
     threading.Thread(target=_make, name="detr-fast-native", daemon=True).start()
 
 
+def make() -> None:
+    """Have the module made and used before this returns; where that can't be, `status` says why."""
+    global _started
+    if host is None and os.environ.get("DETR_FAST_NATIVE") != "0":
+        _started = True
+        _make()
+
+
 def _make() -> None:
-    global _ready, status
+    global status
     try:
-        _ready = load()
+        use(load())
     except (CompilationError, OSError) as error:
         status = f"left out: {error}"
         warnings.warn(
-            f"detr-fast: the host's part of its ops runs in Python, some 50 to 100 µs a call slower: {error}. "
+            f"detr-fast: the host's part of its ops runs in Python, which takes two to three times as long: {error}. "
             "DETR_FAST_NATIVE=0 leaves it at that.",
             RuntimeWarning,
             stacklevel=2,

@@ -189,15 +189,15 @@ void repeated_dealloc(PyObject* self) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The module.
 
-// configure(observers, recorders, launch, empty, hooks, capturing, exact)
+// configure(observers, recorders, launch, empty, hooks, capturing)
 PyObject* configure(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
-      count == 7 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]) && PyDict_CheckExact(arguments[2]),
-      "configure takes two lists, a dict and four objects");
+      count == 6 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]) && PyDict_CheckExact(arguments[2]),
+      "configure takes two lists, a dict and three objects");
   auto& all = *new Settings();  // for good: what a process leaves behind is destroyed without Python
-  Object* places[] = {&all.observers, &all.recorders, &all.launch, &all.empty, &all.hooks, &all.capturing, &all.exact};
-  for (size_t i = 0; i < 7; ++i) *places[i] = arguments[i] == Py_None ? Object() : Object::borrowed(arguments[i]);
+  Object* places[] = {&all.observers, &all.recorders, &all.launch, &all.empty, &all.hooks, &all.capturing};
+  for (size_t i = 0; i < 6; ++i) *places[i] = arguments[i] == Py_None ? Object() : Object::borrowed(arguments[i]);
   settings = &all;
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
@@ -208,11 +208,6 @@ PyObject* set_requests(PyObject*, PyObject* number) {
   requests = integer(number);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
-}
-
-PyObject* set_in_layer(PyObject*, PyObject* truth) {
-  in_layer = truth == Py_True;
-  Py_RETURN_NONE;
 }
 
 // unchanged(places, found, parts, kinds, hooks): whether each place (dict, name) still holds the very object that was found there, or
@@ -266,9 +261,8 @@ PyMethodDef repeated_methods[] = {
 PyMemberDef repeated_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Repeated, vectorcall), READONLY, nullptr}, {}};
 PyMethodDef functions[] = {
-    {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing, exact)"},
+    {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing)"},
     {"set_requests", set_requests, METH_O, "set_requests(number)"},
-    {"set_in_layer", set_in_layer, METH_O, "set_in_layer(truth): of this thread"},
     {"unchanged", as_method(unchanged), METH_FASTCALL, "unchanged(places, found, parts, kinds, hooks)"},
     {"forget", forget, METH_NOARGS, "forget(): drop all that tables hold"},
     {}};

@@ -26,13 +26,12 @@ struct Settings {
   Object observers, recorders;  // the lists of those who are told of launches and of decisions
   Object launch, empty;         // `kernels.launch`'s names, and the `_allocate` that is not a test's
   Object hooks;                 // Triton's: `knobs.runtime`, or none
-  Object capturing, exact;      // functions: whether a CUDA graph is captured, and how fp32 products are computed, as integers
+  Object capturing;             // a function: whether a CUDA graph is captured
 };
 
 Settings* settings = nullptr;
 int64_t requests = 0;    // a number for what `use_backend` asks for
 int64_t generation = 0;  // another one when programs are forgotten
-thread_local bool in_layer = false;
 
 // A compiler, a mode, a transform or a tracer that follows each op.
 bool followed() {
@@ -41,15 +40,22 @@ bool followed() {
       torch::jit::tracer::isTracing();
 }
 
-bool hooked(const char* name) {
-  Object hook = Object::stolen(PyObject_GetAttrString(settings->hooks.get(), name));
+// A name, as attributes and modules are asked by.
+PyObject* interned(const char* name) {
+  PyObject* found = PyUnicode_InternFromString(name);
+  if (found == nullptr) throw python_error();
+  return found;
+}
+
+bool hooked(PyObject* name) {
+  static PyObject* const calls_name = interned("calls");
+  const Object hook = Object::stolen(PyObject_GetAttr(settings->hooks.get(), name));
   if (hook.get() == Py_None) return false;
-  Object calls = Object::borrowed(nullptr);
-  if (PyObject* found = PyObject_GetAttrString(hook.get(), "calls")) {
+  Object calls = hook;
+  if (PyObject* found = PyObject_GetAttr(hook.get(), calls_name)) {
     calls = Object::stolen(found);
   } else {
     PyErr_Clear();
-    calls = hook;
   }
   const int truth = PyObject_IsTrue(calls.get());
   if (truth < 0) throw python_error();
@@ -58,11 +64,13 @@ bool hooked(const char* name) {
 
 // Or somebody who is to see ops, launches or what is saved for backward, or allocates for kernels.
 bool seen() {
+  static PyObject *const allocate = interned("_allocate"), *const enter = interned("launch_enter_hook"),
+                         *const leave = interned("launch_exit_hook");
   return followed() || at::hasCallbacks() || torch::autograd::AnomalyMode::is_enabled() ||
       at::SavedTensorDefaultHooks::get_hooks().has_value() || PyList_GET_SIZE(settings->observers.get()) > 0 ||
       PyList_GET_SIZE(settings->recorders.get()) > 0 ||
-      PyDict_GetItemString(settings->launch.get(), "_allocate") != settings->empty.get() ||
-      (settings->hooks && (hooked("launch_enter_hook") || hooked("launch_exit_hook")));
+      PyDict_GetItem(settings->launch.get(), allocate) != settings->empty.get() ||
+      (settings->hooks && (hooked(enter) || hooked(leave)));
 }
 
 int64_t asked(const Object& function) {
@@ -131,9 +139,13 @@ class Key {
     const int64_t autocast =
         at::autocast::is_autocast_enabled(kind) ? static_cast<int64_t>(at::autocast::get_autocast_dtype(kind)) : 0xff;
     words_[0] = at::GradMode::is_enabled() | c10::InferenceMode::is_enabled() << 1 |
-        at::globalContext().deterministicAlgorithms() << 2 | in_layer << 3 | autocast << 8 | requests << 24;
+        at::globalContext().deterministicAlgorithms() << 2 | autocast << 8 | requests << 24;
     if (kind == at::kCUDA) words_[0] |= asked(settings->capturing) << 4;
-    if (exact_) words_[0] |= asked(settings->exact) << 16;
+    if (exact_) {
+      const auto& context = at::globalContext();
+      const auto tf32 = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+      words_[0] |= static_cast<int64_t>(context.float32MatmulPrecision()) << 16 | static_cast<int64_t>(tf32) << 18;
+    }
     return true;
   }
 

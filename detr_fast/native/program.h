@@ -6,6 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/Device.h>
 #include <torch/csrc/autograd/function.h>
@@ -13,6 +14,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <map>
+#include <string>
 #include <type_traits>
 
 namespace host {
@@ -30,7 +32,8 @@ struct Operand {
 };
 
 struct Instruction {
-  Object call;  // none: allocate
+  enum Kind { kAllocate, kCall, kView, kTranspose, kProduct, kAddProduct } kind = kCall;
+  Object call;
   std::vector<Operand> operands;
   std::vector<int64_t> results;
   bool several = false;  // it returns a tuple
@@ -46,10 +49,26 @@ struct Section {
 
   void run(std::vector<Tensor>& registers, int64_t offset, PyObject* stream) const {
     for (const auto& one : instructions) {
-      if (one.call) {
-        call(one, registers, offset, stream);
-      } else {
-        registers[one.results[0]] = at::empty(one.shape, one.options);
+      const auto tensor = [&](size_t index) -> Tensor& { return registers[one.operands[index].number]; };
+      switch (one.kind) {
+        case Instruction::kAllocate:
+          registers[one.results[0]] = at::empty(one.shape, one.options);
+          break;
+        case Instruction::kCall:
+          call(one, registers, offset, stream);
+          break;
+        case Instruction::kView:
+          registers[one.results[0]] = tensor(0).view(one.shape);
+          break;
+        case Instruction::kTranspose:
+          registers[one.results[0]] = tensor(0).t();
+          break;
+        case Instruction::kProduct:
+          registers[one.results[0]] = at::mm(tensor(0), tensor(1));
+          break;
+        case Instruction::kAddProduct:
+          tensor(0).addmm_(tensor(1), tensor(2));
+          break;
       }
       for (const auto r : one.dead) registers[r].reset();
     }
@@ -102,21 +121,37 @@ Operand operand_of(PyObject* tuple) {
   return found;
 }
 
-// (call, operands, results, several, dead), or for an allocation (None, (shape, dtype, device), ...).
+// (call, operands, results, several, dead). In place of what to call, a name: "empty" with operands (shape, dtype, device), "view"
+// with (tensor, shape), "t", "mm" and "addmm_" with their tensors.
 Instruction instruction_of(PyObject* tuple) {
   Instruction found;
-  PyObject* operands = item(tuple, 1);
-  if (item(tuple, 0) == Py_None) {
+  PyObject *call = item(tuple, 0), *operands = item(tuple, 1);
+  if (PyUnicode_CheckExact(call)) {
+    const std::string name = PyUnicode_AsUTF8(call);
+    static const std::map<std::string, Instruction::Kind> kinds = {
+        {"empty", Instruction::kAllocate},
+        {"view", Instruction::kView},
+        {"t", Instruction::kTranspose},
+        {"mm", Instruction::kProduct},
+        {"addmm_", Instruction::kAddProduct}};
+    found.kind = kinds.at(name);
+  } else {
+    found.call = Object::borrowed(call);
+  }
+  Py_ssize_t tensors = Py_SIZE(operands);
+  if (found.kind == Instruction::kAllocate) {
     PyObject *dtype = item(operands, 1), *device = item(operands, 2);
-    if (!THPDtype_Check(dtype) || !THPDevice_Check(device)) throw c10::TypeError({}, "an allocation has no dtype or device");
+    TORCH_CHECK_TYPE(THPDtype_Check(dtype) && THPDevice_Check(device), "an allocation has no dtype or device");
     found.shape = integers(item(operands, 0));
     found.options = at::TensorOptions()
                         .dtype(reinterpret_cast<THPDtype*>(dtype)->scalar_type)
                         .device(reinterpret_cast<THPDevice*>(device)->device);
-  } else {
-    found.call = Object::borrowed(item(tuple, 0));
-    for (Py_ssize_t i = 0; i < Py_SIZE(operands); ++i) found.operands.push_back(operand_of(item(operands, i)));
+    tensors = 0;
+  } else if (found.kind == Instruction::kView) {
+    found.shape = integers(item(operands, 1));
+    tensors = 1;
   }
+  for (Py_ssize_t i = 0; i < tensors; ++i) found.operands.push_back(operand_of(item(operands, i)));
   found.results = integers(item(tuple, 2));
   found.several = item(tuple, 3) == Py_True;
   found.dead = integers(item(tuple, 4));

@@ -31,6 +31,8 @@ unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by th
 
 # Kinds of operands, as `Operand::Kind` of host.cpp has them.
 CONSTANT, REGISTER, ADDRESS, OFFSET, STREAM_OF_CALL = range(5)
+# Operations that it does by itself, by its names for them.
+_NAMES: dict[Any, str] = {Tensor.view: "view", torch.t: "t", torch.mm: "mm", Tensor.addmm_: "addmm_"}
 
 
 def program_of(program: HostProgram, several: bool, strict: bool, slow: Callable[..., Any] | None) -> Any:
@@ -115,9 +117,12 @@ def _section(
         results = tuple(numbers[r] for r in one.results)
         if one.allocation is not None:
             keywords = one.call.keywords  # type: ignore[attr-defined]
-            found.append((None, (*one.allocation, keywords["device"]), results, False, dead))
-        else:
-            found.append((one.call, tuple(map(operand, one.arguments)), results, one.several, dead))
+            found.append(("empty", (*one.allocation, keywords["device"]), results, False, dead))
+            continue
+        call, operands = _NAMES.get(one.call, one.call), tuple(map(operand, one.arguments))
+        if call == "view":
+            operands = operands[0], recorded.constants[one.arguments[1]]
+        found.append((call, operands, results, one.several, dead))
     registers = tuple(-1 if r is None else numbers[r] for r in wanted)
     return tuple(found), tuple(numbers[r] for r in given), registers, len(numbers)
 
@@ -212,12 +217,6 @@ def _at(offset: int, value: Any) -> Any:
     return value
 
 
-def _exact() -> int:
-    """How float32 products are computed: what `exact_fp32` and `tf32` say, in a fraction of their time."""
-    exact = torch._C._get_float32_matmul_precision() == "highest"
-    return 2 * exact + (torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
-
-
 def _never() -> int:
     return 0
 
@@ -231,7 +230,7 @@ def _switch(host: ModuleType | None) -> None:
         launch.forgetting.append(host.forget)
     hooks = None if launch.triton is None else launch.triton.knobs.runtime
     capturing: Callable[[], Any] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", _never)
-    host.configure(launch.observers, dispatch._recorders, vars(launch), torch.empty, hooks, capturing, _exact)
+    host.configure(launch.observers, dispatch._recorders, vars(launch), torch.empty, hooks, capturing)
     for op in boundary.ops:
         op.native = host.Repeated(op.python, partial(_record, op), op.offset, MAX_PLANS)
 

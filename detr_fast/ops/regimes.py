@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from detr_fast import native
 from detr_fast.dispatch import NEVER as NEVER
 from detr_fast.dispatch import Call, forget_decisions
 
@@ -41,6 +42,12 @@ class Regime:
     eager_maximum: int = NEVER
     captured_maximum: int = NEVER
     unit: str = "bytes"
+    host: str = "python"  # or "c++": what launched the kernels eagerly (see `native`)
+
+    def launched_from(self) -> int:
+        """`eager_minimum`; where kernels were launched from C++, and here are from Python, no less than what is not measured."""
+        slower = self.host == "c++" and native.host is None and self.unit == "bytes"
+        return max(self.eager_minimum, UNMEASURED_MINIMUM_BYTES) if slower else self.eager_minimum
 
 
 def read(path: Path) -> tuple[Regime, ...]:
@@ -73,8 +80,7 @@ SHIPPED: tuple[Regime, ...] = (
 
 def cache_file() -> Path:
     """The user's own measurements: $DETR_FAST_CACHE/regimes.json, by default under ~/.cache/detr-fast."""
-    root = os.environ.get("DETR_FAST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "detr-fast")
-    return Path(root) / "regimes.json"
+    return native.cache_folder() / "regimes.json"
 
 
 def save(regimes: Iterable[Regime]) -> Path:
@@ -117,7 +123,7 @@ def find(op: str, architecture: str | None, gradients: bool = True) -> Regime | 
 def least(op: str, architecture: str | None, gradients: bool | None = None) -> int:
     """The size from which `advice` may be for the kernel, run eagerly; gradients: None for with or without."""
     entries = [find(op, architecture, one) for one in ((True, False) if gradients is None else (gradients,))]
-    return min(UNMEASURED_MINIMUM_BYTES if entry is None else entry.eager_minimum for entry in entries)
+    return min(UNMEASURED_MINIMUM_BYTES if entry is None else entry.launched_from() for entry in entries)
 
 
 def bytes_of(x: torch.Tensor, *_: object) -> int:
@@ -133,7 +139,7 @@ def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None
         if captured or size >= UNMEASURED_MINIMUM_BYTES:
             return None
         return f"below {_readable(UNMEASURED_MINIMUM_BYTES)} of input it stays eager until measured: run detr-fast tune"
-    minimum, maximum = entry.eager_minimum, entry.eager_maximum
+    minimum, maximum = entry.launched_from(), entry.eager_maximum
     if captured:
         minimum, maximum = entry.captured_minimum, entry.captured_maximum
     if minimum <= size <= maximum:

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from detr_fast import dispatch
+from detr_fast import dispatch, native
 from detr_fast.capture import beside_the_default_stream, capture
 from detr_fast.dispatch import use_backend
 from detr_fast.ops import linear_assignment, regimes
@@ -122,7 +122,10 @@ def _regime(name: str, device: torch.device, times: Mapping[bool, list[Timing]],
     eagerly, they differ by noise."""
     graph = minimum, maximum = interval(times[True])
     eager_minimum, eager_maximum = common(interval(times[False]), graph) if rival else interval(times[False])
-    return Regime(name, _architecture(device), eager_minimum, minimum, source(device), eager_maximum, maximum)
+    host = "python" if native.host is None else "c++"
+    return Regime(
+        name, _architecture(device), eager_minimum, minimum, source(device), eager_maximum, maximum, host=host
+    )
 
 
 def tune_linear_assignment(device: torch.device, progress: Progress = print) -> list[Regime]:

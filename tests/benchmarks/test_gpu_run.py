@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from detr_fast import native
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
@@ -255,11 +257,16 @@ def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsy
                     timed = {f"benchmarks/{path.name}" for path in SCRIPT.parent.glob("test_*.py")}
                     command = [word for word in command if word not in timed - {"benchmarks/test_criterion.py"}]
                 yield name, [*switch[:-1], *command[:place], "-p", "tests.rehearsal", *command[place:]], 900
+            elif name == "native host":
+                yield name, command, 600
             elif name == "tune":
                 yield name, [*switch, "-m", "tests.rehearsal", "tune"], 600
             else:  # the same installation, elsewhere, and of nothing that is installed here
                 yield name, [*command[:-1], str(checkout), "--ignore-installed", "--prefix", str(prefix)], 60
 
+    if native.library().exists():  # compiled once for all tests
+        out.mkdir()
+        shutil.copy(native.library(), out)
     monkeypatch.setattr(gpu, "SECONDS", 1e4)
     monkeypatch.setattr(gpu, "processes", lambda *_: ["-p", "benchmarks.fresh_process"])
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")

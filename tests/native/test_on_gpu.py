@@ -1,0 +1,117 @@
+"""On a GPU: programs in C++ give what Python gives, launched for real."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import test_host_time
+from benchmarks.test_host_time import CASES
+from detr_fast import native, nn, use_backend
+from detr_fast.ops import host_native
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _triton(host):
+    with use_backend("triton"):
+        yield
+
+
+def both(run):
+    """What C++ gives, called for the fourth time, and what Python gives."""
+    for _ in range(3):
+        run()
+    found = run()
+    module = native.host
+    native.use(None)
+    try:
+        return found, run()
+    finally:
+        native.use(module)
+
+
+def same(found, expected):
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", CASES)
+def test_ops(name, dtype, create_graph, monkeypatch):
+    monkeypatch.setattr(test_host_time, "PADDING", test_host_time.PADDING.cuda())
+    monkeypatch.setattr(test_host_time, "ENDS", test_host_time.ENDS.cuda())
+    function, _, shapes = CASES[name]
+    if isinstance(function, partial) and "key_padding_mask" in function.keywords:
+        function = partial(function, key_padding_mask=test_host_time.PADDING)
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+
+    def run():
+        torch.manual_seed(3)
+        y = function(*leaves)
+        dy = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype)
+        gradients = torch.autograd.grad(y, leaves, dy, create_graph=create_graph)
+        return [y, *gradients], y
+
+    def step():
+        return run()[0]
+
+    assert same(*both(step)), host_native.unrepeatable
+    names, ahead = [], [run()[1].grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None:
+            names.append(node.name())
+            ahead += [one for one, _ in node.next_functions]
+    assert "OpProgramBackward" in names, host_native.unrepeatable
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["Encoder", "Decoder"])
+def test_layers(name, autocast, dtype):
+    layer = getattr(nn, f"Transformer{name}Layer")(64, 2, 128, 0.1, batch_first=True, device="cuda", dtype=dtype)
+    inputs = [
+        torch.randn(2, 50, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(1 + (name == "Decoder"))
+    ]
+    leaves = [*inputs, *layer.parameters()]
+
+    def step():
+        torch.manual_seed(3)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y = layer(*inputs)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    assert same(*both(step))
+
+
+def test_streams_that_are_not_the_default_one_are_used():
+    function, _, shapes = CASES["layer_norm"]
+    leaves = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
+    expected = function(*leaves)
+    for _ in range(2):
+        function(*leaves)
+    stream = torch.cuda.Stream()
+    x = torch.randn_like(leaves[0])
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        later = leaves[0] + 0 * x  # queued behind the pause: who reads it on another stream reads too early
+        y = function(later, *leaves[1:])
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_a_captured_graph_replays_what_was_captured():
+    function, _, shapes = CASES["layer_norm"]
+    leaves = [torch.randn(shape, device="cuda") for shape in shapes]
+    for _ in range(3):
+        function(*leaves)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = function(*leaves)
+    leaves[0].normal_()
+    graph.replay()
+    assert torch.equal(y, function(*leaves))
