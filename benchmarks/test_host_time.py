@@ -118,8 +118,11 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from triton.runtime import driver
 
     class Silent(StubGPU):
-        def _launch(self, *arguments: object) -> None:
-            return None
+        def __init__(self) -> None:
+            super().__init__()
+            self.launcher_cls = lambda source, metadata: (
+                "".format
+            )  # takes anything, in less time than a Python function
 
     monkeypatch.setattr(driver, "_active", Silent())
     for module in (implementation, boundary):

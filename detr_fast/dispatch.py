@@ -28,7 +28,7 @@ from detr_fast.implementation import Call as Call
 from detr_fast.implementation import Implementation as Implementation
 from detr_fast.implementation import TritonImplementation as TritonImplementation
 from detr_fast.kernels import repeat
-from detr_fast.situation import PLAIN_TENSORS, capturing, in_layer, situation
+from detr_fast.situation import PLAIN_TENSORS, _thread, capturing, in_layer, situation
 from detr_fast.situation import Situation as Situation
 from detr_fast.situation import architecture as architecture
 from detr_fast.situation import tensor_type as tensor_type
@@ -180,17 +180,22 @@ class Op:
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
+        known = self._known
+        if known is not None and not torch.compiler.is_dynamo_compiling():
+            found = known.get(_thread.in_layer, *args)
+            if found is not None:
+                return found.run(*args)
         return self.choose(*args).run(*args)
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
         known = self._known
-        if known is None or torch.compiler.is_compiling():
+        if known is None or torch.compiler.is_dynamo_compiling():
             return self._choose(args)
-        found: Implementation | None = known.get(in_layer(), *args)
+        found: Implementation | None = known.get(_thread.in_layer, *args)
         if found is None:
             found = self._choose(args)
-            known.put(found, in_layer(), *args)
+            known.put(found, _thread.in_layer, *args)
         return found
 
     def _choose(self, args: tuple[Any, ...]) -> Implementation:
@@ -207,12 +212,12 @@ class Op:
         Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
         """
         known = self._known_kernels
-        if known is None or torch.compiler.is_compiling():
+        if known is None or torch.compiler.is_dynamo_compiling():
             return self._kernel(args)
-        found: Implementation | None = known.get(in_layer(), *args)
+        found: Implementation | None = known.get(_thread.in_layer, *args)
         if found is None:
             found = self._kernel(args) or PARTS
-            known.put(found, in_layer(), *args)
+            known.put(found, _thread.in_layer, *args)
         return None if found is PARTS else found
 
     def _kernel(self, args: tuple[Any, ...]) -> Implementation | None:

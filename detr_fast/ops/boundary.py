@@ -115,7 +115,7 @@ class Boundary:
 
     def __call__(self, *args: Any) -> Any:
         """The op with gradients."""
-        if self.native is not None and not torch.compiler.is_compiling():
+        if self.native is not None and not torch.compiler.is_dynamo_compiling():
             return self.native(*args)
         return self.python(*args)
 
