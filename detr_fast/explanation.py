@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from detr_fast import dispatch
+from detr_fast import dispatch, native
 from detr_fast.testing.counters import Counts, counting
 
 TIMED_RUNS = 5
@@ -87,6 +87,8 @@ class Explanation(list[Record]):
             rest_moved = moved - sum(record.bytes_moved for record in here)
             lines.append(f"everything else: {rest} launches, {_readable(rest_moved)}")
             lines.append(f"in all: {total} launches, {_readable(moved)}")
+        if torch.cuda.is_available() and any(record.chosen.startswith("triton") for record in self):
+            lines.append(f"launched eagerly, the host's part in C++ is {native.status}")
         return "\n".join(lines)
 
     def as_dicts(self) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import detr_fast
+from detr_fast import native, ops
 from detr_fast import nn as ours
-from detr_fast import ops
-from detr_fast.explanation import explaining, measured_times
+from detr_fast.explanation import Explanation, Record, explaining, measured_times
 
 
 def test_each_op_has_its_launches_and_bytes_and_the_rest_is_summed_up(capsys):
@@ -136,3 +136,12 @@ def test_times_are_those_of_each_modules_calls_the_median_over_runs():
     model = nn.Sequential(wait, nn.Identity(), wait)
     times = measured_times(model, lambda: model(torch.ones(1)), 3, Event)
     assert times == {"": 9.0, "0": 9.0, "1": 0.0}
+
+
+def test_where_kernels_were_chosen_on_a_gpu_it_says_who_launches_them(monkeypatch):
+    chosen = Explanation([Record("0", "layer_norm", "(4, 8) float32", "triton", {})])
+    assert "C++" not in str(chosen)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "status", "being compiled")
+    assert str(chosen).endswith("launched eagerly, the host's part in C++ is being compiled")
+    assert "C++" not in str(Explanation([Record("0", "layer_norm", "(4, 8) float32", "eager", {})]))
