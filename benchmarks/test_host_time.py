@@ -178,3 +178,17 @@ def test_host_time_of_a_layer(name: str, stub_gpu: None, capsys: pytest.CaptureF
 
     ours, theirs = (getattr(library, name)(WIDTH, 2, HIDDEN, P, batch_first=True) for library in (nn, torch.nn))
     _report(name, step(ours), step(theirs), capsys)
+
+
+def test_host_time_of_attention_with_its_projections(stub_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """nn.MultiheadAttention in training, with dropout and key padding, beside torch.nn's."""
+    x, dy = torch.randn(1, ROWS, WIDTH, requires_grad=True), torch.randn(1, ROWS, WIDTH)
+    padding = torch.tensor([[False] * (ROWS - 1) + [True]])
+
+    def step(attention: torch.nn.Module) -> Callable[[], object]:
+        leaves = [x, *attention.parameters()]
+        settings = {"key_padding_mask": padding, "need_weights": False}
+        return lambda: torch.autograd.grad(attention(x, x, x, **settings)[0], leaves, dy)
+
+    ours, theirs = (library.MultiheadAttention(WIDTH, 2, P, batch_first=True) for library in (nn, torch.nn))
+    _report("MultiheadAttention", step(ours), step(theirs), capsys)

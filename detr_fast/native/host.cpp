@@ -113,6 +113,17 @@ Object program_for(Repeated& repeated, const Key& key, PyObject* const* argument
   return is_program(recorded.get()) ? recorded : Object();
 }
 
+// The tensors that an argument is, or holds, in their order.
+void add_tensors(std::vector<Tensor>& tensors, PyObject* argument) {
+  if (THPVariable_CheckExact(argument)) {
+    tensors.push_back(THPVariable_Unpack(argument));
+  } else if (PyList_CheckExact(argument) || PyTuple_Check(argument)) {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(argument); ++i) {
+      add_tensors(tensors, PySequence_Fast_GET_ITEM(argument, i));
+    }
+  }
+}
+
 PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags, PyObject* names) {
   HANDLE_TH_ERRORS
   auto& repeated = *reinterpret_cast<Repeated*>(self);
@@ -128,8 +139,8 @@ PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags
       for (Py_ssize_t i = 0; i < count; ++i) {
         if (i == repeated.offset) {
           offset = integer(arguments[i]);
-        } else if (THPVariable_CheckExact(arguments[i])) {
-          inputs.push_back(THPVariable_Unpack(arguments[i]));
+        } else {
+          add_tensors(inputs, arguments[i]);
         }
       }
       return run(program, inputs, offset, Object::borrowed(Py_None));

@@ -189,8 +189,7 @@ class Key {
       const auto count = PySequence_Fast_GET_SIZE(one);
       words_.insert(words_.end(), {PyTuple_Check(one) ? kTuple : kList, count});
       for (Py_ssize_t i = 0; i < count; ++i) {
-        PyObject* inner = PySequence_Fast_GET_ITEM(one, i);
-        if (THPVariable_Check(inner) || !add(inner)) return false;
+        if (!add(PySequence_Fast_GET_ITEM(one, i))) return false;
       }
     } else {
       return false;

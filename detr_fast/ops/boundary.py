@@ -87,6 +87,7 @@ def is_memory(tensor: Tensor) -> bool:
 
 
 ops: list[Boundary] = []
+attach: Callable[[Boundary], None] | None = None  # gives an op its `native`, where that is in use
 
 
 class Boundary:
@@ -112,6 +113,8 @@ class Boundary:
         self.name = schema.name
         self.offset = next((i for i, a in enumerate(schema.arguments) if a.name == "offset"), -1)
         ops.append(self)
+        if attach is not None:
+            attach(self)
 
     def __call__(self, *args: Any) -> Any:
         """The op with gradients."""

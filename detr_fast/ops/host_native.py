@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from detr_fast import dispatch, native
 from detr_fast.kernels import launch
@@ -141,22 +142,26 @@ def _record(op: boundary.Boundary, *arguments: Any) -> Any:
 
 
 def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
-    places = [i for i, a in enumerate(arguments) if isinstance(a, Tensor)]
-    tensors = [arguments[i] for i in places]
+    leaves, spec = tree_flatten(list(arguments))  # with what lists of tensors hold
+    places = [i for i, a in enumerate(leaves) if isinstance(a, Tensor)]
+    tensors = [leaves[i] for i in places]
     if sum(t.nbytes for t in tensors) > MAX_BYTES:
         raise Unrepeatable(f"over {MAX_BYTES} bytes of tensors")
-    settings = list(arguments)
-    if op.offset >= 0:
-        settings[op.offset] = FIRST_OFFSET
     several = False
     slow: _Slow | None = None
+    inputs: tuple[Tensor, ...] = ()
 
     def call(*given: Tensor) -> list[Tensor]:
-        nonlocal several
-        merged = list(settings)
+        nonlocal several, inputs
+        inputs = given
         for place, tensor in zip(places, given):
-            merged[place] = tensor
+            leaves[place] = tensor
+        merged = tree_unflatten(leaves, spec)
+        if op.offset >= 0:
+            merged[op.offset] = FIRST_OFFSET
         found = op.python(*merged)
+        if isinstance(found, list):
+            raise Unrepeatable("it returns a list")
         several = isinstance(found, tuple)
         return list(found) if several else [found]
 
@@ -169,7 +174,7 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
         node = next((y.grad_fn for y in outputs if y.requires_grad), None)
         if node is None:
             return ()
-        slow = _Slow(node, places)
+        slow = _Slow(node, inputs)
         return slow.saved
 
     found = host_program.record_op(call, tensors, patterns, kept)
@@ -184,16 +189,19 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
 class _Slow:
     """A node's own backward, on what a program kept for it."""
 
-    def __init__(self, node: Any, places: list[int]) -> None:
+    def __init__(self, node: Any, inputs: Sequence[Tensor]) -> None:
         self.function = getattr(type(node), "_forward_cls", None)
-        if self.function is None or any(
-            next_node is not None and type(next_node).__name__ != "AccumulateGrad"
-            for next_node, _ in node.next_functions
-        ):
+        leaves = [getattr(one, "variable", None) for one, _ in node.next_functions if one is not None]
+        if self.function is None or any(not any(leaf is t for t in inputs) for leaf in leaves):
             raise Unrepeatable("it is not one node of autograd's")
         self.saved: tuple[Tensor | None, ...] = node.saved_tensors
         self.attributes = dict(vars(node))
-        self.needs, self.places = node.needs_input_grad, places
+        if any(isinstance(one, Tensor) for one in tree_leaves(self.attributes)):
+            raise Unrepeatable("its node keeps tensors of its own")
+        self.needs = node.needs_input_grad
+        # Which of the gradients that the node gives is each input's.
+        wanted = {id(leaf): place for leaf, place in zip(leaves, (i for i, need in enumerate(self.needs) if need))}
+        self.places = [wanted.get(id(t)) for t in inputs]
         self.registers: list[int | None] = []  # of `saved`
         self.order: list[int] = []  # registers, as the program keeps them
 
@@ -205,7 +213,7 @@ class _Slow:
         context.saved_tensors = tuple(None if r is None else values[r] for r in self.registers)
         context.needs_input_grad = self.needs
         found = self.function.backward(context, *arriving)  # type: ignore[union-attr]
-        return [found[place] for place in self.places]
+        return [None if place is None else found[place] for place in self.places]
 
 
 def _at(offset: int, value: Any) -> Any:
@@ -223,6 +231,7 @@ def _never() -> int:
 
 def _switch(host: ModuleType | None) -> None:
     if host is None:
+        boundary.attach = None
         for op in boundary.ops:
             op.native = None
         return
@@ -231,8 +240,14 @@ def _switch(host: ModuleType | None) -> None:
     hooks = None if launch.triton is None else launch.triton.knobs.runtime
     capturing: Callable[[], Any] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", _never)
     host.configure(launch.observers, dispatch._recorders, vars(launch), torch.empty, hooks, capturing)
+    boundary.attach = _attach
     for op in boundary.ops:
-        op.native = host.Repeated(op.python, partial(_record, op), op.offset, MAX_PLANS)
+        _attach(op)
+
+
+def _attach(op: boundary.Boundary) -> None:
+    assert native.host is not None
+    op.native = native.host.Repeated(op.python, partial(_record, op), op.offset, MAX_PLANS)
 
 
 def register() -> None:

@@ -88,7 +88,10 @@ def test_it_can_be_left_out(unstarted, monkeypatch):
 
 
 def test_asked_for_by_the_environment_it_is_in_use_from_the_start(host):
-    code = "from detr_fast import native, ops; print(native.status)"
+    code = (
+        "from detr_fast import native, ops; print(native.status); from detr_fast import nn, models; "
+        "from detr_fast.ops import boundary; assert all(op.native is not None for op in boundary.ops)"
+    )
     environment = {**os.environ, "DETR_FAST_NATIVE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "in use"

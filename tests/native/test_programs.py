@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.test_host_time import CASES, DIM, HEADS, LENGTH, ROWS, WIDTH
-from detr_fast import ops, use_backend
+from detr_fast import nn, ops, use_backend
 from detr_fast.ops import host_native
 from detr_fast.ops.dropout import shared_seed
 
@@ -153,6 +153,23 @@ def test_packed_projections_and_one_tensor_given_twice_are_told_apart():
             for one, right in zip(found, expected):
                 assert (one is None and right is None) or torch.equal(one, right)
     assert all(PROGRAM in nodes(call()) for call in calls), host_native.unrepeatable
+
+
+@pytest.mark.parametrize("trained", [(True, True, True), (False, True, True), (True, False, False)])
+def test_ops_of_lists_of_tensors_are_repeated_too(trained):
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    inputs = [torch.randn(1, 3, 8, requires_grad=want) for want in trained]
+    sources = [t for t in inputs if t.requires_grad]
+    dy = torch.randn(1, 3, 8)
+
+    def step(create_graph=False):
+        torch.manual_seed(3)
+        y = attention(*inputs, need_weights=False)[0]
+        return [y, *torch.autograd.grad(y, sources, dy, create_graph=create_graph)]
+
+    for create_graph in (False, False, False, True):
+        assert all(map(torch.equal, step(create_graph), in_python(lambda again=create_graph: step(again))))
+    assert PROGRAM in nodes(step()[0]), host_native.unrepeatable
 
 
 def test_a_gradient_in_another_layout_is_read_as_it_lies():
