@@ -35,6 +35,7 @@ from detr_fast.ops.host_passes import (
     without_views,
 )
 from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, SEED, STREAM, Recorder, Unrepeatable, size_of
+from detr_fast.ops.products import goes_by_eager_ops
 
 ALIGNED = 16  # bytes: what kernels move at once
 
@@ -320,7 +321,7 @@ class ProgramNode(torch.autograd.Function):
         if all(dy is None for dy in arriving):
             return (None,) * len(ctx.needs_input_grad)
         program, saved = ctx.program, ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not goes_by_eager_ops(*arriving):
             found = program.backward(ctx.offset, saved, arriving)
         else:
             found = ctx.again.backward(ctx.offset, saved, arriving)

@@ -197,6 +197,22 @@ def test_each_device_has_programs_of_its_own(monkeypatch):
         assert layer(*inputs, **masks).grad_fn.name() != "ProgramNodeBackward"
 
 
+@interpreter
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_of_gradients_goes_through_a_layer_at_once(compiled, request):
+    native.use(request.getfixturevalue("host") if compiled else None)
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    leaves = [*inputs, *layer.parameters()]
+    with use_backend("triton"):
+        for _ in range(3):
+            y = layer(*inputs, **masks)
+        assert y.grad_fn.name() == "ProgramNodeBackward"
+        upstream = torch.randn(2, *y.shape)
+        single = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in upstream]
+        for found, expected in zip(torch.autograd.grad(y, leaves, upstream, is_grads_batched=True), zip(*single)):
+            torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_programs_called_least_recently_go_first(monkeypatch):
     monkeypatch.setattr(layers, "MAX_PROGRAMS", 2)
     ENCODER_LAYER.keep("hot", "reason")
