@@ -221,7 +221,7 @@ def sum_partials(
 
 def sum_rows(x: Tensor) -> Tensor:
     """The sum of x (..., C) over its rows, (C,), in x's dtype; taken in fp32. Deterministic."""
-    x, _ = arriving_rows(x.reshape(-1, x.shape[-1]))
+    x, _ = arriving_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     parts = -(-len(x) // MANY_ROWS)
     total = (x, x.dtype) if parts <= 1 else (sum_partials((x, torch.float32), None, parts)[0], x.dtype)
     return sum_partials(total)[0]

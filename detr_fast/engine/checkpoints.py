@@ -87,6 +87,10 @@ def latest_run(path: str | os.PathLike[str]) -> tuple[RunFolder, dict[str, Any]]
     """The run folder and the state to resume from; `path` is the folder or its checkpoint."""
     path = Path(path)
     run = RunFolder(path if path.is_dir() or path.suffix != ".pt" else path.parent)
+    if run.config.exists() and not run.checkpoint.exists():
+        raise CheckpointError(
+            f"no checkpoint {run.checkpoint}: the run stopped before its first checkpoint; start again with --overwrite"
+        )
     state = load_checkpoint(run.checkpoint)
     if "optimizer" not in state:
         raise CheckpointError(f"{run.checkpoint} holds weights only; resume from the {CHECKPOINT} of a training run")

@@ -26,7 +26,7 @@ class PredictionError(EngineError):
 
 
 class TrainingDiverged(EngineError):
-    """The loss or a box is not finite any more."""
+    """The loss, a box or a weight is not finite any more."""
 
 
 class Interrupted(EngineError):

@@ -78,8 +78,9 @@ class RunFolder:
             run.path.mkdir(parents=True, exist_ok=True)
             occupied = [p for p in (run.checkpoint, run.best, run.metrics) if p.exists()]
             if occupied and not overwrite:
+                saved = f"; go on with '{run.how_to_go_on}'," if run.checkpoint.exists() else " without a checkpoint;"
                 raise RunFolderError(
-                    f"{run.path} already holds a run ({occupied[0].name}); go on with '{run.how_to_go_on}', replace it with --overwrite, or choose another --run"
+                    f"{run.path} already holds a run ({occupied[0].name}){saved} replace it with --overwrite, or choose another --run"
                 )
             for file in (*occupied, run.curves, run.predictions):
                 file.unlink(missing_ok=True)
@@ -89,7 +90,8 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. A line that a crash left unfinished stays alone on its line."""
-        advice = f"free some space, then go on with '{self.how_to_go_on}'"
+        then = f"go on with '{self.how_to_go_on}'" if self.checkpoint.exists() else "start again with --overwrite"
+        advice = f"free some space, then {then}"
         with explained(self.metrics, advice), open(self.metrics, "a+b") as file:
             torn = file.tell() > 0 and not _ends_with_newline(file)
             file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")

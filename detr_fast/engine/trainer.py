@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch.nn.utils import get_total_norm
 
 from detr_fast.data.coco import CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
@@ -29,7 +30,7 @@ from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
 from detr_fast.engine.drawing import draw_grid
 from detr_fast.engine.ema import ExponentialMovingAverage
-from detr_fast.engine.errors import ConfigError, Interrupted
+from detr_fast.engine.errors import ConfigError, Interrupted, TrainingDiverged
 from detr_fast.engine.evaluation import evaluate_model, sample_pictures
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
 from detr_fast.engine.run_folder import RunFolder, atomic_write
@@ -94,7 +95,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | 
         RunFolderError: the folder holds a run already, unless `overwrite`; or it can't be written.
         DataError, ConfigError, WeightsError: the data, the settings or the weights to start from can't be used.
         Interrupted: Ctrl-C or SIGTERM came; the checkpoint is saved.
-        TrainingDiverged: the loss is not finite.
+        TrainingDiverged: the loss or a weight is not finite.
     """
     return Trainer(config, reporter or Reporter(), overwrite=overwrite).run_all()
 
@@ -279,7 +280,7 @@ class Trainer:
             save = self.step - self.saved >= self.config.save_every
             record = None
             if self.step % self.config.log_every == 0 or last or save or signals.received is not None:
-                record = self._log(window, epoch)  # raises, so that what isn't finite is never saved
+                record = self._log(window, epoch)
                 if save:
                     self._save()
                 window = _Window(self.step)
@@ -289,21 +290,18 @@ class Trainer:
         self.seconds += time.perf_counter() - begun
 
     def _end_epoch(self) -> None:
-        """Evaluate where that is due and not done yet, and save."""
+        """Save, and evaluate where that is due and not done yet."""
         epoch, steps = divmod(self.step, self.data.steps_per_epoch)
         due = steps == 0 and (epoch % self.config.evaluate_every == 0 or self.step == self.total_steps)
+        if self.saved != self.step:
+            self._save()
         if due and self.evaluated != self.step:
             self._evaluate()
-            self.evaluated = self.step
-            self._save()
-        elif self.saved != self.step:
-            self._save()
 
     def _log(self, window: _Window, epoch: int) -> dict[str, Any]:
         means = self.sums.read()  # the one place where the host waits for the device
         steps = f"step {self.step}" if self.step - window.after == 1 else f"steps {window.after + 1} to {self.step}"
-        kept = "the last checkpoint is kept; " if self.folder.checkpoint.exists() else ""
-        raise_for_flags(means, steps, f"{kept}start again with a lower --lr (it was {self.config.lr:g})")
+        raise_for_flags(means, steps, self._advice_after_divergence())
         lr, lr_backbone = self.scheduler.get_last_lr()
         logged = {name: means[name] for name in LOGGED}
         record = {"kind": "train", "step": self.step, "epoch": epoch, **logged, "lr": lr, "lr_backbone": lr_backbone}
@@ -312,10 +310,15 @@ class Trainer:
             self.folder.log(record)
         return record
 
+    def _advice_after_divergence(self) -> str:
+        kept = "the last checkpoint is kept; " if self.folder.checkpoint.exists() else ""
+        return f"{kept}start again with a lower --lr (it was {self.config.lr:g})"
+
     def _evaluated_model(self) -> Detr:
         return cast(Detr, self.ema.module) if self.ema is not None else self.bare
 
     def _evaluate(self) -> None:
+        """Take the validation split's figures, where there is one, and save them."""
         if self.data.validation is None or self.data.validation_loader is None:
             return
         figures = evaluate_model(
@@ -327,7 +330,7 @@ class Trainer:
             self.reporter.evaluating,
             _exchange if self.accelerator.num_processes > 1 else None,
         )
-        self.metrics = figures
+        self.metrics, self.evaluated = figures, self.step
         record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.data.steps_per_epoch, **figures}
         if self.main:
             self.folder.log(record)
@@ -335,6 +338,7 @@ class Trainer:
                 self.best = figures["AP"]
                 weights = self._evaluated_model().state_dict()
                 save_checkpoint(self.folder.best, self._about() | {"model": weights, "ema": None})
+        self._save()
         self.reporter.evaluated(record)
 
     def _about(self) -> dict[str, Any]:
@@ -350,6 +354,9 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        # A gradient can be NaN where the loss is finite. Every process has the same weights, so all of them raise.
+        if not get_total_norm(self.bare.parameters(), math.inf).isfinite():
+            raise TrainingDiverged(f"a weight is not finite after step {self.step}; {self._advice_after_divergence()}")
         self.saved = self.step
         if not self.main:
             return

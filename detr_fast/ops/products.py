@@ -217,7 +217,7 @@ def dropped(x: Tensor, seed: Tensor | None, offset: int, p: float, hidden: bool 
 
 def flat(tensor: Tensor) -> Tensor:
     """(..., C) as (rows, C)."""
-    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.unsqueeze(0).flatten(0, -2)
 
 
 def _sum_rows_fake(x: Tensor) -> Tensor:

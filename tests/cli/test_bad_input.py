@@ -299,10 +299,8 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_in_training_keeps_the_last_checkpoint_and_resume_goes_on(data, tmp_path, capsys, monkeypatch):
-    fsync, left = (
-        run_folder.os.fsync,
-        [4],
-    )  # config.json, best.pt and checkpoint.pt of the first epoch; then the second's
+    # config.json, checkpoint.pt before and after the evaluation, best.pt between them; then the second epoch's.
+    fsync, left = run_folder.os.fsync, [5]
 
     def full(descriptor: int) -> None:
         left[0] -= 1

@@ -20,7 +20,7 @@ from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
 from detr_fast.engine.run_folder import RunFolder
 from detr_fast.engine.trained import load_trained_model
-from detr_fast.engine.trainer import Reporter, resume, train
+from detr_fast.engine.trainer import Reporter, Trainer, resume, train
 from detr_fast.models import PostProcess, TargetError, Targets
 
 Tiny = Callable[..., TrainConfig]
@@ -94,7 +94,8 @@ def test_a_run_leaves_checkpoint_metrics_and_pictures(tiny: Tiny) -> None:
         with Image.open(picture) as image:
             assert min(image.size) > 200
     assert json.loads(run.config.read_text())["model"]["num_classes"] == 6
-    assert load_checkpoint(run.best)["step"] in (3, 6)
+    best = load_checkpoint(run.best)
+    assert best["evaluated"] == best["step"] in (3, 6)
 
 
 def test_training_lowers_the_loss(tiny: Tiny) -> None:
@@ -145,7 +146,38 @@ def test_checkpoints_within_an_epoch_are_as_far_apart_as_asked(tiny: Tiny, monke
     saved: list[int] = []
     monkeypatch.setattr("detr_fast.engine.trainer.save_checkpoint", lambda path, state, *_: saved.append(state["step"]))
     train(tiny(batch_size=2, save_every=4, evaluate_every=3))
-    assert saved == [4, 6, 10, 12, 12]  # the best, too, after the evaluation
+    assert saved == [4, 6, 10, 12, 12, 12]  # before the evaluation, the best, and after it
+
+
+def test_an_evaluation_that_crashes_costs_no_step(tiny: Tiny) -> None:
+    with pytest.raises(RuntimeError, match="crashed"):
+        train(tiny(batch_size=2, epochs=1, save_every=4), reporter=CrashAt(evaluated=2))
+    state = load_checkpoint(RunFolder(tiny().run).checkpoint)
+    assert (state["step"], state["evaluated"]) == (6, 0)
+    assert resume(tiny().run).metrics
+    assert load_checkpoint(RunFolder(tiny().run).checkpoint)["evaluated"] == 6
+
+
+def test_a_run_without_a_checkpoint_is_started_again_and_not_resumed(tiny: Tiny) -> None:
+    with pytest.raises(RuntimeError, match="crashed"):
+        train(tiny(epochs=1), reporter=CrashAt(1))
+    with pytest.raises(CheckpointError, match="stopped before its first checkpoint; start again with --overwrite"):
+        resume(tiny().run)
+    with pytest.raises(RunFolderError, match=r"without a checkpoint; replace it with --overwrite") as refusal:
+        train(tiny(epochs=1))
+    assert "--resume" not in str(refusal.value)
+    assert train(tiny(epochs=1), overwrite=True).steps == 3
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny: Tiny) -> None:
+    trainer = Trainer(tiny(save_every=1, ema_decay=0.0, log_every=1000), Reporter())
+    steps = iter([1.0, float("nan")])  # the losses of both steps are finite
+    trainer.bare.class_embed.bias.register_hook(lambda gradient: gradient * next(steps))
+    with pytest.raises(TrainingDiverged, match=r"weight is not finite after step 2; the last checkpoint is kept.*--lr"):
+        trainer.run_all()
+    state = load_checkpoint(RunFolder(tiny().run).checkpoint)
+    assert state["step"] == 1
+    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 def test_a_step_that_is_not_finite_never_replaces_a_checkpoint(tiny: Tiny) -> None:
@@ -181,7 +213,7 @@ def test_signals_are_the_callers_again_after_training(tiny: Tiny) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(tiny: Tiny) -> None:
     train(tiny(epochs=1))
-    with pytest.raises(RunFolderError, match="already holds a run"):
+    with pytest.raises(RunFolderError, match=r"already holds a run.*--resume"):
         train(tiny(epochs=1))
     assert train(tiny(epochs=1), overwrite=True).steps == 3
 

@@ -233,6 +233,8 @@ def shifted(x):
     ("shape", "arrange"),
     [
         ((0, 8), lambda x: x),
+        ((0, 3, 0), lambda x: x),
+        ((3, 0), lambda x: x),
         ((1, 1), lambda x: x),
         ((3, 700, 24), lambda x: x),  # in 16 bits two rounds of loads
         ((70, 16), shifted),

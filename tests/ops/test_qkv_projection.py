@@ -129,6 +129,16 @@ def test_x_and_position_are_never_added_up_in_memory(triton):
 
 
 @interpreter
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3, 0), (0, 3, 4)])
+def test_a_sum_over_rows_of_nothing_has_gradients(shape):
+    x = torch.randn(shape, requires_grad=True)
+    with torch.enable_grad():
+        total = torch.ops.detr_fast.sum_rows(x)
+    assert torch.equal(total, torch.zeros(shape[-1]))
+    assert torch.autograd.grad(total.sum(), x)[0].shape == shape
+
+
+@interpreter
 def test_opcheck_accepts_the_sum_over_rows():
     torch.library.opcheck(torch.ops.detr_fast.sum_rows.default, (torch.randn(2, 3, 8, requires_grad=True),))
 
