@@ -197,8 +197,11 @@ def masked_scores(
     if CAUSAL:
         scores = tl.where(row + row_start >= column + column_start, scores, -float("inf"))
     if visible is not None:
-        hidden = tl.where(visible, 0.0, -float("inf"))  # added, not selected: one instruction fused with the scaling
-        scores += hidden[:, None] if TRANSPOSED else hidden[None, :]
+        shown = visible[:, None] if TRANSPOSED else visible[None, :]
+        if mask_ptr is not None and mask_ptr.dtype.element_ty != tl.int1:
+            scores = tl.where(shown, scores, -float("inf"))  # whatever a float mask holds for a hidden key: NaN, too
+        else:
+            scores += tl.where(shown, 0.0, -float("inf"))  # added, not selected: one instruction fused with the scaling
     return scores
 
 

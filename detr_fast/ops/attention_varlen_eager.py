@@ -121,6 +121,9 @@ def padded(
         return (y, nothing.expand(sequences, q.shape[1], max_q)) if with_lse else y
     index_q, ended = _slots(cu_seqlens_q, max_q)
     index_k, padding = _slots(cu_seqlens_k, max_k)
+    if mask is not None and mask.is_floating_point():
+        # What it holds behind a sequence's queries no result reads, but of NaN their gradients would be NaN, times zero.
+        mask = mask.masked_fill(ended[:, None, :, None], 0.0)
     y = attend(q[index_q], k[index_k], v[index_k], padding, mask)
     y, lse = y if with_lse else (y, None)
     token = torch.arange(q.shape[0], device=q.device)

@@ -35,6 +35,24 @@ def test_attention_is_as_accurate_as_eager(triton, dtype):
     )
 
 
+@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(b, marks=interpreter) for b in ("triton", "triton_atomics"))]
+)
+def test_what_a_float_mask_holds_for_padded_keys_reaches_neither_results_nor_gradients(backend, fill):
+    q, k, v = qkv(requires_grad=True)
+    padding, clean = end_padding(), torch.randn(5, 7)
+    found = []
+    for mask in (clean, clean.masked_fill(padding, fill)):
+        inputs = (q, k, v) if backend == "triton_atomics" else (q, k, v, mask.requires_grad_())
+        with use_backend(attention=backend):
+            y = ops.attention(q, k, v, key_padding_mask=padding, attn_mask=mask)
+            _, weights = ops.attention_with_weights(q, k, v, key_padding_mask=padding, attn_mask=mask.detach())
+        found.append((y, weights, *torch.autograd.grad(y.square().sum(), inputs)))
+    for ours, truth in zip(found[1], found[0]):
+        torch.testing.assert_close(ours, truth)
+
+
 @interpreter
 def test_the_log_sum_exp_is_the_natural_one_and_has_a_gradient(triton):
     q, k, v = qkv(requires_grad=True)

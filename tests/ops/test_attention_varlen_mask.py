@@ -60,6 +60,34 @@ def test_a_float_mask_is_added_by_position_and_gets_its_gradient(backend, shape,
         torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fill", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("backend", "learned"),
+    [
+        ("eager", True),
+        pytest.param("triton", True, marks=interpreter),
+        pytest.param("triton_atomics", False, marks=interpreter),
+    ],
+)
+def test_what_a_float_mask_holds_behind_a_sequence_reaches_neither_results_nor_gradients(backend, learned, fill):
+    lengths = (3, 4), (5, 8)  # the first sequence's keys end within a run of the mask's row
+    q, k, v, *rest = sequences(*lengths, dim=8, value_dim=8, dtype=torch.float32)
+    clean = torch.randn(2, 1, 4, 8)
+    dirty = clean.clone()
+    dirty[0, :, 3:], dirty[0, :, :, 5:] = fill, fill
+    found = []
+    for mask in (clean, dirty):
+        inputs = (q, k, v, mask.requires_grad_()) if learned else (q, k, v)
+        with use_backend(attention_varlen=backend):
+            y, lse = ops.attention_varlen(q, k, v, *rest, attn_mask=mask, return_lse=True)
+        found.append((y, lse, *torch.autograd.grad(y.square().sum(), inputs)))
+    for ours, truth in zip(found[1], found[0]):
+        torch.testing.assert_close(ours, truth)
+    if learned:
+        assert not found[1][-1][0, :, 3:].any()
+        assert not found[1][-1][0, :, :, 5:].any()
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=interpreter)])
 def test_a_bool_mask_says_what_may_be_attended_to(backend):
     q, k, v, *rest = sequences(*LENGTHS, dtype=torch.float32)
