@@ -64,15 +64,19 @@ def test_what_it_can_not_take_is_refused_with_what_to_use():
         torch.use_deterministic_algorithms(False)
 
 
-def chosen(monkeypatch, entries, dtype=torch.bfloat16, gradients=True):
-    """What `auto` takes on an H100 with these measurements, and why not the backward with atomics."""
+def chosen(monkeypatch, entries, dtype=torch.bfloat16, gradients=True, dim=32, key_heads=8, masked=False, **options):
+    """What `auto` takes on an H100 with these measurements, and why not the backward with atomics; with dropout by default."""
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(regimes, "known", lambda: entries)
     dispatch.forget_decisions()
     with FakeTensorMode(), explaining() as records:
-        q = torch.empty(4000, 8, 32, device="cuda", dtype=dtype, requires_grad=gradients)
+        q = torch.empty(4000, 8, dim, device="cuda", dtype=dtype, requires_grad=gradients)
+        k = q[:, :key_heads]
         lengths = torch.empty(5, device="cuda", dtype=torch.int32)
-        ops.attention_varlen(q, q, q, lengths, lengths, 1000, 1000)
+        options = {"dropout_p": 0.1, "enable_gqa": key_heads < 8, **options}
+        if masked:
+            options["attn_mask"] = torch.empty(1000, 1000, device="cuda")
+        ops.attention_varlen(q, k, k, lengths, lengths, 1000, 1000, **options)
     dispatch.forget_decisions()
     return records[0].chosen, records[0].reasons.get("triton_atomics")
 
@@ -81,7 +85,6 @@ def test_auto_takes_it_where_it_was_measured_to_be_faster_on_this_architecture_a
     faster = Regime("attention_varlen_atomics", "sm_90", 0, 0, "a test")
     assert chosen(monkeypatch, (faster,)) == ("triton_atomics", None)
     assert "without gradients" in chosen(monkeypatch, (faster,), gradients=False)[1]
-    assert "measured in 16 bits" in chosen(monkeypatch, (faster,), torch.float32)[1]
     name, reason = chosen(monkeypatch, ())
     assert name == "triton"
     assert "unmeasured against triton's deterministic backward" in reason
@@ -89,6 +92,25 @@ def test_auto_takes_it_where_it_was_measured_to_be_faster_on_this_architecture_a
     assert chosen(monkeypatch, (elsewhere,)) == ("triton", reason)
     slower = Regime("attention_varlen_atomics", "sm_90", NEVER, NEVER, "a test")
     assert "triton's deterministic backward is faster" in chosen(monkeypatch, (slower,))[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"dtype": torch.float32}, "in more than 16 bits"),
+        ({"dim": 64}, "at head dimensions over 32"),
+        ({"dropout_p": 0.0}, "without dropout"),
+        ({"masked": True}, "with an attn_mask"),
+        ({"is_causal": True}, "in causal order"),
+        ({"key_heads": 2}, "with key heads that queries share"),
+        ({"return_lse": True}, "with the log-sum-exp"),
+        ({"dropout_p": 0.0, "is_causal": True}, "without dropout, in causal order"),
+    ],
+    ids=str,
+)
+def test_auto_leaves_to_the_deterministic_backward_what_was_never_timed_and_says_what_that_is(monkeypatch, call, said):
+    faster = Regime("attention_varlen_atomics", "sm_90", 0, 0, "a test")
+    assert chosen(monkeypatch, (faster,), **call) == ("triton", f"never timed {said}: ask for it by name")
 
 
 @pytest.mark.gpu
