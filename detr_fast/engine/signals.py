@@ -24,6 +24,7 @@ class StopSignals:
     def __init__(self, announced: bool = False) -> None:
         self.announced = announced
         self.received: int | None = None
+        self._process = os.getpid()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -41,7 +42,7 @@ class StopSignals:
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
         if (
-            self.announced and self.received is None
+            self.announced and self.received is None and os.getpid() == self._process
         ):  # by the system call: the signal may have come in the middle of a print
             again = "; Ctrl-C again stops at once, without saving" if signum == signal.SIGINT else ""
             with suppress(OSError):

@@ -19,6 +19,7 @@ from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
 from detr_fast.engine.run_folder import RunFolder
+from detr_fast.engine.signals import StopSignals
 from detr_fast.engine.trained import load_trained_model
 from detr_fast.engine.trainer import Reporter, Trainer, resume, train
 from detr_fast.models import PostProcess, TargetError, Targets
@@ -209,6 +210,16 @@ def test_signals_are_the_callers_again_after_training(tiny: Tiny) -> None:
     before = signal.getsignal(signal.SIGINT)
     train(tiny(epochs=1))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_forked_worker_announces_no_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignals(announced=True):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(tiny: Tiny) -> None:
