@@ -194,8 +194,9 @@ class Op:
             return self._choose(args)
         found: Implementation | None = known.get(_thread.in_layer, *args)
         if found is None:
+            stamp = native.host.stamp() if native.host is not None else -1
             found = self._choose(args)
-            known.put(found, _thread.in_layer, *args)
+            known.put(found, stamp, _thread.in_layer, *args)
         return found
 
     def _choose(self, args: tuple[Any, ...]) -> Implementation:
@@ -216,8 +217,9 @@ class Op:
             return self._kernel(args)
         found: Implementation | None = known.get(_thread.in_layer, *args)
         if found is None:
+            stamp = native.host.stamp() if native.host is not None else -1
             found = self._kernel(args) or PARTS
-            known.put(found, _thread.in_layer, *args)
+            known.put(found, stamp, _thread.in_layer, *args)
         return None if found is PARTS else found
 
     def _kernel(self, args: tuple[Any, ...]) -> Implementation | None:

@@ -160,7 +160,11 @@ def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32 operands: exactly, or as tf32 where torch's setting of matmul precision allows it."""
     if _interpreted():
         return "interpreted"
-    rounds = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    rounds = (
+        dtype is torch.float32
+        and torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+        and not torch.version.hip
+    )
     return "tf32" if rounds else "ieee"
 
 

@@ -109,7 +109,7 @@ def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
                 if device == -2:
                     device = place
                     if argument.dtype is torch.float32:
-                        key.append(torch.get_float32_matmul_precision())
+                        key.append(torch._C._get_fp32_precision_getter("cuda", "matmul"))
             elif type(argument) is list:
                 if argument and isinstance(argument[0], Tensor):
                     return launcher(*arguments)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +50,12 @@ class CompilationError(RuntimeError):
 
 def cache_folder() -> Path:
     """Where users' measurements and compiled code are kept: $DETR_FAST_CACHE, by default ~/.cache/detr-fast."""
-    return Path(os.environ.get("DETR_FAST_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "detr-fast"))
+    if told := os.environ.get("DETR_FAST_CACHE"):
+        return Path(told)
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        return Path(home, ".cache", "detr-fast")
+    return Path(tempfile.gettempdir(), f"detr-fast-{os.getuid()}")  # a user without a home, as in some containers
 
 
 def library() -> Path:
@@ -61,15 +68,16 @@ def library() -> Path:
 
 def command(output: Path) -> list[str]:
     """What compiles it. Raises CompilationError where there is no compiler."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if os.name != "posix" or sys.platform == "darwin" or compiler is None:
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    if fcntl is None or sys.platform == "darwin" or not compiler:
         raise CompilationError("there is no C++ compiler on PATH: install g++, or set CXX")
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
     paths = [f"-I{p}" for p in (include, include / "torch" / "csrc" / "api" / "include", sysconfig.get_path("include"))]
     links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
     options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w"]
-    return [*compiler.split(), *options, *paths, str(SOURCE), "-o", str(output), *links]
+    return [*compiler, *options, *paths, str(SOURCE), "-o", str(output), *links]
 
 
 def compile() -> Path:
@@ -77,37 +85,65 @@ def compile() -> Path:
     path = library()
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        if path.exists():  # by another process, meanwhile
-            return path
-        output = Path(folder) / path.name
-        quietly = ["nice", "-n", "10"] if shutil.which("nice") else []
-        try:
-            done = subprocess.run(
-                [*quietly, *command(output)], capture_output=True, text=True, errors="replace", timeout=TIMEOUT
-            )
-        except subprocess.TimeoutExpired:
-            raise CompilationError(f"the compiler took more than {TIMEOUT} s") from None
-        if done.returncode != 0:
-            told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-3:]
-            raise CompilationError("the compiler failed: " + "; ".join(told[:3]))
-        os.replace(output, path)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _alone(path.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            if not path.exists():  # made by another process, meanwhile
+                _compile(Path(folder) / path.name)
+                os.replace(Path(folder) / path.name, path)
+    except OSError as error:
+        raise CompilationError(f"{path.parent} can't be written: {error}") from None
     return path
+
+
+def _compile(output: Path) -> None:
+    quietly = ["nice", "-n", "10"] if shutil.which("nice") else []
+    try:
+        done = subprocess.run(
+            [*quietly, *command(output)], capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        raise CompilationError(f"the compiler took more than {TIMEOUT} s") from None
+    if done.returncode != 0:
+        told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-3:]
+        raise CompilationError("the compiler failed: " + "; ".join(told[:3]))
+    os.chmod(output, 0o755)
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Inside the block no other process of this machine's is in one for the same path."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Inside the block no other process of this machine's is in one for the same path. Raises CompilationError after TIMEOUT."""
+    end = time.monotonic() + TIMEOUT
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise CompilationError(f"another process has held {path} for {TIMEOUT} s") from None
+                time.sleep(0.2)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # processes that were forked meanwhile have it open, too
+
+
+def _check_owner(path: Path) -> None:
+    """Raise CompilationError where somebody else may have put the file there."""
+    for one, others in ((path, 0o022), (path.parent, 0o002)):
+        found = one.stat()
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & others:
+            raise CompilationError(
+                f"{one} belongs to, or can be written by, another user: set DETR_FAST_CACHE to a folder of yours alone"
+            )
 
 
 @cache
 def load() -> ModuleType:
     """The compiled module, which is compiled first where it was not. Raises CompilationError."""
     path = compile()
+    _check_owner(path)
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None
@@ -147,7 +183,7 @@ def wanted() -> None:
         status = "left out: DETR_FAST_NATIVE=0"
         return
     status = "being compiled"
-    threading.Thread(target=_make, name="detr-fast-native", daemon=True).start()
+    threading.Thread(target=_make, args=(bool(sys.executable),), name="detr-fast-native", daemon=True).start()
 
 
 def make() -> None:
@@ -158,9 +194,11 @@ def make() -> None:
         _make()
 
 
-def _make() -> None:
+def _make(in_child: bool = False) -> None:
     global status
     try:
+        if in_child and not library().exists():
+            _compile_in_child()
         use(load())
     except (CompilationError, OSError) as error:
         status = f"left out: {error}"
@@ -170,6 +208,27 @@ def _make() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _compile_in_child() -> None:
+    """`python -m detr_fast.native` as a process that outlives this one: programs that are soon done leave a module behind, too."""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {
+        "DETR_FAST_NATIVE": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+    }
+    with tempfile.TemporaryFile("w+") as told:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "detr_fast.native"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=told,
+            env=environment,
+            start_new_session=True,
+        )
+        if child.wait() != 0:
+            told.seek(0)
+            raise CompilationError((told.read().strip().splitlines() or ["no message"])[-1])
 
 
 def read_environment() -> None:

@@ -25,33 +25,33 @@ struct Decisions {
   size_t limit;
 };
 
-bool find_key(Key& key, PyObject* const* arguments, Py_ssize_t count, Py_ssize_t skipped) {
-  return settings != nullptr && key.read(arguments, count, skipped);
-}
+// What a decision is made under besides its call: another number when that has changed.
+int64_t stamp() { return generation << 24 | requests; }
 
 // get(*arguments): what was put for such a call, or None.
 PyObject* decisions_get(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   auto& decisions = *reinterpret_cast<Decisions*>(self);
   static thread_local Key key;
+  tidy(decisions.table, decisions.of);  // ahead of the key: what goes may run Python
   if (settings == nullptr || followed() || PyList_GET_SIZE(settings->recorders.get()) > 0 ||
-      !find_key(key, arguments, count, -1)) {
+      !key.read(arguments, count, -1)) {
     Py_RETURN_NONE;
   }
-  tidy(decisions.table, decisions.of);
   const auto found = decisions.table.find(key.words());
   PyObject* value = found == decisions.table.end() ? Py_None : found->second.get();
   return Object::borrowed(value).release();
   END_HANDLE_TH_ERRORS
 }
 
-// put(value, *arguments)
+// put(value, stamp, *arguments): dropped where the stamp is no longer what it was when the decision was made.
 PyObject* decisions_put(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   auto& decisions = *reinterpret_cast<Decisions*>(self);
   Key key;
-  if (count > 1 && !followed() && find_key(key, arguments + 1, count - 1, -1)) {
-    tidy(decisions.table, decisions.of);
+  tidy(decisions.table, decisions.of);
+  if (count > 2 && settings != nullptr && !followed() && key.read(arguments + 2, count - 2, -1) &&
+      integer(arguments[1]) == stamp()) {
     keep(decisions.table, decisions.limit, key.words(), Object::borrowed(arguments[0]));
   }
   Py_RETURN_NONE;
@@ -60,8 +60,9 @@ PyObject* decisions_put(PyObject* self, PyObject* const* arguments, Py_ssize_t c
 
 PyObject* decisions_clear(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
-  Table dropped;
-  dropped.swap(reinterpret_cast<Decisions*>(self)->table);
+  ++generation;  // what is being decided now is not to be put any more
+  auto& decisions = *reinterpret_cast<Decisions*>(self);
+  tidy(decisions.table, decisions.of);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -87,17 +88,16 @@ void decisions_dealloc(PyObject* self) {
 
 struct Repeated {
   PyObject_HEAD
-  Table table;  // Programs; False where a call was met once, None where there can be no program of it
+  Table table;  // Programs; False where a call is to be recorded when it is met again, None where there can be no program of it
   int64_t of;
   size_t limit;
   Py_ssize_t offset;  // the index of the argument that is a seed's offset, or -1
   Object python;      // what runs a call without a program
-  Object record;      // (*arguments) -> Program or None
+  Object record;      // (*arguments) -> Program, None, or False where it is to be tried again
   vectorcallfunc vectorcall;
 };
 
 Object program_for(Repeated& repeated, const Key& key, PyObject* const* arguments, Py_ssize_t count) {
-  tidy(repeated.table, repeated.of);
   const auto found = repeated.table.find(key.words());
   if (found == repeated.table.end()) {  // to record takes longer than to run: not what is called once
     keep(repeated.table, repeated.limit, key.words(), Object::borrowed(Py_False));
@@ -129,7 +129,8 @@ PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags
   auto& repeated = *reinterpret_cast<Repeated*>(self);
   const auto count = PyVectorcall_NARGS(flags);
   static thread_local Key key;
-  if (settings != nullptr && names == nullptr && !seen() && find_key(key, arguments, count, repeated.offset) &&
+  tidy(repeated.table, repeated.of);  // ahead of the key: what goes may run Python
+  if (settings != nullptr && names == nullptr && !seen() && key.read(arguments, count, repeated.offset) &&
       !key.captured() && on_current_device(key.device().is_cuda() ? key.device().index() : -1)) {
     if (const Object found = program_for(repeated, key, arguments, count)) {
       auto& program = *reinterpret_cast<Program*>(found.get());
@@ -200,15 +201,15 @@ void repeated_dealloc(PyObject* self) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The module.
 
-// configure(observers, recorders, launch, empty, hooks, capturing)
+// configure(observers, recorders, launch, empty, hooks, capturing, default_device)
 PyObject* configure(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
-      count == 6 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]) && PyDict_CheckExact(arguments[2]),
-      "configure takes two lists, a dict and three objects");
+      count == 7 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]) && PyDict_CheckExact(arguments[2]),
+      "configure takes two lists, a dict and four objects");
   auto& all = *new Settings();  // for good: what a process leaves behind is destroyed without Python
-  Object* places[] = {&all.observers, &all.recorders, &all.launch, &all.empty, &all.hooks, &all.capturing};
-  for (size_t i = 0; i < 6; ++i) *places[i] = arguments[i] == Py_None ? Object() : Object::borrowed(arguments[i]);
+  Object* places[] = {&all.observers, &all.recorders, &all.launch, &all.empty, &all.hooks, &all.capturing, &all.default_device};
+  for (size_t i = 0; i < 7; ++i) *places[i] = arguments[i] == Py_None ? Object() : Object::borrowed(arguments[i]);
   settings = &all;
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
@@ -249,6 +250,8 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* current_stamp(PyObject*, PyObject*) { return PyLong_FromLongLong(stamp()); }
+
 PyObject* forget(PyObject*, PyObject*) {
   ++generation;
   Py_RETURN_NONE;
@@ -262,7 +265,7 @@ PyCFunction as_method(Function function) {
 PyMethodDef program_methods[] = {{"run", as_method(program_run), METH_FASTCALL, "run(offset, extra, *inputs)"}, {}};
 PyMethodDef decisions_methods[] = {
     {"get", as_method(decisions_get), METH_FASTCALL, "get(*arguments): what was put for such a call, or None"},
-    {"put", as_method(decisions_put), METH_FASTCALL, "put(value, *arguments)"},
+    {"put", as_method(decisions_put), METH_FASTCALL, "put(value, stamp, *arguments)"},
     {"clear", decisions_clear, METH_NOARGS, "clear()"},
     {}};
 PyMethodDef repeated_methods[] = {
@@ -272,9 +275,10 @@ PyMethodDef repeated_methods[] = {
 PyMemberDef repeated_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Repeated, vectorcall), READONLY, nullptr}, {}};
 PyMethodDef functions[] = {
-    {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing)"},
+    {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing, default_device)"},
     {"set_requests", set_requests, METH_O, "set_requests(number)"},
     {"unchanged", as_method(unchanged), METH_FASTCALL, "unchanged(places, found, parts, kinds, hooks)"},
+    {"stamp", current_stamp, METH_NOARGS, "stamp(): what decisions are made under, for `put`"},
     {"forget", forget, METH_NOARGS, "forget(): drop all that tables hold"},
     {}};
 

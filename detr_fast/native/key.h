@@ -11,7 +11,9 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/PyInterpreter.h>
 
 #include <algorithm>
 #include <cstring>
@@ -27,17 +29,27 @@ struct Settings {
   Object launch, empty;         // `kernels.launch`'s names, and the `_allocate` that is not a test's
   Object hooks;                 // Triton's: `knobs.runtime`, or none
   Object capturing;             // a function: whether a CUDA graph is captured
+  Object default_device;        // the class of the mode that `torch.set_default_device` enters
 };
 
 Settings* settings = nullptr;
 int64_t requests = 0;    // a number for what `use_backend` asks for
 int64_t generation = 0;  // another one when programs are forgotten
 
-// A compiler, a mode, a transform or a tracer that follows each op.
+// A mode that sees functions; a default device alone is none: programs name theirs.
+bool followed_by_function_mode() {
+  using at::impl::PythonTorchFunctionTLS;
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  if (PythonTorchFunctionTLS::stack_len() != 1) return true;
+  PyObject* mode = PythonTorchFunctionTLS::get_stack_at(0)->ptr(getPyInterpreter());
+  return reinterpret_cast<PyObject*>(Py_TYPE(mode)) != settings->default_device.get();
+}
+
+// A compiler, a mode, a transform, a tracer or forward-mode differentiation that follows each op.
 bool followed() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled() ||
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || followed_by_function_mode() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-      torch::jit::tracer::isTracing();
+      torch::jit::tracer::isTracing() || torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
 // A name, as attributes and modules are asked by.
@@ -62,6 +74,16 @@ bool hooked(PyObject* name) {
   return truth > 0;
 }
 
+// Whether backwards are compiled here, by what can't trace a node of C++.
+bool compiled_autograd() {
+  static PyObject *const module_name = interned("torch._dynamo.compiled_autograd"),
+                         *const flag = interned("compiled_autograd_enabled");
+  PyObject* module = PyDict_GetItem(PyImport_GetModuleDict(), module_name);
+  if (module == nullptr || !PyModule_Check(module)) return false;
+  PyObject* enabled = PyDict_GetItem(PyModule_GetDict(module), flag);
+  return enabled != nullptr && PyObject_IsTrue(enabled) > 0;
+}
+
 // Or somebody who is to see ops, launches or what is saved for backward, or allocates for kernels.
 bool seen() {
   static PyObject *const allocate = interned("_allocate"), *const enter = interned("launch_enter_hook"),
@@ -69,7 +91,7 @@ bool seen() {
   return followed() || at::hasCallbacks() || torch::autograd::AnomalyMode::is_enabled() ||
       at::SavedTensorDefaultHooks::get_hooks().has_value() || PyList_GET_SIZE(settings->observers.get()) > 0 ||
       PyList_GET_SIZE(settings->recorders.get()) > 0 ||
-      PyDict_GetItem(settings->launch.get(), allocate) != settings->empty.get() ||
+      PyDict_GetItem(settings->launch.get(), allocate) != settings->empty.get() || compiled_autograd() ||
       (settings->hooks && (hooked(enter) || hooked(leave)));
 }
 
@@ -142,9 +164,8 @@ class Key {
         at::globalContext().deterministicAlgorithms() << 2 | autocast << 8 | requests << 24;
     if (kind == at::kCUDA) words_[0] |= asked(settings->capturing) << 4;
     if (exact_) {
-      const auto& context = at::globalContext();
-      const auto tf32 = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-      words_[0] |= static_cast<int64_t>(context.float32MatmulPrecision()) << 16 | static_cast<int64_t>(tf32) << 18;
+      const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+      words_[0] |= static_cast<int64_t>(precision) << 16;
     }
     return true;
   }
@@ -206,7 +227,8 @@ class Key {
     words_.push_back(
         kTensor | static_cast<int64_t>(tensor.scalar_type()) << 8 | static_cast<int64_t>(device.type()) << 16 |
         (static_cast<int64_t>(device.index()) & 0xff) << 24 | static_cast<int64_t>(tensor.requires_grad()) << 32 |
-        static_cast<int64_t>(span.start % kAlignment) << 33 | tensor.dim() << 40);
+        static_cast<int64_t>(span.start % kAlignment) << 33 | static_cast<int64_t>(tensor.is_inference()) << 37 |
+        tensor.dim() << 40);
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     words_.insert(words_.end(), sizes.begin(), sizes.end());
     words_.insert(words_.end(), strides.begin(), strides.end());

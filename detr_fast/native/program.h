@@ -24,6 +24,18 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using NodePtr = decltype(torch::autograd::Edge::function);  // which smart pointer that is, changed after torch 2.11
 
+// What a function gives that may wait for a device or for memory, which others' Python may have to free.
+template <class Function>
+auto without_gil(Function function) {
+  struct Released {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Released() { PyEval_RestoreThread(state); }
+  } const released;
+  return Tensor(function());
+}
+
+constexpr size_t kMostOperands = 128;
+
 struct Operand {
   enum Kind { kConstant, kRegister, kAddress, kOffset, kStream } kind;
   int64_t number = 0;    // of the register; of an offset, how far it is from the call's
@@ -64,10 +76,10 @@ struct Section {
           registers[one.results[0]] = tensor(0).t();
           break;
         case Instruction::kProduct:
-          registers[one.results[0]] = at::mm(tensor(0), tensor(1));
+          registers[one.results[0]] = without_gil([&] { return at::mm(tensor(0), tensor(1)); });
           break;
         case Instruction::kAddProduct:
-          tensor(0).addmm_(tensor(1), tensor(2));
+          without_gil([&] { return tensor(0).addmm_(tensor(1), tensor(2)); });
           break;
       }
       for (const auto r : one.dead) registers[r].reset();
@@ -76,11 +88,9 @@ struct Section {
 
  private:
   static void call(const Instruction& one, std::vector<Tensor>& registers, int64_t offset, PyObject* stream) {
-    constexpr size_t kMost = 96;
-    PyObject* arguments[kMost];
-    Object made[kMost];
+    PyObject* arguments[kMostOperands];
+    Object made[kMostOperands];
     size_t fresh = 0, count = 0;
-    TORCH_CHECK(one.operands.size() <= kMost, "an instruction has ", one.operands.size(), " operands");
     for (const auto& operand : one.operands) {
       PyObject* argument = operand.constant.get();
       if (operand.kind == Operand::kStream) {
@@ -152,6 +162,7 @@ Instruction instruction_of(PyObject* tuple) {
     tensors = 1;
   }
   for (Py_ssize_t i = 0; i < tensors; ++i) found.operands.push_back(operand_of(item(operands, i)));
+  TORCH_CHECK(found.operands.size() <= kMostOperands, "an instruction has ", found.operands.size(), " operands");
   found.results = integers(item(tuple, 2));
   found.several = item(tuple, 3) == Py_True;
   found.dead = integers(item(tuple, 4));

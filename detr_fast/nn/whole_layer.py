@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from inspect import ismethod
 from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class _Contents:
             self._programs.clear()
         self._programs[call.key] = program
         if self._known is not None:
-            self._known.put(program, *call.looks)
+            self._known.put(program, call.stamp, *call.looks)
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:
@@ -272,6 +273,7 @@ class _Call:
     autocast: torch.dtype | None
     drops: bool
     contents: _Contents
+    stamp: int  # of what a program is made under, for the table in C++
 
     @cached_property
     def key(self) -> tuple[Any, ...] | None:
@@ -339,7 +341,30 @@ def _call_of(
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     compute = _Computation(layer, norm, function, settings, len(tensors), attention)
-    return _Call(compute, arguments, parameters, following, autocast, contents.drops, contents)
+    stamp = -1 if native.host is None else native.host.stamp()
+    return _Call(compute, arguments, parameters, following, autocast, contents.drops, contents, stamp)
+
+
+class _Remembered:
+    """A computation as a node remembers it: a layer may keep what it gave, and shall be freed all the same."""
+
+    def __init__(self, compute: _Computation) -> None:
+        self._settings = compute.settings, compute.own
+        modules = (compute.layer, compute.norm, compute.attention)
+        self._modules = [None if one is None else ref(one) for one in modules]
+        self._function: Any = WeakMethod(compute.function) if ismethod(compute.function) else lambda: compute.function
+
+    def get(self) -> _Computation:
+        """Raises RuntimeError where the layer is gone."""
+        modules: Any = [None if one is None else one() for one in self._modules]
+        function = self._function()
+        if function is None or any(one is None and known is not None for one, known in zip(modules, self._modules)):
+            raise RuntimeError(
+                "a layer was freed between its forward and a backward with create_graph=True, which computes the layer again: "
+                "keep it until that backward is done"
+            )
+        layer, norm, attention = modules
+        return _Computation(layer, norm, function, *self._settings, attention)
 
 
 def _settings_of(norm: Any) -> tuple[Any, ...]:
@@ -355,7 +380,7 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
     else:
         norm = call.compute.norm
         before = call.contents, None if norm is None else _settings_of(norm), dispatch._requested
-        again = partial(_again, call.compute, before, x.device.type, call.autocast)
+        again = partial(_again, _Remembered(call.compute), before, x.device.type, call.autocast)
         if (made := host_native.layer_program(program)) is not None:
             outputs = made.run(
                 first, Again(program, again, call.parameters), *inputs, *([seed] if program.draws else [])
@@ -422,7 +447,7 @@ Before = tuple[_Contents, tuple[Any, ...] | None, dict[str, str]]  # a layer, th
 
 
 def _again(
-    compute: _Computation,
+    remembered: _Remembered,
     before: Before,
     kind: str,
     autocast: torch.dtype | None,
@@ -432,8 +457,9 @@ def _again(
 ) -> list[Tensor]:
     """The layer's outputs by its parts, with other tensors as its parameters and the dropout of before.
 
-    Raises RuntimeError where the layer is no longer what it was.
+    Raises RuntimeError where the layer is no longer what it was, or is gone.
     """
+    compute = remembered.get()
     (contents, norm_settings, requests), norm = before, compute.norm
     now = _read(compute.layer, contents._op)
     if (

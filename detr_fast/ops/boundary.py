@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from detr_fast import native
 from detr_fast.dispatch import INTERPRETING
@@ -57,9 +58,10 @@ _ON_ANY = _ON_CPU | _ON_GPU
 
 
 def followed() -> bool:
-    """Whether a compiler, a mode, a transform or a tracer follows each op."""
+    """Whether a compiler, a mode, a transform, a tracer or forward-mode differentiation follows each op."""
     return (
         torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
         or _dispatch_modes() > 0
         or _transforms() is not None
         or _function_modes()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from detr_fast import dispatch, native
@@ -133,9 +134,11 @@ def _section(
 
 
 def _record(op: boundary.Boundary, *arguments: Any) -> Any:
-    """The program of an op's call, in C++, or None where there can be none."""
+    """The program of an op's call, in C++, None where there can be none, or False where there may be one the next time."""
     try:
         return _recorded(op, arguments)
+    except host_program.Busy:
+        return False
     except Exception as error:  # the op runs as it is, and says itself what is wrong
         unrepeatable[op.name] = f"{type(error).__name__}: {error}"
         return None
@@ -177,10 +180,7 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
         slow = _Slow(node, inputs)
         return slow.saved
 
-    found = host_program.record_op(call, tensors, patterns, kept)
-    if found is None:
-        return None
-    program, registers = found
+    program, registers = host_program.record_op(call, tensors, patterns, kept)
     if slow is not None:
         slow.saved, slow.registers, slow.order = (), registers, program.saved
     return program_of(program, several, True, slow)
@@ -239,7 +239,7 @@ def _switch(host: ModuleType | None) -> None:
         launch.forgetting.append(host.forget)
     hooks = None if launch.triton is None else launch.triton.knobs.runtime
     capturing: Callable[[], Any] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", _never)
-    host.configure(launch.observers, dispatch._recorders, vars(launch), torch.empty, hooks, capturing)
+    host.configure(launch.observers, dispatch._recorders, vars(launch), torch.empty, hooks, capturing, DeviceContext)
     boundary.attach = _attach
     for op in boundary.ops:
         _attach(op)

@@ -62,6 +62,10 @@ class Backward(NamedTuple):
     gradients: tuple[int | None, ...]
 
 
+class Busy(Exception):
+    """Another program is being recorded."""
+
+
 class Arriving(NamedTuple):
     """How the gradient of an output is to lie in memory: as the output does, without gaps."""
 
@@ -216,11 +220,12 @@ def record_op(
     arguments: Sequence[Tensor],
     patterns: Callable[[Sequence[Tensor]], list[tuple[bool, ...]]],
     kept: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
-) -> tuple[HostProgram, list[int | None]] | None:
+) -> tuple[HostProgram, list[int | None]]:
     """The program of an op, which takes its seed as an argument and its offset from FIRST_OFFSET, as `record`.
 
     The tensors may overlap, in a way that is part of what tells calls apart. patterns(outputs): which gradients arrive for them.
-    kept(outputs): tensors to be kept for backward in any case, whose registers are returned, too.
+    kept(outputs): tensors to be kept for backward in any case, whose registers are returned, too. Raises Unrepeatable, and Busy
+    while another is made.
     """
     registers: list[int | None] = []
 
@@ -231,7 +236,9 @@ def record_op(
         return HostProgram(recorder, arguments, len(arguments), outputs, ahead, backwards, draws, keep)
 
     program = _recorded(function, arguments, (), None, patterns, made)
-    return None if program is None else (program, registers)
+    if program is None:
+        raise Busy
+    return program, registers
 
 
 def _recorded(
@@ -294,7 +301,8 @@ def _record_backward(
         arriving.append(recorder.register(upstream[-1]) if arrives else None)
     sources = [t for t in leaves if t is not None and t.requires_grad]
     roots = [y for y, arrives in zip(outputs, pattern) if arrives]
-    found = iter(torch.autograd.grad(roots, sources, upstream, retain_graph=True, allow_unused=True))
+    with torch.autocast(outputs[0].device.type, enabled=False):  # a backward is outside, whatever its forward was
+        found = iter(torch.autograd.grad(roots, sources, upstream, retain_graph=True, allow_unused=True))
     gradients = [next(found) if t is not None and t.requires_grad else None for t in leaves]
     places = tuple(None if g is None else recorder.find(g) for g in gradients)
     return Backward(recorder.instructions[start:], tuple(arriving), places)
@@ -361,12 +369,13 @@ def _differentiable(
     arriving: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of `function(*inputs)` that can be differentiated again."""
+    """Gradients of `function(*inputs)`, with create_graph ones that can be differentiated again."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         # A node of its own for each: the surrounding graph must not be walked here, and can be entered later.
         fresh = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
         pairs = [(y, dy) for y, dy in zip(function(*fresh), arriving) if dy is not None]
         sources = [t for t, want in zip(fresh, wanted) if want and t is not None]
         ys, dys = zip(*pairs)
-        found = iter(torch.autograd.grad(ys, sources, dys, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(ys, sources, dys, create_graph=again, allow_unused=True))
     return [next(found) if want else None for want in wanted]

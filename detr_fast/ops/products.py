@@ -117,7 +117,8 @@ class TritonProduct(TritonImplementation):
 @torch.compiler.assume_constant_result
 def exact_fp32() -> bool:
     """Whether float32 products must not round to tf32."""
-    return torch.get_float32_matmul_precision() == "highest"
+    # Not `get_float32_matmul_precision`, which raises where the newer setting was used.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") != "tf32")
 
 
 def shape_misfit(expected: dict[str, tuple[Tensor | None, tuple[int, ...]]], device: torch.device) -> str | None:

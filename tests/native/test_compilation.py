@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def compiler(folder, monkeypatch, script):
 
 def test_the_first_call_on_a_gpu_has_it_made_and_used(host, unstarted, monkeypatch):
     native.use(None)
+    monkeypatch.setattr(native, "_compile_in_child", lambda: None)
     monkeypatch.setattr(native, "load", lambda: host)
     native.wanted()
     for thread in [one for one in threading.enumerate() if one.name == "detr-fast-native"]:
@@ -77,6 +79,46 @@ def test_what_can_not_be_loaded_is_left_out(unstarted, monkeypatch):
     compiler(unstarted, monkeypatch, 'while [ "$1" != "-o" ]; do shift; done; echo nonsense > "$2"')
     with pytest.raises(native.CompilationError, match="can't be loaded"):
         native.load()
+
+
+def test_a_process_forked_meanwhile_keeps_no_lock(unstarted):
+    path = unstarted / "lock"
+    with native._alone(path):
+        child = subprocess.Popen(["sleep", "20"], close_fds=False)
+    try:
+        subprocess.run(["flock", str(path), "true"], timeout=5, check=True)
+    finally:
+        child.kill()
+
+
+def test_a_module_that_somebody_else_may_have_put_there_is_not_loaded(host, unstarted):
+    path = native.library()
+    path.write_bytes(b"")
+    path.chmod(0o666)
+    with pytest.raises(native.CompilationError, match="can be written by, another user"):
+        native.load()
+
+
+def test_a_folder_that_can_not_be_written_is_named(unstarted, monkeypatch):
+    (unstarted / "file").touch()
+    monkeypatch.setenv("DETR_FAST_CACHE", str(unstarted / "file" / "below"))
+    with pytest.raises(native.CompilationError, match="can't be written"):
+        native.compile()
+
+
+def test_the_process_that_compiles_outlives_the_one_that_asked_and_says_what_failed(unstarted, monkeypatch):
+    compiler(unstarted, monkeypatch, "echo 'error: no such thing' >&2; exit 1")
+    with pytest.raises(native.CompilationError, match="the compiler failed: error: no such thing"):
+        native._compile_in_child()
+    done = unstarted / "done"
+    compiler(unstarted, monkeypatch, f'sleep 3; while [ "$1" != "-o" ]; do shift; done; touch "$2" {done}')
+    code = "import time; from detr_fast import native; native.wanted(); time.sleep(1)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    for _ in range(600):
+        if done.exists():
+            break
+        time.sleep(0.1)
+    assert done.exists()
 
 
 def test_it_can_be_left_out(unstarted, monkeypatch):

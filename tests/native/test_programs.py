@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.test_host_time import CASES, DIM, HEADS, LENGTH, ROWS, WIDTH
 from detr_fast import nn, ops, use_backend
-from detr_fast.ops import host_native
+from detr_fast.ops import host_native, host_program
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.layer_norm import LAYER_NORM
 
 pytestmark = pytest.mark.interpreter(None)
 PROGRAM = "OpProgramBackward"
@@ -274,6 +275,93 @@ def test_transforms_forward_mode_and_compilers_are_not_in_its_way():
     assert torch.equal(compiled(x, weight, bias), layer_norm(x, weight, bias))
 
 
+def test_forward_mode_reaches_what_has_a_program():
+    layer = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+    x, tangent = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        with use_backend("auto"), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
+
+
+def test_where_backwards_are_compiled_nodes_are_pythons():
+    leaves = known()
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        y = layer_norm(*leaves)
+        assert PROGRAM not in nodes(y)
+        y.sum().backward()
+    assert leaves[0].grad is not None
+
+
+def test_the_newer_setting_of_fp32_products_tells_calls_apart(monkeypatch):
+    leaves = known()
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            layer_norm(*leaves)
+            ops.linear_add_layer_norm(*leaves_of(CASES["linear_add_layer_norm"][2]))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_a_gradient_of_another_kind_is_no_part_of_a_graph():
+    leaves = known()
+    y = layer_norm(*leaves)
+    dy = torch.randn(ROWS, WIDTH)
+    found = torch.autograd.grad(y, leaves, torch._neg_view(-dy), retain_graph=True)
+    assert not any(g.requires_grad for g in found)
+    assert all(map(torch.equal, found, torch.autograd.grad(y, leaves, dy)))
+
+
+def test_a_default_device_is_nobody_who_looks():
+    leaves = known()
+    torch.set_default_device("cpu")
+    try:
+        assert PROGRAM in nodes(layer_norm(*leaves))
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_call_that_met_another_ones_recording_is_recorded_later():
+    leaves = leaves_of(NORM)
+    step(layer_norm, leaves)
+    with host_program._lock:
+        step(layer_norm, leaves)
+    assert PROGRAM not in nodes(in_python(lambda: layer_norm(*leaves)))
+    step(layer_norm, leaves)
+    assert PROGRAM in nodes(layer_norm(*leaves))
+
+
+def test_a_decision_made_under_another_request_is_not_kept(monkeypatch):
+    leaves = leaves_of(NORM)
+    real = LAYER_NORM._choose
+
+    def meanwhile(args):  # another thread asks for something else while this one decides
+        found = real(args)
+        asking.__enter__()
+        return found
+
+    asking = use_backend(layer_norm="eager")
+    monkeypatch.setattr(LAYER_NORM, "_choose", meanwhile)
+    LAYER_NORM.choose(leaves[0], (WIDTH,), *leaves[1:], 1e-5)
+    monkeypatch.undo()
+    try:
+        assert LAYER_NORM.choose(leaves[0], (WIDTH,), *leaves[1:], 1e-5).name == "eager"
+    finally:
+        asking.__exit__(None, None, None)
+
+
+def test_tensors_of_inference_mode_spoil_nothing_for_others():
+    with torch.inference_mode():
+        inference = [torch.randn(shape) for shape in NORM]
+    for _ in range(3):
+        layer_norm(*inference)
+    known()
+
+
 def test_a_second_backward_needs_retain_graph_and_sees_what_changed_in_place():
     leaves = known()
     y = layer_norm(*leaves)
@@ -338,7 +426,7 @@ def test_shapes_that_vary_for_ever_do_not_fill_the_memory(host):
     decisions, repeated = host.Decisions(8), host.Repeated(lambda x: x, lambda x: None, -1, 8)
     for rows in range(1, 40):
         x = torch.empty(rows)
-        decisions.put(rows, x)
+        decisions.put(rows, host.stamp(), x)
         assert decisions.get(x) == rows
         assert repeated(x) is x
         assert len(repeated.programs()) <= 8

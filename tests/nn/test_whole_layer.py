@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -195,6 +198,28 @@ def test_each_device_has_programs_of_its_own(monkeypatch):
             layer(*inputs, **masks)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda t: 1)
         assert layer(*inputs, **masks).grad_fn.name() != "ProgramNodeBackward"
+
+
+@interpreter
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_keeps_what_it_gave_is_freed_all_the_same(compiled, request):
+    native.use(request.getfixturevalue("host") if compiled else None)
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(3):
+            y = layer(*inputs, **masks)
+    assert y.grad_fn.name() == "ProgramNodeBackward"
+    layer.last, seen = y, weakref.ref(layer)
+    del layer
+    gc.collect()
+    dy = torch.ones_like(y)
+    if seen() is None:  # what is left of it, y, can still be differentiated once
+        torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        with pytest.raises(RuntimeError, match="freed between"):
+            torch.autograd.grad(y, inputs, dy, create_graph=True)
+    del y
+    gc.collect()
+    assert seen() is None
 
 
 @interpreter
