@@ -281,7 +281,7 @@ def test_forward_mode_reaches_what_has_a_program():
     with torch.no_grad():
         for _ in range(3):
             layer(x)
-        with use_backend("auto"), torch.autograd.forward_ad.dual_level():
+        with use_backend("auto", attention="eager"), torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, tangent)
             assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
 
