@@ -198,10 +198,12 @@ def masked_scores(
         scores = tl.where(row + row_start >= column + column_start, scores, -float("inf"))
     if visible is not None:
         shown = visible[:, None] if TRANSPOSED else visible[None, :]
-        if mask_ptr is not None and mask_ptr.dtype.element_ty != tl.int1:
-            scores = tl.where(shown, scores, -float("inf"))  # whatever a float mask holds for a hidden key: NaN, too
-        else:
+        if mask_ptr is None or mask_ptr.dtype.element_ty == tl.int1:
             scores += tl.where(shown, 0.0, -float("inf"))  # added, not selected: one instruction fused with the scaling
+        elif TRANSPOSED:  # as below: of NaN and a number the minimum is the number; to select would spill on sm_80
+            scores = tl.minimum(scores, tl.where(shown, float("inf"), -float("inf")))
+        else:  # whatever a float mask holds for a hidden key: NaN, too
+            scores = tl.where(shown, scores, -float("inf"))
     return scores
 
 
