@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -218,7 +219,11 @@ def dropped(x: Tensor, seed: Tensor | None, offset: int, p: float, hidden: bool 
 
 def flat(tensor: Tensor) -> Tensor:
     """(..., C) as (rows, C)."""
-    return tensor if tensor.ndim == 2 else tensor.unsqueeze(0).flatten(0, -2)
+    if tensor.ndim == 2:
+        return tensor
+    columns = tensor.shape[-1]
+    rows = -1 if columns else prod(tensor.shape[:-1])  # without columns, nothing says how many
+    return tensor.reshape(rows, columns)
 
 
 def _sum_rows_fake(x: Tensor) -> Tensor:
