@@ -192,12 +192,7 @@ class Op:
         known = self._known
         if known is None or torch.compiler.is_dynamo_compiling():
             return self._choose(args)
-        found: Implementation | None = known.get(_thread.in_layer, *args)
-        if found is None:
-            stamp = native.host.stamp() if native.host is not None else -1
-            found = self._choose(args)
-            known.put(found, stamp, _thread.in_layer, *args)
-        return found
+        return _found(known, self._choose, args)
 
     def _choose(self, args: tuple[Any, ...]) -> Implementation:
         if self._leaves(args):
@@ -215,11 +210,7 @@ class Op:
         known = self._known_kernels
         if known is None or torch.compiler.is_dynamo_compiling():
             return self._kernel(args)
-        found: Implementation | None = known.get(_thread.in_layer, *args)
-        if found is None:
-            stamp = native.host.stamp() if native.host is not None else -1
-            found = self._kernel(args) or PARTS
-            known.put(found, stamp, _thread.in_layer, *args)
+        found = _found(known, lambda args: self._kernel(args) or PARTS, args)
         return None if found is PARTS else found
 
     def _kernel(self, args: tuple[Any, ...]) -> Implementation | None:
@@ -346,6 +337,16 @@ class Op:
                 )
             return reason
         return None
+
+
+def _found(known: Any, decide: Callable[[tuple[Any, ...]], Implementation], args: tuple[Any, ...]) -> Implementation:
+    """What is known for a call, or is decided now and known from then on, unless requests changed meanwhile."""
+    found: Implementation | None = known.get(_thread.in_layer, *args)
+    if found is None:
+        stamp = native.host.stamp() if native.host is not None else -1
+        found = decide(args)
+        known.put(found, stamp, _thread.in_layer, *args)
+    return found
 
 
 def _tables(host: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """The host's work in C++: what PyTorch's own operations have, and a Python library has not.
 
 `host.cpp` keeps what was decided and recorded for calls that are made again, and does it without Python. It is compiled on the
-user's machine, against the torch that is installed there, in the background when the first kernel is called (half a minute of one core,
+user's machine, against the torch that is installed there, in the background when the first tensor on a GPU meets an op (half a minute of one core,
 once for each torch; a C++ compiler is what Triton needs, too), and used from then on. Without it everything works, from Python.
 
 DETR_FAST_NATIVE=0 leaves it out; DETR_FAST_NATIVE=1 waits for it when detr_fast is imported. `python -m detr_fast.native` compiles it.
@@ -38,7 +38,7 @@ SOURCE = Path(__file__).with_name("host.cpp")  # and the headers beside it
 NAME = "_host"
 TIMEOUT = 600  # seconds
 host: ModuleType | None = None  # where it is in use
-status = "not asked for: it is made when a kernel is called"  # in words
+status = "not asked for: it is made when a tensor on a GPU meets an op"  # in words
 _switches: list[Callable[[ModuleType | None], None]] = []
 _lock = threading.Lock()
 _started = False

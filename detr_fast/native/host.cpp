@@ -19,10 +19,9 @@
 namespace host {
 
 struct Decisions {
-  PyObject_HEAD
   Table table;
-  int64_t of;
-  size_t limit;
+  size_t limit = 0;
+  int64_t of = generation;
 };
 
 // What a decision is made under besides its call: another number when that has changed.
@@ -31,7 +30,7 @@ int64_t stamp() { return generation << 24 | requests; }
 // get(*arguments): what was put for such a call, or None.
 PyObject* decisions_get(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  auto& decisions = *reinterpret_cast<Decisions*>(self);
+  auto& decisions = held<Decisions>(self);
   static thread_local Key key;
   tidy(decisions.table, decisions.of);  // ahead of the key: what goes may run Python
   if (settings == nullptr || followed() || PyList_GET_SIZE(settings->recorders.get()) > 0 ||
@@ -47,7 +46,7 @@ PyObject* decisions_get(PyObject* self, PyObject* const* arguments, Py_ssize_t c
 // put(value, stamp, *arguments): dropped where the stamp is no longer what it was when the decision was made.
 PyObject* decisions_put(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  auto& decisions = *reinterpret_cast<Decisions*>(self);
+  auto& decisions = held<Decisions>(self);
   Key key;
   tidy(decisions.table, decisions.of);
   if (count > 2 && settings != nullptr && !followed() && key.read(arguments + 2, count - 2, -1) &&
@@ -61,7 +60,7 @@ PyObject* decisions_put(PyObject* self, PyObject* const* arguments, Py_ssize_t c
 PyObject* decisions_clear(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
   ++generation;  // what is being decided now is not to be put any more
-  auto& decisions = *reinterpret_cast<Decisions*>(self);
+  auto& decisions = held<Decisions>(self);
   tidy(decisions.table, decisions.of);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
@@ -70,31 +69,19 @@ PyObject* decisions_clear(PyObject* self, PyObject*) {
 // Decisions(limit)
 PyObject* decisions_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   HANDLE_TH_ERRORS
-  Object made = Object::stolen(type->tp_alloc(type, 0));
-  auto& decisions = *reinterpret_cast<Decisions*>(made.get());
-  new (&decisions.table) Table();
-  decisions.of = generation;
-  decisions.limit = integer(item(arguments, 0));
-  return made.release();
+  auto made = std::make_unique<Decisions>();
+  made->limit = integer(item(arguments, 0));
+  return new_holder(type, std::move(made));
   END_HANDLE_TH_ERRORS
 }
 
-void decisions_dealloc(PyObject* self) {
-  std::destroy_at(&reinterpret_cast<Decisions*>(self)->table);
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
 struct Repeated {
-  PyObject_HEAD
   Table table;  // Programs; False where a call is to be recorded when it is met again, None where there can be no program of it
-  int64_t of;
-  size_t limit;
-  Py_ssize_t offset;  // the index of the argument that is a seed's offset, or -1
-  Object python;      // what runs a call without a program
-  Object record;      // (*arguments) -> Program, None, or False where it is to be tried again
-  vectorcallfunc vectorcall;
+  size_t limit = 0;
+  int64_t of = generation;
+  Py_ssize_t offset = -1;  // the index of the argument that is a seed's offset, or -1
+  Object python;           // what runs a call without a program
+  Object record;           // (*arguments) -> Program, None, or False where it is to be tried again
 };
 
 Object program_for(Repeated& repeated, const Key& key, PyObject* const* arguments, Py_ssize_t count) {
@@ -126,16 +113,15 @@ void add_tensors(std::vector<Tensor>& tensors, PyObject* argument) {
 
 PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags, PyObject* names) {
   HANDLE_TH_ERRORS
-  auto& repeated = *reinterpret_cast<Repeated*>(self);
+  auto& repeated = held<Repeated>(self);
   const auto count = PyVectorcall_NARGS(flags);
   static thread_local Key key;
   tidy(repeated.table, repeated.of);  // ahead of the key: what goes may run Python
   if (settings != nullptr && names == nullptr && !seen() && key.read(arguments, count, repeated.offset) &&
       !key.captured() && on_current_device(key.device().is_cuda() ? key.device().index() : -1)) {
     if (const Object found = program_for(repeated, key, arguments, count)) {
-      auto& program = *reinterpret_cast<Program*>(found.get());
       std::vector<Tensor> inputs;
-      inputs.reserve(program.forward.given.size());
+      inputs.reserve(held<Program>(found.get()).forward.given.size());
       int64_t offset = 0;
       for (Py_ssize_t i = 0; i < count; ++i) {
         if (i == repeated.offset) {
@@ -144,25 +130,17 @@ PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags
           add_tensors(inputs, arguments[i]);
         }
       }
-      return run(program, inputs, offset, Object::borrowed(Py_None));
+      return run(found, inputs, offset, Object::borrowed(Py_None));
     }
   }
   return PyObject_Vectorcall(repeated.python.get(), arguments, count, names);
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* repeated_clear(PyObject* self, PyObject*) {
-  HANDLE_TH_ERRORS
-  Table dropped;
-  dropped.swap(reinterpret_cast<Repeated*>(self)->table);
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
-}
-
 // programs(): what is known: a list of Programs, False and None.
 PyObject* repeated_programs(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
-  auto& repeated = *reinterpret_cast<Repeated*>(self);
+  auto& repeated = held<Repeated>(self);
   tidy(repeated.table, repeated.of);
   Object list = Object::stolen(PyList_New(0));
   for (const auto& one : repeated.table) {
@@ -175,27 +153,13 @@ PyObject* repeated_programs(PyObject* self, PyObject*) {
 // Repeated(python, record, offset, limit)
 PyObject* repeated_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   HANDLE_TH_ERRORS
-  Object made = Object::stolen(type->tp_alloc(type, 0));
-  auto& repeated = *reinterpret_cast<Repeated*>(made.get());
-  new (&repeated.table) Table();
-  new (&repeated.python) Object(Object::borrowed(item(arguments, 0)));
-  new (&repeated.record) Object(Object::borrowed(item(arguments, 1)));
-  repeated.of = generation;
-  repeated.offset = integer(item(arguments, 2));
-  repeated.limit = integer(item(arguments, 3));
-  repeated.vectorcall = repeated_call;
-  return made.release();
+  auto made = std::make_unique<Repeated>();
+  made->python = Object::borrowed(item(arguments, 0));
+  made->record = Object::borrowed(item(arguments, 1));
+  made->offset = integer(item(arguments, 2));
+  made->limit = integer(item(arguments, 3));
+  return new_holder(type, std::move(made), repeated_call);
   END_HANDLE_TH_ERRORS
-}
-
-void repeated_dealloc(PyObject* self) {
-  auto& repeated = *reinterpret_cast<Repeated*>(self);
-  std::destroy_at(&repeated.table);
-  std::destroy_at(&repeated.python);
-  std::destroy_at(&repeated.record);
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +171,7 @@ PyObject* configure(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(
       count == 7 && PyList_CheckExact(arguments[0]) && PyList_CheckExact(arguments[1]) && PyDict_CheckExact(arguments[2]),
       "configure takes two lists, a dict and four objects");
-  auto& all = *new Settings();  // for good: what a process leaves behind is destroyed without Python
+  static auto& all = *new Settings();  // for good: what a process leaves behind is destroyed without Python
   Object* places[] = {&all.observers, &all.recorders, &all.launch, &all.empty, &all.hooks, &all.capturing, &all.default_device};
   for (size_t i = 0; i < 7; ++i) *places[i] = arguments[i] == Py_None ? Object() : Object::borrowed(arguments[i]);
   settings = &all;
@@ -269,11 +233,10 @@ PyMethodDef decisions_methods[] = {
     {"clear", decisions_clear, METH_NOARGS, "clear()"},
     {}};
 PyMethodDef repeated_methods[] = {
-    {"clear", repeated_clear, METH_NOARGS, "clear()"},
     {"programs", repeated_programs, METH_NOARGS, "programs(): Programs, False for a call met once, None where there is none"},
     {}};
 PyMemberDef repeated_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Repeated, vectorcall), READONLY, nullptr}, {}};
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Holder<Repeated>, vectorcall), READONLY, nullptr}, {}};
 PyMethodDef functions[] = {
     {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing, default_device)"},
     {"set_requests", set_requests, METH_O, "set_requests(number)"},
@@ -284,26 +247,26 @@ PyMethodDef functions[] = {
 
 PyType_Slot program_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(program_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(program_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_holder<Program>)},
     {Py_tp_methods, program_methods},
     {0, nullptr}};
 PyType_Slot decisions_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(decisions_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(decisions_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_holder<Decisions>)},
     {Py_tp_methods, decisions_methods},
     {0, nullptr}};
 PyType_Slot repeated_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(repeated_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(repeated_dealloc)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(free_holder<Repeated>)},
     {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
     {Py_tp_methods, repeated_methods},
     {Py_tp_members, repeated_members},
     {0, nullptr}};
 
-PyType_Spec program_spec = {"detr_fast.native.Program", sizeof(Program), 0, Py_TPFLAGS_DEFAULT, program_slots};
-PyType_Spec decisions_spec = {"detr_fast.native.Decisions", sizeof(Decisions), 0, Py_TPFLAGS_DEFAULT, decisions_slots};
+PyType_Spec program_spec = {"detr_fast.native.Program", sizeof(Holder<Program>), 0, Py_TPFLAGS_DEFAULT, program_slots};
+PyType_Spec decisions_spec = {"detr_fast.native.Decisions", sizeof(Holder<Decisions>), 0, Py_TPFLAGS_DEFAULT, decisions_slots};
 PyType_Spec repeated_spec = {
-    "detr_fast.native.Repeated", sizeof(Repeated), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, repeated_slots};
+    "detr_fast.native.Repeated", sizeof(Holder<Repeated>), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, repeated_slots};
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_host", nullptr, -1, functions};
 

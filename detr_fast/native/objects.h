@@ -6,6 +6,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -90,6 +91,36 @@ Object tuple_of(const std::vector<Tensor>& tensors) {
   Object tuple = Object::stolen(PyTuple_New(static_cast<Py_ssize_t>(tensors.size())));
   for (size_t i = 0; i < tensors.size(); ++i) PyTuple_SET_ITEM(tuple.get(), i, wrapped(tensors[i]).release());
   return tuple;
+}
+
+// A Python object that holds one of ours, and may be called.
+template <class T>
+struct Holder {
+  PyObject_HEAD
+  T* held;
+  vectorcallfunc vectorcall;
+};
+
+template <class T>
+T& held(PyObject* self) {
+  return *reinterpret_cast<Holder<T>*>(self)->held;
+}
+
+template <class T>
+PyObject* new_holder(PyTypeObject* type, std::unique_ptr<T> held, vectorcallfunc vectorcall = nullptr) {
+  Object made = Object::stolen(type->tp_alloc(type, 0));
+  auto& holder = *reinterpret_cast<Holder<T>*>(made.get());
+  holder.held = held.release();
+  holder.vectorcall = vectorcall;
+  return made.release();
+}
+
+template <class T>
+void free_holder(PyObject* self) {
+  delete reinterpret_cast<Holder<T>*>(self)->held;
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
 }
 
 }  // namespace host

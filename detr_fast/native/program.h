@@ -56,7 +56,7 @@ struct Instruction {
 
 struct Section {
   std::vector<Instruction> instructions;
-  std::vector<int64_t> given, wanted;  // registers; -1 for none
+  std::vector<int64_t> given, wanted;  // registers; of those wanted -1 for none
   size_t registers = 0;
 
   void run(std::vector<Tensor>& registers, int64_t offset, PyObject* stream) const {
@@ -191,18 +191,17 @@ struct Arriving {
 };
 
 struct Program {
-  PyObject_HEAD
   Section forward;
   std::map<uint64_t, Section> backwards;  // by which of the differentiable outputs a gradient arrives for, a bit each
   std::vector<int64_t> saved_output;      // of each register that is kept (they lead `forward.wanted`): which output it is, or -1
   std::vector<bool> differentiable;       // of each output
   std::vector<Arriving> arriving;         // of each differentiable output
-  bool several;                           // outputs are returned as a tuple
-  bool strict;                            // a backward that somebody looks at, or that is odd, goes to `slow`
+  bool several = false;                   // outputs are returned as a tuple
+  bool strict = false;                    // a backward that somebody looks at, or that is odd, goes to `slow`
   Object slow;                            // (offset, extra, kept, arriving) -> gradients, by ops that can be differentiated
   Object stream;                          // none, or what takes `device_number` and gives its current stream
   Object device_number;
-  int64_t device;                         // of the GPU, or -1
+  int64_t device = -1;                    // of the GPU, or -1
 };
 
 PyTypeObject* program_type = nullptr;
@@ -230,7 +229,7 @@ struct HostNode : Node {
   std::vector<SavedVariable> saved;
   bool released = false;
 
-  const Program& program() const { return *reinterpret_cast<Program*>(owner.get()); }
+  const Program& program() const { return held<Program>(owner.get()); }
 
   ~HostNode() override {
     if (Py_IsInitialized()) {
@@ -340,12 +339,11 @@ auto new_node() {
 }
 
 // What the program gives for these inputs (undefined for None): a tensor, or a tuple of them.
-PyObject* run(Program& program, const std::vector<Tensor>& inputs, int64_t offset, const Object& extra) {
+PyObject* run(const Object& owner, const std::vector<Tensor>& inputs, int64_t offset, const Object& extra) {
+  const auto& program = held<Program>(owner.get());
   const auto& forward = program.forward;
   std::vector<Tensor> registers(forward.registers);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (forward.given[i] >= 0) registers[forward.given[i]] = inputs[i];
-  }
+  for (size_t i = 0; i < inputs.size(); ++i) registers[forward.given[i]] = inputs[i];
   {
     const Plainly plainly;
     const auto stream = current_stream(program);
@@ -356,7 +354,7 @@ PyObject* run(Program& program, const std::vector<Tensor>& inputs, int64_t offse
   for (size_t i = kept; i < forward.wanted.size(); ++i) outputs.push_back(registers[forward.wanted[i]]);
   if (!program.backwards.empty()) {
     auto node = new_node<NodePtr, HostNode>();
-    node->owner = Object::borrowed(reinterpret_cast<PyObject*>(&program));
+    node->owner = owner;
     node->extra = extra;
     node->offset = offset;
     node->set_next_edges(torch::autograd::collect_next_edges(inputs));
@@ -376,61 +374,40 @@ PyObject* run(Program& program, const std::vector<Tensor>& inputs, int64_t offse
 // Program(forward, backwards, saved_output, differentiable, arriving, several, strict, slow, stream, device)
 PyObject* program_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   HANDLE_TH_ERRORS
-  Object made = Object::stolen(type->tp_alloc(type, 0));
-  auto& program = *reinterpret_cast<Program*>(made.get());
-  new (&program.forward) Section(section_of(item(arguments, 0)));
-  new (&program.backwards) std::map<uint64_t, Section>();
-  new (&program.saved_output) std::vector<int64_t>(integers(item(arguments, 2)));
-  new (&program.differentiable) std::vector<bool>();
-  new (&program.arriving) std::vector<Arriving>();
-  new (&program.slow) Object(Object::borrowed(item(arguments, 7)));
-  new (&program.stream) Object();
-  new (&program.device_number) Object(Object::borrowed(item(arguments, 9)));
-  PyObject* backwards = item(arguments, 1);
+  auto program = std::make_unique<Program>();
+  program->forward = section_of(item(arguments, 0));
+  PyObject *backwards = item(arguments, 1), *arriving = item(arguments, 4);
   for (Py_ssize_t i = 0; i < Py_SIZE(backwards); ++i) {
     PyObject* pair = item(backwards, i);
-    program.backwards.emplace(static_cast<uint64_t>(integer(item(pair, 0))), section_of(item(pair, 1)));
+    program->backwards.emplace(static_cast<uint64_t>(integer(item(pair, 0))), section_of(item(pair, 1)));
   }
-  for (const auto one : integers(item(arguments, 3))) program.differentiable.push_back(one != 0);
-  PyObject* arriving = item(arguments, 4);
+  program->saved_output = integers(item(arguments, 2));
+  for (const auto one : integers(item(arguments, 3))) program->differentiable.push_back(one != 0);
   for (Py_ssize_t i = 0; i < Py_SIZE(arriving); ++i) {
     PyObject* pair = item(arriving, i);
-    program.arriving.push_back({integers(item(pair, 0)), reinterpret_cast<THPDtype*>(item(pair, 1))->scalar_type});
+    program->arriving.push_back({integers(item(pair, 0)), reinterpret_cast<THPDtype*>(item(pair, 1))->scalar_type});
   }
-  program.several = item(arguments, 5) == Py_True;
-  program.strict = item(arguments, 6) == Py_True;
-  if (item(arguments, 8) != Py_None) program.stream = Object::borrowed(item(arguments, 8));
-  program.device = integer(item(arguments, 9));
-  return made.release();
+  program->several = item(arguments, 5) == Py_True;
+  program->strict = item(arguments, 6) == Py_True;
+  program->slow = Object::borrowed(item(arguments, 7));
+  if (item(arguments, 8) != Py_None) program->stream = Object::borrowed(item(arguments, 8));
+  program->device_number = Object::borrowed(item(arguments, 9));
+  program->device = integer(item(arguments, 9));
+  return new_holder(type, std::move(program));
   END_HANDLE_TH_ERRORS
-}
-
-void program_dealloc(PyObject* self) {
-  auto& program = *reinterpret_cast<Program*>(self);
-  std::destroy_at(&program.forward);
-  std::destroy_at(&program.backwards);
-  std::destroy_at(&program.saved_output);
-  std::destroy_at(&program.differentiable);
-  std::destroy_at(&program.arriving);
-  std::destroy_at(&program.slow);
-  std::destroy_at(&program.stream);
-  std::destroy_at(&program.device_number);
-  PyTypeObject* type = Py_TYPE(self);
-  type->tp_free(self);
-  Py_DECREF(type);
 }
 
 // program.run(offset, extra, *inputs)
 PyObject* program_run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  auto& program = *reinterpret_cast<Program*>(self);
+  const auto expected = held<Program>(self).forward.given.size();
   TORCH_CHECK_TYPE(
-      count >= 2 && static_cast<size_t>(count - 2) == program.forward.given.size(),
-      "got ", count, " arguments; expected an offset, what is given to a slow backward, and ", program.forward.given.size(), " inputs");
+      count >= 2 && static_cast<size_t>(count - 2) == expected,
+      "got ", count, " arguments; expected an offset, what is given to a slow backward, and ", expected, " inputs");
   std::vector<Tensor> inputs;
   inputs.reserve(count);
   for (Py_ssize_t i = 2; i < count; ++i) inputs.push_back(tensor_or_none(arguments[i]));
-  return run(program, inputs, integer(arguments[0]), Object::borrowed(arguments[1]));
+  return run(Object::borrowed(self), inputs, integer(arguments[0]), Object::borrowed(arguments[1]));
   END_HANDLE_TH_ERRORS
 }
 

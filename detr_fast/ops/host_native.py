@@ -1,4 +1,4 @@
-"""Host programs in C++: single ops', recorded here, and what `native/host.cpp` is told of those and of whole layers.
+"""Host programs in C++: single ops', recorded here, and what `native/program.h` is told of those and of whole layers.
 
 `record` of `host_program` writes down what reaches the device. For an op that is one node of autograd's, the program keeps what that
 node keeps, and a backward that the program does not have (`create_graph=True`, a mode that looks, another layout of what
@@ -25,13 +25,10 @@ from detr_fast.ops.host_passes import Instruction
 from detr_fast.ops.host_program import Again, HostProgram
 from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, MAX_OFFSETS, SEED, STREAM, Unrepeatable
 
-MAX_BYTES = (
-    64 << 20
-)  # of a call's tensors: with more the GPU takes longer than the host, and a recording too much memory
+MAX_BYTES = 64 << 20  # of a call's tensors; with more, the GPU takes longer than the host, and recording much memory
 unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by the op's name
 
-
-# Kinds of operands, as `Operand::Kind` of host.cpp has them.
+# Kinds of operands, as `Operand::Kind` of program.h has them.
 CONSTANT, REGISTER, ADDRESS, OFFSET, STREAM_OF_CALL = range(5)
 # Operations that it does by itself, by its names for them.
 _NAMES: dict[Any, str] = {Tensor.view: "view", torch.t: "t", torch.mm: "mm", Tensor.addmm_: "addmm_"}
@@ -45,9 +42,8 @@ def program_of(program: HostProgram, several: bool, strict: bool, slow: Callable
     """
     given = [*range(FIRST_INPUT, FIRST_INPUT + program.inputs), *([SEED] if program.draws else [])]
     outputs, host = program.outputs, native.host
-    if host is None or len({*outputs, *given}) < len(outputs) + len(
-        given
-    ):  # an output that is an input, or another one
+    distinct = len({*outputs, *given}) == len(outputs) + len(given)  # no output is an input, or another one
+    if host is None or not distinct:
         return None
     forward = _section(program, program.forward_instructions, given, [*program.saved, *outputs])
     backwards = []
@@ -93,7 +89,7 @@ def _differentiable(offset: int, again: Again, kept: Any, arriving: Any) -> list
 def _section(
     program: HostProgram, instructions: Sequence[Instruction], given: Sequence[int], wanted: Sequence[int | None]
 ) -> tuple[Any, ...]:
-    """What host.cpp's `section_of` reads."""
+    """What program.h's `section_of` reads."""
     recorded = program.recorder
     addresses = {address: place for place, address in recorded.addresses.items()}
     offsets = dict(recorded.offsets)

@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from detr_fast.kernels import launch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.test_host_time import CASES, DIM, HEADS, LENGTH, ROWS, WIDTH
@@ -17,6 +16,7 @@ from detr_fast import nn, ops, use_backend
 from detr_fast.ops import host_native, host_program
 from detr_fast.ops.dropout import shared_seed
 from detr_fast.ops.layer_norm import LAYER_NORM
+from tests.seen import Seen
 
 pytestmark = pytest.mark.interpreter(None)
 PROGRAM = "OpProgramBackward"
@@ -221,16 +221,6 @@ def test_a_sum_that_is_returned_has_its_own_gradient():
             for found, right in zip(gradients(*arriving), expected):
                 assert (found is None and right is None) or torch.equal(found, right)
     assert PROGRAM in nodes(both(*leaves)[0])
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_mode_sees_the_ops_also_where_it_is_entered_before_the_backward_alone():

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
 from detr_fast.dispatch import forget_decisions
 from detr_fast.ops.layer_norm import _forward
+from tests.seen import Seen
 
 pytestmark = pytest.mark.interpreter
 
@@ -26,16 +26,6 @@ def leaves():
 
 def layer_norm(x, weight, bias):
     return ops.layer_norm(x, (8,), weight, bias)
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_dispatch_mode_sees_forward_and_backward_as_ops():
