@@ -64,6 +64,15 @@ def test_an_op_launches_what_python_launches_on_the_same_tensors(name, on_stub):
     assert any(index >= 0 for one in pointers for index in one)
 
 
+def test_a_program_of_one_tensor_given_twice_serves_no_other_call(on_stub):
+    x, y, z = (torch.randn(1, 4, 2, 32) for _ in range(3))
+    for _ in range(3):
+        ops.attention(x, x, z)  # known by one address
+    for _ in range(3):
+        (forward, *_) = pointers_of(on_stub, [x, y, z], lambda: ops.attention(x, y, z))
+        assert {0, 1, 2} <= set(forward)
+
+
 def test_a_layer_launches_what_its_parts_launch(on_stub):
     layer = nn.TransformerEncoderLayer(64, 2, 64, 0.1, batch_first=True)
     x, padding = torch.randn(1, 4, 64, requires_grad=True), torch.tensor([[False] * 3 + [True]])
