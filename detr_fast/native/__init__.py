@@ -236,4 +236,9 @@ def read_environment() -> None:
     global _started
     if os.environ.get("DETR_FAST_NATIVE") == "1":
         _started = True
-        use(load())
+        try:
+            use(load())
+        except CompilationError as error:
+            raise CompilationError(
+                f"DETR_FAST_NATIVE=1 asks for the host's part in C++, but {error}. Unset it to run from Python."
+            ) from None

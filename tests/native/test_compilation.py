@@ -121,6 +121,13 @@ def test_the_process_that_compiles_outlives_the_one_that_asked_and_says_what_fai
     assert done.exists()
 
 
+def test_asked_for_by_the_environment_it_fails_with_the_remedy(unstarted, monkeypatch):
+    monkeypatch.setenv("DETR_FAST_NATIVE", "1")
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(native.CompilationError, match=r"/no/such/compiler.*Unset it to run from Python"):
+        native.read_environment()
+
+
 def test_it_can_be_left_out(unstarted, monkeypatch):
     monkeypatch.setenv("DETR_FAST_NATIVE", "0")
     native.wanted()
