@@ -14,6 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "BackendError",
+    "accelerate",
+    "accelerated",
+    "explain",
+    "explaining",
+    "nn",
+    "ops",
+    "restore",
+    "use_backend",
+]
+
 # Imported on first use, so that `detr-fast --help` and `import detr_fast` stay quick.
 _WHERE = {
     "use_backend": "detr_fast.dispatch",

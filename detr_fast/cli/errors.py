@@ -10,7 +10,8 @@ def explain_error(error: Exception) -> tuple[str, int] | None:
     """The line to print and the exit status of an error that a user can act on; None for any other, which is a bug."""
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").split(".")[0] in EXTRA_PACKAGES:
-            return f"Error: {error.name} is not installed; run: pip install 'detr-fast[train]'", USER_ERROR
+            remedy = "run in a clone of detr-fast: pip install '.[train]'"
+            return f"Error: {error.name} is not installed; {remedy}", USER_ERROR
         return None
 
     import torch

@@ -11,6 +11,7 @@ _START, _RECIPE, _MACHINE = "Start", "Recipe", "Machine"
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -165,7 +166,9 @@ def train(
     changes = {name: value for name, value in changes.items() if value is not None}
     console = Console(width=None if os.isatty(1) else 120)
     if resume is not None:
-        surplus = [f"--{name.replace('_', '-')}" for name in changes if name != "epochs"] + ["--focal"] * focal
+        sources = {p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params}
+        given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        surplus = [option for option in given if option not in ("--resume", "--epochs")]
         if surplus:
             raise ConfigError(f"{', '.join(surplus)} cannot change in mid-run; only --epochs goes with --resume")
         with ProgressReporter(console) as reporter:

@@ -33,6 +33,10 @@ class Kind:
     severity: Severity
     cure: str
 
+    @property
+    def fixable(self) -> bool:
+        return not self.cure.startswith("can't be fixed")
+
 
 # "error": training refuses it, or its result would be wrong. "warning": it costs accuracy. "note": worth knowing.
 KINDS: dict[str, Kind] = {
@@ -245,7 +249,7 @@ def fix(folder: str | Path, destination: str | Path, progress: Progress | None =
     """
     report = examine(folder, progress)
     for finding in report.findings:
-        if KINDS[finding.kind].cure.startswith("can't be fixed"):
+        if not KINDS[finding.kind].fixable:
             cure = KINDS[finding.kind].cure.partition(": ")[2]
             raise DataError(f"{folder}: {finding.split}: {finding.kind} ({finding.examples[0]}); {cure}")
     numbers = _category_numbers(report.scans)

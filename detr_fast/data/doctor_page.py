@@ -54,6 +54,8 @@ def report_text(report: Report) -> str:
             lines.append(f"             … and {finding.count - len(finding.examples)} more")
         lines.append(f"             --fix: {KINDS[finding.kind].cure}")
     verdict = "healthy" if report.healthy else "not fit for training; --fix writes a repaired copy"
+    if any(finding.severity == "error" and not KINDS[finding.kind].fixable for finding in report.findings):
+        verdict = "not fit for training, and --fix can't repair it; see above"
     return "\n".join([*lines, "", f"{report.folder}: {verdict}"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,6 +75,10 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(
                 f"ema_decay is {self.ema_decay}, expected a number from 0 (off) to below 1, for example 0.999"
+            )
+        if not 0 <= self.transforms.color_jitter < math.inf:
+            raise ConfigError(
+                f"color_jitter is {self.transforms.color_jitter}, expected 0 (off) or a strength, for example 0.2"
             )
         if not 0 < self.lr_drop <= 1:
             raise ConfigError(f"lr_drop is {self.lr_drop}, expected a share of the epochs over 0 and up to 1")

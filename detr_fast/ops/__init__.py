@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from detr_fast import dispatch, native
 from detr_fast.ops import host_native
-from detr_fast.ops.add_layer_norm import add_layer_norm as add_layer_norm
-from detr_fast.ops.attention import attention as attention
-from detr_fast.ops.attention import attention_with_weights as attention_with_weights
-from detr_fast.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
-from detr_fast.ops.attention_varlen import attention_varlen as attention_varlen
-from detr_fast.ops.channel_affine import channel_affine as channel_affine
-from detr_fast.ops.detection_losses import detection_losses as detection_losses
-from detr_fast.ops.feed_forward import feed_forward as feed_forward
-from detr_fast.ops.feed_forward import feed_forward_add_layer_norm as feed_forward_add_layer_norm
-from detr_fast.ops.layer_norm import layer_norm as layer_norm
-from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm as linear_add_layer_norm
-from detr_fast.ops.linear_assignment import linear_assignment as linear_assignment
-from detr_fast.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from detr_fast.ops.linear_probabilities import linear_softmax as linear_softmax
-from detr_fast.ops.linear_probabilities import linear_softmax_topk as linear_softmax_topk
-from detr_fast.ops.matching_cost import matching_cost as matching_cost
-from detr_fast.ops.qkv_projection import qkv_projection as qkv_projection
-from detr_fast.ops.resnet_stem import resnet_stem as resnet_stem
+from detr_fast.ops.add_layer_norm import add_layer_norm
+from detr_fast.ops.attention import attention, attention_with_weights, scaled_dot_product_attention
+from detr_fast.ops.attention_varlen import attention_varlen
+from detr_fast.ops.channel_affine import channel_affine
+from detr_fast.ops.detection_losses import detection_losses
+from detr_fast.ops.feed_forward import feed_forward, feed_forward_add_layer_norm
+from detr_fast.ops.layer_norm import layer_norm
+from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm
+from detr_fast.ops.linear_assignment import linear_assignment
+from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
+from detr_fast.ops.linear_probabilities import linear_softmax, linear_softmax_topk
+from detr_fast.ops.matching_cost import matching_cost
+from detr_fast.ops.qkv_projection import qkv_projection
+from detr_fast.ops.resnet_stem import resnet_stem
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_with_weights",
+    "scaled_dot_product_attention",
+    "attention_varlen",
+    "channel_affine",
+    "detection_losses",
+    "feed_forward",
+    "feed_forward_add_layer_norm",
+    "layer_norm",
+    "linear_add_layer_norm",
+    "linear_assignment",
+    "linear_cross_entropy",
+    "linear_softmax",
+    "linear_softmax_topk",
+    "matching_cost",
+    "qkv_projection",
+    "resnet_stem",
+]
 
 dispatch.read_environment()
 host_native.register()

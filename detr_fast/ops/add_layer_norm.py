@@ -27,7 +27,6 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
-    training: bool = True,
     return_sum: bool = False,
 ) -> Any:
     """LayerNorm of residual + dropout(x) over the last dimension; with `return_sum` also that sum, for pre-norm layers.
@@ -39,10 +38,9 @@ def add_layer_norm(
     Source: Ba et al., 2016, arXiv:1607.06450; Srivastava et al., 2014, "Dropout".
     """
     _check(x, residual, weight, bias, dropout_p)
-    p = dropout_p if training else 0.0
     if not (dispatch.intervening or x.is_cuda):
-        return _eager(x, residual, weight, bias, eps, p, return_sum)
-    return ADD_LAYER_NORM(x, residual, weight, bias, eps, p, return_sum)
+        return _eager(x, residual, weight, bias, eps, dropout_p, return_sum)
+    return ADD_LAYER_NORM(x, residual, weight, bias, eps, dropout_p, return_sum)
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, p: float) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from detr_fast.testing.accuracy import assert_as_accurate_as_eager as assert_as_accurate_as_eager
-from detr_fast.testing.accuracy import assert_close_to_truth as assert_close_to_truth
-from detr_fast.testing.counters import Counts as Counts
-from detr_fast.testing.counters import count as count
-from detr_fast.testing.counters import counting as counting
+from detr_fast.testing.accuracy import assert_as_accurate_as_eager, assert_close_to_truth
+from detr_fast.testing.counters import Counts, count, counting
+
+__all__ = ["assert_as_accurate_as_eager", "assert_close_to_truth", "Counts", "count", "counting"]

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("accelerate")
 
 from detr_fast.cli import COMMANDS, main
+from detr_fast.cli.errors import explain_error
 from detr_fast.data.scenes import generate_scenes
 
 SMALL = ["--model", "small", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
@@ -65,6 +66,11 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data", "x", "--lr", "-1"], "lr is -1.0, expected a number over 0"),
         (["train", "--resume", "x", "--lr", "1"], "--lr cannot change in mid-run"),
         (["train", "--resume", "x", "--focal"], "--focal cannot change in mid-run"),
+        (
+            ["train", "--resume", "x", "--model", "resnet50", "--image-size", "96", "--epochs", "2", "--vertical-flip"],
+            "--model, --image-size, --vertical-flip cannot change in mid-run",
+        ),
+        (["train", "--data", "x", "--color-jitter", "-1"], "color_jitter is -1.0, expected 0 (off) or a strength"),
         (["evaluate", "nowhere"], "no checkpoint nowhere"),
         (["predict", "nowhere", "none.png"], "none.png does not exist"),
         (["explain", "nowhere"], "no checkpoint nowhere"),
@@ -215,3 +221,10 @@ def test_a_signal_to_all_processes_keeps_a_checkpoint_from_which_resume_goes_on(
     assert error.splitlines()[2].startswith(f"stopped by {name}: step ")
     steps = int(error.split("step ")[1].split(" of ")[0])
     assert status("train", "--resume", run, "--epochs", steps // 2 + 1) == 0
+
+
+def test_a_missing_package_is_named_with_a_command_that_installs_it_from_a_clone():
+    line, code = explain_error(ModuleNotFoundError("No module named 'scipy.optimize'", name="scipy.optimize"))
+    assert "scipy.optimize is not installed" in line
+    assert "in a clone of detr-fast: pip install '.[train]'" in line  # on PyPI there is none
+    assert code == 2

@@ -195,6 +195,7 @@ def test_a_split_without_images_is_found_and_left_to_the_user(write_coco, tmp_pa
 
     folder = write_coco(edit=edit)
     assert found(examine(folder)) == {("train", "no images"): 1}
+    assert "--fix can't repair it" in examine(folder).text()
     with pytest.raises(DataError, match="no images"):
         fix(folder, tmp_path / "fixed")
 

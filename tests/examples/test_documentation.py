@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,3 +190,26 @@ def test_every_public_op_says_its_shapes_its_errors_and_its_source():
         }
         silent[name] = [what for what, found in said.items() if not found]
     assert not {name: missing for name, missing in silent.items() if missing}
+
+
+@pytest.mark.parametrize("room", ["detr_fast", *(f"detr_fast.{r}" for r in ("nn", "ops", "models", "data", "testing"))])
+def test_every_public_name_is_there_documented_and_typed(room):
+    module = importlib.import_module(room)
+    public = {name: getattr(module, name) for name in module.__all__}
+    ours = {n: v for n, v in public.items() if getattr(v, "__module__", "").startswith("detr_fast.")}
+    assert len(ours) > 4
+    assert not [name for name, value in ours.items() if not vars(value).get("__doc__", value.__doc__)]
+    functions = {n: v for n, v in ours.items() if inspect.isfunction(v)}
+    for name, value in ours.items():
+        methods = vars(value).items() if inspect.isclass(value) else ()
+        special = (
+            {"__call__"} if hasattr(torch.nn, name) else {"__call__", "__init__"}
+        )  # torch.nn's signatures are torch's
+        functions |= {
+            f"{name}.{n}": m for n, m in methods if inspect.isfunction(m) and (not n.startswith("_") or n in special)
+        }
+    untyped = {}
+    for name, function in functions.items():
+        named = {"return", *inspect.signature(function).parameters} - {"self"}
+        untyped[name] = named - function.__annotations__.keys()
+    assert not {name: missing for name, missing in untyped.items() if missing}

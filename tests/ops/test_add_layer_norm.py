@@ -61,9 +61,9 @@ def test_dropout_and_its_gradients_follow_the_seed_of_torchs_generator(triton):
 
 
 @interpreter
-def test_without_training_nothing_is_dropped_and_no_seed_drawn(triton):
+def test_without_dropout_no_seed_is_drawn(triton):
     values, state = inputs(4, 32), torch.get_rng_state()
-    torch.testing.assert_close(ops.add_layer_norm(*values, dropout_p=0.5, training=False), reference(*values)[0])
+    torch.testing.assert_close(ops.add_layer_norm(*values, dropout_p=0.0), reference(*values)[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
