@@ -53,8 +53,7 @@ def parts_of(block: Any) -> FeedForwardParts | None:
     """The parts of a switched block; None where it has to be called."""
     if not isinstance(block, FeedForward) or not all(map(is_bare, block.children())):
         return None
-    kind = block.__dict__[MARK].original
-    names = _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]
+    names = names_of(block)
     first, second = getattr(block, names.first), getattr(block, names.second)
     activation = activation_name(getattr(block, names.activation))
     if activation is None or not (is_plain(first) and is_plain(second)):
@@ -64,6 +63,12 @@ def parts_of(block: Any) -> FeedForwardParts | None:
         for name in (names.dropout, names.output_dropout)
     )
     return FeedForwardParts(first, activation, inner, second, outer)
+
+
+def names_of(block: Module) -> _Names:
+    """The attributes that hold the parts of a switched block."""
+    kind = block.__dict__[MARK].original
+    return _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]
 
 
 class FeedForwardBlocks(Adapter):

@@ -128,9 +128,9 @@ def mask(
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **options)
 
 
-def with_padding(mask: Tensor, padding: Tensor | None) -> Tensor:
+def with_padding(mask: Tensor | None, padding: Tensor | None) -> Any:
     """A mask that remembers the padding (B, S), True = padding, that it is made of, except where Dynamo traces."""
-    if not torch.compiler.is_compiling():
+    if padding is not None and not torch.compiler.is_compiling():
         setattr(mask, _PADDING, padding)
     return mask
 

@@ -15,9 +15,13 @@ from torch.nn import Module
 from detr_fast.adapters.base import Adapter, Scriptable, joined, kind_of, reads, why_not_fuse, why_not_switch
 from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_norm, linear_add_norm
 from detr_fast.adapters.feed_forward import parts_of
+from detr_fast.adapters.hugging_face import padding_of, with_padding
+from detr_fast.adapters.hugging_face_contents import detr_layer
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability, sum_and_norm
+from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
 
 
 class BertOutput(Scriptable):
@@ -60,17 +64,17 @@ class DetrEncoderLayer(Scriptable):
     ) -> Tensor:
         if not comes_apart(hidden_states, self.self_attn_layer_norm, self.final_layer_norm):
             return super().forward(hidden_states, attention_mask, spatial_position_embeddings, **kwargs)  # type: ignore[misc]
+        tensors = (hidden_states, attention_mask, padding_of(attention_mask), spatial_position_embeddings)
         with shared_seed():
-            x = self.self_attn(
-                hidden_states=hidden_states,
-                attention_mask=attention_mask,
-                position_embeddings=spatial_position_embeddings,
-                **kwargs,
-            )[0]
-            p = probability(self.dropout, self.training)
-            x = _block_add_norm(
-                self.mlp, norm_of_sum(x, hidden_states, self.self_attn_layer_norm, p), self.final_layer_norm
-            )
+            if kwargs:
+                return self._fused(*tensors, **kwargs)
+            return whole(ENCODER_LAYER, self, self._fused, tensors, describe=detr_layer)
+
+    def _fused(self: Any, x: Tensor, mask: Any, padding: Any, position: Any, **kwargs: Any) -> Tensor:
+        own = {"attention_mask": with_padding(mask, padding), "position_embeddings": position, **kwargs}
+        p = probability(self.dropout, self.training)
+        x = norm_of_sum(self.self_attn(hidden_states=x, **own)[0], x, self.self_attn_layer_norm, p)
+        x = _block_add_norm(self.mlp, x, self.final_layer_norm)
         # What the original clamps can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight.
         return clamped(x) if self.training and x.dtype == torch.float16 else x
 
@@ -92,15 +96,34 @@ class DetrDecoderLayer(Scriptable):
         if not _decoder_comes_apart(self, hidden_states):
             masks = (encoder_hidden_states, encoder_attention_mask)
             return super().forward(hidden_states, attention_mask, *positions, *masks, **kwargs)  # type: ignore[misc]
-        own = {"attention_mask": attention_mask, "position_embeddings": positions[1], **kwargs}
+        memory = (encoder_hidden_states, encoder_attention_mask, padding_of(encoder_attention_mask))
+        tensors = (hidden_states, attention_mask, padding_of(attention_mask), *positions, *memory)
+        with shared_seed():
+            if kwargs:
+                return self._fused(*tensors, **kwargs)
+            return whole(DECODER_LAYER, self, self._fused, tensors, describe=detr_layer)
+
+    def _fused(
+        self: Any,
+        x: Tensor,
+        mask: Any,
+        padding: Any,
+        position: Any,
+        query_position: Any,
+        memory: Any,
+        memory_mask: Any,
+        memory_padding: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        own = {"attention_mask": with_padding(mask, padding), "position_embeddings": query_position, **kwargs}
         cross = {
-            "key_value_states": encoder_hidden_states,
-            "attention_mask": encoder_attention_mask,
-            "position_embeddings": positions[1],
-            "encoder_position_embeddings": positions[0],
+            "key_value_states": memory,
+            "attention_mask": with_padding(memory_mask, memory_padding),
+            "position_embeddings": query_position,
+            "encoder_position_embeddings": position,
             **kwargs,
         }
-        return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
+        return _decode(self, x, own, None if memory is None else cross)
 
 
 class ConditionalDetrDecoderLayer(Scriptable):
@@ -131,7 +154,8 @@ class ConditionalDetrDecoderLayer(Scriptable):
             "query_position_embeddings": query_position_embeddings if is_first else None,
             **kwargs,
         }
-        return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
+        with shared_seed():
+            return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
 
 
 class ViTLayer(Scriptable):
@@ -160,11 +184,10 @@ def _decoder_comes_apart(layer: Any, x: Tensor) -> bool:
 
 def _decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | None) -> Tensor:
     p = probability(layer.dropout, layer.training)
-    with shared_seed():
-        x = norm_of_sum(layer.self_attn(hidden_states=x, **own)[0], x, layer.self_attn_layer_norm, p)
-        if cross is not None:
-            x = norm_of_sum(layer.encoder_attn(hidden_states=x, **cross)[0], x, layer.encoder_attn_layer_norm, p)
-        return _block_add_norm(layer.mlp, x, layer.final_layer_norm)
+    x = norm_of_sum(layer.self_attn(hidden_states=x, **own)[0], x, layer.self_attn_layer_norm, p)
+    if cross is not None:
+        x = norm_of_sum(layer.encoder_attn(hidden_states=x, **cross)[0], x, layer.encoder_attn_layer_norm, p)
+    return _block_add_norm(layer.mlp, x, layer.final_layer_norm)
 
 
 def _block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:

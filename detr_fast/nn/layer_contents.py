@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -42,14 +43,20 @@ class Call(Protocol):
         """Of what a program is made under, for the table in C++."""
 
 
+# What enters a layer's contents, and whether each of its parts is what is expected, and may be taken apart.
+Describe = Callable[["Contents", nn.Module], bool]
+
+
 class Contents:
     """What a layer computes from: parameters, and all else that its parts read of themselves.
 
     Read once; `hold` says whether all of that is still what it was.
     """
 
-    def __init__(self, op: LayerOp) -> None:
+    def __init__(self, op: LayerOp, describe: Describe) -> None:
+        self.describe = describe
         self.parameters: list[Tensor | None] = []
+        self.names: list[str] = []  # of the parameters, as the layer's state_dict has them
         self.settings: list[Any] = []
         self.hidden = 0
         self.drops = False
@@ -63,25 +70,39 @@ class Contents:
         self._places: list[tuple[dict[str, Any], str]] = []  # of what may have become another object
         self._hooks: list[tuple[dict[str, Any], str]] = []
         self._found: list[Any] = []
+        self._code: list[tuple[Any, Any]] = []  # of classes
 
-    def watch(self, part: Any, *names: str, drop: str | None = None) -> None:
-        """Take a part's parameters and these settings of its, and dropout's probability under the name `drop`."""
-        state = part.__dict__
+    def watch(self, part: Any, path: str, *names: str, drops: tuple[str, ...] = ()) -> None:
+        """Take the parameters of the part at this path, whose hooks would see its calls, and of its settings what `note` takes."""
         self._parts.append(part)
         self.parameters += part._parameters.values()
+        self.names += [f"{path}.{name}" for name in part._parameters]
+        self._hooks += [(part.__dict__, name) for name in HOOKS]
+        self.note(part, *names, drops=drops)
+
+    def note(self, part: Any, *names: str, drops: tuple[str, ...] = ()) -> None:
+        """Take these settings of a part, and under the names `drops` probabilities of dropout."""
+        state = part.__dict__
         self.settings += [state[name] for name in names]
-        if drop is not None:
-            p = state[drop] if state["training"] else 0.0
+        for name in drops:
+            p = state[name] if state["training"] else 0.0
             self.settings.append(p)
             self.drops = self.drops or p > 0.0
-            names = (*names, drop)
-        self._hooks += [(state, name) for name in HOOKS]
-        self.keep(state, part, *names)
+        self.keep(part, *names, *drops)
 
-    def keep(self, state: dict[str, Any], part: nn.Module, *names: str) -> None:
+    def keep(self, part: nn.Module, *names: str) -> None:
         """Remember what is found in a part's state."""
-        self._places += [(state, name) for name in ("training", "forward", *names)]
-        self._places += [(children, name) for children in (part._modules, part._parameters) for name in children]
+        self.place(part.__dict__, "training", "forward", *names)
+        for children in (part._modules, part._parameters):
+            self.place(children, *children)
+
+    def place(self, state: Any, *names: str) -> None:
+        """Remember what is found in a dictionary."""
+        self._places += [(state, name) for name in names]
+
+    def expect(self, kind: Any) -> None:
+        """Remember a class's forward, of a library's code that somebody may replace."""
+        self._code.append((kind, kind.forward))
 
     def close(self) -> Contents:
         self._kinds = list(map(type, self._parts))
@@ -89,7 +110,12 @@ class Contents:
         return self
 
     def hold(self, layer: nn.Module) -> bool:
-        return self._generation is self.op.generation and type(layer) is self.settings[0] and self._unchanged()
+        return (
+            self._generation is self.op.generation
+            and type(layer) is self.settings[0]
+            and all(kind.forward is forward for kind, forward in self._code)
+            and self._unchanged()
+        )
 
     def _unchanged(self) -> bool:
         if native.host is not None:
@@ -133,50 +159,56 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
 _known: WeakKeyDictionary[nn.Module, Contents] = WeakKeyDictionary()
 
 
-def contents_of(layer: nn.Module, op: LayerOp) -> Contents | None:
+def contents_of(layer: nn.Module, op: LayerOp, describe: Describe) -> Contents | None:
     """None where a part is not what is expected, or may not be taken apart."""
     found = _known.get(layer)
     if found is not None and found.hold(layer):
         return found
-    found = read(layer, op)
+    found = read(layer, op, describe)
     if found is not None:
         _known[layer] = found
     return found
 
 
-def read(layer: nn.Module, op: LayerOp) -> Contents | None:
-    found, own = Contents(op), layer.__dict__
+def read(layer: nn.Module, op: LayerOp, describe: Describe) -> Contents | None:
+    found = Contents(op, describe)
+    found.settings.append(type(layer))
+    return found.close() if describe(found, layer) else None
+
+
+def torch_nn(found: Contents, layer: nn.Module) -> bool:
+    """A layer whose parts are called as torch.nn's are; whether each is what is expected."""
     switches = ("training", "norm_first", "normalize_before", "pre_norm")
-    found.settings = [type(layer), *map(own.get, switches)]
-    found.keep(own, layer, *switches, "activation")
-    if (activation := own.get("activation")) is not None:
+    found.settings += map(layer.__dict__.get, switches)
+    found.keep(layer, *switches, "activation")
+    if (activation := layer.__dict__.get("activation")) is not None:
         if (known := activation_name(activation)) is None:
-            return None
+            return False
         found.settings.append(known)
     part: Any
     for name, part in layer._modules.items():
         kind = type(part)
         if part is None or not is_bare(part):
-            return None
+            return False
         if kind is nn.Dropout:
-            found.watch(part, drop="p")
+            found.watch(part, name, drops=("p",))
         elif kind in NORMS:
             if part.weight is None:  # nothing says how many columns it takes
-                return None
-            found.watch(part, "eps", "normalized_shape")
+                return False
+            found.watch(part, name, "eps", "normalized_shape")
         elif kind is MultiheadAttention:
             projection = part._modules["out_proj"]
             if type(projection) not in _LINEARS or not is_bare(projection):
-                return None
-            found.watch(part, "num_heads", "batch_first", "add_zero_attn", drop="dropout")
-            found.watch(projection)
+                return False
+            found.watch(part, name, "num_heads", "batch_first", "add_zero_attn", drops=("dropout",))
+            found.watch(projection, f"{name}.out_proj")
         elif kind in _LINEARS:
-            found.watch(part)
+            found.watch(part, name)
             found.hidden = part.out_features if name == "linear1" else found.hidden
         elif (known := activation_name(part)) is not None:
-            found.watch(part)
-            found.keep(part.__dict__, part, "approximate")
+            found.watch(part, name)
+            found.keep(part, "approximate")
             found.settings.append(known)
         else:
-            return None
-    return found.close()
+            return False
+    return True

@@ -24,7 +24,7 @@ from detr_fast.kernels import launch
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.casts import casts_of
 from detr_fast.nn.fusion import following_norm, leave_ahead, norms_ahead, take_ahead, taken_ahead
-from detr_fast.nn.layer_contents import NORMS, Contents, contents_of, read
+from detr_fast.nn.layer_contents import NORMS, Contents, Describe, contents_of, read, torch_nn
 from detr_fast.nn.memory import Projected, given_share, share_of
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops import boundary, host_native
@@ -48,22 +48,24 @@ def whole(
     tensors: Sequence[Tensor | None],
     settings: tuple[Any, ...] = (),
     memory: Memory | None = None,
+    describe: Describe = torch_nn,
 ) -> Tensor:
     """function(*tensors, *settings), the layer's parts one by one, or what comes to the same.
 
-    The first tensor is the layer's input. settings: hashable. Raises as the parts do.
+    The first tensor is the layer's input. settings: hashable. describe: what the layer computes from. Raises as the parts do.
     """
     x = tensors[0]
     assert x is not None
-    if torch.compiler.is_compiling() or op.is_small(x.nbytes, x.device):
+    alike = describe is torch_nn
+    if torch.compiler.is_compiling() or op.is_small(x.nbytes, x.device, (alike,)):
         return function(*tensors, *settings)
-    contents = contents_of(layer, op)
+    contents = contents_of(layer, op, describe)
     if contents is None:
         return function(*tensors, *settings)
     call = _call_of(layer, function, tensors, settings, memory, contents) if _unseen(x) else None
     if call is not None and (program := contents.program(call)) is not None:  # where there is one, the choice was made
         return _run(program, call)
-    if op.kernel(x, contents.hidden, layer.training) is None:
+    if op.kernel(x, contents.hidden, layer.training, alike) is None:
         return function(*tensors, *settings)
     if call is not None and (program := _program(op, call)) is not None:
         return _run(program, call)
@@ -172,7 +174,7 @@ def _call_of(
     """None where no program can be of such tensors."""
     x: Any = tensors[0]
     parameters = contents.parameters
-    normed, norm = taken_ahead(layer._modules["norm1"], x), following_norm(layer)
+    normed, norm = taken_ahead(layer._modules.get("norm1"), x), following_norm(layer)
     arguments = [*tensors, normed]
     following: list[Tensor | None] = []
     if norm is not None:
@@ -286,16 +288,6 @@ class _Both(nn.Module):
     def forward(self, *arguments: Tensor | None) -> list[Tensor]:
         return self.compute(*arguments)
 
-    def names(self) -> list[str]:
-        """Of all parameters, those that are None among them, in the order of a call's."""
-        found = []
-        for name, part in self.layer._modules.items():
-            assert part is not None
-            found += [f"layer.{name}.{one}" for one in part._parameters]
-            if (projection := part._modules.get("out_proj")) is not None:
-                found += [f"layer.{name}.out_proj.{one}" for one in projection._parameters]
-        return found if self.norm is None else found + [f"norm.{one}" for one in self.norm._parameters]
-
 
 Before = tuple[Contents, tuple[Any, ...] | None, dict[str, str]]  # a layer, the norm behind it and what was asked for
 
@@ -315,7 +307,7 @@ def _again(
     """
     compute = remembered.get()
     (contents, norm_settings, requests), norm = before, compute.norm
-    now = read(compute.layer, contents.op)
+    now = read(compute.layer, contents.op, contents.describe)
     if (
         now is None
         or not now.computes_as(contents)
@@ -327,7 +319,8 @@ def _again(
             "change it behind that backward"
         )
     both = _Both(compute)
-    names = both.names()
+    following = [] if norm is None else [f"norm.{name}" for name in norm._parameters]
+    names = [*(f"layer.{name}" for name in contents.names), *following]
     count = len(inputs) - len(names)
     others = {name: one for name, one in zip(names, inputs[count:]) if one is not None}
     casting = torch.autocast(kind, autocast, enabled=autocast is not None)

@@ -10,10 +10,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detr_fast
 from detr_fast import use_backend
 from detr_fast.explanation import explaining
+from detr_fast.ops import regimes
+from detr_fast.ops.layers import ENCODER_LAYER
 from detr_fast.testing.counters import count
 
 transformers = pytest.importorskip("transformers")
@@ -418,3 +421,24 @@ def test_a_padded_batch_compiles_to_one_graph(name):
     detr_fast.accelerate(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(call(compiled), expected)
+
+
+def test_auto_takes_no_layer_as_a_whole_that_was_measured_with_other_products(monkeypatch):
+    """An H100 that was measured to be faster with whole layers of torch.nn's."""
+    monkeypatch.setattr(regimes, "known", lambda: (regimes.Regime("encoder_layer", "sm_90", 1, 0, "a test"),))
+    ENCODER_LAYER.forget()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            layer = detector("Detr", d_model=256).model.encoder.layers[0].train()
+            x = torch.randn(2, 850, 256)
+            detr_fast.accelerate(layer)
+            for backend in ("auto", "triton"):
+                with use_backend(encoder_layer=backend), explaining(layer) as records:
+                    layer(x, None, x)
+                (of_layer,) = [r for r in records if r.op == "encoder_layer"]
+                assert of_layer.chosen == ("triton" if backend == "triton" else "its parts")
+                assert ("torch.nn's layers were measured" in str(of_layer)) is (backend == "auto")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ENCODER_LAYER.forget()

@@ -1,0 +1,295 @@
+"""Hugging Face's DETR layers as one host program and one node of autograd's each: to the bit what their parts do."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import detr_fast
+from detr_fast import native, use_backend
+from detr_fast.ops.host_program import HostProgram
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
+
+transformers = pytest.importorskip("transformers")
+from transformers.masking_utils import bidirectional_mask_function  # noqa: E402
+
+pytestmark = pytest.mark.interpreter
+SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 3, "use_timm_backbone": False}
+HEADS = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+WIDTHS = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 24)
+DROPOUTS = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.1)
+ONE = "ProgramNodeBackward"
+
+
+@pytest.fixture(autouse=True)
+def _no_programs():
+    before = native.host
+    yield
+    native.use(before)
+    for op in (ENCODER_LAYER, DECODER_LAYER):
+        op.forget()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What kernels are launched with, that is no tensor, and where its tensors lie; they do nothing, which takes no time."""
+    from detr_fast.kernels import launch
+    from triton.runtime.interpreter import GridExecutor
+
+    def observe(one):
+        given = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in one.arguments]
+        plain = [a for a in one.arguments if not isinstance(a, torch.Tensor)]
+        found.append((one.variant, one.grid, plain, given))
+
+    found = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+    launch.observers.append(observe)
+    yield found
+    launch.observers.remove(observe)
+
+
+def config(**options):
+    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], out_features=["stage1"])
+    made = transformers.DetrConfig(**{**SIZES, **HEADS, **WIDTHS, **DROPOUTS, **options}, backbone_config=backbone)
+    made._attn_implementation = "sdpa"
+    return made
+
+
+def made(kind):
+    """An accelerated layer in training, and a step's arguments: with padding, and positions that want gradients."""
+    from detr_fast.adapters.hugging_face import mask
+
+    torch.manual_seed(1)
+    classes = transformers.models.detr.modeling_detr
+    layer = {"encoder": classes.DetrEncoderLayer, "decoder": classes.DetrDecoderLayer}[kind](config()).train()
+    detr_fast.accelerate(layer)
+    x, queries, memory, positions = (torch.randn(2, n, 16, requires_grad=True) for n in (3, 3, 4, 4))
+    visible = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    length = 4 if kind == "encoder" else 3
+    padded = mask(2, length, 4, mask_function=bidirectional_mask_function, attention_mask=visible)
+    if kind == "encoder":
+        return layer, (memory, padded, positions)
+    return layer, (x, None, positions, queries, memory, padded)
+
+
+def step(layer, arguments, seed=3, **context):
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=context.pop("autocast", False)), use_backend("triton"):
+        y = layer(*arguments, **context)
+    dy = torch.linspace(-1, 1, y.numel()).view_as(y)
+    leaves = [t for t in (*arguments, *layer.parameters()) if t is not None and t.requires_grad]
+    found = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    return y.grad_fn.name(), [y, *(g for g in found if g is not None)]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("encoder", "compiled"), ("encoder", "autocast"), ("decoder", "from Python")]
+)
+def test_a_layer_is_one_node_that_launches_and_gives_what_its_parts_do_to_the_bit(kind, way, request, interpreter):
+    native.use(request.getfixturevalue("host") if way == "compiled" else None)
+    layer, arguments = made(kind)
+    steps, launches = [], []
+    for _ in range(3):  # by its parts, recorded, and once more
+        interpreter.launches.clear()
+        steps.append(step(layer, arguments, autocast=way == "autocast"))
+        launches.append(interpreter.counts())
+    assert [name == ONE for name, _ in steps] == [False, True, True]
+    assert all(same(found, steps[0][1]) for _, found in steps[1:])
+    assert launches[2] == launches[0] != {}
+
+
+def change(layer, what):
+    if what in ("dropout", "attention_dropout", "activation_dropout"):
+        setattr(
+            {"dropout": layer, "attention_dropout": layer.self_attn, "activation_dropout": layer.mlp}[what], what, 0.5
+        )
+    elif what == "output dropout":
+        layer.mlp.dropout = 0.5
+    elif what == "scaling":
+        layer.self_attn.scaling *= 2
+    elif what == "eps":
+        layer.final_layer_norm.eps = 0.1
+    elif what == "eval":
+        layer.eval()
+    elif what == "the block's mode":
+        layer.mlp.eval()
+    elif what == "frozen":
+        layer.mlp.fc1.weight.requires_grad_(False)
+    else:
+        layer.mlp.activation_fn = torch.nn.GELU()
+
+
+CHANGES = [
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "output dropout",
+    "scaling",
+    "eps",
+    "eval",
+    "the block's mode",
+    "frozen",
+    "activation",
+]
+
+
+def launches_of(launched, layer, arguments):
+    """Of a step: its node, and what kernels were given besides tensors, and how many gradients there are."""
+    launched.clear()
+    name, found = step(layer, arguments)
+    return name, ([one[:3] for one in launched], len(found))
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_layer_that_changed_gets_a_program_of_its_own(what, launched):
+    native.use(None)
+    layer, arguments = made("encoder")
+    before = [launches_of(launched, layer, arguments) for _ in range(3)][2]
+    change(layer, what)
+    steps = [launches_of(launched, layer, arguments) for _ in range(3)]
+    assert [before[0] == ONE, *(name == ONE for name, _ in steps)] == [True, False, True, True]
+    assert steps[0][1] == steps[2][1] != before[1]
+
+
+def test_a_weight_in_anothers_place_is_what_the_program_then_reads(launched):
+    native.use(None)
+    layer, arguments = made("encoder")
+    for _ in range(2):
+        step(layer, arguments)
+    layer.mlp.fc1.weight = torch.nn.Parameter(torch.randn(24, 16))
+    launched.clear()
+    assert step(layer, arguments)[0] == ONE
+    assert any(layer.mlp.fc1.weight.data_ptr() in one[3] for one in launched)
+
+
+def disturb(layer, what, monkeypatch):
+    """Let somebody look at a part, or have a say in what it is."""
+    attention = layer.self_attn
+    if what == "a hook":
+        attention.register_forward_hook(lambda *_: None)
+    elif what == "a product's hook":
+        layer.mlp.fc2.register_forward_pre_hook(lambda *_: None)
+    elif what == "LoRA":
+        attention.v_proj.__class__ = type("LoraLinear", (torch.nn.Linear,), {})
+    elif what == "a forward":
+        attention.forward = attention.forward
+    elif what == "another attention":
+        attention.config._attn_implementation = "sdpa"
+    elif what == "restored attention":
+        detr_fast.restore(attention)
+    elif what == "restored block":
+        detr_fast.restore(layer.mlp)
+    elif what == "another function of that name":
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS["detr_fast"]
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "detr_fast", lambda *a, **k: function(*a, **k))
+    else:
+        forward = type(attention).forward
+        monkeypatch.setattr(type(attention), "forward", lambda self, *a, **k: forward(self, *a, **k))
+
+
+LOOKS = [
+    "a hook",
+    "a product's hook",
+    "LoRA",
+    "a forward",
+    "another attention",
+    "restored attention",
+    "restored block",
+    "another function of that name",
+    "another forward of its class",
+]
+
+
+@pytest.mark.parametrize("what", LOOKS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_whose_parts_somebody_looks_at_or_replaces_runs_them(what, compiled, request, monkeypatch, launched):
+    native.use(request.getfixturevalue("host") if compiled else None)
+    layer, arguments = made("encoder")
+    for _ in range(3):
+        name, _ = step(layer, arguments)
+    assert name == ONE
+    disturb(layer, what, monkeypatch)
+    for _ in range(2):
+        assert step(layer, arguments)[0] != ONE
+
+
+def test_what_is_passed_on_to_the_parts_reaches_them(launched):
+    layer, arguments = made("encoder")
+    seen = []
+    for _ in range(2):
+        step(layer, arguments)
+    assert step(layer, arguments, output_hidden_states=True)[0] != ONE
+    layer.self_attn.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    step(layer, arguments, output_hidden_states=True)
+    assert seen[0]["output_hidden_states"] is True
+
+
+def test_what_transformers_captures_is_captured():
+    """Its hooks lie on the layers, whose output they see, and, once any output was asked for, on their attentions."""
+    torch.manual_seed(1)
+    model = transformers.models.detr.modeling_detr.DetrEncoder(config()).train()
+    detr_fast.accelerate(model)
+    x, position = torch.randn(2, 1, 4, 16)
+    given = {"inputs_embeds": x, "attention_mask": None, "spatial_position_embeddings": position}
+    found = []
+    with use_backend("triton"):
+        for options in ({}, {}, {"output_hidden_states": True}):
+            torch.manual_seed(3)
+            found.append(model(**given, **options))
+    y = found[0].last_hidden_state
+    assert all(torch.equal(one.last_hidden_state, y) for one in found)
+    assert [one.last_hidden_state.grad_fn.name() == ONE for one in found] == [False, True, False]
+    assert found[2].hidden_states[1] is found[2].last_hidden_state
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_layer_gives_the_gradients_that_it_gave(reentrant):
+    layer, arguments = made("encoder")
+    for _ in range(2):
+        _, expected = step(layer, arguments)
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=reentrant)
+    torch.manual_seed(3)
+    with use_backend("triton"):
+        y = layer(*arguments)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+    assert same([y, arguments[0].grad, arguments[2].grad, *(p.grad for p in layer.parameters())], expected)
+
+
+def test_the_double_backward_is_the_parts_own():
+    layer, arguments = made("encoder")
+    leaves = [t for t in arguments if t is not None and t.requires_grad]
+
+    def twice():
+        torch.manual_seed(3)
+        y = layer(*arguments)
+        (dx,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+        return y.grad_fn.name(), dx, *torch.autograd.grad(dx.square().sum(), [*leaves, layer.mlp.fc1.weight])
+
+    with use_backend("triton"):
+        first, *expected = twice()
+        name, *found = twice()
+        assert (first != ONE, name) == (True, ONE)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        y = layer(*arguments)
+        layer.self_attn.attention_dropout = 0.0
+        with pytest.raises(RuntimeError, match="changed between its forward and a backward with create_graph=True"):
+            torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+
+
+def test_layers_that_are_alike_share_a_program(launched):
+    first, arguments = made("encoder")
+    second, _ = made("encoder")
+    step(first, arguments)
+    assert step(second, arguments)[0] == ONE
+    assert [type(one) for one in ENCODER_LAYER.programs.values()] == [HostProgram]
