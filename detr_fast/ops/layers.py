@@ -48,6 +48,10 @@ def _signature(x: Tensor, hidden: int, training: bool, alike: bool) -> tuple[Any
     return (*given, hidden, training, alike, frozenset(dispatch._requested.items()))
 
 
+def _kind(x: Tensor, hidden: int, training: bool, alike: bool) -> tuple[bool]:
+    return (alike,)
+
+
 def _describe(x: Tensor, hidden: int, training: bool, alike: bool, *, situation: Situation) -> LayerCall:
     return LayerCall(
         device=x.device,
@@ -118,7 +122,9 @@ class LayerOp(Op):
 
     def __init__(self, name: str) -> None:
         parts = (TritonLayer(name), LayerParts())
-        super().__init__(name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of)
+        super().__init__(
+            name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of, kind=_kind
+        )
         self.programs: OrderedDict[Any, HostProgram | str | None] = OrderedDict()
         self.generation = object()  # another one when programs are forgotten
 
