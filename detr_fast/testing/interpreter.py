@@ -8,6 +8,7 @@ Inside `checked_interpreter()`, for every kernel that `detr_fast.kernels.launch`
 * an alignment stated by `tl.multiple_of` must hold: on a GPU, a vector access at another address ends the process;
 * programs run in a shuffled order, so a kernel that depends on the order is seen;
 * rounding to bf16 is to nearest even, as on GPUs (the interpreter by itself truncates);
+* the smaller and the larger of NaN and a number are the number, as on GPUs (triton 3.6's interpreter gives NaN);
 * launches are counted.
 
 Needs TRITON_INTERPRET=1 to be set before Python starts.
@@ -138,7 +139,7 @@ def _memory_patches(checks: InterpreterChecks) -> dict[str, Patch]:
 
 
 def _arithmetic_patches(checks: InterpreterChecks) -> dict[str, Patch]:
-    """A limit on signed 32-bit results, and rounding to bf16 as hardware does it."""
+    """A limit on signed 32-bit results, and rounding to bf16 and comparing with NaN as hardware does it."""
 
     def limited(original: Callable[..., Any]) -> Callable[..., Any]:
         def compute(builder: Any, *operands: Any) -> Any:
@@ -165,8 +166,13 @@ def _arithmetic_patches(checks: InterpreterChecks) -> dict[str, Patch]:
 
         return cast
 
+    def chosen(choose: Any) -> Patch:
+        return lambda original: lambda builder, one, other: builder.binary_op(one, other, choose)
+
     return {
         **dict.fromkeys(("create_add", "create_sub", "create_mul", "create_shl"), limited),
+        "create_minnumf": chosen(np.fmin),
+        "create_maxnumf": chosen(np.fmax),
         "cast_impl": rounded,
         "create_fp_to_fp": rounded,
     }
