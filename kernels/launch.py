@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from detr_fast.kernels import driver
 from torch.utils._python_dispatch import _disable_current_modes
 
 try:
@@ -115,7 +116,7 @@ class Variant:
         kernel = self.kernel.warmup(*map(_stand_in, self.types), grid=(1,), **self.constants, **self.options())
         # Loading is lazy, and not allowed while a CUDA graph is being captured.
         kernel._init_handles()
-        return Program(kernel, tuple(self.constants.values()))
+        return Program(kernel, self.types, tuple(self.constants.values()))
 
     def all_constants(self) -> dict[str, Any]:
         """The constants, with None for each absent tensor."""
@@ -126,10 +127,10 @@ class Variant:
 class Program:
     """A compiled kernel, loaded: launched by the call that Triton's own launch ends in, without what leads to it."""
 
-    __slots__ = ("constants", "function", "kernel", "metadata", "run")
+    __slots__ = ("constants", "function", "kernel", "metadata", "run", "types")
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...]) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, types: tuple[str | None, ...], constants: tuple[Any, ...]) -> None:
+        self.kernel, self.types = kernel, types
         self.constants = constants  # arguments of the kernel, too, with no effect on its program
         self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
 
@@ -141,10 +142,12 @@ class Program:
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler of Triton's listens
             self.kernel[x, y, z](*arguments, *self.constants)
             return
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
-        handles = (stream, self.function, self.metadata, None, None, None)
+        handles = (current_stream(), self.function, self.metadata, None, None, None)
         self.run(x, y, z, *handles, *arguments, *self.constants)
+
+    def entry(self) -> driver.Entry | None:
+        """How CUDA's driver launches it without Triton; None where only Triton knows how."""
+        return driver.entry(self.kernel, self.types)
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,8 @@ def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
 
 def current_stream() -> int:
     """The current device's current stream, as `Program.run` takes it."""
-    driver = triton.runtime.driver.active
-    return int(driver.get_current_stream(driver.get_current_device()))
+    active = triton.runtime.driver.active
+    return int(active.get_current_stream(active.get_current_device()))
 
 
 def watched() -> bool:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "key.h"
+#include "launch.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -24,17 +25,7 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using NodePtr = decltype(torch::autograd::Edge::function);  // which smart pointer that is, changed after torch 2.11
 
-// What a function gives that may wait for a device or for memory, which others' Python may have to free.
-template <class Function>
-auto without_gil(Function function) {
-  struct Released {
-    PyThreadState* state = PyEval_SaveThread();
-    ~Released() { PyEval_RestoreThread(state); }
-  } const released;
-  return Tensor(function());
-}
-
-constexpr size_t kMostOperands = 128;
+constexpr size_t kMostOperands = Launch::kMostOperands;
 
 struct Operand {
   enum Kind { kConstant, kRegister, kAddress, kOffset, kStream } kind;
@@ -44,8 +35,9 @@ struct Operand {
 };
 
 struct Instruction {
-  enum Kind { kAllocate, kCall, kView, kTranspose, kProduct, kAddProduct } kind = kCall;
+  enum Kind { kAllocate, kCall, kLaunch, kView, kTranspose, kProduct, kAddProduct } kind = kCall;
   Object call;
+  Launch launch;
   std::vector<Operand> operands;
   std::vector<int64_t> results;
   bool several = false;  // it returns a tuple
@@ -58,8 +50,10 @@ struct Section {
   std::vector<Instruction> instructions;
   std::vector<int64_t> given, wanted;  // registers; of those wanted -1 for none
   size_t registers = 0;
+  std::optional<Driver> driver;  // where something is launched by it
 
-  void run(std::vector<Tensor>& registers, int64_t offset, PyObject* stream) const {
+  void run(std::vector<Tensor>& registers, int64_t offset, PyObject* stream, int64_t device) const {
+    if (driver) driver->enter(std::max<int64_t>(device, 0));
     for (const auto& one : instructions) {
       const auto tensor = [&](size_t index) -> Tensor& { return registers[one.operands[index].number]; };
       switch (one.kind) {
@@ -68,6 +62,9 @@ struct Section {
           break;
         case Instruction::kCall:
           call(one, registers, offset, stream);
+          break;
+        case Instruction::kLaunch:
+          launch(one, registers, offset, stream);
           break;
         case Instruction::kView:
           registers[one.results[0]] = tensor(0).view(one.shape);
@@ -79,7 +76,7 @@ struct Section {
           registers[one.results[0]] = without_gil([&] { return at::mm(tensor(0), tensor(1)); });
           break;
         case Instruction::kAddProduct:
-          without_gil([&] { return tensor(0).addmm_(tensor(1), tensor(2)); });
+          without_gil([&] { return Tensor(tensor(0).addmm_(tensor(1), tensor(2))); });
           break;
       }
       for (const auto r : one.dead) registers[r].reset();
@@ -87,6 +84,25 @@ struct Section {
   }
 
  private:
+  static uint64_t address(const Operand& operand, std::vector<Tensor>& registers) {
+    return reinterpret_cast<uintptr_t>(registers[operand.number].mutable_data_ptr()) + operand.distance;
+  }
+
+  static void launch(const Instruction& one, std::vector<Tensor>& registers, int64_t offset, PyObject* stream) {
+    uint64_t given[kMostOperands];
+    for (size_t i = 0; i < one.operands.size(); ++i) {
+      const auto& operand = one.operands[i];
+      if (operand.kind == Operand::kAddress) {
+        given[i] = address(operand, registers);
+      } else {
+        const int64_t number = offset + operand.number;
+        TORCH_CHECK(number == static_cast<int32_t>(number), "a seed's offset is ", number, ", more than a kernel takes");
+        given[i] = static_cast<uint32_t>(number);
+      }
+    }
+    one.launch.run(given, PyLong_AsVoidPtr(stream));
+  }
+
   static void call(const Instruction& one, std::vector<Tensor>& registers, int64_t offset, PyObject* stream) {
     PyObject* arguments[kMostOperands];
     Object made[kMostOperands];
@@ -98,8 +114,7 @@ struct Section {
       } else if (operand.kind == Operand::kRegister) {
         argument = (made[fresh++] = wrapped(registers[operand.number])).get();
       } else if (operand.kind == Operand::kAddress) {
-        const auto start = reinterpret_cast<uintptr_t>(registers[operand.number].mutable_data_ptr());
-        argument = (made[fresh++] = Object::stolen(PyLong_FromUnsignedLongLong(start + operand.distance))).get();
+        argument = (made[fresh++] = Object::stolen(PyLong_FromUnsignedLongLong(address(operand, registers)))).get();
       } else if (operand.kind == Operand::kOffset) {
         argument = (made[fresh++] = Object::stolen(PyLong_FromLongLong(offset + operand.number))).get();
       }
@@ -132,7 +147,8 @@ Operand operand_of(PyObject* tuple) {
 }
 
 // (call, operands, results, several, dead). In place of what to call, a name: "empty" with operands (shape, dtype, device), "view"
-// with (tensor, shape), "t", "mm" and "addmm_" with their tensors.
+// with (tensor, shape), "t", "mm" and "addmm_" with their tensors, "launch" with what a call gives, each an address or an offset,
+// behind which comes what `launch_of` reads.
 Instruction instruction_of(PyObject* tuple) {
   Instruction found;
   PyObject *call = item(tuple, 0), *operands = item(tuple, 1);
@@ -140,6 +156,7 @@ Instruction instruction_of(PyObject* tuple) {
     const std::string name = PyUnicode_AsUTF8(call);
     static const std::map<std::string, Instruction::Kind> kinds = {
         {"empty", Instruction::kAllocate},
+        {"launch", Instruction::kLaunch},
         {"view", Instruction::kView},
         {"t", Instruction::kTranspose},
         {"mm", Instruction::kProduct},
@@ -160,12 +177,21 @@ Instruction instruction_of(PyObject* tuple) {
   } else if (found.kind == Instruction::kView) {
     found.shape = integers(item(operands, 1));
     tensors = 1;
+  } else if (found.kind == Instruction::kLaunch) {
+    found.launch = launch_of(item(operands, --tensors));
   }
   for (Py_ssize_t i = 0; i < tensors; ++i) found.operands.push_back(operand_of(item(operands, i)));
   TORCH_CHECK(found.operands.size() <= kMostOperands, "an instruction has ", found.operands.size(), " operands");
   found.results = integers(item(tuple, 2));
   found.several = item(tuple, 3) == Py_True;
   found.dead = integers(item(tuple, 4));
+  if (found.kind == Instruction::kLaunch) {
+    const auto& given = found.operands;
+    const bool fits = found.launch.places.size() == given.size() && std::all_of(given.begin(), given.end(), [](const Operand& one) {
+      return one.kind == Operand::kAddress || one.kind == Operand::kOffset;
+    });
+    TORCH_CHECK(fits, "a launch is given something else than addresses and offsets");
+  }
   return found;
 }
 
@@ -175,6 +201,9 @@ Section section_of(PyObject* tuple) {
   PyObject* instructions = item(tuple, 0);
   for (Py_ssize_t i = 0; i < Py_SIZE(instructions); ++i) {
     found.instructions.push_back(instruction_of(item(instructions, i)));
+  }
+  for (const auto& one : found.instructions) {
+    if (one.kind == Instruction::kLaunch) found.driver = one.launch.driver;
   }
   found.given = integers(item(tuple, 1));
   found.wanted = integers(item(tuple, 2));
@@ -301,7 +330,7 @@ struct HostNode : Node {
     }
     const Plainly plainly;
     const auto stream = current_stream(program());
-    backward.run(registers, offset, stream.get());
+    backward.run(registers, offset, stream.get(), program().device);
     variable_list gradients(edges);
     for (size_t i = 0; i < edges; ++i) {
       if (backward.wanted[i] >= 0) gradients[i] = registers[backward.wanted[i]];
@@ -347,7 +376,7 @@ PyObject* run(const Object& owner, const std::vector<Tensor>& inputs, int64_t of
   {
     const Plainly plainly;
     const auto stream = current_stream(program);
-    forward.run(registers, offset, stream.get());
+    forward.run(registers, offset, stream.get(), program.device);
   }
   const size_t kept = program.saved_output.size();
   std::vector<Tensor> outputs;

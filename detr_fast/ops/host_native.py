@@ -7,6 +7,7 @@ arrives) is the node's own, on a context with the same contents.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -18,12 +19,21 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from detr_fast import dispatch, native
-from detr_fast.kernels import launch
+from detr_fast.kernels import driver, launch
 from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.ops import boundary, host_program
 from detr_fast.ops.host_passes import Instruction
 from detr_fast.ops.host_program import Again, HostProgram
-from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, MAX_OFFSETS, SEED, STREAM, Unrepeatable
+from detr_fast.ops.host_recorder import (
+    AHEAD,
+    FIRST_INPUT,
+    FIRST_OFFSET,
+    GRID,
+    MAX_OFFSETS,
+    SEED,
+    STREAM,
+    Unrepeatable,
+)
 
 MAX_BYTES = 64 << 20  # of a call's tensors; with more, the GPU takes longer than the host, and recording much memory
 unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by the op's name
@@ -55,9 +65,8 @@ def program_of(program: HostProgram, several: bool, strict: bool, slow: Callable
         backwards.append((sum(pattern[i] << n for n, i in enumerate(places)), section))
     index, stream = -1, None
     if program.launches:
-        driver = launch.triton.runtime.driver.active
         index = program.device.index if program.device.type == "cuda" else -1
-        stream = driver.get_current_stream
+        stream = launch.triton.runtime.driver.active.get_current_stream
     return host.Program(
         forward,
         tuple(backwards),
@@ -117,12 +126,35 @@ def _section(
             keywords = one.call.keywords  # type: ignore[attr-defined]
             found.append(("empty", (*one.allocation, keywords["device"]), results, False, dead))
             continue
+        if one.program is not None and (launched := _launch(one, operand)) is not None:
+            found.append(("launch", launched, results, False, dead))
+            continue
         call, operands = _NAMES.get(one.call, one.call), tuple(map(operand, one.arguments))
         if call == "view":
             operands = operands[0], recorded.constants[one.arguments[1]]
         found.append((call, operands, results, one.several, dead))
     registers = tuple(-1 if r is None else numbers[r] for r in wanted)
     return tuple(found), tuple(numbers[r] for r in given), registers, len(numbers)
+
+
+def _launch(one: Instruction, operand: Callable[[int], tuple[int, Any, int]]) -> tuple[Any, ...] | None:
+    """A launch by CUDA's driver, as program.h reads it; None where it is left to Triton's launcher."""
+    functions = driver.functions()
+    entry = None if one.program is None or functions is None else one.program.entry()
+    if entry is None:
+        return None
+    grid = [operand(r)[1] for r in one.arguments[:GRID]]
+    given = list(map(operand, one.arguments[AHEAD:]))[: len(entry.formats)]
+    passed = [(*o, f) for o, f in zip(given, entry.formats) if f is not None]
+    changing = {place: one for place, one in enumerate(passed) if one[0] != CONSTANT}
+    if any(f != (driver.POINTER if kind == ADDRESS else driver.INT32) for kind, _, _, f in changing.values()):
+        return None
+    try:
+        parameters = entry.parameters([value if kind == CONSTANT else None for kind, value, _ in given])
+    except (struct.error, OverflowError):  # Triton's launcher says what is wrong
+        return None
+    numbers = (entry.function, *grid, entry.threads, entry.shared)
+    return *(one[:3] for one in changing.values()), (functions, numbers, parameters, tuple(changing))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

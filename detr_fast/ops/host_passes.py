@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from detr_fast.kernels.launch import Program
+
 ALIGNMENT = 256  # bytes: at least what kernels were compiled for
 Addresses = dict[
     tuple[int, int], int
@@ -20,7 +22,10 @@ Addresses = dict[
 
 
 class Instruction(NamedTuple):
-    """results: registers that what `call` returns goes to. holds: registers whose memory it reads or writes by address."""
+    """results: registers that what `call` returns goes to. holds: registers whose memory it reads or writes by address.
+
+    program: the compiled kernel that it launches.
+    """
 
     call: Callable[..., Any]
     arguments: tuple[int, ...]
@@ -30,6 +35,7 @@ class Instruction(NamedTuple):
     empty: bool = False  # what it returns holds nothing yet
     allocation: tuple[tuple[int, ...], torch.dtype] | None = None  # the shape and dtype of memory that kernels write
     holds: tuple[int, ...] = ()
+    program: Program | None = None
 
     @property
     def reads(self) -> tuple[int, ...]:

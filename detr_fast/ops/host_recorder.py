@@ -21,6 +21,8 @@ from detr_fast.ops.host_passes import Addresses, Instruction
 FIRST_OFFSET = 0x5EED0000
 MAX_OFFSETS = 64
 STREAM, SEED, FIRST_INPUT = 0, 1, 2  # registers of every program
+# Of a launch's operands, those of the grid, and those ahead of the kernel's arguments: stream and handles, too.
+GRID, AHEAD = 3, 9
 _UNREPEATABLE = {
     torch.Tag.nondeterministic_seeded,
     torch.Tag.data_dependent_output,
@@ -151,9 +153,9 @@ class Recorder(TorchDispatchMode):
             self._write(partial(launch.launch, one.variant, one.grid), one.arguments)
             return
         program = one.variant.program(one.arguments[0].device)
-        operands = list(map(self._operand, (*(*one.grid, 1, 1)[:3], None, program.function, program.metadata)))
-        operands[3] = STREAM
-        operands += map(self._operand, (None, None, None))  # nobody is told of the launch
+        handles = (None, program.function, program.metadata, None, None, None)  # nobody is told of the launch
+        operands = list(map(self._operand, (*(*one.grid, 1, 1)[:3], *handles)))
+        operands[GRID] = STREAM
         holds = []
         for argument in one.arguments:
             if isinstance(argument, Tensor):
@@ -163,7 +165,7 @@ class Recorder(TorchDispatchMode):
             else:
                 operands.append(self._operand(argument))
         operands += map(self._operand, program.constants)
-        self.instructions.append(Instruction(program.run, tuple(operands), holds=tuple(holds)))
+        self.instructions.append(Instruction(program.run, tuple(operands), holds=tuple(holds), program=program))
 
     def _address(self, tensor: Tensor) -> tuple[int, int]:
         """A register with the tensor's memory, and the one of its address: a kernel takes no more, and asks no driver about it."""

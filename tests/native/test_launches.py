@@ -8,18 +8,25 @@ import torch
 from benchmarks.test_host_time import CASES
 from detr_fast import dispatch, implementation, nn, ops, use_backend
 from detr_fast.ops import boundary, host_native
+from tests.native.stub_driver import FAULT, MESSAGE, StubDriver
 from tests.ops.test_host_program import launches_of
 
 pytestmark = pytest.mark.offline
 
 
-@pytest.fixture
-def on_stub(stub_gpu, host, monkeypatch):
+@pytest.fixture(params=["triton", "driver"])
+def on_stub(stub_gpu, host, monkeypatch, request):
+    """A stub GPU, whose launches Triton's launcher makes, or CUDA's driver: then the stub has that, too."""
+    if request.param == "driver":
+        stub_gpu.driver = StubDriver(stub_gpu).use(monkeypatch)
     for module in (implementation, boundary):
         monkeypatch.setattr(module, "INTERPRETING", True)
     with use_backend("triton"):
         yield stub_gpu
     dispatch.forget_decisions()
+
+
+by_driver = pytest.mark.parametrize("on_stub", ["driver"], indirect=True)
 
 
 def pointers_of(stub, tensors, run):
@@ -99,3 +106,67 @@ def test_addresses_are_those_of_the_tensors(on_stub):
     addresses = [a for a in arguments if type(a) is int]
     for tensor in (x, weight, bias, y):
         assert tensor.data_ptr() in addresses
+
+
+def normalize():
+    """Calls a norm in training: for the fourth time, so that all is recorded."""
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((4, 64), (64,), (64,))]
+
+    def step():
+        y = ops.layer_norm(leaves[0], (64,), *leaves[1:])
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    for _ in range(3):
+        step()
+    return step
+
+
+@by_driver
+@pytest.mark.parametrize("name", CASES)
+def test_all_that_an_op_launches_goes_by_the_driver(name, on_stub):
+    function, _, shapes = CASES[name]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    dy = torch.zeros_like(function(*leaves))
+
+    def step():
+        """How many launches, and how many of them by the driver."""
+        before, driven = len(on_stub.launched), on_stub.driver.launches
+        torch.autograd.grad(function(*leaves), leaves, dy)
+        return len(on_stub.launched) - before, on_stub.driver.launches - driven
+
+    counts = [step() for _ in range(20)]  # where allocations lie otherwise than ever before, Python runs
+    assert any(all_of_them == by_driver > 0 for all_of_them, by_driver in counts), counts
+
+
+@by_driver
+def test_a_kernel_whose_parameters_are_not_as_expected_is_left_to_triton(on_stub):
+    on_stub.driver.wider = 1
+    step, before = normalize(), len(on_stub.launched)
+    step()
+    assert len(on_stub.launched) > before
+    assert on_stub.driver.launches == 0
+
+
+@by_driver
+def test_a_thread_without_a_context_gets_its_devices(on_stub):
+    step = normalize()
+    assert on_stub.driver.calls == []
+    on_stub.driver.context = None
+    step()
+    assert on_stub.driver.calls == ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"] * 2
+
+
+@by_driver
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_launch_that_fails_raises_what_the_driver_says(backward, on_stub):
+    normalize()
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((4, 64), (64,), (64,))]
+    y = ops.layer_norm(leaves[0], (64,), *leaves[1:])
+    dy = torch.ones_like(y)
+    on_stub.driver.fault = FAULT
+
+    def failing():
+        torch.autograd.grad(y, leaves, dy) if backward else ops.layer_norm(leaves[0], (64,), *leaves[1:])
+
+    with pytest.raises(RuntimeError, match=MESSAGE.decode()):
+        failing()

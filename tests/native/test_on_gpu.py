@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from detr_fast.kernels import launch
 
 from benchmarks import test_host_time
 from benchmarks.hardware import DEVICE, REHEARSAL, sized
@@ -119,3 +120,18 @@ def test_a_captured_graph_replays_what_was_captured():
     leaves[0].normal_()
     graph.replay()
     assert torch.equal(y, function(*leaves))
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a CPU has no driver")
+@pytest.mark.parametrize("name", CASES)
+def test_the_driver_can_launch_every_kernel(name, monkeypatch):
+    monkeypatch.setattr(test_host_time, "ENDS", test_host_time.ENDS.to(DEVICE))
+    function, _, shapes = CASES[name]
+    if isinstance(function, partial) and "key_padding_mask" in function.keywords:
+        function = partial(function, key_padding_mask=test_host_time.PADDING.to(DEVICE))
+    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    y = function(*leaves)
+    torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert launch._compiled
+    for variant in launch._compiled:
+        assert variant.program(DEVICE).entry() is not None, variant.name

@@ -1,0 +1,95 @@
+// Launches by CUDA's driver, of kernels whose arguments are kept as bytes (see `kernels.driver`).
+#pragma once
+
+#include "objects.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+namespace host {
+
+// What runs without the GIL, as it may wait for a device.
+template <class Function>
+auto without_gil(Function function) {
+  struct Released {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Released() { PyEval_RestoreThread(state); }
+  } const released;
+  return function();
+}
+
+// Functions of libcuda, by their addresses, in the order of `kernels.driver.FUNCTIONS`.
+struct Driver {
+  int (*launch)(
+      void* function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y, unsigned threads_z,
+      unsigned shared, void* stream, void** parameters, void** extra) = nullptr;
+  int (*describe)(int error, const char** text) = nullptr;
+  int (*current_context)(void** context) = nullptr;
+  int (*device)(int* device, int ordinal) = nullptr;
+  int (*primary_context)(void** context, int device) = nullptr;
+  int (*set_context)(void* context) = nullptr;
+
+  // Raises as Triton's launcher does.
+  void check(int error) const {
+    if (error == 0) return;
+    const char* text = nullptr;
+    describe(error, &text);
+    PyErr_Format(PyExc_RuntimeError, "Triton Error [CUDA]: %s", text == nullptr ? "unknown error" : text);
+    throw python_error();
+  }
+
+  // A thread that has called nothing of CUDA's has no context, and one of autograd's may be such.
+  void enter(int64_t ordinal) const {
+    void* context = nullptr;
+    check(current_context(&context));
+    if (context != nullptr) return;
+    int number = 0;
+    check(device(&number, static_cast<int>(ordinal)));
+    check(primary_context(&context, number));
+    check(set_context(context));
+  }
+};
+
+struct Launch {
+  Driver driver;
+  void* function = nullptr;
+  unsigned x = 0, y = 0, z = 0, threads = 0, shared = 0;
+  std::vector<uint64_t> parameters;  // one word each, of which a smaller one takes the first bytes
+  std::vector<size_t> places;        // of those that a call gives, in the order of its operands
+
+  void run(const uint64_t* given, void* stream) const {
+    uint64_t values[kMostOperands];
+    void* pointers[kMostOperands];
+    std::copy(parameters.begin(), parameters.end(), values);
+    for (size_t i = 0; i < places.size(); ++i) values[places[i]] = given[i];
+    for (size_t i = 0; i < parameters.size(); ++i) pointers[i] = values + i;
+    driver.check(without_gil([&] { return driver.launch(function, x, y, z, threads, 1, 1, shared, stream, pointers, nullptr); }));
+  }
+
+  static constexpr size_t kMostOperands = 128;
+};
+
+// (addresses of the driver's functions, (function, x, y, z, threads, shared), bytes of the parameters, places)
+Launch launch_of(PyObject* tuple) {
+  Launch found;
+  const auto addresses = integers(item(tuple, 0)), numbers = integers(item(tuple, 1));
+  static_assert(sizeof(Driver) % sizeof(void*) == 0);
+  TORCH_CHECK(addresses.size() * sizeof(void*) == sizeof(Driver) && numbers.size() == 6, "a launch is not as it should be");
+  std::memcpy(&found.driver, addresses.data(), sizeof(Driver));
+  found.function = reinterpret_cast<void*>(numbers[0]);
+  unsigned* const rest[] = {&found.x, &found.y, &found.z, &found.threads, &found.shared};
+  for (size_t i = 0; i < 5; ++i) *rest[i] = static_cast<unsigned>(numbers[i + 1]);
+  char* bytes = nullptr;
+  Py_ssize_t size = 0;
+  if (PyBytes_AsStringAndSize(item(tuple, 2), &bytes, &size) < 0) throw python_error();
+  found.parameters.resize(size / sizeof(uint64_t));
+  std::memcpy(found.parameters.data(), bytes, found.parameters.size() * sizeof(uint64_t));
+  for (const auto place : integers(item(tuple, 3))) found.places.push_back(place);
+  const bool fits = found.parameters.size() <= Launch::kMostOperands &&
+      std::all_of(found.places.begin(), found.places.end(), [&](size_t place) { return place < found.parameters.size(); });
+  TORCH_CHECK(fits, "a launch has ", found.parameters.size(), " parameters, or a place behind them");
+  return found;
+}
+
+}  // namespace host
