@@ -29,7 +29,8 @@ ROUNDS = 2000
 def fake_libcuda(folder: Path) -> ctypes.CDLL:
     made, source = folder / "libcuda.so.1", Path(__file__).with_name("fake_cuda.c")
     triton = Path(nvidia.__file__).parent
-    asked = set(re.findall(r"\b(cu[A-Z]\w+)\(", (triton / "driver.c").read_text()))
+    text = "".join((triton / name).read_text() for name in ("driver.c", "driver.py"))  # triton 3.6's writes C
+    asked = set(re.findall(r"\b(cu[A-Z]\w+)\(", text))
     rest = asked - set(re.findall(r"\b(cu[A-Z]\w+)\(", source.read_text()))
     (folder / "rest.c").write_text("".join(f"int {name}() {{ return 999; }}\n" for name in sorted(rest)))
     options = ["-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", f"-I{triton / 'include'}"]
