@@ -13,6 +13,7 @@ _ADAPTERS = {
     "detr_fast.adapters.hugging_face.HuggingFaceAttention": "transformers",
     "detr_fast.adapters.hugging_face_layers.HuggingFaceLayers": "transformers",
     "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
+    "detr_fast.adapters.hugging_face_loss.HuggingFaceLoss": "transformers",
     "detr_fast.adapters.timm.Timm": "timm",
     "detr_fast.adapters.torchvision.Torchvision": "torchvision",
     "detr_fast.adapters.feed_forward.FeedForwardBlocks": None,

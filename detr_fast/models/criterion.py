@@ -15,8 +15,8 @@ from torch import Tensor
 from detr_fast import nn, ops
 from detr_fast.models.matcher import HungarianMatcher
 from detr_fast.models.structures import Targets
+from detr_fast.nn.weighted_sum import WeightedSum
 
-MAX_WEIGHTS = 16  # sets of weights that are kept on a device
 LOSSES = {"labels": ("loss_ce",), "boxes": ("loss_bbox", "loss_giou"), "cardinality": ("cardinality_error",)}
 
 
@@ -53,8 +53,7 @@ class SetCriterion(nn.Module):
         self.eos_coef = eos_coef
         self.losses = tuple(losses)
         self.focal = focal
-        self._known_weights: dict[Any, Tensor] = {}
-        self._weights_in_graphs: dict[int, Tensor] = {}
+        self._sum = WeightedSum()
 
     def forward(
         self, outputs: Mapping[str, Any], targets: Targets | Sequence[Mapping[str, Tensor]]
@@ -114,26 +113,7 @@ class SetCriterion(nn.Module):
         weighted = {name: self.weight_dict[name] for name in losses if name in self.weight_dict}
         if not weighted:
             raise ValueError(f"none of the losses {sorted(losses)} has a weight; weights: {sorted(self.weight_dict)}")
-        values = torch.stack([losses[name] for name in weighted])
-        return torch.dot(values, self._on_device(tuple(weighted.values()), values))
-
-    def _on_device(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
-        """The weights as a tensor, made once: each time, the host would wait for the copy."""
-        key = weights, like.device, like.dtype
-        if (known := self._known_weights.get(key)) is not None:
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-                self._weights_in_graphs[id(known)] = known  # which read its memory at each replay
-            return known
-        with torch.inference_mode(False):
-            made = like.new_tensor(weights)
-        if type(like) is Tensor and not torch.compiler.is_compiling():  # a fake tensor would outlive its mode
-            if len(self._known_weights) >= MAX_WEIGHTS:  # weights that follow a schedule
-                self._known_weights.clear()
-            self._known_weights[key] = made
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known_weights": {}, "_weights_in_graphs": {}}  # of this process
+        return self._sum([losses[name] for name in weighted], tuple(weighted.values()))
 
 
 def loss_weights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -31,3 +32,5 @@ def test_an_accelerated_model_trains_under_ddp_and_fsdp2_as_in_one_process(tmp_p
         assert "data_parallel as in one process" in output
         assert "fully_sharded as in one process" in output
         assert "sharded_by_layer as in one process" in output
+        if find_spec("transformers") and find_spec("accelerate") and find_spec("scipy"):
+            assert "detection_loss as transformers'" in output

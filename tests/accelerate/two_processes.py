@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -110,6 +113,37 @@ def sharded_by_layer() -> None:
         found.sum().backward()
 
 
+def detection_loss(rank: int) -> None:
+    """transformers' loss and ours in its place: divided by the boxes of all processes where accelerate knows of them."""
+    from accelerate import PartialState
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+    from detr_fast.adapters.hugging_face_loss import object_detection_loss
+
+    names = (
+        "class_cost",
+        "bbox_cost",
+        "giou_cost",
+        "bbox_loss_coefficient",
+        "giou_loss_coefficient",
+        "eos_coefficient",
+    )
+    config = SimpleNamespace(num_labels=5, auxiliary_loss=False, **dict.fromkeys(names, 1.0))
+    count = (5, 2)[rank]
+    labels = [{"class_labels": torch.arange(count), "boxes": torch.rand(count, 4) * 0.5 + 0.2}]
+    arguments = (torch.randn(1, 7, 6), labels, "cpu", torch.rand(1, 7, 4) * 0.5 + 0.2, config)
+
+    def bbox() -> torch.Tensor:
+        losses = [function(*arguments)[1]["loss_bbox"] for function in (ForObjectDetectionLoss, object_detection_loss)]
+        torch.testing.assert_close(losses[1], losses[0])
+        return losses[0]
+
+    alone = bbox()  # each process by itself: transformers asks accelerate, not torch.distributed
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    assert PartialState(cpu=True).num_processes == 2
+    torch.testing.assert_close(bbox() / alone, torch.tensor(count / (7 / 2 / 2)))
+
+
 def main(rank: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     expected = torch.tensor(truth(rank))
@@ -118,6 +152,9 @@ def main(rank: int, file: str) -> None:
         print(train_one.__name__, "as in one process")
     sharded_by_layer()
     print("sharded_by_layer as in one process")
+    if find_spec("transformers") and find_spec("accelerate") and find_spec("scipy"):
+        detection_loss(rank)
+        print("detection_loss as transformers'")
     dist.barrier()
     dist.destroy_process_group()
 

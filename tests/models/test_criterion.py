@@ -240,18 +240,18 @@ def test_weights_on_a_schedule_are_not_kept_for_ever_and_never_copied():
     for step in range(100):
         criterion.weight_dict["loss_ce"] = float(step)
         assert criterion.weighted_sum({"loss_ce": torch.ones(())}) == step
-    assert 1 <= len(criterion._known_weights) <= 16
+    assert 1 <= len(criterion._sum._known) <= 16
     for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert copied._known_weights == {}
+        assert copied._sum._known == {}
         assert copied.weighted_sum({"loss_ce": torch.ones(())}) == 99
-    assert criterion._known_weights
+    assert criterion._sum._known
 
 
 def test_weights_that_a_graph_reads_are_kept(monkeypatch):
     criterion = SetCriterion(CLASSES, HungarianMatcher(), {"loss_ce": 1.0})
     losses = {"loss_ce": torch.ones(())}
     criterion.weighted_sum(losses)
-    (read,) = map(weakref.ref, criterion._known_weights.values())
+    (read,) = map(weakref.ref, criterion._sum._known.values())
     with monkeypatch.context() as capturing:
         for name in ("is_initialized", "is_current_stream_capturing"):
             capturing.setattr(torch.cuda, name, lambda: True)

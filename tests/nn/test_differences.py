@@ -133,6 +133,20 @@ def table_positions(twins):
         assert ours(x)[0].shape == x.shape
 
 
+def refused_targets(twins):
+    transformers = pytest.importorskip("transformers")
+    from detr_fast.adapters import hugging_face_loss
+
+    config = transformers.DetrConfig(num_labels=3)
+    labels = [{"class_labels": torch.tensor([7]), "boxes": torch.full((1, 4), 0.5)}]
+    arguments = (torch.zeros(1, 2, 4), labels, "cpu", torch.full((1, 2, 4), 0.5), config)
+    with pytest.raises(IndexError):
+        hugging_face_loss.object_detection_loss(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hugging_face_loss, "_has_values", lambda tensor: False)  # as on a GPU
+        assert hugging_face_loss.object_detection_loss(*arguments)[0].isnan()
+
+
 DIFFERENCES = {
     "Queries that see no key": a_query_that_sees_no_key,
     "NaN and infinity in keys that are hidden": nan_in_hidden_keys,
@@ -141,6 +155,7 @@ DIFFERENCES = {
     "Nested tensors with an implementation asked for by name": nested_tensors,
     "Attention weights inside the original DETR's layers": weights_of_the_original_detr,
     "Table Transformer's attention without positions": table_positions,
+    "Labels and boxes that transformers' detection loss refuses": refused_targets,
 }
 
 

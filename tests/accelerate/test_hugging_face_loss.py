@@ -1,0 +1,448 @@
+"""transformers' detection losses beside ours: the same numbers and gradients, no waits, and left alone what is not known."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import detr_fast
+from detr_fast.explanation import explaining
+from detr_fast.testing import count
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+
+from transformers.loss import loss_deformable_detr, loss_for_object_detection  # noqa: E402
+from transformers.loss.loss_utils import LOSS_MAPPING  # noqa: E402
+
+from detr_fast.adapters import hugging_face_loss as adapter  # noqa: E402
+
+LAYERS, QUERIES, LABELS = 3, 7, 5
+PAIRS = {
+    "softmax": (loss_for_object_detection.ForObjectDetectionLoss, adapter.object_detection_loss),
+    "focal": (loss_deformable_detr.DeformableDetrForObjectDetectionLoss, adapter.focal_object_detection_loss),
+}
+NAMES = ["loss_ce", "loss_bbox", "loss_giou", "cardinality_error"]
+CASES = {"an-image-without": (3, 0, 4), "no-objects": (0, 0), "more-than-queries": (9, 2), "one-image": (1,)}
+
+
+@pytest.fixture
+def fp64():
+    """transformers' class weights have the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def config(**options):
+    costs = {"class_cost": 1.5, "bbox_cost": 4, "giou_cost": 2.5}
+    weights = {"bbox_loss_coefficient": 3, "giou_loss_coefficient": 1.5, "eos_coefficient": 0.2, "focal_alpha": 0.25}
+    rest = {"num_labels": LABELS, "auxiliary_loss": True, "decoder_layers": LAYERS}
+    return SimpleNamespace(**{**costs, **weights, **rest, **options})
+
+
+def labels_of(counts, device=None):
+    return [
+        {
+            "class_labels": torch.randint(LABELS, (n,), device=device),
+            "boxes": torch.rand(n, 4, device=device) * 0.5 + 0.2,
+        }
+        for n in counts
+    ]
+
+
+def predictions(name, images, device=None):
+    """Leaves: logits and boxes of all layers."""
+    logits = torch.randn(LAYERS, images, QUERIES, LABELS + (name == "softmax"), device=device)
+    boxes = torch.rand(LAYERS, images, QUERIES, 4, device=device) * 0.5 + 0.2
+    return logits.requires_grad_(), boxes.requires_grad_()
+
+
+def call(function, logits, boxes, labels, config):
+    layers = (logits, boxes) if config.auxiliary_loss else (None, None)
+    return function(logits[-1], labels, logits.device, boxes[-1], config, *layers)
+
+
+@pytest.mark.parametrize("auxiliary", [True, False], ids=["auxiliary", "last-layer"])
+@pytest.mark.parametrize("counts", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_names_and_gradients_are_transformers(name, counts, auxiliary, fp64):
+    settings, labels = config(auxiliary_loss=auxiliary), labels_of(counts)
+    logits, boxes = predictions(name, len(counts))
+    results = []
+    for function in PAIRS[name]:
+        loss, by_name, layers = call(function, logits, boxes, labels, settings)
+        gradients = torch.autograd.grad(loss, (logits, boxes))
+        results.append((loss, by_name, layers, gradients))
+    (loss, by_name, layers, gradients), (own_loss, own, own_layers, own_gradients) = results
+    assert list(own) == list(by_name) == NAMES + [f"{n}_{i}" for i in range(LAYERS - 1) if auxiliary for n in NAMES]
+    torch.testing.assert_close(own_loss, loss, rtol=1e-12, atol=1e-12)
+    for key, value in by_name.items():
+        torch.testing.assert_close(own[key], value, rtol=1e-12 if key[:4] == "loss" else 1e-6, atol=1e-12, msg=key)
+    torch.testing.assert_close(own_gradients, gradients, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(own_layers, layers, rtol=0, atol=0)
+
+
+def test_layers_without_a_weight_are_in_the_dictionary_and_not_in_the_sum():
+    labels, settings = labels_of((2, 3)), config(decoder_layers=2)
+    logits, boxes = predictions("softmax", 2)
+    theirs, ours = (call(function, logits, boxes, labels, settings) for function in PAIRS["softmax"])
+    assert "loss_ce_1" in ours[1]
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_under_autocast_the_loss_is_transformers_within_the_rounding_of_predictions(name):
+    labels, (logits, boxes) = labels_of((2, 0, 3)), predictions(name, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, boxes = logits @ torch.eye(logits.shape[-1]), boxes.bfloat16()
+        assert logits.dtype == torch.bfloat16
+        theirs, ours = (call(function, logits, boxes, labels, config()) for function in PAIRS[name])
+    assert {value.dtype for value in (ours[0], *ours[1].values())} == {torch.float32}
+    torch.testing.assert_close(ours[0], theirs[0], rtol=5e-3, atol=0)
+
+
+class _AnswersYes(TorchDispatchMode):
+    """Fake tensors have no values: a look at one sees 1, or True."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(name, function):
+    with FakeTensorMode(), torch.device("cuda"), _AnswersYes():
+        logits, boxes = (t.detach() for t in predictions(name, 2, "cuda"))
+        labels = labels_of((3, 2), "cuda")
+        return count(lambda: call(function, logits, boxes, labels, config()))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_host_never_waits_where_transformers_loss_makes_it_wait_for_every_layer(name, monkeypatch):
+    def solve(cost):
+        order = torch.arange(cost.shape[1], device="cpu")
+        return order, order
+
+    for module in (loss_for_object_detection, loss_deformable_detr):
+        monkeypatch.setattr(module, "linear_sum_assignment", solve)
+    theirs, ours = PAIRS[name]
+    assert waits(name, theirs).total_synchronisations >= 5 * LAYERS
+    counts = waits(name, ours)
+    assert counts.total_synchronisations == 0, counts.synchronisations
+    assert counts.launches["linear_assignment_kernel"] == counts.launches["matching_cost_kernel"] == 1
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_backward_never_waits(name):
+    logits, boxes = predictions(name, 2, "meta")
+    labels = labels_of((3, 2), "meta")
+    counts = count(lambda: call(PAIRS[name][1], logits, boxes, labels, config())[0].backward())
+    assert counts.total_synchronisations == 0, counts.synchronisations
+    assert logits.grad.shape == logits.shape
+
+
+class _Copies(TorchDispatchMode):
+    """Writes down which copies from host to device may block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocking = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (
+            func is torch.ops.aten._to_copy.default
+            and kwargs.get("device") is not None
+            and args[0].device.type == "cpu"
+        ):
+            self.blocking.append(not kwargs.get("non_blocking", False))
+        return func(*args, **kwargs)
+
+
+def test_what_the_host_knows_of_targets_travels_in_one_copy_that_does_not_block():
+    labels = labels_of((3, 2), "meta")
+    with _Copies() as copies:
+        adapter._padded(labels, torch.device("meta"), LABELS)
+    assert copies.blocking == [False]
+
+
+def test_the_loss_is_one_graph_under_torch_compile():
+    labels, (logits, boxes) = labels_of((2, 0, 3)), predictions("softmax", 3)
+    torch._dynamo.reset()
+    ours = PAIRS["softmax"][1]
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    found, expected = (call(function, logits, boxes, labels, config())[0] for function in (compiled, ours))
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ours does not take, and what is wrong.
+
+
+def wrong(label=None, size=None, prediction=None):
+    labels, (logits, boxes) = labels_of((2, 3)), predictions("softmax", 2)
+    with torch.no_grad():
+        if label is not None:
+            labels[1]["class_labels"][0] = label
+        if size is not None:
+            labels[1]["boxes"][0, 2] = size
+        if prediction is not None:
+            boxes[0, 1, 2] = prediction
+    return logits, boxes, labels, config()
+
+
+@pytest.mark.parametrize(
+    "what", [{"label": 9}, {"size": -0.1}, {"prediction": float("nan")}], ids=["label", "negative-size", "nan-box"]
+)
+def test_what_transformers_refuses_is_refused_on_a_cpu_and_makes_the_loss_nan_where_a_look_would_wait(
+    what, monkeypatch
+):
+    case = wrong(**what)
+    errors = []
+    for function in PAIRS["softmax"]:
+        with pytest.raises((IndexError, ValueError)) as error:
+            call(function, *case)
+        errors.append(type(error.value))
+    assert errors[0] is errors[1]
+    monkeypatch.setattr(adapter, "_has_values", lambda tensor: False)
+    assert call(PAIRS["softmax"][1], *case)[0].isnan()
+    assert call(PAIRS["softmax"][1], *wrong())[0].isfinite()
+
+
+@pytest.mark.parametrize("label", [LABELS, -1], ids=["no-object", "last"])
+def test_labels_that_transformers_takes_and_ours_does_not_go_to_transformers(label):
+    case = wrong(label=label)
+    try:
+        expected = call(PAIRS["softmax"][0], *case)[0]
+    except IndexError:
+        with pytest.raises(IndexError):
+            call(PAIRS["softmax"][1], *case)
+    else:
+        assert torch.equal(call(PAIRS["softmax"][1], *case)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (lambda target: target | {"class_labels": target["class_labels"].int()}, {}),
+        (lambda target: target | {"boxes": target["boxes"][:0]}, {}),
+        (lambda target: {"boxes": target["boxes"]}, {}),
+        (lambda target: target, {"num_labels": LABELS - 1}),
+        (lambda target: target, {"class_cost": 0, "bbox_cost": 0, "giou_cost": 0}),
+    ],
+    ids=["int32", "lengths", "no-labels", "classes", "no-costs"],
+)
+def test_what_is_not_as_documented_is_transformers_to_judge(change, settings):
+    labels, (logits, boxes) = [change(t) for t in labels_of((2, 3))], predictions("softmax", 2)
+    errors = []
+    for function in PAIRS["softmax"]:
+        with pytest.raises(Exception) as error:
+            call(function, logits, boxes, labels, config(**settings))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_another_alpha_is_transformers():
+    labels, (logits, boxes) = labels_of((2, 3)), predictions("focal", 2)
+    theirs, ours = (call(function, logits, boxes, labels, config(focal_alpha=0.5))[0] for function in PAIRS["focal"])
+    assert torch.equal(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models.
+
+DETECTOR = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "num_queries": QUERIES,
+    "num_labels": LABELS,
+    "dropout": 0.0,
+    "use_timm_backbone": False,
+    "auxiliary_loss": True,
+}
+LOSS = "its loss on detr_fast.ops.detection_losses, all decoder layers at once"
+
+
+def detector(kind, task="ObjectDetection", base=None, **options):
+    torch.manual_seed(1)
+    backbone = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    settings = getattr(transformers, f"{kind}Config")(**{**DETECTOR, **options}, backbone_config=backbone)
+    return (base or getattr(transformers, f"{kind}For{task}"))(settings).eval()
+
+
+def detect(model):
+    torch.manual_seed(2)
+    labels = labels_of((3, 0))
+    model.zero_grad()
+    outputs = model(torch.randn(2, 3, 64, 96), labels=labels)
+    if outputs.loss.requires_grad:
+        outputs.loss.backward()
+    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def reasons(model, **options):
+    """Of modules with a loss: why it was left alone."""
+    return [one.reason for one in detr_fast.accelerate(model, **options).left if "For" in one.kind]
+
+
+def losses_switched(report):
+    return [one.name for one in report.switched if one.now == LOSS]
+
+
+@pytest.mark.parametrize("kind", ["Detr", "ConditionalDetr", "TableTransformer"])
+def test_a_models_losses_and_gradients_are_as_before_and_its_loss_is_switched(kind):
+    model = detector(kind)
+    expected, expected_gradients = detect(model)
+    report = detr_fast.accelerate(model)
+    assert losses_switched(report) == [""]
+    assert not report.left
+    with explaining(model) as records:
+        found, gradients = detect(model)
+    assert {"matching_cost", "linear_assignment", "detection_losses"} <= {record.op for record in records}
+    assert found.loss_dict.keys() == expected.loss_dict.keys()
+    for name, value in expected.loss_dict.items():
+        torch.testing.assert_close(found.loss_dict[name], value, msg=name)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert len(found.auxiliary_outputs) == 1
+    assert gradients.keys() == expected_gradients.keys()
+    scale = max(g.abs().max() for g in expected_gradients.values())
+    for name, value in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-5 * scale, msg=name)
+    detr_fast.restore(model)
+    assert model.loss_function is LOSS_MAPPING[model.loss_type]
+    assert "_loss_function" not in model.__dict__
+
+
+def test_copies_and_pickles_keep_it_and_saved_models_do_not_know_of_it(tmp_path):
+    model = detector("Detr")
+    detr_fast.accelerate(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.loss_function is adapter.object_detection_loss
+        detr_fast.restore(twin)
+        assert twin.loss_function is loss_for_object_detection.ForObjectDetectionLoss
+    model.save_pretrained(tmp_path)
+    assert "detr_fast" not in (tmp_path / "config.json").read_text()
+    again = transformers.DetrForObjectDetection.from_pretrained(tmp_path)
+    assert again.loss_function is loss_for_object_detection.ForObjectDetectionLoss
+
+
+def test_selections_contexts_and_wrappers_hold_for_the_loss_too():
+    model = detector("Detr")
+    theirs = model.loss_function
+    detr_fast.accelerate(model, only="model.encoder")
+    detr_fast.accelerate(model, skip=transformers.DetrForObjectDetection)
+    assert model.loss_function is theirs
+    with detr_fast.accelerated(torch.nn.Sequential(model)) as report:
+        assert losses_switched(report) == ["0"]
+        assert model.loss_function is adapter.object_detection_loss
+    assert model.loss_function is theirs
+
+
+def mine(logits, labels, *rest, **options):
+    return logits.sum(), {}, None
+
+
+def test_a_loss_that_the_user_has_set_stays_before_and_after():
+    model = detector("Detr")
+    model.loss_function = mine
+    assert reasons(model) == ["its loss_function was set by hand"]
+    assert model.loss_function is mine
+    detr_fast.restore(model)
+    assert model.loss_function is mine
+
+    model = detector("Detr")
+    detr_fast.accelerate(model)
+    with detr_fast.accelerated(model):
+        model.loss_function = mine
+    assert model.loss_function is mine
+    detr_fast.restore(model)
+    assert model.loss_function is mine
+
+
+def test_segmentation_keeps_its_loss_over_masks():
+    model = detector("Detr", "Segmentation", encoder_attention_heads=8, decoder_attention_heads=8)
+    assert reasons(model) == [
+        "its loss, transformers' ForSegmentationLoss, is one over masks, too, which runs as it is"
+    ]
+    assert model.loss_function is LOSS_MAPPING["ForSegmentation"]
+
+
+def test_losses_that_are_not_known_are_left_alone_with_a_reason(monkeypatch):
+    known = "ForObjectDetectionLoss, DeformableDetrForObjectDetectionLoss"
+    model = detector("Detr")
+    model.loss_type = "RTDetrForObjectDetection"
+    assert reasons(model) == [f"its loss, RTDetrForObjectDetectionLoss, is none of those known: {known}"]
+
+    class OwnForObjectDetection(transformers.DetrForObjectDetection):
+        loss_function = property(lambda self: mine)
+
+    assert reasons(detector("Detr", base=OwnForObjectDetection)) == ["its class has a loss_function of its own"]
+    assert reasons(detector("ConditionalDetr", focal_alpha=0.5)) == [
+        "its focal_alpha is 0.5, and our focal loss has 0.25"
+    ]
+
+    def imitation(*arguments, **options):
+        return LOSS_MAPPING["ForObjectDetection"](*arguments, **options)
+
+    imitation.__name__ = "ForObjectDetectionLoss"
+    with monkeypatch.context() as patch:
+        patch.setitem(LOSS_MAPPING, "ForObjectDetection", imitation)
+        assert reasons(detector("Detr")) == ["its loss, ForObjectDetectionLoss, is not transformers' own"]
+
+
+@pytest.mark.parametrize("where", ["box_iou", "HungarianMatcher.forward", "ImageLoss.loss_cardinality"])
+def test_transformers_code_that_is_not_the_one_known_is_left_alone(where, monkeypatch):
+    def other(self, *rest):
+        return self.something_else(rest)
+
+    owner, _, name = where.rpartition(".")
+    monkeypatch.setattr(getattr(loss_for_object_detection, owner) if owner else loss_for_object_detection, name, other)
+    assert reasons(detector("Detr")) == [f"this version of transformers computes its loss differently ({where})"]
+
+
+def test_a_constant_that_differs_is_code_that_differs():
+    def first(x):
+        return [0.25 * y.a for y in x]
+
+    def second(x):
+        return [0.5 * y.a for y in x]
+
+    assert adapter.names_read(first) == {"a", "0.25"}
+    assert adapter.names_read(first) != adapter.names_read(second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PAIRS)
+def test_on_a_gpu_the_loss_is_transformers_and_nothing_waits(name):
+    labels, (logits, boxes) = labels_of((3, 0, 4), "cuda"), predictions(name, 3, "cuda")
+    theirs, ours = PAIRS[name]
+    expected = call(theirs, logits, boxes, labels, config())[0]
+    call(ours, logits, boxes, labels, config())  # compiles, and sends the weights
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = call(ours, logits, boxes, labels, config())[0]
+        gradients = torch.autograd.grad(found, (logits, boxes))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (logits, boxes)), rtol=1e-3, atol=1e-6)
