@@ -50,7 +50,9 @@ def train(
     weights_backbone: Annotated[
         str | None,
         typer.Option(
-            "--weights-backbone", help="ImageNet weights: a file, or torchvision's name.", rich_help_panel=_START
+            "--weights-backbone",
+            help="ImageNet weights: a file, or a name of torchvision's, which downloads them.",
+            rich_help_panel=_START,
         ),
     ] = None,
     epochs: Annotated[
