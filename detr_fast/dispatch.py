@@ -85,8 +85,8 @@ def _check_request(request: Mapping[str, str]) -> None:
         asked = _ops.values() if op == "*" else (_ops[op],)
         if name != "auto" and not any(name in one.names for one in asked):
             known = frozenset[str]().union(*(one.names for one in asked))
-            where = "any op" if op == "*" else op
-            raise ValueError(f"{where} has no implementation {name!r}; choose from {', '.join(sorted(known))} or auto")
+            what = f"no op has an implementation {name!r}" if op == "*" else f"{op} has no implementation {name!r}"
+            raise ValueError(f"{what}; choose from {', '.join(sorted(known))} or auto")
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def test_explaining_a_model_that_raises_leaves_no_trace(op):
         ("eager", "eager"),
         ("layer_norm=eager", "eager"),
         ("layer_norm=triton", "BackendError"),
-        ("nonsense", "DETR_FAST_BACKEND='nonsense': any op has no implementation 'nonsense'"),
+        ("nonsense", "DETR_FAST_BACKEND='nonsense': no op has an implementation 'nonsense'"),
     ],
 )
 def test_the_environment_variable_asks_by_name(setting, expected):

@@ -130,7 +130,7 @@ class Targets:
             num_classes: labels must be below it; by default only negative ones are refused.
 
         Raises:
-            TargetError: shapes that disagree, more boxes than `capacity`, coordinates outside [0, 1] or not finite,
+            TargetError: shapes that disagree, labels that are no integers, more boxes than `capacity`, coordinates outside [0, 1] or not finite,
                 boxes without area, labels out of range.
         """
         if not targets:
@@ -174,6 +174,10 @@ def _checked_count(index: int, target: Mapping[str, Tensor]) -> int:
         raise TargetError(
             f"{_image_name(index, [target] * (index + 1))} has boxes of shape {tuple(boxes.shape)} and labels of shape "
             f"{tuple(labels.shape)}; expected (n, 4) and (n,)"
+        )
+    if count and (labels.is_floating_point() or labels.is_complex()):
+        raise TargetError(
+            f"{_image_name(index, [target] * (index + 1))} has labels of {labels.dtype}; expected integers, such as int64"
         )
     return count
 

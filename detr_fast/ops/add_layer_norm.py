@@ -16,7 +16,7 @@ from detr_fast.kernels.rows import MAX_COLUMNS
 from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm_autograd import forward, run_backward, run_forward, written_dtypes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
-from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.dropout import check_probability, next_seed
 from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 
@@ -51,8 +51,7 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | No
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[-1:]:
             raise ValueError(f"{name} must be (C,) = {tuple(x.shape[-1:])}; got {tuple(parameter.shape)}")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1]; got {p}")
+    check_probability(p)
 
 
 def _eager(

@@ -13,6 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
 from detr_fast.ops.attention_call import computed_dtype, mask_misfit, tf32
 from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.dropout import check_probability
 from detr_fast.ops.layouts import Layouts, key, layouts
 
 
@@ -72,8 +73,7 @@ def check(
         )
     if key_heads != heads and (key_heads == 0 or heads % key_heads):
         raise ValueError(f"with enable_gqa, k's and v's heads must divide q's; got {key_heads} and {heads}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1]; got {dropout_p}")
+    check_probability(dropout_p)
     for name, ends in (("cu_seqlens_q", ends_q), ("cu_seqlens_k", ends_k)):
         if ends.ndim != 1 or len(ends) < 1 or ends.dtype != torch.int32 or ends.device != q.device:
             raise ValueError(

@@ -23,6 +23,11 @@ from detr_fast.kernels.dropout import kept_steps, tile_bound
 _LOW = 0xFFFFFFFF
 
 
+def check_probability(p: float, name: str = "dropout_p") -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1]; got {p}")
+
+
 class shared_seed:
     """Ops inside the block share one seed, drawn by the first of them; a layer's or a model's forward is such a block.
 

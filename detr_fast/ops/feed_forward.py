@@ -14,7 +14,7 @@ from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels.feed_forward import MAX_COLUMNS
 from detr_fast.kernels.rows import sum_rows
 from detr_fast.ops.boundary import wants_grad
-from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.dropout import check_probability, next_seed
 from detr_fast.ops.feed_forward_autograd import ACTIVATIONS, forward, run_backward, run_forward
 from detr_fast.ops.layouts import key, layouts, rehearsed
 from detr_fast.ops.linear_add_layer_norm import norm_misfit, result_dtype
@@ -45,10 +45,13 @@ def feed_forward(
     """dropout(activation(x @ w1^T + b1)) @ w2^T + b2; with a residual its sum with dropout of that, by output_dropout_p.
 
     Shapes: x (..., C), w1 (F, C), b1 (F,), w2 (D, F), b2 (D,), residual (..., D); the result is (..., D) in x's dtype
-    (autocast's under autocast), promoted with the residual's. activation: relu, gelu (exact), gelu_tanh or silu. Raises ValueError for another activation, RuntimeError
-    where shapes do not fit, with torch's own message; BackendError as `use_backend` says.
+    (autocast's under autocast), promoted with the residual's. activation: relu, gelu (exact), gelu_tanh or silu.
+    Raises ValueError for another activation or a probability outside [0, 1], RuntimeError where shapes do not fit, with
+    torch's own message; BackendError as `use_backend` says.
     Source: Vaswani et al., 2017, arXiv:1706.03762, section 3.3.
     """
+    check_probability(dropout_p)
+    check_probability(output_dropout_p, "output_dropout_p")
     arguments = (x, w1, b1, w2, b2, None, None, 0.0, _known(activation), dropout_p, output_dropout_p, residual, False)
     return FEED_FORWARD(*arguments) if dispatch.intervening or x.is_cuda else _eager(*arguments)
 
@@ -75,6 +78,8 @@ def feed_forward_add_layer_norm(
     fp32). With `return_sum` also what is normalised, for pre-norm transformers, whose next residual it is: in the dtype of
     both terms, promoted. Raises as `feed_forward`.
     """
+    check_probability(dropout_p)
+    check_probability(output_dropout_p, "output_dropout_p")
     weights = (x, w1, b1, w2, b2, norm_weight, norm_bias)
     arguments = (*weights, eps, _known(activation), dropout_p, output_dropout_p, residual, return_sum)
     return FEED_FORWARD(*arguments) if dispatch.intervening or x.is_cuda else _eager(*arguments)

@@ -15,7 +15,7 @@ from detr_fast.kernels import linear_norm as kernels
 from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
-from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.dropout import check_probability, next_seed
 from detr_fast.ops.layouts import key, layouts, rehearsed
 from detr_fast.ops.products import (
     ProductCall,
@@ -52,8 +52,10 @@ def linear_add_layer_norm(
     the residual's dtype (under autocast on a GPU: fp32, as torch's LayerNorm gives), the sum in that of x @ weight^T and
     the residual, promoted. Where the kernel runs, what is normalised stays in fp32 and is finite where fp16 would overflow
     (and where a sum that is returned does). Raises RuntimeError where shapes do not fit, with torch's own message;
-    BackendError as `use_backend` says. Source: Vaswani et al., 2017, arXiv:1706.03762, section 3.1.
+    ValueError for a dropout_p outside [0, 1], BackendError as `use_backend` says. Source: Vaswani et al., 2017,
+    arXiv:1706.03762, section 3.1.
     """
+    check_probability(dropout_p)
     arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, dropout_p, return_sum)
     if not (dispatch.intervening or x.is_cuda):
         return _eager(*arguments)

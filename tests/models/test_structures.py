@@ -138,6 +138,10 @@ def test_labels_out_of_range_are_refused_by_image(label, classes, limit):
     [
         ([], "got no targets"),
         ([one([GOOD], [0]), {"boxes": torch.zeros(0, 4)}], r"target 1 lacks \['labels'\]"),
+        (
+            [one([GOOD], [0]) | {"labels": torch.tensor([0.5])}],
+            r"image 0 of the batch has labels of torch\.float32; expected integers",
+        ),
         ([one([GOOD], [0, 1])], r"image 0 of the batch has boxes of shape \(1, 4\) and labels of shape \(2,\)"),
         (
             [one([GOOD], [0]), one([GOOD] * 3, [0] * 3, image_id=9)],

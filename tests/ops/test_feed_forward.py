@@ -307,6 +307,18 @@ def test_the_one_kernel_follows_torchs_setting_of_matmul_precision(monkeypatch):
     assert seen == ["ieee", "tf32", "ieee"]
 
 
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_a_dropout_probability_outside_0_and_1_is_refused(p):
+    x, w, one = torch.zeros(2, 4), torch.zeros(4, 4), torch.ones(4)
+    for call in (
+        lambda: ops.feed_forward(x, w, None, w, None, dropout_p=p),
+        lambda: ops.feed_forward_add_layer_norm(x, w, None, w, None, one, output_dropout_p=p),
+        lambda: ops.linear_add_layer_norm(x, w, None, x, one, dropout_p=p),
+    ):
+        with pytest.raises(ValueError, match=rf"dropout_p must lie in \[0, 1\]; got {p}"):
+            call()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
