@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
+from benchmarks.libraries import library
 from benchmarks.original_step import OriginalCriterion
-from benchmarks.timing import Claim, compare
+from benchmarks.timing import Claim, NotInstalled, compare
 from detr_fast.models import ModelConfig, Targets, build_criterion
 
 pytestmark = NEEDS_GPU
@@ -71,27 +72,79 @@ def test_criterion(backward: bool) -> None:
     compare(case, {name: step(call) for name, call in found.items()}, claims=claims)
 
 
+def losses_in_transformers(device: str, images: int = IMAGES, boxes: int = BOXES) -> dict[str, Callable[[], Tensor]]:
+    """transformers' DETR loss and what `accelerate` puts in its place: the sum of the losses, on the same predictions."""
+    theirs = library("transformers.loss.loss_for_object_detection").ForObjectDetectionLoss
+    ours = library("detr_fast.adapters.hugging_face_loss").object_detection_loss
+    config = library("transformers").DetrConfig(num_labels=CLASSES, auxiliary_loss=True, decoder_layers=LAYERS)
+    torch.manual_seed(0)
+    logits = torch.randn(LAYERS, images, QUERIES, CLASSES + 1, device=device).requires_grad_()
+    found = (torch.rand(LAYERS, images, QUERIES, 4, device=device) * 0.5 + 0.2).requires_grad_()
+    labels = [
+        {
+            "boxes": torch.rand(boxes, 4, device=device) * 0.5 + 0.2,
+            "class_labels": torch.randint(CLASSES, (boxes,), device=device),
+        }
+        for _ in range(images)
+    ]
+
+    def call(loss: Any) -> Callable[[], Tensor]:
+        return lambda: loss(logits[-1], labels, device, found[-1], config, logits, found)[0]
+
+    calls = {"auto": call(ours), "huggingface": call(theirs)}
+    torch.testing.assert_close(calls["auto"](), calls["huggingface"](), rtol=1e-4, atol=1e-5)
+    return calls
+
+
+def test_loss_of_accelerated_detectors() -> None:
+    def step(call: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            loss = call()
+            loss.backward()
+            return [loss]
+
+        return run
+
+    try:
+        calls = losses_in_transformers(DEVICE.type)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    case = f"transformers' DETR loss {LAYERS} x {IMAGES} x {BOXES} x {QUERIES}, forward and backward"
+    compare(case, {name: step(call) for name, call in calls.items()}, in_graphs=False)  # targets come from the host
+
+
 def weighted(weights: Mapping[str, float], losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([weights[name] * value for name, value in losses.items() if name in weights]).sum()
 
 
-def ratio(rounds: int = 30, backward: bool = False) -> tuple[float, float, float]:
-    """Median milliseconds of ours and of the original's algorithm on the CPU, in turn, and the median of their ratios."""
-    weights = build_criterion(ModelConfig(num_classes=CLASSES)).weight_dict
-    times: dict[str, list[float]] = {"auto": [], "original": []}
-    found = functions("cpu")
+def in_turn(steps: Mapping[str, Callable[[], object]], rounds: int = 30) -> list[float]:
+    """Median milliseconds of each of two on the CPU, in turn, and the median of their ratios."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, call in found.items():
+        for name, step in steps.items():
             begun = time.perf_counter()
-            losses = call()
-            if backward:
-                weighted(weights, losses).backward()
+            step()
             times[name].append((time.perf_counter() - begun) * 1e3)
-    ratios = [b / a for a, b in zip(times["auto"], times["original"])]
-    return statistics.median(times["auto"]), statistics.median(times["original"]), statistics.median(ratios)
+    first, second = times.values()
+    return [statistics.median(each) for each in (first, second, [b / a for a, b in zip(first, second)])]
+
+
+def with_backward(call: Callable[[], dict[str, Tensor]]) -> Callable[[], None]:
+    weights = build_criterion(ModelConfig(num_classes=CLASSES)).weight_dict
+    return backward_of(lambda: weighted(weights, call()))
+
+
+def backward_of(call: Callable[[], Tensor]) -> Callable[[], None]:
+    return lambda: call().backward()
 
 
 if __name__ == "__main__":
-    for with_backward in (False, True):
-        ours, original, times = ratio(backward=with_backward)
-        print(f"backward {with_backward}: ours {ours:.1f} ms, the original's {original:.1f} ms, {times:.1f} times")
+    line = "{}: ours {:.1f} ms, {} {:.1f} ms, {:.1f} times"
+    calls = functions("cpu")
+    for what, steps in (("forward", calls), ("and backward", {n: with_backward(c) for n, c in calls.items()})):
+        ours, other, times = in_turn(steps)
+        print(line.format(what, ours, "the original's", other, times))
+    for images, boxes in ((2, 8), (4, 8), (8, 8), (8, 20)):
+        both = losses_in_transformers("cpu", images, boxes)
+        ours, other, times = in_turn({name: backward_of(call) for name, call in both.items()})
+        print(line.format(f"{images} images of {boxes} boxes, with backward", ours, "transformers'", other, times))

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import detr_fast
+from detr_fast import use_backend
 from detr_fast.explanation import explaining
 from detr_fast.testing import count
 
@@ -77,7 +78,8 @@ def test_losses_names_and_gradients_are_transformers(name, counts, auxiliary, fp
     logits, boxes = predictions(name, len(counts))
     results = []
     for function in PAIRS[name]:
-        loss, by_name, layers = call(function, logits, boxes, labels, settings)
+        with use_backend(matching_cost="eager"):
+            loss, by_name, layers = call(function, logits, boxes, labels, settings)
         gradients = torch.autograd.grad(loss, (logits, boxes))
         results.append((loss, by_name, layers, gradients))
     (loss, by_name, layers, gradients), (own_loss, own, own_layers, own_gradients) = results
@@ -87,6 +89,17 @@ def test_losses_names_and_gradients_are_transformers(name, counts, auxiliary, fp
         torch.testing.assert_close(own[key], value, rtol=1e-12 if key[:4] == "loss" else 1e-6, atol=1e-12, msg=key)
     torch.testing.assert_close(own_gradients, gradients, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(own_layers, layers, rtol=0, atol=0)
+
+
+def test_one_layer_on_a_cpu_is_transformers_which_is_faster_there(monkeypatch):
+    labels, (logits, boxes) = labels_of((2, 3)), predictions("softmax", 2)
+    asked, theirs = [], loss_for_object_detection.ForObjectDetectionLoss
+    monkeypatch.setattr(
+        loss_for_object_detection, "ForObjectDetectionLoss", lambda *a, **k: asked.append(a) or theirs(*a, **k)
+    )
+    for auxiliary, calls in ((True, 0), (False, 1)):
+        call(PAIRS["softmax"][1], logits, boxes, labels, config(auxiliary_loss=auxiliary))
+        assert len(asked) == calls
 
 
 def test_layers_without_a_weight_are_in_the_dictionary_and_not_in_the_sum():
