@@ -84,12 +84,12 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    padding, mask = _split(attention_mask)
+    padding, mask = split(attention_mask)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling).contiguous(), None
 
 
-def _split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A mask (B, 1, L, S), True = may attend, as padding (B, S), True = padding, where it is one for all queries."""
     if mask is None:
         return None, None

@@ -50,10 +50,13 @@ def _attention(found: Contents, path: str, part: Any) -> bool:
     state, config = part.__dict__, vars(part.__dict__.get("config", part))
     if MARK not in state or config.get(_IMPLEMENTATION) != NAME or ALL_ATTENTION_FUNCTIONS.get(NAME) is not attention:
         return False
-    if reads(type(part).forward) not in _ATTENTIONS or not _are_numbers(part, "attention_dropout", "scaling"):
+    if reads(type(part).forward) not in _ATTENTIONS or not _are_numbers(part, "attention_dropout"):
         return False
-    found.watch(part, path, "head_dim", "scaling", "is_causal", drops=("attention_dropout",))
-    found.keep(part, "config", MARK)
+    biases = {one.bias is None for one in (part.q_proj, part.k_proj, part.v_proj) if type(one) is nn.Linear}
+    if part.scaling != part.head_dim**-0.5 or part.is_causal or len(biases) != 1:
+        return False
+    found.watch(part, path, "head_dim", drops=("attention_dropout",))
+    found.keep(part, "config", "scaling", "is_causal", MARK)
     found.expect(type(part))
     found.place(config, _IMPLEMENTATION)
     for registry in ("_local_mapping", "_global_mapping"):

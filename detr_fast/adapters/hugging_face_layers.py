@@ -16,6 +16,7 @@ from detr_fast.adapters.base import Adapter, Scriptable, joined, kind_of, reads,
 from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_norm, linear_add_norm
 from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.adapters.hugging_face import padding_of, with_padding
+from detr_fast.adapters.hugging_face_attention import attend_add_norm
 from detr_fast.adapters.hugging_face_contents import detr_layer
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability, sum_and_norm
@@ -73,8 +74,8 @@ class DetrEncoderLayer(Scriptable):
     def _fused(self: Any, x: Tensor, mask: Any, padding: Any, position: Any, **kwargs: Any) -> Tensor:
         own = {"attention_mask": with_padding(mask, padding), "position_embeddings": position, **kwargs}
         p = probability(self.dropout, self.training)
-        x = norm_of_sum(self.self_attn(hidden_states=x, **own)[0], x, self.self_attn_layer_norm, p)
-        x = _block_add_norm(self.mlp, x, self.final_layer_norm)
+        y = attend_add_norm(self.self_attn, self.self_attn_layer_norm, p, x, own)
+        x = _block_add_norm(self.mlp, y, self.final_layer_norm)
         # What the original clamps can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight.
         return clamped(x) if self.training and x.dtype == torch.float16 else x
 
@@ -184,9 +185,9 @@ def _decoder_comes_apart(layer: Any, x: Tensor) -> bool:
 
 def _decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | None) -> Tensor:
     p = probability(layer.dropout, layer.training)
-    x = norm_of_sum(layer.self_attn(hidden_states=x, **own)[0], x, layer.self_attn_layer_norm, p)
+    x = attend_add_norm(layer.self_attn, layer.self_attn_layer_norm, p, x, own)
     if cross is not None:
-        x = norm_of_sum(layer.encoder_attn(hidden_states=x, **cross)[0], x, layer.encoder_attn_layer_norm, p)
+        x = attend_add_norm(layer.encoder_attn, layer.encoder_attn_layer_norm, p, x, cross)
     return _block_add_norm(layer.mlp, x, layer.final_layer_norm)
 
 

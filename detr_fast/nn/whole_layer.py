@@ -56,8 +56,7 @@ def whole(
     """
     x = tensors[0]
     assert x is not None
-    alike = describe is torch_nn
-    if torch.compiler.is_compiling() or op.is_small(x.nbytes, x.device, (alike,)):
+    if torch.compiler.is_compiling() or op.is_small(x.nbytes, x.device):
         return function(*tensors, *settings)
     contents = contents_of(layer, op, describe)
     if contents is None:
@@ -65,7 +64,7 @@ def whole(
     call = _call_of(layer, function, tensors, settings, memory, contents) if _unseen(x) else None
     if call is not None and (program := contents.program(call)) is not None:  # where there is one, the choice was made
         return _run(program, call)
-    if op.kernel(x, contents.hidden, layer.training, alike) is None:
+    if op.kernel(x, contents.hidden, layer.training) is None:
         return function(*tensors, *settings)
     if call is not None and (program := _program(op, call)) is not None:
         return _run(program, call)

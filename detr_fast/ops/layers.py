@@ -26,12 +26,11 @@ MAX_PROGRAMS = 256  # shapes that vary for ever must not fill the memory
 
 @dataclass(frozen=True)
 class LayerCall(Call):
-    """alike: whether the layer's parts are those of torch.nn's. requests: what was asked for by name, of which ops."""
+    """requests: what was asked for by name, of which ops."""
 
     shape: tuple[int, ...]
     hidden: int
     training: bool
-    alike: bool
     requests: frozenset[tuple[str, str]]
 
     @property
@@ -43,16 +42,12 @@ class LayerCall(Call):
         return f"{self.shape} hidden {self.hidden} {str(self.dtype).removeprefix('torch.')}"
 
 
-def _signature(x: Tensor, hidden: int, training: bool, alike: bool) -> tuple[Any, ...]:
+def _signature(x: Tensor, hidden: int, training: bool) -> tuple[Any, ...]:
     given = (type(x), x.shape, x.dtype, x.device, x.requires_grad)
-    return (*given, hidden, training, alike, frozenset(dispatch._requested.items()))
+    return (*given, hidden, training, frozenset(dispatch._requested.items()))
 
 
-def _kind(x: Tensor, hidden: int, training: bool, alike: bool) -> tuple[bool]:
-    return (alike,)
-
-
-def _describe(x: Tensor, hidden: int, training: bool, alike: bool, *, situation: Situation) -> LayerCall:
+def _describe(x: Tensor, hidden: int, training: bool, *, situation: Situation) -> LayerCall:
     return LayerCall(
         device=x.device,
         architecture=dispatch.architecture(x.device),
@@ -63,7 +58,6 @@ def _describe(x: Tensor, hidden: int, training: bool, alike: bool, *, situation:
         shape=tuple(x.shape),
         hidden=hidden,
         training=training,
-        alike=alike,
         requests=frozenset(dispatch._requested.items()),
     )
 
@@ -79,8 +73,6 @@ class TritonLayer(TritonImplementation):
             return "under torch.compile cuBLAS and Inductor's own fusion do this"
         if not call.training:
             return "layers were measured in training: without, their parts are chosen one by one"
-        if not call.alike:
-            return "torch.nn's layers were measured, whose products are fewer: this one's parts are chosen one by one"
         if any(name != "auto" for _, name in call.requests):
             return "something was asked for by name: its parts are chosen one by one"
         if call.computed_dtype == torch.float32:
@@ -93,8 +85,7 @@ class TritonLayer(TritonImplementation):
         return regimes.advice(self.op, call, size, "a choice for each part")
 
     def least(self, architecture: str | None, *kind: Any) -> int:
-        (alike,) = kind
-        return regimes.least(self.op, architecture) if alike and self._measured(architecture) else NEVER
+        return regimes.least(self.op, architecture) if self._measured(architecture) else NEVER
 
     def _measured(self, architecture: str | None) -> bool:
         """Whether on this very architecture, as for products."""
@@ -122,9 +113,7 @@ class LayerOp(Op):
 
     def __init__(self, name: str) -> None:
         parts = (TritonLayer(name), LayerParts())
-        super().__init__(
-            name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of, kind=_kind
-        )
+        super().__init__(name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of)
         self.programs: OrderedDict[Any, HostProgram | str | None] = OrderedDict()
         self.generation = object()  # another one when programs are forgotten
 
