@@ -240,7 +240,7 @@ def attention_config(
 ) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
 
-    No variant in 16 bits spills a register up to a head dimension of 128 (tests/kernels/test_attention_code.py).
+    In 16 bits and up to a head dimension of 128, what spills a register is listed in docs/attention.md.
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
     wide_mask: its elements have 4 bytes; unaligned: q, k or v are loaded one by one. packed: a packed batch. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
@@ -265,8 +265,16 @@ def attention_config(
             return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
         config = _atomics_config(itemsize, block, dropout, masked or causal, unaligned, generation)
-        wide = wide_mask and itemsize == 2 and block <= 32 and generation == "ampere"
-        return replace(config, rows=16) if wide else config
+        if itemsize > 2 or block > 32 or unaligned:
+            return config
+        if generation == "blackwell":  # two loops spill 24 bytes in one stage
+            return replace(config, num_stages=2) if dropout and causal and not masked else config
+        if generation == "ampere" and not dropout:
+            if wide_mask:
+                return replace(config, rows=16)
+            if not (masked or listed) and (packed or not causal):  # in 2 stages 8 bytes spill; .161 a score in both
+                return replace(config, num_stages=3)
+        return config
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
     wide_keys = kernel == "keys" and itemsize == 2 and block == 128 and (causal or unaligned)
@@ -282,8 +290,17 @@ def attention_config(
         if shared and not (masked or causal or unaligned):
             return replace(config, num_stages=2)
         config = replace(config, columns=max(16, config.columns // 2))
+        if dropout and wide_mask and itemsize == 2 and block <= 32 and generation:
+            # .240 a score, where 3 stages spill and take .298
+            config = replace(config, num_stages=1)
+    nvidia = generation in ("ampere", "blackwell")
+    if wide_keys and unaligned and packed and nvidia:  # 1.25 a score in 2 stages, too, which spill more
+        config = replace(config, num_stages=1)
     if itemsize == 2 and block <= 64:
-        return _of_64_columns(config, kernel, block, heavy, causal, mask_run, unaligned, generation)
+        config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, unaligned, generation)
+        if kernel == "forward" and masked and dropout and block == 64 and generation == "ampere":
+            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of others 8 in 3 stages (.179 for .175).
+            return replace(config, num_warps=8) if wide_mask else replace(config, num_stages=2)
     return config
 
 
@@ -331,6 +348,9 @@ def _atomics_config(
         return replace(config, columns=32, num_stages=1 if masked else 2)
     if block == 64 and dropout and masked:
         return replace(config, columns=32, num_warps=8, num_stages=1)
+    if block <= 32 and dropout and masked and generation in ("ampere", "blackwell"):
+        # On sm_80 .320 a score for a head dimension of 24, where 16 rows in 2 stages spill and take .547.
+        return replace(config, rows=16 if unaligned and generation != "blackwell" else 32, columns=64, num_stages=1)
     return replace(config, rows=16 if masked and (dropout or block == 64) else 32)
 
 

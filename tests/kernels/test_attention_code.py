@@ -98,6 +98,14 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_80", 64, "atomics", {"padding": True, "dropout": True, "causal": True}),
         ("sm_80", 128, "atomics", {"padding": True, "vector": 1}),
         ("sm_120", 32, "atomics", {"padding": True}),
+        ("sm_80", 32, "atomics", {}),
+        ("sm_80", 32, "atomics", {"packed": True, "causal": True}),
+        ("sm_80", 24, "atomics", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_80", 32, "atomics", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_120", 32, "atomics", {"padding": True, "dropout": True, "causal": True}),
+        ("sm_120", 32, "keys", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 64, "forward", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
