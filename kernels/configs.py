@@ -300,7 +300,7 @@ def attention_config(
     if itemsize == 2 and block <= 64:
         config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, unaligned, generation)
         if kernel == "forward" and masked and dropout and block == 64 and generation == "ampere":
-            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of others 8 in 3 stages (.179 for .175).
+            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a 16-bit one 8 in 3 stages (.179 for .175).
             return replace(config, num_warps=8) if wide_mask else replace(config, num_stages=2)
     return config
 
