@@ -87,7 +87,7 @@ def _tune() -> int:
     dispatch.architecture = lambda device: "sm_90"
     step, cpu = tuning.assignment_step, torch.device("cpu")
     tuning.assignment_step = lambda *_: step(cpu, 2, 2, 4)
-    tuning_cases.WIDTH, tuning_cases.HIDDEN = 64, 48
+    tuning_cases.WIDTH, tuning_cases.HIDDEN, tuning_cases.TOKENS = 64, 48, 12
     for module in (tuning, layer_cases):
         module.GROUPS = [_first_case(group) for group in module.GROUPS]
     interleaved, milliseconds = tuning._interleaved, tuning._milliseconds
@@ -111,6 +111,8 @@ def _first_case(group):
         small = sizes.get(group.op, (2,))
         if group.op == "attention":
             small = (1, 2 if size[1] < size[2] else 9, 9, 2, *size[4:])
+        elif group.op == "attention_varlen":
+            small = (1, *size[1:])
         return lambda _, gradients: make.func(function, small, torch.device("cpu"), gradients)
 
     case = group.cases[0]

@@ -279,6 +279,7 @@ def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsy
     assert summary.startswith("# Stub GPU, torch ")
     for name, *_ in real(out):
         assert f"- {name}: ok" in summary
+    assert "FAILED" not in summary
     assert (prefix / "bin" / "detr-fast").exists()
     assert (out / "regimes.json").exists()
     written = list(out.iterdir())

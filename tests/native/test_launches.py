@@ -10,6 +10,7 @@ from detr_fast import dispatch, implementation, nn, ops, use_backend
 from detr_fast.ops import boundary, host_native
 from tests.native.stub_driver import FAULT, MESSAGE, StubDriver
 from tests.ops.test_host_program import launches_of
+from tests.seen import nodes
 
 pytestmark = pytest.mark.offline
 
@@ -59,12 +60,7 @@ def test_an_op_launches_what_python_launches_on_the_same_tensors(name, on_stub):
     expected, pointers = launches_of(on_stub, python), pointers_of(on_stub, [*leaves, dy], python)
     for _ in range(2):
         step()
-    names, ahead = [], [step().grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None:
-            names.append(node.name())
-            ahead += [one for one, _ in node.next_functions]
+    names = nodes(step())
     assert "OpProgramBackward" in names, host_native.unrepeatable
     assert launches_of(on_stub, step) == expected
     assert pointers_of(on_stub, [*leaves, dy], step) == pointers

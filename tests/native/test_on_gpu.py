@@ -13,6 +13,7 @@ from benchmarks.hardware import DEVICE, REHEARSAL, sized
 from benchmarks.test_host_time import CASES
 from detr_fast import native, nn, use_backend
 from detr_fast.ops import host_native
+from tests.seen import nodes
 
 pytestmark = pytest.mark.gpu
 
@@ -62,12 +63,7 @@ def test_ops(name, dtype, create_graph, monkeypatch):
         return run()[0]
 
     assert same(*both(step)), host_native.unrepeatable
-    names, ahead = [], [run()[1].grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None:
-            names.append(node.name())
-            ahead += [one for one, _ in node.next_functions]
+    names = nodes(run()[1])
     assert REHEARSAL or "OpProgramBackward" in names, host_native.unrepeatable
 
 

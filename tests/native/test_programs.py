@@ -16,7 +16,7 @@ from detr_fast import nn, ops, use_backend
 from detr_fast.ops import host_native, host_program
 from detr_fast.ops.dropout import shared_seed
 from detr_fast.ops.layer_norm import LAYER_NORM
-from tests.seen import Seen
+from tests.seen import Seen, nodes
 
 pytestmark = pytest.mark.interpreter(None)
 PROGRAM = "OpProgramBackward"
@@ -49,17 +49,6 @@ def in_python(run):
     finally:
         launch.observers.remove(told.append)
     assert told
-    return found
-
-
-def nodes(y):
-    """Names of the nodes that gave y."""
-    found, ahead = set(), [y.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None:
-            found.add(node.name())
-            ahead += [one for one, _ in node.next_functions]
     return found
 
 
