@@ -25,6 +25,7 @@ SLOT = 8  # bytes for each parameter, of which a smaller one takes the first
 MAX_SHARED = 228 << 10  # bytes; with more, Triton's launcher sets a mode
 POINTER, INT32 = "<Q", "<i"
 _FORMATS = {"i32": INT32, "i64": "<q", "fp32": "<f"}  # by Triton's types
+NUMBERS = tuple(_FORMATS.values())
 _SCRATCH = (POINTER, POINTER)  # Triton's kernels end with two pointers to scratch memory, null where they use none
 
 
@@ -41,9 +42,8 @@ class Entry(NamedTuple):
     formats: tuple[str | None, ...]
 
     def parameters(self, values: Sequence[Any]) -> bytes:
-        """A slot for each parameter; what is no number is left 0. Raises struct.error or OverflowError for one that doesn't fit."""
-        given = [(f, v) for f, v in zip(self.formats, values, strict=True) if f is not None]
-        packed = [struct.pack(f, v) if isinstance(v, (int, float)) else b"" for f, v in given]
+        """A slot for each parameter, of numbers. Raises struct.error or OverflowError for one that doesn't fit."""
+        packed = [struct.pack(f, v) for f, v in zip(self.formats, values, strict=True) if f is not None]
         return b"".join(one.ljust(SLOT, b"\0") for one in [*packed, *(b"" for _ in _SCRATCH)])
 
 

@@ -127,8 +127,6 @@ class Variant:
 class Program:
     """A compiled kernel, loaded: launched by the call that Triton's own launch ends in, without what leads to it."""
 
-    __slots__ = ("constants", "function", "kernel", "metadata", "run", "types")
-
     def __init__(self, kernel: Any, types: tuple[str | None, ...], constants: tuple[Any, ...]) -> None:
         self.kernel, self.types = kernel, types
         self.constants = constants  # arguments of the kernel, too, with no effect on its program
@@ -145,6 +143,7 @@ class Program:
         handles = (current_stream(), self.function, self.metadata, None, None, None)
         self.run(x, y, z, *handles, *arguments, *self.constants)
 
+    @cached_property
     def entry(self) -> driver.Entry | None:
         """How CUDA's driver launches it without Triton; None where only Triton knows how."""
         return driver.entry(self.kernel, self.types)

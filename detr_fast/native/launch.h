@@ -54,6 +54,7 @@ struct Driver {
 struct Launch {
   Driver driver;
   void* function = nullptr;
+  Object program;  // keeps the function loaded
   unsigned x = 0, y = 0, z = 0, threads = 0, shared = 0;
   std::vector<uint64_t> parameters;  // one word each, of which a smaller one takes the first bytes
   std::vector<size_t> places;        // of those that a call gives, in the order of its operands
@@ -70,7 +71,7 @@ struct Launch {
   static constexpr size_t kMostOperands = 128;
 };
 
-// (addresses of the driver's functions, (function, x, y, z, threads, shared), bytes of the parameters, places)
+// (addresses of the driver's functions, (function, x, y, z, threads, shared), bytes of the parameters, places, what keeps it loaded)
 Launch launch_of(PyObject* tuple) {
   Launch found;
   const auto addresses = integers(item(tuple, 0)), numbers = integers(item(tuple, 1));
@@ -86,6 +87,7 @@ Launch launch_of(PyObject* tuple) {
   found.parameters.resize(size / sizeof(uint64_t));
   std::memcpy(found.parameters.data(), bytes, found.parameters.size() * sizeof(uint64_t));
   for (const auto place : integers(item(tuple, 3))) found.places.push_back(place);
+  found.program = Object::borrowed(item(tuple, 4));
   const bool fits = found.parameters.size() <= Launch::kMostOperands &&
       std::all_of(found.places.begin(), found.places.end(), [&](size_t place) { return place < found.parameters.size(); });
   TORCH_CHECK(fits, "a launch has ", found.parameters.size(), " parameters, or a place behind them");

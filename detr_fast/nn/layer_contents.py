@@ -105,7 +105,9 @@ class Contents:
         self._code.append((kind, kind.forward))
 
     def close(self) -> Contents:
+        """All is read. Programs take parameters by their place, and a parameter that was registered again has another one."""
         self._kinds = list(map(type, self._parts))
+        self.settings += [tuple(self.names), tuple(self._kinds)]
         self._found = [state.get(name) for state, name in self._places]
         return self
 
@@ -129,7 +131,7 @@ class Contents:
 
     def computes_as(self, other: Contents) -> bool:
         """Whether the same is computed, of other parameters perhaps."""
-        return self.settings == other.settings and self._kinds == other._kinds
+        return self.settings == other.settings
 
     def program(self, call: Call) -> HostProgram | None:
         """That of such a call before, on parameters that look like its."""

@@ -179,7 +179,7 @@ def _call_of(
     if norm is not None:
         if type(norm) not in NORMS or norm.weight is None:
             return None
-        following = [*norm._parameters.values()]
+        following = [norm.weight, norm.bias]
         if any(p is not None and p.grad_fn is not None for p in following):
             return None
         parameters = parameters + following
@@ -318,7 +318,7 @@ def _again(
             "change it behind that backward"
         )
     both = _Both(compute)
-    following = [] if norm is None else [f"norm.{name}" for name in norm._parameters]
+    following = [] if norm is None else ["norm.weight", "norm.bias"]
     names = [*(f"layer.{name}" for name in contents.names), *following]
     count = len(inputs) - len(names)
     others = {name: one for name, one in zip(names, inputs[count:]) if one is not None}

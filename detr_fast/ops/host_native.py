@@ -139,22 +139,23 @@ def _section(
 
 def _launch(one: Instruction, operand: Callable[[int], tuple[int, Any, int]]) -> tuple[Any, ...] | None:
     """A launch by CUDA's driver, as program.h reads it; None where it is left to Triton's launcher."""
-    functions = driver.functions()
-    entry = None if one.program is None or functions is None else one.program.entry()
-    if entry is None:
+    entry = None if one.program is None else one.program.entry
+    functions = None if entry is None else driver.functions()
+    if entry is None or functions is None:
         return None
     grid = [operand(r)[1] for r in one.arguments[:GRID]]
     given = list(map(operand, one.arguments[AHEAD:]))[: len(entry.formats)]
     passed = [(*o, f) for o, f in zip(given, entry.formats) if f is not None]
     changing = {place: one for place, one in enumerate(passed) if one[0] != CONSTANT}
-    if any(f != (driver.POINTER if kind == ADDRESS else driver.INT32) for kind, _, _, f in changing.values()):
+    fitting = {ADDRESS: (driver.POINTER,), OFFSET: (driver.INT32,), CONSTANT: driver.NUMBERS}
+    if any(f not in fitting[kind] or (kind == CONSTANT and type(v) not in (int, float)) for kind, v, _, f in passed):
         return None
     try:
-        parameters = entry.parameters([value if kind == CONSTANT else None for kind, value, _ in given])
+        parameters = entry.parameters([value if kind == CONSTANT else 0 for kind, value, _ in given])
     except (struct.error, OverflowError):  # Triton's launcher says what is wrong
         return None
     numbers = (entry.function, *grid, entry.threads, entry.shared)
-    return *(one[:3] for one in changing.values()), (functions, numbers, parameters, tuple(changing))
+    return *(one[:3] for one in changing.values()), (functions, numbers, parameters, tuple(changing), one.program)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,13 +87,14 @@ def main(folder: Path) -> None:
     found = driver.entry(SimpleNamespace(run=run, metadata=metadata, function=function), TYPES)
     assert found is not None, "a plain kernel, and the driver doesn't know how to launch it"
     given = {0: (ADDRESS, 0, 64), 5: (ADDRESS, 1, 0), 7: (OFFSET, 4, 0), 8: (ADDRESS, 0, 0)}
-    fixed = found.parameters([None if i in given else v for i, v in enumerate(values)])
+    fixed = found.parameters([0 if i in given else v for i, v in enumerate(values)])
     present = [i for i, t in enumerate(TYPES) if t]
     launch = (
         driver.functions(),
         (found.function, *grid, found.threads, found.shared),
         fixed,
         tuple(map(present.index, given)),
+        None,
     )
     host = native.load()
 

@@ -47,7 +47,7 @@ class StubDriver:
         self.cuFuncGetParamInfo = CFUNCTYPE(c_int, c_void_p, c_size_t, POINTER(c_size_t), POINTER(c_size_t))(self._ask)
 
     def use(self, monkeypatch):
-        original = launch.Program.entry
+        original = launch.Program.entry.func
 
         def entry(program):
             found = original(program)
@@ -55,7 +55,7 @@ class StubDriver:
                 self.entries[found.function] = found.formats, program.constants
             return found
 
-        monkeypatch.setattr(launch.Program, "entry", entry)
+        monkeypatch.setattr(launch.Program, "entry", property(entry))
         monkeypatch.setattr(driver, "library", lambda: self)
         monkeypatch.setattr(driver, "_is_plain", lambda kernel: True)
         return self

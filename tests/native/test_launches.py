@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from detr_fast.kernels import launch
+from detr_fast.kernels.catalog import CATALOG
 
 from benchmarks.test_host_time import CASES
 from detr_fast import dispatch, implementation, nn, ops, use_backend
@@ -91,6 +95,67 @@ def test_a_layer_launches_what_its_parts_launch(on_stub):
         step()
     assert step().grad_fn.name() == "ProgramNodeBackward"
     assert launches_of(on_stub, step) == expected
+
+
+def again(module, name):
+    """Registers a parameter of the module again, which then comes last: as pruning does that is made permanent."""
+    one = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, one)
+
+
+@pytest.mark.parametrize("following", [False, True])
+def test_a_program_serves_no_layer_whose_parameters_come_in_another_order(following, on_stub):
+    def made():
+        layer = nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True, norm_first=True)
+        return nn.TransformerEncoder(layer, 1, nn.LayerNorm(64)) if following else layer
+
+    one, other, x = made(), made(), torch.randn(1, 4, 64, requires_grad=True)
+    again(other.norm if following else other.norm1, "weight")
+    for _ in range(3):
+        one(x)
+
+    def parts():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            other(x)
+
+    parameters = [*other.parameters()]
+    expected = pointers_of(on_stub, parameters, parts)
+    for _ in range(3):
+        assert pointers_of(on_stub, parameters, lambda: other(x)) == expected
+
+
+def test_a_program_serves_no_layer_whose_parts_are_of_another_class(on_stub):
+    one, other = (nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True, norm_first=True) for _ in range(2))
+    other.norm1 = torch.nn.LayerNorm(64)  # which is PyTorch's operation
+    x = torch.randn(1, 4, 64, requires_grad=True)
+    for _ in range(3):
+        one(x)
+    before = len(on_stub.launched)
+    one(x)
+    launches = len(on_stub.launched) - before
+    other(x)
+    assert len(on_stub.launched) - before - launches < launches
+
+
+@by_driver
+def test_kernels_stay_loaded_while_a_backward_may_launch_them(on_stub, monkeypatch):
+    unloaded, kernels = [], {one.variant.kernel for one in CATALOG}
+    monkeypatch.setattr(type(on_stub), "unload_module", lambda self, module: unloaded.append(module))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((4, 64), (64,), (64,))]
+    for _ in range(3):
+        y = ops.layer_norm(leaves[0], (64,), *leaves[1:])
+        dy = torch.ones_like(y)
+        torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    gc.collect()
+    before, launches = len(unloaded), on_stub.driver.launches
+    launch.forget_programs()
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    gc.collect()
+    torch.autograd.grad(y, leaves, dy)
+    assert on_stub.driver.launches > launches
+    assert len(unloaded) == before
 
 
 def test_addresses_are_those_of_the_tensors(on_stub):

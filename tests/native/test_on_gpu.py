@@ -130,4 +130,4 @@ def test_the_driver_can_launch_every_kernel(name, monkeypatch):
     torch.autograd.grad(y, leaves, torch.ones_like(y))
     assert launch._compiled
     for variant in launch._compiled:
-        assert variant.program(DEVICE).entry() is not None, variant.name
+        assert variant.program(DEVICE).entry is not None, variant.name
