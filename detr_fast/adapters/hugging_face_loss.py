@@ -131,7 +131,7 @@ def _fits(focal: bool, logits: Tensor, labels: Any, boxes: Tensor, config: Any) 
 
 
 def _is_target(target: Any, device: torch.device) -> bool:
-    if not isinstance(target, Mapping) or not {"class_labels", "boxes"} <= target.keys():
+    if not isinstance(target, Mapping) or "class_labels" not in target or "boxes" not in target:
         return False
     labels, boxes = target["class_labels"], target["boxes"]
     return (

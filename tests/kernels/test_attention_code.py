@@ -22,10 +22,10 @@ VARIANTS = {
 }
 
 
-def check_loops(variant, target, most, older=1.27):
+def check_loops(variant, target, most, older=1.29):
     """The last loops: before them, with a key padding mask, there is the one that lists or copies it.
 
-    older: by how much an older compiler's may take more.
+    older: by how much an older compiler's may take more (in a backward on sm_90; 1.2 without dropout).
     """
     binary, _, resources = compile_variant(variant, target)
     assert older_compiler() or resources.spills == 0
@@ -37,7 +37,7 @@ def check_loops(variant, target, most, older=1.27):
         assert found.cycles["tensor"] > 0.03
         # Few waits: where an accumulator crosses from one pipelined loop to another, each tensor core instruction waits.
         assert found.opcodes["WARPGROUP.DEPBAR.LE"] <= 5
-        assert found.cycles_per_element <= cycles * (older if older_compiler() else 1)  # 1.27 with dropout; 1.2 without
+        assert found.cycles_per_element <= cycles * (older if older_compiler() else 1)
 
 
 # bf16 with a key padding mask, reached: (whole blocks of visible keys, the last block), or the one loop over queries.
@@ -111,8 +111,8 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
     form = Form(torch.bfloat16, dim, dim, **{"vector": 8, **features}, generation=GENERATIONS.get(target, ""))
     _, _, resources = compile_variant(VARIANTS[kernel](form), target)
-    # Triton 3.6 spills up to 20 bytes in some of these, and 120 in causal keys at a head dimension of 32 on sm_90.
-    most = 120 if (target, features) == ("sm_90", {"causal": True}) else 20
+    # Triton 3.6 spills up to 24 bytes in some of these, and 120 in causal keys at a head dimension of 32 on sm_90.
+    most = 120 if (target, features) == ("sm_90", {"causal": True}) else 24
     assert resources.spills <= (most if older_compiler() else 0)
 
 
