@@ -9,6 +9,7 @@ that ours was written for. Whatever ours does not take (see `_fits`) goes to tra
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ _sum = WeightedSum()
 Loss = tuple[Tensor, dict[str, Tensor], Any]
 
 
+@torch.compiler.disable  # numbers of boxes would be constants of a graph, which is compiled again for others
 def object_detection_loss(
     logits: Tensor,
     labels: Any,
@@ -51,6 +53,7 @@ def object_detection_loss(
     return found
 
 
+@torch.compiler.disable
 def focal_object_detection_loss(
     logits: Tensor,
     labels: Any,
@@ -84,18 +87,22 @@ def _loss(
     """transformers' three results, or None where they are to come from transformers."""
     if not _fits(focal, logits, labels, pred_boxes, config):
         return None
+    layers = (outputs_class, outputs_coord)
+    if config.auxiliary_loss and not all(isinstance(one, Tensor) and one.ndim == 4 for one in layers):
+        return None
     if not config.auxiliary_loss and _has_values(logits) and not dispatch.intervening:
         return None  # of one layer on a CPU, theirs takes 0.8 of the time (benchmarks/test_criterion.py); of two, twice
-    with torch.no_grad():
-        targets = _padded(labels, logits.device, config.num_labels)
-        if _has_values(logits) and not targets.good:
-            return None  # which says what is wrong
     auxiliary = None
     logits, boxes = logits[None], pred_boxes[None]
     if config.auxiliary_loss:
         auxiliary = loss_for_object_detection._set_aux_loss(outputs_class, outputs_coord)
         logits = torch.cat((outputs_class[:-1], logits))
         boxes = torch.cat((outputs_coord[:-1], boxes))
+    with torch.no_grad():
+        targets = _padded(labels, logits.device, config.num_labels)
+        good = targets.good & (boxes[..., 2:] >= 0).all()
+        if _has_values(logits) and not good:
+            return None  # which says what is wrong
     if focal:
         logits = torch.nn.functional.pad(logits, (0, 1))  # our ops' logit for "no object", which has no part in it
     true = (targets.labels, targets.boxes, targets.counts)
@@ -109,18 +116,21 @@ def _loss(
     values, cardinality, summary = ops.detection_losses(
         logits, boxes, query, *true, broken, total, ranks=ranks, eos_coef=eos_coef, focal=focal
     )
-    by_name = _by_name(values, cardinality)
+    # Where transformers would look and raise an error, without a look: losses that are NaN, and so are their gradients.
+    good = good & (summary[1] == 0)
+    by_name = _by_name(values * torch.where(good, 1.0, float("nan")), cardinality)
     weights = _weights(config)
     weighted = [name for name in by_name if name in weights]
     loss = _sum([by_name[name] for name in weighted], [weights[name] for name in weighted])
-    # Where transformers would look and raise an error: an answer that nobody overlooks, without a look.
-    return torch.where(targets.good & (summary[1] == 0), loss, float("nan")), by_name, auxiliary
+    return loss, by_name, auxiliary
 
 
 def _fits(focal: bool, logits: Tensor, labels: Any, boxes: Tensor, config: Any) -> bool:
     """Whether everything is as transformers documents it; if not, transformers' function knows what to do."""
     classes = config.num_labels + (0 if focal else 1)
     predicted = logits.ndim == 3 and logits.shape[-1] == classes and tuple(boxes.shape) == (*logits.shape[:2], 4)
+    if logits.device.type not in ("cpu", "cuda", "meta"):  # where the assignment has an implementation
+        return False
     if not predicted or not isinstance(labels, Sequence) or len(labels) != logits.shape[0] or not labels:
         return False
     if focal and config.focal_alpha != _ALPHA:
@@ -160,7 +170,7 @@ def _padded(labels: Sequence[Mapping[str, Tensor]], device: torch.device, num_la
     classes = torch.cat([target["class_labels"] for target in labels])[place]
     boxes = torch.cat([target["boxes"] for target in labels])[place]
     in_range = (classes == classes.clamp(0, num_labels - 1)).all()
-    return _Targets(boxes, classes, count, in_range & (boxes[..., 2:] >= 0).all())
+    return _Targets(boxes, classes, count, in_range & (boxes[..., 2:] >= 0).all() & (boxes == boxes).all())
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -178,7 +188,8 @@ def _boxes_of_all_processes(counts: Tensor) -> tuple[Tensor, int]:
     state = getattr(theirs, "PartialState", None)  # where accelerate is installed
     if state is None or state._shared_state == {} or (processes := state().num_processes) == 1:
         return counts, 1
-    return theirs.reduce(counts.sum()[None], "sum"), processes**2
+    # As theirs, to the dtype: another process's batch may be one that goes to transformers.
+    return theirs.reduce(counts.sum().float()[None], "sum").long(), processes**2
 
 
 def _by_name(values: Tensor, cardinality: Tensor) -> dict[str, Tensor]:
@@ -212,7 +223,9 @@ class HuggingFaceLoss(Adapter):
             return None
         if (reason := why_class_is_taken(module)) is not None:
             return reason
-        if _ATTRIBUTE in module.__dict__:
+        if "loss_function" not in names_read(inspect.unwrap(type(module).forward)):
+            return None  # it computes its loss without asking for it
+        if hasattr(module, _ATTRIBUTE):
             return "its loss_function was set by hand"
         asked: Any = PreTrainedModel.__dict__.get("loss_function")
         if inspect.getattr_static(module, "loss_function", None) is not asked:
@@ -228,7 +241,9 @@ class HuggingFaceLoss(Adapter):
     @classmethod
     def switched(cls, module: Module) -> None:
         kind: Any = module.loss_type
-        module.__dict__.setdefault(_ATTRIBUTE, _LOSSES[LOSS_MAPPING[kind].__name__][0])  # not over one set since
+        known = _LOSSES.get(getattr(LOSS_MAPPING.get(kind), "__name__", ""))
+        if known is not None and not hasattr(module, _ATTRIBUTE):  # nothing was set, or replaced, since
+            module.__dict__[_ATTRIBUTE] = known[0]
 
     @classmethod
     def restored(cls, module: Module) -> None:
@@ -256,13 +271,20 @@ def _why_not_loss(function: Any, config: Any) -> str | None:
 def names_read(function: Any) -> frozenset[str]:
     """The globals, attributes and floats that a function's code reads, its comprehensions' too: as no version of Python differs."""
     read: set[str] = set()
-    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    codes = [getattr(inspect.unwrap(function, stop=_is_no_wrapper_of_torchs), "__code__", None)]
     while codes:
         if (code := codes.pop()) is not None:
             read.update(code.co_names)
             read.update(repr(one) for one in code.co_consts if isinstance(one, float))
             codes += [one for one in code.co_consts if inspect.iscode(one)]
     return frozenset(read)
+
+
+def _is_no_wrapper_of_torchs(function: Any) -> bool:
+    code = getattr(
+        function, "__code__", None
+    )  # of `torch.no_grad`, say: others may do something else than what they wrap
+    return code is None or not code.co_filename.startswith(os.path.dirname(torch.__file__))
 
 
 def _find(path: str) -> Any:
