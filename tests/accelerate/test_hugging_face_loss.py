@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.hardware import DEVICE
 from detr_fast import use_backend
 from detr_fast.testing import count
 
@@ -282,7 +283,7 @@ def test_another_alpha_is_transformers():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAIRS)
 def test_on_a_gpu_the_loss_is_transformers_and_nothing_waits(name):
-    labels, (logits, boxes) = labels_of((3, 0, 4), "cuda"), predictions(name, 3, "cuda")
+    labels, (logits, boxes) = labels_of((3, 0, 4), DEVICE), predictions(name, 3, DEVICE)
     theirs, ours = PAIRS[name]
     expected = call(theirs, logits, boxes, labels, config())[0]
     call(ours, logits, boxes, labels, config())  # compiles, and sends the weights
