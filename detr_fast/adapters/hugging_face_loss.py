@@ -35,26 +35,20 @@ Loss = tuple[Tensor, dict[str, Tensor], Any]
 
 
 @torch.compiler.disable  # numbers of boxes would be constants of a graph, which is compiled again for others
-def object_detection_loss(
-    logits: Tensor,
-    labels: Any,
-    device: Any,
-    pred_boxes: Tensor,
-    config: Any,
-    outputs_class: Any = None,
-    outputs_coord: Any = None,
-    **kwargs: Any,
-) -> Loss:
+def object_detection_loss(*arguments: Any, **options: Any) -> Loss:
     """transformers' ForObjectDetectionLoss: softmax cross-entropy with "no object" as the last class."""
-    found = _loss(False, logits, labels, pred_boxes, config, outputs_class, outputs_coord)
-    if found is None:
-        theirs: Any = loss_for_object_detection.ForObjectDetectionLoss
-        return theirs(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **kwargs)
-    return found
+    return _either(False, loss_for_object_detection.ForObjectDetectionLoss, *arguments, **options)
 
 
 @torch.compiler.disable
-def focal_object_detection_loss(
+def focal_object_detection_loss(*arguments: Any, **options: Any) -> Loss:
+    """transformers' DeformableDetrForObjectDetectionLoss: sigmoid focal loss, and no logit for "no object"."""
+    return _either(True, loss_deformable_detr.DeformableDetrForObjectDetectionLoss, *arguments, **options)
+
+
+def _either(
+    focal: bool,
+    theirs: Any,
     logits: Tensor,
     labels: Any,
     device: Any,
@@ -64,11 +58,9 @@ def focal_object_detection_loss(
     outputs_coord: Any = None,
     **kwargs: Any,
 ) -> Loss:
-    """transformers' DeformableDetrForObjectDetectionLoss: sigmoid focal loss, and no logit for "no object"."""
-    found = _loss(True, logits, labels, pred_boxes, config, outputs_class, outputs_coord)
+    found = _loss(focal, logits, labels, pred_boxes, config, outputs_class, outputs_coord)
     if found is None:
-        theirs: Any = loss_deformable_detr.DeformableDetrForObjectDetectionLoss
-        return theirs(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **kwargs)
+        found = theirs(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **kwargs)
     return found
 
 
@@ -85,10 +77,8 @@ def _loss(
     focal: bool, logits: Tensor, labels: Any, pred_boxes: Tensor, config: Any, outputs_class: Any, outputs_coord: Any
 ) -> Loss | None:
     """transformers' three results, or None where they are to come from transformers."""
-    if not _fits(focal, logits, labels, pred_boxes, config):
-        return None
-    layers = (outputs_class, outputs_coord)
-    if config.auxiliary_loss and not all(isinstance(one, Tensor) and one.ndim == 4 for one in layers):
+    layers = (outputs_class, outputs_coord) if config.auxiliary_loss else ()
+    if not _fits(focal, logits, labels, pred_boxes, config, layers):
         return None
     if not config.auxiliary_loss and _has_values(logits) and not dispatch.intervening:
         return None  # of one layer on a CPU, theirs takes 0.8 of the time (benchmarks/test_criterion.py); of two, twice
@@ -125,13 +115,15 @@ def _loss(
     return loss, by_name, auxiliary
 
 
-def _fits(focal: bool, logits: Tensor, labels: Any, boxes: Tensor, config: Any) -> bool:
+def _fits(focal: bool, logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Sequence[Any]) -> bool:
     """Whether everything is as transformers documents it; if not, transformers' function knows what to do."""
     classes = config.num_labels + (0 if focal else 1)
     predicted = logits.ndim == 3 and logits.shape[-1] == classes and tuple(boxes.shape) == (*logits.shape[:2], 4)
     if logits.device.type not in ("cpu", "cuda", "meta"):  # where the assignment has an implementation
         return False
     if not predicted or not isinstance(labels, Sequence) or len(labels) != logits.shape[0] or not labels:
+        return False
+    if not all(isinstance(one, Tensor) and one.ndim == 4 for one in layers):
         return False
     if focal and config.focal_alpha != _ALPHA:
         return False
@@ -163,7 +155,7 @@ def _padded(labels: Sequence[Mapping[str, Tensor]], device: torch.device, num_la
     last = max(starts[-1] - 1, 0)
     places = [min(start + n, last) for start in starts[:-1] for n in range(most)]
     on_host = torch.tensor([*counts, *places], device="cpu")
-    if device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+    if device.type == "cuda" and torch.cuda.is_available():
         on_host = on_host.pin_memory()
     count, place = on_host.to(device, non_blocking=True).split([len(counts), len(places)])
     place = place.view(len(counts), most)
@@ -175,7 +167,7 @@ def _padded(labels: Sequence[Mapping[str, Tensor]], device: torch.device, num_la
 
 def _has_values(tensor: Tensor) -> bool:
     """Whether a look costs nothing and there is something to see."""
-    traced = isinstance(tensor, FakeTensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = isinstance(tensor, FakeTensor) or torch.jit.is_tracing()
     return tensor.device.type == "cpu" and not traced
 
 

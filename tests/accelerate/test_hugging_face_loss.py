@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.hardware import DEVICE
 from detr_fast import use_backend
 from detr_fast.testing import count
+from tests.seen import AnswersYes, Copies
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("scipy")
@@ -118,17 +118,8 @@ def test_under_autocast_the_loss_is_transformers_within_the_rounding_of_predicti
     torch.testing.assert_close(ours[0], theirs[0], rtol=5e-3, atol=0)
 
 
-class _AnswersYes(TorchDispatchMode):
-    """Fake tensors have no values: a look at one sees 1, or True."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
-        return func(*args, **(kwargs or {}))
-
-
 def waits(name, function):
-    with FakeTensorMode(), torch.device("cuda"), _AnswersYes():
+    with FakeTensorMode(), torch.device("cuda"), AnswersYes():
         logits, boxes = (t.detach() for t in predictions(name, 2, "cuda"))
         labels = labels_of((3, 2), "cuda")
         return count(lambda: call(function, logits, boxes, labels, config()))
@@ -158,27 +149,9 @@ def test_backward_never_waits(name):
     assert logits.grad.shape == logits.shape
 
 
-class _Copies(TorchDispatchMode):
-    """Writes down which copies from host to device may block."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocking = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if (
-            func is torch.ops.aten._to_copy.default
-            and kwargs.get("device") is not None
-            and args[0].device.type == "cpu"
-        ):
-            self.blocking.append(not kwargs.get("non_blocking", False))
-        return func(*args, **kwargs)
-
-
 def test_what_the_host_knows_of_targets_travels_in_one_copy_that_does_not_block():
     labels = labels_of((3, 2), "meta")
-    with _Copies() as copies:
+    with Copies() as copies:
         adapter._padded(labels, torch.device("meta"), LABELS)
     assert copies.blocking == [False]
 
@@ -272,6 +245,14 @@ def test_what_is_not_as_documented_is_transformers_to_judge(change, settings):
             call(function, logits, boxes, labels, config(**settings))
         errors.append(str(error.value))
     assert errors[0] == errors[1]
+
+
+def test_layers_in_a_list_are_transformers():
+    labels, (logits, boxes) = labels_of((2, 3)), predictions("softmax", 2)
+    layers = ([*logits], [*boxes])
+    arguments = (logits[-1], labels, logits.device, boxes[-1], config(), *layers)
+    theirs, ours = (function(*arguments)[0] for function in PAIRS["softmax"])
+    assert torch.equal(ours, theirs)
 
 
 def test_another_alpha_is_transformers():

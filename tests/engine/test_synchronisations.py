@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.original_step import OriginalCriterion, logged
 from detr_fast.engine import graphs
@@ -22,6 +21,7 @@ from detr_fast.engine.metrics import FLAGS, DeviceMetrics
 from detr_fast.engine.trainer import LOGGED
 from detr_fast.models import ModelConfig, NestedTensor, Targets, build_criterion, build_model
 from detr_fast.testing import count
+from tests.seen import AnswersYes, Copies
 
 CONFIG = ModelConfig(backbone="conv", num_classes=91, backbone_width=4, d_model=32, heads=2, feedforward=32)
 
@@ -86,17 +86,8 @@ def test_clipping_optimizer_and_moving_average_never_wait():
     assert counts.total_synchronisations == 0, counts.synchronisations
 
 
-class _AnswersYes(TorchDispatchMode):
-    """Fake tensors have no values: a look at one sees 1, or True."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_originals_step_waits_some_75_times():
-    with FakeTensorMode(), torch.device("cuda"), _AnswersYes():
+    with FakeTensorMode(), torch.device("cuda"), AnswersYes():
         model, weights = build_model(CONFIG).train(), build_criterion(CONFIG).weight_dict
         images, _ = inputs("cuda")
         targets = [{"boxes": torch.rand(20, 4), "labels": torch.zeros(20, dtype=torch.int64)} for _ in range(2)]
@@ -123,25 +114,9 @@ def test_a_captured_step_is_what_the_trainer_runs(tiny):
     assert trainer.take_step.reason == "the parameters are on cpu, and CUDA graphs need a GPU"
 
 
-class _Copies(TorchDispatchMode):
-    """Writes down whether copies are allowed not to block."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocking = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default:
-            self.blocking.append(not kwargs.get("non_blocking", False))
-        elif func is torch.ops.aten.copy_.default:
-            self.blocking.append(not (len(args) > 2 and args[2]))
-        return func(*args, **kwargs)
-
-
 def test_batches_travel_without_blocking_the_host():
     given = inputs("cpu")
-    with _Copies() as copies:
+    with Copies() as copies:
         graphs.moved(given, torch.device("meta"))
         graphed = graphs.GraphedFunction(lambda *_: None, torch.device("meta"))
         static = graphs.mapped(given, lambda tensor: torch.empty_like(tensor, device="meta"))
