@@ -125,9 +125,14 @@ def accelerate(
     report = Report(type(model).__name__)
     adapters = adapters_for(model)
     for name, module in model.named_modules():
+        chosen = name in wanted and name not in skipped
         if MARK in module.__dict__:
-            report.already += 1
-        elif name in wanted and name not in skipped:
+            reason = module.__dict__[MARK].adapter.again(module) if chosen else None
+            if reason is None:
+                report.already += 1
+            else:
+                report.left.append(Left(name, public_name(type(module)), reason))
+        elif chosen:
             _consider(name, module, adapters, report)
     if packed:
         _pack(model, wanted - skipped, report)

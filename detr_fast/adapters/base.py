@@ -35,6 +35,11 @@ class Adapter(ABC):
         return None
 
     @classmethod
+    def again(cls, module: Module) -> str | None:
+        """The same for a module that was switched before and may have been set otherwise since; why it is to stay so."""
+        return None
+
+    @classmethod
     def restored(cls, module: Module) -> None:
         """The same, undone."""
         return None

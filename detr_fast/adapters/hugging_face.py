@@ -8,7 +8,13 @@ mask at all and padding would be attended to.
 
 from __future__ import annotations
 
+import dis
 import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,12 +27,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from detr_fast import dispatch
 from detr_fast.adapters.base import MARK, Adapter, names_used, why_not_switch
-from detr_fast.ops.attention import ATTENTION
+from detr_fast.dispatch import BackendError
+from detr_fast.ops.attention import ATTENTION, Sdpa
 
 NAME = "detr_fast"
 _PADDING = "_detr_fast_padding"
 # Arguments besides those of `attention` that change nothing in what is computed here, and are passed by encoders.
 _HARMLESS = {"output_hidden_states", "use_cache", "return_dict", "position_ids", "cache_position", "num_items_in_batch"}
+_HARMLESS |= {"sliding_window"}  # which the mask has
 
 
 class HuggingFaceAttention(Adapter):
@@ -42,12 +50,10 @@ class HuggingFaceAttention(Adapter):
             return None
         if (reason := why_not_switch(module)) is not None:
             return reason
-        implementation = config._attn_implementation
-        if implementation not in ("sdpa", NAME):
-            return (
-                f"its model runs on {implementation!r} attention, which returns or needs what SDPA does not; "
-                "call model.set_attn_implementation('sdpa') first"
-            )
+        if (reason := _why_not_implementation(config)) is not None:
+            return reason
+        if any(map(_compares_with_sdpa, {kind.__module__ for kind in type(module).__mro__})):
+            return "its model's code asks whether attention is 'sdpa', and computes something else under another name"
         return type(module)
 
     @classmethod
@@ -59,8 +65,55 @@ class HuggingFaceAttention(Adapter):
         module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
 
     @classmethod
+    def again(cls, module: Module) -> str | None:
+        reason = _why_not_implementation(module.config)
+        if reason is None:
+            cls.switched(module)
+        return reason
+
+    @classmethod
     def restored(cls, module: Module) -> None:
-        module.config._attn_implementation_internal = "sdpa"  # type: ignore[union-attr]
+        config: Any = module.config
+        if config._attn_implementation == NAME:  # else somebody has set another one since
+            config._attn_implementation_internal = "sdpa"
+
+
+def _why_not_implementation(config: Any) -> str | None:
+    if config._attn_implementation in ("sdpa", NAME):
+        return None
+    return (
+        f"its model runs on {config._attn_implementation!r} attention, which returns or needs what SDPA does not; "
+        "call model.set_attn_implementation('sdpa') first"
+    )
+
+
+@cache
+def _compares_with_sdpa(file: str) -> bool:
+    """Whether code of a Python module compares something with "sdpa", as models do that hide keys by themselves."""
+    defined = [value for value in vars(sys.modules[file]).values() if getattr(value, "__module__", None) == file]
+    members = [member for one in defined if isinstance(one, type) for member in vars(one).values()]
+    codes = (getattr(inspect.unwrap(one), "__code__", None) for one in [*defined, *members] if callable(one))
+    return file != __name__ and any(_compares(inner) for code in codes if code is not None for inner in _nested(code))
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _compares(code: CodeType) -> bool:
+    if "_attn_implementation" not in code.co_names:
+        return False
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    return any(
+        isinstance(known := first.argval, (str, tuple, frozenset))
+        and first.opname.startswith("LOAD_CONST")
+        and "sdpa" in ((known,) if isinstance(known, str) else known)
+        and second.opname in ("COMPARE_OP", "CONTAINS_OP")
+        for first, second in pairwise(steps)
+    )
 
 
 def attention(
@@ -75,18 +128,56 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query, key, value (B, H, L, E), the result (B, L, H, E) and no weights."""
-    here = MARK in module.__dict__ and (dispatch.intervening or query.is_cuda)
-    grouped = key.shape[1] != query.shape[1] or key.shape[0] != query.shape[0]
-    unusual = any(value is not None and value is not False for name, value in kwargs.items() if name not in _HARMLESS)
-    if not here or grouped or unusual:
-        arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+    arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+    if MARK not in module.__dict__ or not (dispatch.intervening or query.is_cuda):
+        return sdpa_attention_forward(*arguments, **kwargs)
+    requested = ATTENTION.requested
+    by_name = requested not in (None, "sdpa")
+    grouped = key.shape[1] != query.shape[1]
+    reason = _why_theirs(query, key, kwargs)
+    if reason is not None and by_name:
+        raise BackendError(
+            f"attention was asked to run on {requested!r} but {type(module).__name__} {reason}, which only transformers' SDPA "
+            "takes. Leave the choice to the dispatcher with use_backend(attention='auto')."
+        )
+    if reason is None and grouped and not by_name:
+        reason = (
+            "has fewer heads of keys than of queries: unmeasured, use_backend(attention='triton') asks for the kernel"
+        )
+    if reason is not None:
+        _explain_theirs(query, key, requested, reason)
         return sdpa_attention_forward(*arguments, **kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     padding, mask = split(attention_mask)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling).contiguous(), None
+    return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling, grouped).contiguous(), None
+
+
+def _why_theirs(query: Tensor, key: Tensor, given: dict[str, Any]) -> str | None:
+    """What a module does that `ops.attention` knows nothing of, in words."""
+    unknown = [name for name, value in given.items() if value is not None and value is not False]
+    unknown = [name for name in unknown if name not in _HARMLESS]
+    if unknown:
+        return f"gives it {', '.join(unknown)}"
+    return None if key.shape[0] == query.shape[0] else "has queries of another batch size than its keys"
+
+
+class _TransformersSdpa(Sdpa):
+    """Stands in a record where transformers' own function runs."""
+
+    name = "transformers' sdpa"
+
+
+def _explain_theirs(query: Tensor, key: Tensor, requested: str | None, reason: str) -> None:
+    if dispatch._recorders and not torch.compiler.is_compiling():
+        batch, heads, queries, dim = query.shape
+        dtype = str(query.dtype).removeprefix("torch.")
+        shapes = f"B {batch} H {heads}/{key.shape[1]} {queries}×{key.shape[2]} hd {dim} {dtype}"
+        against = "sdpa was asked for by name" if requested == "sdpa" else f"the module {reason}"
+        reasons = dict.fromkeys(sorted(ATTENTION.names - {"sdpa"}), against)
+        ATTENTION._record(dispatch._Decision(_TransformersSdpa(), reasons, None, shapes))
 
 
 def split(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -183,6 +183,12 @@ class TableTransformer(Adapter):
             module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
 
     @classmethod
+    def again(cls, module: Module) -> str | None:
+        if type(module) in _STACKS and module.config._attn_implementation == "eager":  # type: ignore[union-attr]
+            cls.switched(module)
+        return None
+
+    @classmethod
     def restored(cls, module: Module) -> None:
         if type(module) in _STACKS:
             module.config._attn_implementation_internal = "eager"  # type: ignore[union-attr]

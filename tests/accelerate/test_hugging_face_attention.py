@@ -1,0 +1,94 @@
+"""Which of Hugging Face transformers' attentions run on `ops.attention`, which don't, and how one sees that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import detr_fast
+from detr_fast import use_backend
+from detr_fast.dispatch import BackendError
+from detr_fast.explanation import explaining
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 30}
+TOKENS = torch.arange(18).view(3, 6)
+PADDED = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]])
+
+
+def made(kind, **options):
+    torch.manual_seed(1)
+    sizes = {**SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **options)).eval()
+
+
+def last(model, mask=PADDED):
+    with torch.no_grad():
+        return model(TOKENS, attention_mask=mask).last_hidden_state
+
+
+def test_an_attention_that_is_set_afterwards_is_the_users():
+    model = made("Bert")
+    detr_fast.accelerate(model)
+    model.set_attn_implementation("eager")
+    left = {one.reason for one in detr_fast.accelerate(model).left}
+    assert ["runs on 'eager' attention" in reason for reason in left] == [True]
+    assert model(TOKENS, output_attentions=True).attentions[0] is not None
+    model.set_attn_implementation("sdpa")
+    assert not detr_fast.accelerate(model).left
+    with explaining(model) as records:
+        last(model)
+    assert sum(r.op == "attention" for r in records) == 2
+    model.set_attn_implementation("eager")
+    detr_fast.restore(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_asks_whether_attention_is_sdpa_is_left_alone():
+    torch.manual_seed(1)
+    experts = {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    heads = {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    index = {"index_topk": 3, "index_head_dim": 16, "index_n_heads": 2, "qk_rope_head_dim": 8}
+    config = transformers.DeepseekV32Config(**{**SIZES, **experts, **heads, **index, "first_k_dense_replace": 2})
+    model = transformers.DeepseekV32Model(config).eval()
+    tokens = torch.arange(2, 22).view(2, 10)
+    expected = model(tokens).last_hidden_state
+    report = detr_fast.accelerate(model)
+    assert torch.equal(model(tokens).last_hidden_state, expected)  # under another name keys would not be hidden
+    assert ["asks whether attention is 'sdpa'" in one.reason for one in report.left] == [True] * 2
+
+
+def test_fewer_heads_of_keys_run_on_what_is_asked_for_by_name_and_else_on_transformers_sdpa():
+    model = made("Mistral", num_key_value_heads=2)  # which also passes its window on
+    for mask in (PADDED, None):
+        expected = last(model, mask)
+        with detr_fast.accelerated(model):
+            with explaining(model) as records:
+                assert torch.equal(last(model, mask), expected)
+            assert {r.chosen for r in records if r.op == "attention"} == {"transformers' sdpa"}
+            assert all("fewer heads" in r.reasons["triton"] for r in records if r.op == "attention")
+            with use_backend(attention="eager"), explaining(model) as records:
+                torch.testing.assert_close(last(model, mask), expected)
+            assert {r.chosen for r in records if r.op == "attention"} == {"eager"}
+
+
+def test_what_attention_is_given_beyond_ours_is_transformers_and_refused_by_name():
+    torch.manual_seed(1)
+    config = transformers.T5Config(vocab_size=30, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = transformers.T5EncoderModel(config).eval()
+    expected = last(model)
+    detr_fast.accelerate(model)
+    with explaining(model) as records:
+        assert torch.equal(last(model), expected)
+    assert "gives it position_bias" in next(r for r in records if r.op == "attention").reasons["triton"]
+    with use_backend(attention="sdpa"):
+        assert torch.equal(last(model), expected)
+    with use_backend(attention="eager"), pytest.raises(BackendError, match="T5Attention gives it position_bias"):
+        last(model)
