@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
-from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.boundary import on_one_device, wants_grad
 from detr_fast.ops.layouts import Layouts, key, layouts
 
 Weights = Literal["heads", "mean"] | None  # whether the attention weights are returned too, and how
@@ -182,7 +182,7 @@ def describe(
         weights=weights,
         one_dtype=len(set(dtypes)) == 1,
         misfit=misfit(q, k, v, padding, mask, dropout_p, enable_gqa)
-        or (None if len({t.device for t in tensors}) == 1 else "q, k, v and the masks must lie on one device"),
+        or (None if on_one_device(*tensors, padding) else "q, k, v and the masks must lie on one device"),
         layouts=layouts(situation, *tensors),
     )
 

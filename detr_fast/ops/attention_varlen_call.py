@@ -12,7 +12,7 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Situation
 from detr_fast.ops.attention_call import computed_dtype, mask_misfit, tf32
-from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.boundary import on_one_device, wants_grad
 from detr_fast.ops.dropout import check_probability
 from detr_fast.ops.layouts import Layouts, key, layouts
 
@@ -37,6 +37,7 @@ class VarlenCall(Call):
     dropout: bool
     return_lse: bool
     one_dtype: bool  # of q, k and v, and of a float mask unless that is fp32
+    one_device: bool
     layouts: Layouts
 
     def shapes(self) -> str:
@@ -171,5 +172,6 @@ def describe(
         dropout=dropout_p > 0.0,
         return_lse=return_lse,
         one_dtype=len(dtypes) == 1,
+        one_device=on_one_device(q, k, v, cu_seqlens_q, cu_seqlens_k, mask),
         layouts=layouts(situation, q, k, v, mask),
     )

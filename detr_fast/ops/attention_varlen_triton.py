@@ -27,7 +27,7 @@ from detr_fast.ops.attention_triton import (
 )
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
-from detr_fast.ops.boundary import define, double_backward, wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, wants_grad
 from detr_fast.ops.layouts import aligned, rehearsed
 
 
@@ -38,6 +38,8 @@ class TritonVarlen(TritonImplementation):
     atomics = False  # whether the backward adds dq up by atomics
 
     def why_not(self, call: VarlenCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if not (1 <= call.head_dim <= self.max_head_dim and 1 <= call.value_dim <= self.max_head_dim):
             return f"head dimensions {call.head_dim} and {call.value_dim}: it takes 1 to {self.max_head_dim}"
         if not call.one_dtype:

@@ -23,7 +23,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import cross_entropy as kernels
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import define, integers, wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, integers, on_one_device, wants_grad
 from detr_fast.ops.linear_cross_entropy_chunked import Chunked, rows_at_once
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
 from detr_fast.ops.products import autocast_dtype, eager_gradients, goes_by_eager_ops
@@ -104,6 +104,7 @@ class LinearCrossEntropyCall(Call):
     classes: int
     features: int
     one_dtype: bool  # x's, weight's and bias's, as autocast leaves them
+    one_device: bool
     weighted: bool
     reduction: str
     smoothed: bool
@@ -132,6 +133,7 @@ def _describe(
         classes=weight.shape[0],
         features=weight.shape[1],
         one_dtype=situation.autocast is not None or {t.dtype for t in (x, weight, bias) if t is not None} == {x.dtype},
+        one_device=on_one_device(x, weight, bias, target, class_weight),
         weighted=class_weight is not None,
         reduction=rest[1],
         smoothed=rest[2] > 0.0,
@@ -142,6 +144,8 @@ class TritonLinearCrossEntropy(TritonImplementation):
     """PyTorch's matmuls on a block of rows at a time, and a kernel that turns its logits into their gradient."""
 
     def why_not(self, call: LinearCrossEntropyCall) -> str | None:
+        if not call.one_device:
+            return SEVERAL_DEVICES
         if not call.one_dtype:
             return "x, weight and bias are of different dtypes: give them one, or use autocast"
         if call.reduction == "none" and call.needs_grad:
@@ -275,6 +279,10 @@ def _run(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     at_once = rows_at_once(BLOCK_BYTES // x.element_size(), weight.shape[0], BLOCK_ROWS)
+    unit = None
+    if class_weight is not None and x.dtype is torch.float16:  # which holds gradients about 1, and not of 1e-6
+        unit = _largest_factor(target, class_weight, ignore_index, smoothing)
+        class_weight = class_weight / unit
     inputs = (x, weight, bias, target, class_weight, ignore_index, smoothing)
     losses, counts, *gradients = kernels.linear_cross_entropy_forward(*inputs, (*wanted,), at_once)
     if reduction == "mean":
@@ -284,8 +292,18 @@ def _run(
         scale = counted.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     else:
         loss, scale = losses if reduction == "none" else losses.sum(), losses.new_ones(())
+        if unit is not None:
+            loss, scale = loss * unit, scale * unit
     dx, dw, db = (x.new_empty(0) if d is None else d for d in gradients)
     return loss, scale, dx, dw, db
+
+
+def _largest_factor(target: Tensor, class_weight: Tensor, ignore_index: int, smoothing: float) -> Tensor:
+    """What no element of a row's logits' gradient exceeds, whatever the row; 1 where all of them are zero."""
+    chosen = class_weight[target.clamp(0, class_weight.numel() - 1)].masked_fill(target == ignore_index, 0.0)
+    at_label = F.pad(chosen, (0, 1)).amax() * (1.0 - smoothing)  # 0 where there are no rows
+    largest = at_label + class_weight.mean() * smoothing
+    return torch.where(largest > 0.0, largest, 1.0)
 
 
 def _fake(

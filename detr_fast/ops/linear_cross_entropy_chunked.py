@@ -37,6 +37,11 @@ class _Labels:
     share: float
 
 
+def _ignored(of: _Labels) -> Tensor:
+    """The rows (N,) that have no loss."""
+    return (of.counts if of.present is None else of.present) == 0
+
+
 def _losses(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> Tensor:
     loss = (lse - logits.gather(1, of.labels[rows, None])[:, 0]) * of.counts[rows]
     if of.present is None:
@@ -98,6 +103,7 @@ class Chunked(torch.autograd.Function):
                 lses[rows] = lse = (logits.gather(1, place) - logits.log_softmax(1).gather(1, place))[:, 0]
                 losses[rows] = _losses(logits, lse, of, rows)
                 del logits  # or the next block's would be computed beside them
+        losses.masked_fill_(_ignored(of), 0.0)  # whose logits may be NaN
         ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
         ctx.share = share
         return losses
@@ -108,7 +114,7 @@ class Chunked(torch.autograd.Function):
         of, wanted = _Labels(labels, counts, class_weight, present, ctx.share), ctx.needs_input_grad[:3]
         dtype = of.counts.dtype
         # The mean over nothing divides by zero: what is ignored has no gradient even so, as in PyTorch.
-        g = g.masked_fill((counts if present is None else present) == 0, 0.0)
+        g = g.masked_fill(_ignored(of), 0.0)
         if goes_by_eager_ops(g):
 
             def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

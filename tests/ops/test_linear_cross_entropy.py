@@ -75,6 +75,17 @@ def test_losses_and_gradients_are_as_accurate_as_eager(chunked, options):
     )
 
 
+@interpreter
+@pytest.mark.parametrize("backend", ["eager", "chunked", "triton"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_rows_that_are_ignored_leave_the_loss_as_it_is_even_if_they_are_nan(backend, label_smoothing):
+    x, weight, bias, target = inputs(rows=5)
+    with use_backend(linear_cross_entropy=backend):
+        expected = ops.linear_cross_entropy(x, weight, bias, target, label_smoothing=label_smoothing)
+        x = x.masked_fill((target == -100)[:, None], torch.nan)
+        assert torch.equal(ops.linear_cross_entropy(x, weight, bias, target, label_smoothing=label_smoothing), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_low_precision_and_large_logits_are_as_accurate_as_eager(chunked, dtype, scale):
@@ -207,6 +218,22 @@ def test_the_kernels_losses_and_gradients_are_as_accurate_as_eager(triton, optio
 def test_in_low_precision_and_with_large_logits_the_kernel_is_as_accurate_as_eager(triton, dtype, scale):
     x, *rest = inputs(rows=12, features=32, classes=16)  # whole runs of 16 bytes
     assert_as_accurate_as_eager(ops.linear_cross_entropy, reference=reference, inputs=[x * scale, *rest], dtype=dtype)
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("scale", "options"), [(1e-7, {}), (1e6, {}), (1e-7, {"label_smoothing": 0.1}), (1e-3, {"reduction": "sum"})]
+)
+def test_class_weights_that_fp16_does_not_hold_do_not_harm_gradients_in_fp16(triton, scale, options):
+    x, weight, bias, target = inputs(rows=12, features=32, classes=16)
+    class_weight = torch.linspace(0.5, 2, 16)
+    scale_of_eager = scale if "reduction" in options else 1.0  # a mean is the same
+    assert_as_accurate_as_eager(
+        lambda *v: ops.linear_cross_entropy(*v, class_weight=class_weight * scale, **options),
+        reference=lambda *v: reference(*v, class_weight=class_weight * scale_of_eager, **options),
+        inputs=[x, weight / 8, bias, target],
+        dtype=torch.float16,
+    )
 
 
 @interpreter
