@@ -55,6 +55,7 @@ def detection_losses(
     images, size = (labels.shape[0], labels.shape[-1]) if labels.ndim == 2 else (-1, -1)
     if (
         logits.ndim != 4
+        or logits.shape[0] < 1
         or logits.shape[1] != images
         or logits.shape[-1] < 2
         or boxes.shape != (*logits.shape[:3], 4)
@@ -67,7 +68,7 @@ def detection_losses(
         given = (logits, boxes, query, labels, true_boxes, counts, broken, total)
         raise ValueError(
             f"got logits, boxes, query, labels, true_boxes, counts, broken and total of shapes {[tuple(t.shape) for t in given]}; "
-            "expected (L, B, Q, K), (L, B, Q, 4), (L, B, N), (B, N), (B, N, 4), (B,), (L, B, Q) and (M,), with K over 1"
+            "expected (L, B, Q, K), (L, B, Q, 4), (L, B, N), (B, N), (B, N, 4), (B,), (L, B, Q) and (M,), with L over 0 and K over 1"
         )
     if broken.dtype != torch.bool:
         raise TypeError(f"got broken of {broken.dtype}; expected torch.bool")

@@ -159,7 +159,7 @@ def _on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
     problems = host[: cost.numel()].reshape(cost.shape[:-2].numel(), *cost.shape[-2:])
     problems = problems.nan_to_num(limit, limit, -limit)
     rows = host[cost.numel() :].long().clamp(0, cost.shape[-2])
-    rows = rows.repeat(problems.shape[0] // rows.numel())
+    rows = rows.repeat(problems.shape[0] // max(1, rows.numel()))
     result = np.full(problems.shape[:2], -1, dtype=np.int64)
     work = list(zip(problems.numpy(), rows.tolist(), result))
 

@@ -47,6 +47,7 @@ def matching_cost(
     images = logits.shape[-3] if logits.ndim >= 3 else -1
     if (
         boxes.shape != (*logits.shape[:-1], 4)
+        or logits.shape[-1:].numel() < 1
         or labels.ndim != 2
         or labels.shape[0] != images
         or true_boxes.shape != (*labels.shape, 4)
@@ -55,7 +56,7 @@ def matching_cost(
         raise ValueError(
             f"got logits {tuple(logits.shape)}, boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)}, true boxes "
             f"{tuple(true_boxes.shape)} and counts {tuple(counts.shape)}; expected (..., B, Q, K), (..., B, Q, 4), "
-            "(B, N), (B, N, 4) and (B,)"
+            "(B, N), (B, N, 4) and (B,), with K over 0"
         )
     labels, counts = integers(labels=labels, counts=counts)
     tensors = (logits.detach(), boxes.detach(), labels, true_boxes, counts)

@@ -227,6 +227,9 @@ def test_shapes_that_do_not_fit_are_refused():
         ops.detection_losses(logits, boxes[0], *rest)
     with pytest.raises(ValueError, match="K over 1"):
         ops.detection_losses(logits[..., :1], boxes, *rest)
+    query, labels, true_boxes, counts, broken, total = rest
+    with pytest.raises(ValueError, match="L over 0"):  # the summary is the last layer's
+        ops.detection_losses(logits[:0], boxes[:0], query[:0], labels, true_boxes, counts, broken[:0], total)
 
 
 @interpreter

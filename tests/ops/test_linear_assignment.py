@@ -72,6 +72,13 @@ def test_empty_problems_have_empty_solutions(backend, shape):
 
 
 @pytest.mark.parametrize("backend", HOST)
+def test_a_batch_without_images_has_counts_of_none(backend):
+    with use_backend(linear_assignment=backend):
+        cost, counts = torch.zeros(2, 0, 3, 5), torch.zeros(0, dtype=torch.int64)
+        assert ops.linear_assignment(cost, counts).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("backend", HOST)
 def test_costs_that_are_no_numbers_come_last(backend):
     cost = torch.randn(1, 3, 6)
     cost[0, :, :2], cost[0, :, 2] = float("nan"), float("inf")

@@ -137,6 +137,8 @@ def test_shapes_that_do_not_fit_are_refused():
         ops.matching_cost(logits, boxes[0], labels, true_boxes, counts)
     with pytest.raises(ValueError, match=r"counts \(1,\)"):
         ops.matching_cost(logits, boxes, labels, true_boxes, counts[:1])
+    with pytest.raises(ValueError, match="K over 0"):  # or a kernel would read the logit of class -1
+        ops.matching_cost(logits[..., :0], boxes, labels, true_boxes, counts)
 
 
 @interpreter
