@@ -89,6 +89,34 @@ def as_integer_id(value: Any) -> int | None:
     return value if isinstance(value, int) and abs(value) < 2**63 else None
 
 
+def box_of(record: dict[str, Any]) -> Any:
+    """An annotation's bbox; where it has none, the box around its polygons."""
+    box, polygons = record.get("bbox"), record.get("segmentation")
+    if box or not isinstance(polygons, list) or not polygons:
+        return box
+    try:
+        points = np.concatenate([np.asarray(polygon, dtype=float).reshape(-1, 2) for polygon in polygons])
+        return [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
+    except (TypeError, ValueError):  # no polygons
+        return box
+
+
+def is_crowd(record: dict[str, Any]) -> bool:
+    """Whether an annotation marks a crowd; some tools write iscrowd as text, and "0" is none."""
+    value = record.get("iscrowd")
+    return bool(value if (integer := as_integer_id(value)) is None else integer)
+
+
+def area_of(record: dict[str, Any], box: list[float]) -> float:
+    """An annotation's area in pixels where it is a number that an area can be, else its box's.
+
+    pycocotools ignores objects of negative area, which polygons in the other direction get.
+    """
+    area = record.get("area")
+    known = isinstance(area, (int, float)) and not isinstance(area, bool) and 0 <= area < math.inf
+    return area if known else box[2] * box[3]
+
+
 def id_key(value: Any) -> Any:
     """What ids are compared by: the integer where there is one, else the text."""
     integer = as_integer_id(value)
@@ -138,13 +166,15 @@ def parse_annotations(path: Path, folder: Path, bad_boxes: BadBoxes = "raise") -
     image_ids = tuple(range(1, len(integers) + 1)) if None in integers else tuple(i for i in integers if i is not None)
 
     known = {category.id for category in categories}
+    if raw["annotations"] and not known:
+        raise fail("lists no categories, expected at least one")
     rows: list[tuple[int, int, float, bool]] = []
     boxes: list[Any] = []
     dropped = 0
     for position, record in enumerate(raw["annotations"]):
         image = index_of.get(id_key(record.get("image_id")))
         category = as_integer_id(record.get("category_id"))
-        box = record.get("bbox")
+        box = box_of(record)
         if image is None or category not in known:
             key = "image_id" if image is None else "category_id"
             raise fail(f"{_name(record, position)} names {key} {record.get(key)!r}, which the file does not list")
@@ -154,10 +184,7 @@ def parse_annotations(path: Path, folder: Path, bad_boxes: BadBoxes = "raise") -
                 dropped += 1
                 continue
             raise fail(f"{_name(record, position)} of image {file_names[image]!r}: its bbox {problem.message}")
-        area = record.get("area")
-        rows.append(
-            (image, category, area if isinstance(area, (int, float)) else box[2] * box[3], bool(record.get("iscrowd")))
-        )
+        rows.append((image, category, area_of(record, box), is_crowd(record)))
         boxes.append(box)
 
     images = np.array([row[0] for row in rows], dtype=np.int64)

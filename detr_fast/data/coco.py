@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 
 from detr_fast.data.annotations import Annotations, BadBoxes, Category, parse_annotations
 from detr_fast.data.errors import DataError
-from detr_fast.data.images import ImageStore, read_image_size
+from detr_fast.data.images import ImageStore, image_path, read_image_size
 
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -25,7 +25,9 @@ Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 CACHE_BYTES = 512 * 2**20  # decoded images of data sets up to this size stay in memory
 
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_FILE_PATTERN = re.compile(r"(?P<prefix>instances_)?(?P<split>train|valid|validation|val|test)(?P<year>\d{4})?\.json")
+_FILE_PATTERN = re.compile(
+    r"(?P<prefix>instances_)?(?P<split>train|valid|validation|val|test)(?P<year>\d{4})?\.json", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,11 @@ def find_annotation_files(path: Path, overrides: Mapping[str, str | Path] | None
         raise DataError(f"{path}: {problem}; give a folder with instances_train.json and its images")
     found = {name: path / file for name, file in overrides.items()} if overrides else _find_json(path)
     if not found:
+        others = [file for folder in (path, path / "annotations") for file in sorted(folder.glob("*.json"))]
+        only = ", ".join(str(file.relative_to(path)) for file in others[:3])
         raise DataError(
-            f"{path}: holds no annotations; expected instances_train.json, annotations/instances_train2017.json, "
+            f"{path}: holds no annotations{f' that are named after a split, only {only}' if only else ''}; "
+            "expected instances_train.json, annotations/instances_train2017.json, "
             "train.json or train/_annotations.coco.json (likewise val and test); 'detr-fast convert' makes them from "
             "YOLO and Pascal VOC"
         )
@@ -135,7 +140,7 @@ def _find_json(path: Path) -> dict[str, Path]:
         for file in sorted(folder.glob("*.json")):
             if match := _FILE_PATTERN.fullmatch(file.name):
                 score = (match["prefix"] is not None, int(match["year"] or 0), rank)
-                ranked.append((score, _SPLIT_NAMES[match["split"]], file))
+                ranked.append((score, _SPLIT_NAMES[match["split"].lower()], file))
     for folder_name, split in _SPLIT_NAMES.items():
         file = path / folder_name / "_annotations.coco.json"
         if file.is_file():
@@ -152,14 +157,14 @@ def find_image_folder(
             raise DataError(f"{path / override}: no such image folder; check the path")
         return path / override
     stems = [
-        annotations.stem.removeprefix("instances_"),
+        re.sub("^instances_", "", annotations.stem, flags=re.IGNORECASE),
         *(alias for alias, name in _SPLIT_NAMES.items() if name == split),
     ]
     candidates = [path / "images" / stem for stem in stems] + [path / stem for stem in stems]
     candidates += [path / "images", annotations.parent, path]
     sample = file_names[:: max(1, len(file_names) // 16)]
     existing = [folder for folder in candidates if folder.is_dir()]
-    return max(existing, key=lambda folder: sum((folder / name).is_file() for name in sample))
+    return max(existing, key=lambda folder: sum(image_path(folder, name).is_file() for name in sample))
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
@@ -200,7 +205,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.names = tuple(category.name for category in folder.categories)
         self.category_ids = tuple(category.id for category in folder.categories)
         self.image_ids = self.annotations.image_ids
-        paths = [folder.splits[split].images / name for name in self.annotations.file_names]
+        paths = [image_path(folder.splits[split].images, name) for name in self.annotations.file_names]
         self._require_images(paths, folder.splits[split])
         self.image_sizes = [
             (height, width) if height and width else read_image_size(path)
@@ -247,9 +252,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def _require_images(self, paths: list[Path], files: SplitFiles) -> None:
         missing = [path for path in paths if not path.is_file()]
         if missing:
+            inside = missing[0].is_relative_to(files.images)
+            remedy = f"put them into {files.images}" if inside else f"make file_name relative to {files.images}"
             raise DataError(
                 f"{files.annotations}: {len(missing)} of {len(paths)} images are missing, first {missing[0]}; "
-                f"put them into {files.images}, or run 'detr-fast doctor DATA --fix COPY'"
+                f"{remedy}, or run 'detr-fast doctor DATA --fix COPY'"
             )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detr_fast.data.annotations import as_integer_id, id_key
+from detr_fast.data.annotations import area_of, as_integer_id, id_key, is_crowd
 from detr_fast.data.doctor_scan import UNREADABLE, BoxScan, ImageScan, Progress, SplitScan, all_problems, scan_folder
 from detr_fast.data.errors import DataError
 from detr_fast.data.folders import ImageCopies, new_folder
@@ -57,6 +57,7 @@ KINDS: dict[str, Kind] = {
     "malformed box": Kind("error", "left out"),
     "box without area": Kind("error", "left out"),
     "box outside its image": Kind("error", "left out"),
+    "categories of one name": Kind("warning", "kept: leave out the one without boxes, or rename it"),
     "duplicate image": Kind("warning", "the first one counts"),
     "duplicate box": Kind("warning", "the first one counts"),
     "box overhangs": Kind("warning", "cut off at the border"),
@@ -178,7 +179,7 @@ def _sound(box: BoxScan) -> bool:
 
 
 def _summarise(scan: SplitScan) -> SplitSummary:
-    sound = [box for box in scan.boxes if _sound(box) and not box.record.get("iscrowd")]
+    sound = [box for box in scan.boxes if _sound(box) and not is_crowd(box.record)]
     per_image = Counter(id(box.image) for box in sound)
     sides = np.array([np.sqrt(box.record["bbox"][2] * box.record["bbox"][3]) for box in sound])
     canvas = np.array([np.sqrt(max(1, box.image.size[0] * box.image.size[1])) for box in sound if box.image])
@@ -189,7 +190,7 @@ def _summarise(scan: SplitScan) -> SplitSummary:
         annotations=scan.files.annotations,
         images=len(scan.images),
         without_objects=sum(image.usable and not n for image, n in zip(scan.images, counts)),
-        crowd=sum(bool(box.record.get("iscrowd")) for box in scan.boxes),
+        crowd=sum(is_crowd(box.record) for box in scan.boxes),
         boxes_by_class={name: by_class[name] for name in scan.categories.values()},
         boxes_per_image=counts,
         box_sides=sides,
@@ -207,6 +208,10 @@ def _findings(scan: SplitScan, part: SplitSummary) -> list[Finding]:
         examples["no images"] = [scan.files.annotations.name]
     if not scan.categories:
         examples["no categories"] = [scan.files.annotations.name]
+    named = Counter(scan.categories.values())
+    shared = {name: [key for key, n in scan.categories.items() if n == name] for name, n in named.items() if n > 1}
+    if shared:
+        examples["categories of one name"] = [f"{name!r}: ids {', '.join(map(str, k))}" for name, k in shared.items()]
     unused = [name for name, count in part.boxes_by_class.items() if not count]
     if unused:
         examples["class without boxes"] = unused
@@ -310,11 +315,9 @@ def _repaired_records(scan: SplitScan, copies: ImageCopies, numbers: dict[Any, i
                 "image_id": ids[id(box.image)],
                 "category_id": numbers[id_key(box.record["category_id"])],
                 "bbox": _clipped(box.record["bbox"], box.image),
-                "iscrowd": int(bool(box.record.get("iscrowd"))),
+                "iscrowd": int(is_crowd(box.record)),
             }
-            if not isinstance(record.get("area"), (int, float)):
-                record["area"] = record["bbox"][2] * record["bbox"][3]
-            annotations.append(record)
+            annotations.append(record | {"area": area_of(record, record["bbox"])})
     return {"images": images, "annotations": annotations}
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from detr_fast.data.annotations import as_integer_id, box_problem, id_key, read_coco_json
+from detr_fast.data.annotations import as_integer_id, box_of, box_problem, id_key, read_coco_json
 from detr_fast.data.coco import SplitFiles, find_annotation_files, find_image_folder
 from detr_fast.data.errors import DataError
-from detr_fast.data.images import read_image
+from detr_fast.data.images import image_path, read_image
 
 Progress = Callable[[int, int], None]
 
@@ -96,7 +96,7 @@ def _scan_records(raw: dict[str, Any], files: SplitFiles) -> SplitScan:
     for position, record in enumerate(raw["images"]):
         name = record.get("file_name")
         valid = record.get("id") is not None and isinstance(name, str) and bool(name)
-        image = ImageScan(record, files.images / str(name))
+        image = ImageScan(record, image_path(files.images, str(name)))
         sides = [as_integer_id(record.get(side) or 0) for side in ("height", "width")]
         image.size = (sides[0] or 0, sides[1] or 0)
         key = id_key(record.get("id"))
@@ -113,7 +113,10 @@ def _scan_records(raw: dict[str, Any], files: SplitFiles) -> SplitScan:
         else:
             by_id[key] = image
         scan.images.append(image)
-    scan.boxes = [BoxScan(record, by_id.get(id_key(record.get("image_id")))) for record in raw["annotations"]]
+    scan.boxes = [
+        BoxScan(record | {"bbox": box_of(record)}, by_id.get(id_key(record.get("image_id"))))
+        for record in raw["annotations"]
+    ]
     return scan
 
 

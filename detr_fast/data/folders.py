@@ -47,7 +47,7 @@ class ImageCopies:
 
     def add(self, source: Path, file_name: str) -> str:
         """Copy `source` and return its name below the folder."""
-        pure = PurePath(file_name)
+        pure = PurePath(file_name.replace("\\", "/"))
         safe = pure.name if pure.is_absolute() or ".." in pure.parts else str(pure)
         name, number = safe, 1
         while (key := str(PurePath(name).with_suffix("")).casefold()) in self._taken:

@@ -15,6 +15,12 @@ from torch import Tensor
 from detr_fast.data.errors import DataError
 
 
+def image_path(folder: Path, file_name: str) -> Path:
+    """The file that an annotation names. Backslashes part folders, as on Windows, unless a file is called so."""
+    path = folder / file_name
+    return path if "\\" not in file_name or path.is_file() else folder / file_name.replace("\\", "/")
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = False) -> np.ndarray:
     """Decode a file to (height, width, 3) uint8 RGB.
 
@@ -31,6 +37,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = F
                 picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip all above 255 to white
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if picture.mode == "P" and "transparency" in picture.info:
+                picture = picture.convert(
+                    "RGBA"
+                )  # what Pillow's warning asks for; transparent pixels keep their colour
             pixels = np.array(picture.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image; restore it or run 'detr-fast doctor DATA --fix COPY'") from None

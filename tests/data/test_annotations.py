@@ -76,7 +76,7 @@ BAD = [
     (set_value("categories", 0, "id", 2), "category id 2 appears twice: 'zebra' and 'ant'"),
     (set_value("categories", 0, "name", ""), "category 9 has name ''"),
     (lambda raw: raw["images"].clear(), "lists no images"),
-    (lambda raw: raw["categories"].clear(), "which the file does not list"),
+    (lambda raw: raw["categories"].clear(), "lists no categories, expected at least one"),
 ]
 
 
@@ -135,9 +135,37 @@ def test_a_split_without_any_objects_is_legal(write_coco):
     assert dataset[0][1]["boxes"].shape == (0, 4)
 
 
-def test_area_falls_back_on_the_box(write_coco):
-    part = CocoFolder.open(write_coco(edit=lambda raw: raw["annotations"][0].pop("area"))).annotations("train")
-    assert part.areas.tolist() == [450, 100, 1800, 240]
+@pytest.mark.parametrize("area", [None, "240", float("nan"), -240, True])
+def test_area_falls_back_on_the_box_where_it_is_none_that_a_segment_can_have(write_coco, area):
+    edit = set_value("annotations", 0, "area", area)
+    assert CocoFolder.open(write_coco(edit=edit)).annotations("train").areas.tolist() == [450, 100, 1800, 240]
+
+
+@pytest.mark.parametrize(("value", "crowd"), [("0", False), ("1", True), (0.0, False), (None, False), (True, True)])
+def test_a_crowd_is_told_whatever_the_type_of_its_mark(write_coco, value, crowd):
+    part = CocoFolder.open(write_coco(edit=set_value("annotations", 1, "iscrowd", value))).annotations("train")
+    assert part.crowd.tolist() == [crowd, False, True, False]
+
+
+@pytest.mark.parametrize("bbox", ["absent", None, []])
+def test_an_annotation_without_a_box_gets_the_one_around_its_polygons(write_coco, bbox):
+    def edit(raw):
+        record = raw["annotations"][1]
+        record["segmentation"] = [[6, 3, 20, 18, 6, 10], [30, 4, 36, 9, 31, 9]]
+        record["bbox"] = bbox
+        if bbox == "absent":
+            del record["bbox"]
+
+    assert CocoFolder.open(write_coco(edit=edit)).annotations("train").boxes[0].tolist() == [6, 3, 30, 15]
+
+
+@pytest.mark.parametrize("segmentation", [{"counts": "b", "size": [9, 9]}, [[1, 2, 3]], [["a", "b"]], [], None])
+def test_what_is_no_polygon_gives_no_box(write_coco, segmentation):
+    def edit(raw):
+        raw["annotations"][1].update(bbox=None, segmentation=segmentation)
+
+    with pytest.raises(DataError, match=r"its bbox is None, expected \[x, y, width, height\]"):
+        CocoFolder.open(write_coco(edit=edit))
 
 
 def test_json_keeps_what_pycocotools_reads(write_coco):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from detr_fast.data import CocoDetection, CocoFolder, DataError, TransformConfig, build_loader, train_transforms
+from detr_fast.data.doctor import examine, fix
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ from detr_fast.data import CocoDetection, CocoFolder, DataError, TransformConfig
         ("train.json", "."),
         ("annotations/train.json", "train"),
         ("train/_annotations.coco.json", "train"),
+        ("annotations/instances_Train.json", "images/Train"),  # CVAT's
     ],
 )
 def test_the_usual_layouts_are_found(write_coco, json_file, images):
@@ -55,6 +57,22 @@ def test_file_names_may_hold_folders(write_coco):
     assert len(CocoDetection(CocoFolder.open(write_coco(edit=edit)), "train")) == 3
 
 
+@pytest.mark.parametrize("literal", [False, True])
+def test_backslashes_part_folders_unless_a_file_is_called_so(write_coco, tmp_path, literal):
+    def edit(raw):
+        for record in raw["images"]:
+            record["file_name"] = f"sub\\{record['file_name']}"
+
+    folder = write_coco(edit=edit)
+    (folder / "images" / "sub").mkdir()
+    for image in list((folder / "images").glob("*.png")):
+        image.rename(folder / "images" / (f"sub\\{image.name}" if literal else f"sub/{image.name}"))
+    assert len(list(CocoDetection(CocoFolder.open(folder), "train"))) == 3
+    assert examine(folder).healthy
+    fix(folder, tmp_path / "fixed")
+    assert (tmp_path / "fixed" / "images" / "train" / "sub" / "wide.png").is_file()
+
+
 def test_files_can_be_named(write_coco):
     folder = write_coco()
     (folder / "instances_train.json").rename(folder / "mine.json")
@@ -86,6 +104,10 @@ def test_a_missing_folder_a_file_and_an_empty_folder_are_told_apart(tmp_path):
         CocoFolder.open(tmp_path / "file")
     with pytest.raises(DataError, match=r"holds no annotations; expected instances_train.json"):
         CocoFolder.open(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_default.json").touch()
+    with pytest.raises(DataError, match=r"after a split, only annotations/instances_default.json; expected"):
+        CocoFolder.open(tmp_path)
     with pytest.raises(DataError, match=r"mine.json: no such annotations file"):
         CocoFolder.open(tmp_path, annotations={"train": "mine.json"})
 
@@ -99,6 +121,12 @@ def test_missing_images_are_counted_before_training(write_coco):
     folder = write_coco()
     (folder / "images" / "tall.png").unlink()
     with pytest.raises(DataError, match=r"1 of 3 images are missing, first .*tall.png"):
+        CocoDetection(CocoFolder.open(folder), "train")
+
+
+def test_a_missing_image_of_an_absolute_name_is_not_to_be_put_into_the_folder(write_coco):
+    folder = write_coco(edit=lambda raw: raw["images"][0].update(file_name="/elsewhere/wide.png"))
+    with pytest.raises(DataError, match=r"first /elsewhere/wide.png; make file_name relative to .*images, or run"):
         CocoDetection(CocoFolder.open(folder), "train")
 
 
@@ -210,6 +238,15 @@ def test_a_picture_is_turned_by_exif_where_its_annotations_are(write_coco):
     exif[0x0112] = 6  # to be turned by 90° clockwise
     Image.new("RGB", (30, 60), "red").save(folder / "images" / "turned.jpg", exif=exif)
     assert CocoDetection(CocoFolder.open(folder), "train")[0][0].shape == (3, 30, 60)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_read_without_a_warning(write_coco):
+    folder = write_coco(edit=lambda raw: raw["images"][0].update(file_name="palette.png"))
+    picture = Image.new("RGB", (60, 30), (10, 20, 30)).quantize(4)
+    picture.save(folder / "images" / "palette.png", transparency=bytes([128]))
+    image, _ = CocoDetection(CocoFolder.open(folder), "train")[0]
+    assert image[:, 0, 0].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])

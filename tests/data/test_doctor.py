@@ -169,6 +169,28 @@ def test_ids_of_any_type_become_integers(write_coco, tmp_path):
     assert [(a["image_id"], a["category_id"]) for a in raw["annotations"]] == [(3, 1), (1, 2), (1, 3), (1, 3)]
 
 
+def test_two_categories_of_one_name_are_a_warning_and_stay(write_coco, tmp_path):
+    """As in exports of Roboflow's, where the first category is the whole project's."""
+    folder = write_coco(edit=lambda raw: raw["categories"].append({"id": 0, "name": "zebra"}))
+    report = examine(folder)
+    assert report.healthy
+    assert found(report) == {("train", "categories of one name"): 1}
+    assert "'zebra': ids 9, 0" in report.text()
+    fix(folder, tmp_path / "fixed")
+    assert len(CocoFolder.open(tmp_path / "fixed").categories) == 4
+
+
+def test_boxes_that_the_polygons_gave_are_written(write_coco, tmp_path):
+    def edit(raw):
+        raw["annotations"][1] |= {"bbox": None, "segmentation": [[6, 3, 20, 18, 6, 10]], "area": -80}
+
+    folder = write_coco(edit=edit)
+    assert found(examine(folder)) == {}
+    fix(folder, tmp_path / "fixed")
+    raw = json.loads((tmp_path / "fixed" / "instances_train.json").read_text())
+    assert [r["bbox"] for r in raw["annotations"] if r["area"] == 14 * 15] == [[6, 3, 14, 15]]
+
+
 def test_boxes_are_cut_off_at_the_border(write_coco, tmp_path):
     folder = write_coco(edit=lambda raw: box(raw, 0, bbox=[-4, 5, 100, 100]))
     fix(folder, tmp_path / "fixed")
