@@ -15,8 +15,9 @@ def bench(
 ) -> None:
     """Time kernels beside PyTorch, forward and backward, at DETR's sizes: eagerly and in a CUDA graph. Writes nothing.
 
-    Each result is checked first; times are medians of 7 rounds in turn, and the factor says how much faster ours is. Without a GPU,
-    only assignment in several threads. `make gpu` in a checkout measures far more, other libraries included.
+    Each result is checked first; times are medians of 7 rounds in turn, and the factor says how much faster ours is.
+
+    Without a GPU, only assignment in several threads. `make gpu` in a checkout measures far more, other libraries included.
     """
     import torch
 

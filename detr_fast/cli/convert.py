@@ -16,10 +16,12 @@ def convert(
 ) -> None:
     """Write a copy of a data set in another format."""
     from detr_fast.data import formats
+    from detr_fast.data.words import counted
 
     given = from_format or formats.detect_format(source)
     conversion = formats.convert(source, destination, given, to)  # type: ignore[arg-type]
     for split, images in conversion.images.items():
-        print(f"{destination}, {split}: {images} images, {conversion.boxes[split]} boxes ({given} to {to})")
+        boxes = counted(conversion.boxes[split], "box")
+        print(f"{destination}, {split}: {counted(images, 'image')}, {boxes} ({given} to {to})")
     if conversion.crowds_dropped:
-        print(f"left out {conversion.crowds_dropped} crowd annotations, which {to} has no place for")
+        print(f"left out {counted(conversion.crowds_dropped, 'crowd annotation')}: {to} has no place for them")

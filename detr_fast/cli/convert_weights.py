@@ -16,8 +16,9 @@ def convert_weights(
     to: Annotated[str, typer.Option("--to", help="original, huggingface or safetensors.")] = "safetensors",
 ) -> None:
     """Convert a DETR's weights; the source's kind is recognised. No code in a file is ever executed."""
+    from detr_fast.data.words import counted
     from detr_fast.models import convert
 
     weights = convert.convert_weights(source, destination, to)  # type: ignore[arg-type]
-    classes = weights.config.num_classes
-    print(f"wrote {destination} ({to}): {len(weights.state)} tensors, {weights.config.backbone}, {classes} classes")
+    classes = counted(weights.config.num_classes, "class")
+    print(f"wrote {destination} ({to}): {counted(len(weights.state), 'tensor')}, {weights.config.backbone}, {classes}")

@@ -9,7 +9,7 @@ import typer
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="About a minute in all; too short to detect well.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute in all: too short to detect well.")] = False,
     out: Annotated[Path, typer.Option("--out", help="The run folder; an earlier demo's files are replaced.")] = Path(
         "runs/demo"
     ),
@@ -34,7 +34,7 @@ def demo(
     from detr_fast.engine.demo import compare_with_torch, demo_config, make_scenes, scene_counts
     from detr_fast.engine.trainer import train
 
-    console = Console(width=None if os.isatty(1) else 120)
+    console = Console(width=None if os.isatty(1) else 120, markup=False)  # a [bracket] in a path is no style
     config = dataclasses.replace(demo_config(out, quick=quick, seed=seed), device=device)  # type: ignore[arg-type]
     with progress_bar(console, "pictures") as progress:
         make_scenes(config, quick, progress)

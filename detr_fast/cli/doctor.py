@@ -23,6 +23,7 @@ def doctor(
 
     from detr_fast.cli.progress import progress_bar
     from detr_fast.data import doctor as examination
+    from detr_fast.data.words import counted
     from detr_fast.engine.run_folder import explained
 
     with progress_bar(Console(stderr=True), "images") as progress:
@@ -35,6 +36,9 @@ def doctor(
     if fix is not None:
         removed = examination.fix(data, fix)
         for split, counts in removed.items():
-            typer.echo(f"{fix}, {split}: left out {counts['images']} images and {counts['boxes']} boxes", err=True)
+            left_out = " and ".join(
+                counted(counts[kind], noun) for kind, noun in (("images", "image"), ("boxes", "box"))
+            )
+            typer.echo(f"{fix}, {split}: left out {left_out}", err=True)
     elif not report.healthy:
         raise typer.Exit(1)

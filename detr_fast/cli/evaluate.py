@@ -20,6 +20,7 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model: COCO's average precision, overall and for each class."""
     import json
+    import os
 
     from rich.console import Console
     from rich.table import Table
@@ -30,6 +31,7 @@ def evaluate(
     from detr_fast.data.coco import CocoDetection, CocoFolder
     from detr_fast.data.coco_eval import CocoEvaluator
     from detr_fast.data.transforms import eval_transforms
+    from detr_fast.data.words import counted
     from detr_fast.engine.errors import ConfigError
     from detr_fast.engine.evaluation import evaluate_model
     from detr_fast.engine.trained import load_trained_model, match_labels
@@ -49,8 +51,10 @@ def evaluate(
     if as_json:
         print(json.dumps(figures, indent=1))
         return
-    console = Console()
-    console.print(f"{trained.path} on {folder}, {split}: {len(dataset)} images", highlight=False, soft_wrap=True)
+    console = Console(width=None if os.isatty(1) else 120, markup=False)  # a [bracket] in a name is no style
+    console.print(
+        f"{trained.path} on {folder}, {split}: {counted(len(dataset), 'image')}", highlight=False, soft_wrap=True
+    )
     overall = Table("", "all", "small", "medium", "large", box=None, padding=(0, 2, 0, 0))
     overall.add_row("AP", *(figure(figures[k]) for k in ("AP", "APs", "APm", "APl")))
     overall.add_row("AP50", figure(figures["AP50"]))

@@ -30,6 +30,7 @@ def predict(
 
     from detr_fast.cli.devices import pick_device
     from detr_fast.cli.progress import progress_bar
+    from detr_fast.data.words import counted
     from detr_fast.engine.errors import PredictionError
     from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, write_predictions
     from detr_fast.engine.trained import load_trained_model
@@ -39,7 +40,7 @@ def predict(
     unreadable: list[PredictionError] = []
     with progress_bar(Console(stderr=True), "predicting") as progress:
 
-        def counted():  # type: ignore[no-untyped-def]
+        def shown():  # type: ignore[no-untyped-def]
             predictions = predict_images(
                 trained, paths, threshold=threshold, batch_size=batch_size, unreadable=unreadable
             )
@@ -47,11 +48,11 @@ def predict(
                 yield prediction
                 progress(number, len(paths))
 
-        records = write_predictions(counted(), trained, out, pictures)
+        records = write_predictions(shown(), trained, out, pictures)
     counts = Counter(d["name"] for record in records for d in record["detections"])
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no objects"
     what = "pictures and " if pictures else ""
-    print(f"{len(records)} images: {found} above {threshold:g}; {what}{JSON_NAME} in {out}")
+    print(f"{counted(len(records), 'image')}: {found} above {threshold:g}; {what}{JSON_NAME} in {out}")
     for error in unreadable:
         print(f"Warning: {str(error).rpartition(';')[0]}; left out", file=sys.stderr)
     if unreadable:

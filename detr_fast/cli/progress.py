@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from detr_fast.engine.trainer import Reporter
 
@@ -59,8 +60,10 @@ def progress_bar(console: Console, description: str) -> Iterator[Callable[[int, 
 class ProgressReporter(Reporter):
     """Shows how training goes. Enter it around `train` or `resume`."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, notes: Sequence[str] = ()) -> None:
+        """`notes` are told once the data and settings are known to be usable."""
         self.console = console
+        self.notes = notes
         self.progress = Progress(*_columns(), console=console, disable=not console.is_terminal)
         self.training = self.progress.add_task("training", total=None, note="")
         self.evaluation = self.progress.add_task("evaluating", total=None, note="", visible=False)
@@ -80,10 +83,12 @@ class ProgressReporter(Reporter):
         self.progress.reset(self.training, total=total, completed=step, note="")
 
     def about(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._print(text)
+        for note in self.notes:
+            self.message(note)
 
     def message(self, text: str) -> None:
-        self.console.print(f"[yellow]note[/] {text}", highlight=False, soft_wrap=True)
+        self._print(("note", "yellow"), f" {text}")
 
     def step(self, step: int, record: dict[str, Any] | None) -> None:
         self.progress.update(self.training, completed=step)
@@ -94,16 +99,16 @@ class ProgressReporter(Reporter):
         if not self.console.is_terminal and now - self._last_line >= LINE_EVERY:
             self._last_line = now
             left = duration((now - self._begun) / (step - self.first) * (self.total - step))
-            self.console.print(f"step {step}/{self.total}  {note + '  ' * bool(note)}{left} left", soft_wrap=True)
+            self._print(f"step {step}/{self.total}  {note + '  ' * bool(note)}{left} left")
 
     def evaluating(self, done: int, total: int) -> None:
         self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)
 
     def evaluated(self, record: dict[str, Any]) -> None:
         loss = f"  loss {record['loss']:.3f}" if "loss" in record else ""
-        self.console.print(
-            f"epoch {record['epoch']:>3}, step {record['step']}:{loss}  AP {figure(record['AP'])}  "
-            f"AP50 [bold]{figure(record['AP50'])}[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
+        start = f"epoch {record['epoch']:>3}, step {record['step']}:{loss}  AP {figure(record['AP'])}  AP50 "
+        self._print(start, (figure(record["AP50"]), "bold"))
+
+    def _print(self, *parts: str | tuple[str, str]) -> None:
+        """Text with styles rather than markup: a path may hold [brackets]."""
+        self.console.print(Text.assemble(*parts), soft_wrap=True)

@@ -57,23 +57,24 @@ def train(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", help="Passes over the data.", show_default="300; small: 50", rich_help_panel=_RECIPE),
+        typer.Option("--epochs", help="Passes over the data (300; small: 50).", rich_help_panel=_RECIPE),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", help="Images a step.", show_default="2; small: 8", rich_help_panel=_RECIPE),
+        typer.Option("--batch-size", help="Images a step (2; small: 8).", rich_help_panel=_RECIPE),
     ] = None,
     image_size: Annotated[
         int,
         typer.Option(
-            "--image-size", help="Shorter side in pixels.", show_default="800; small: 128", rich_help_panel=_RECIPE
+            "--image-size",
+            help="Shorter side in pixels (800; small: 128).",
+            show_default=False,
+            rich_help_panel=_RECIPE,
         ),
     ] = 0,
     queries: Annotated[
         int | None,
-        typer.Option(
-            "--queries", help="The most objects an image can get.", show_default="100", rich_help_panel=_RECIPE
-        ),
+        typer.Option("--queries", help="The most objects an image can get (100).", rich_help_panel=_RECIPE),
     ] = None,
     focal: Annotated[
         bool,
@@ -85,16 +86,13 @@ def train(
         float | None,
         typer.Option(
             "--lr",
-            help="Learning rate of the transformer.",
-            show_default="0.0001; small: 0.0005",
+            help="Learning rate of the transformer (0.0001; small: 0.0005).",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
     lr_backbone: Annotated[
         float | None,
-        typer.Option(
-            "--lr-backbone", help="… of the backbone.", show_default="1e-05; small: 0.0005", rich_help_panel=_RECIPE
-        ),
+        typer.Option("--lr-backbone", help="… of the backbone (1e-05; small: 0.0005).", rich_help_panel=_RECIPE),
     ] = None,
     ema: Annotated[
         float | None, typer.Option("--ema", help="Average the weights, for example 0.999.", rich_help_panel=_RECIPE)
@@ -109,35 +107,36 @@ def train(
     ] = 0.0,
     evaluate_every: Annotated[
         int | None,
-        typer.Option("--evaluate-every", help="Epochs between evaluations.", show_default="1", rich_help_panel=_RECIPE),
+        typer.Option("--evaluate-every", help="Epochs between evaluations (1).", rich_help_panel=_RECIPE),
     ] = None,
     save_every: Annotated[
         int | None,
         typer.Option(
             "--save-every",
-            help="Steps between checkpoints within an epoch: the most that a crash can lose.",
-            show_default="1000",
+            help="Steps between checkpoints within an epoch: the most that a crash can lose (1000).",
             rich_help_panel=_MACHINE,
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help="Of weights, order and augmentation.", show_default="0", rich_help_panel=_RECIPE),
+        typer.Option("--seed", help="Of weights, order and augmentation (0).", rich_help_panel=_RECIPE),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu or cuda.", show_default="auto", rich_help_panel=_MACHINE)
+        str | None, typer.Option("--device", help="auto, cpu or cuda (auto).", rich_help_panel=_MACHINE)
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="no, bf16 or fp16.", show_default="no", rich_help_panel=_MACHINE)
+        str | None, typer.Option("--precision", help="no, bf16 or fp16 (no).", rich_help_panel=_MACHINE)
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Processes that load images.", show_default="2", rich_help_panel=_MACHINE),
+        typer.Option("--workers", help="Processes that load images (2).", rich_help_panel=_MACHINE),
     ] = None,
 ) -> None:
     """Train a DETR on a COCO-format folder; classes and their names come from its annotations.
 
     A checkpoint is kept after each epoch, within long ones, and on Ctrl-C; --resume goes on from the last. Several GPUs: accelerate launch -m detr_fast train …
+
+    In brackets are the defaults: the original recipe's, and where they differ those of --model small.
     """
     import os
     from dataclasses import replace
@@ -147,6 +146,7 @@ def train(
 
     from detr_fast.cli.presets import preset
     from detr_fast.cli.progress import ProgressReporter, figure, speed
+    from detr_fast.data.words import counted
     from detr_fast.engine import trainer
     from detr_fast.engine.errors import ConfigError
 
@@ -166,7 +166,7 @@ def train(
         "workers": workers,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    console = Console(width=None if os.isatty(1) else 120)
+    console = Console(width=None if os.isatty(1) else 120, markup=False)  # a [bracket] in a path is no style
     if resume is not None:
         sources = {p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params}
         given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
@@ -178,17 +178,18 @@ def train(
     else:
         assert data is not None
         config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)
+        notes: list[str] = []
         settings: dict[str, Any] = {"focal": focal} | ({} if queries is None else {"num_queries": queries})
         if model != "small" and weights is None and weights_backbone is None:
             settings["backbone_norm"] = "batch"
-            console.print("[yellow]note[/] no weights given: the backbone trains from scratch, which needs much data")
+            notes.append("no weights given: the backbone trains from scratch, which needs much data")
         if model != "small" and device != "cuda" and not torch.cuda.is_available():
-            console.print(
-                f"[yellow]note[/] no GPU: a step of {model} at {config.transforms.eval_size} pixels takes a CPU many seconds; "
-                "--model small --image-size 160 is made for one",
-                soft_wrap=True,
-                highlight=False,
+            notes.append(
+                f"no GPU: a step of {model} at {config.transforms.eval_size} pixels takes a CPU many seconds; "
+                "--model small --image-size 160 is made for one"
             )
+        if queries is not None and queries < 1:
+            raise ConfigError(f"--queries is {queries}, expected at least 1: the most objects that an image can get")
         config = replace(
             config,
             model=replace(config.model, **settings),
@@ -199,13 +200,13 @@ def train(
             weights=None if weights is None else str(weights),
             weights_backbone=weights_backbone,
         )
-        with ProgressReporter(console) as reporter:
+        with ProgressReporter(console, notes) as reporter:
             result = trainer.train(config, overwrite=overwrite, reporter=reporter)
     figures = f"AP {figure(result.metrics['AP'])}, AP50 {figure(result.metrics['AP50'])}; " if result.metrics else ""
     pace = f"{speed(result.images_per_second)}; " if result.seconds else ""
     folder = result.run.path
     console.print(
-        f"{figures}{pace}{result.steps} steps; in {folder}: checkpoint.pt, metrics.jsonl, curves.png, predictions.png",
+        f"{figures}{pace}{counted(result.steps, 'step')}; in {folder}: checkpoint.pt, metrics.jsonl, curves.png, predictions.png",
         highlight=False,
         soft_wrap=True,
     )

@@ -113,8 +113,9 @@ def area_of(record: dict[str, Any], box: list[float]) -> float:
     pycocotools ignores objects of negative area, which polygons in the other direction get.
     """
     area = record.get("area")
-    known = isinstance(area, (int, float)) and not isinstance(area, bool) and 0 <= area < math.inf
-    return area if known else box[2] * box[3]
+    if isinstance(area, (int, float)) and not isinstance(area, bool) and 0 <= area < math.inf:
+        return area
+    return box[2] * box[3]
 
 
 def id_key(value: Any) -> Any:

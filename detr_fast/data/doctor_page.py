@@ -120,7 +120,7 @@ def draw_report(report: Report, path: Path) -> None:
         if entry is not None:
             _draw_image(axes, *entry)
     try:
-        figure.savefig(path, dpi=80)
+        figure.savefig(path, dpi=80, format="png")  # whatever its name: matplotlib would add a suffix
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); give another path") from None
 

@@ -84,16 +84,17 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
 
 
 def latest_run(path: str | os.PathLike[str]) -> tuple[RunFolder, dict[str, Any]]:
-    """The run folder and the state to resume from; `path` is the folder or its checkpoint."""
+    """The run folder and the state to resume from; `path` is the folder, or a checkpoint in it."""
     path = Path(path)
     run = RunFolder(path if path.is_dir() or path.suffix != ".pt" else path.parent)
     if run.config.exists() and not run.checkpoint.exists():
         raise CheckpointError(
             f"no checkpoint {run.checkpoint}: the run stopped before its first checkpoint; start again with --overwrite"
         )
-    state = load_checkpoint(run.checkpoint)
+    file = path if path.is_file() else run.checkpoint
+    state = load_checkpoint(file)
     if "optimizer" not in state:
-        raise CheckpointError(f"{run.checkpoint} holds weights only; resume from the {CHECKPOINT} of a training run")
+        raise CheckpointError(f"{file} holds weights only; resume from the {CHECKPOINT} of a training run")
     return run, state
 
 

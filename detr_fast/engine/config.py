@@ -67,11 +67,13 @@ class TrainConfig:
             "seed": 0,
         }
         for name, low in at_least.items():
-            if getattr(self, name) < low:
+            if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {low}")
         for name in ("lr", "clip_norm", "no_object_weight", "class_weight"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a number over 0")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed is {self.seed}, expected less than 2**32, as NumPy takes them")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(
                 f"ema_decay is {self.ema_decay}, expected a number from 0 (off) to below 1, for example 0.999"

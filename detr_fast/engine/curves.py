@@ -53,6 +53,8 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, title: str = "") 
     _line(rate, train, "lr_backbone", ORANGE, "backbone", linestyle="--")
     rate.set_ylim(bottom=0)
     _style(rate, "Learning rate")
+    for axes in (total, parts, precision, rate):  # the same steps in all, also where there is one evaluation yet
+        axes.set_xlim(0, 1.02 * max((r["step"] for r in records), default=1))
     if title:
         figure.suptitle(title, color=INK, fontsize=15)
     buffer = io.BytesIO()

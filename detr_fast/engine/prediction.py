@@ -71,7 +71,9 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
             raise PredictionError(f"{given} does not exist; give image files or folders of images")
     if not found:
         where = ", ".join(map(str, inputs))
-        raise PredictionError(f"{where} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
+        raise PredictionError(
+            f"{where} holds no images (subfolders are not looked into); expected files ending in {', '.join(EXTENSIONS)}"
+        )
     return list(dict.fromkeys(found))
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from detr_fast.data.coco import CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
+from detr_fast.data.words import counted
 from detr_fast.engine.captured import CapturedStep
 from detr_fast.engine.checkpoints import (
     latest_run,
@@ -130,7 +131,7 @@ class Trainer:
         folder = CocoFolder.open(config.data, bad_boxes="drop" if config.drop_bad_boxes else "raise")
         dropped = sum(folder.annotations(split).dropped for split in folder.splits)
         if dropped:
-            reporter.message(f"{dropped} boxes without area or outside their image are left out")
+            reporter.message(f"left out: {counted(dropped, 'box')} without area or outside the image")
         self.config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, num_classes=len(folder.categories))
         )
@@ -222,13 +223,14 @@ class Trainer:
         parameters = sum(p.numel() for p in self.bare.parameters()) / 1e6
         processes = self.accelerator.num_processes
         where = self.device.type + (f" ×{processes}" if processes > 1 else "")
-        images = f"{data.training_images} training images"
+        images = counted(data.training_images, "training image")
         if data.validation is not None:
             images += f", {len(data.validation)} for validation"
-        steps = f"{config.epochs} epochs of {data.steps_per_epoch} steps of {config.batch_size * processes} images"
+        epochs, steps = counted(config.epochs, "epoch"), counted(data.steps_per_epoch, "step")
+        batch = counted(config.batch_size * processes, "image")
         return (
             f"{config.model.backbone} DETR, {parameters:.1f} M parameters, on {where}: "
-            f"{images}, {len(data.names)} classes; {steps}"
+            f"{images}, {counted(len(data.names), 'class')}; {epochs} of {steps} of {batch}"
         )
 
     # Running ---------------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ class Trainer:
         self.reporter.about(self._summary())
         self.reporter.start(self.step, self.total_steps)
         if self.step >= self.total_steps:
-            self.reporter.message(f"all {self.config.epochs} epochs are done already; give --epochs to go further")
+            self.reporter.message(f"{counted(self.config.epochs, 'epoch')} done already; give --epochs to go further")
         try:
             with StopSignals(announced=self.main) as signals:
                 self._end_epoch()  # of a run that was stopped before it evaluated
@@ -376,10 +378,12 @@ class Trainer:
         if not self.main:
             return
         name = Path(self.config.data).resolve().name
-        draw_curves(self.folder.read_metrics(), self.folder.curves, f"{name}: {self.step} steps")
+        draw_curves(self.folder.read_metrics(), self.folder.curves, f"{name}: {counted(self.step, 'step')}")
         pictures = sample_pictures(self._evaluated_model(), self.data.drawn, self.device)
         what = "validation" if self.data.validation is not None else "training"
-        page = draw_grid(pictures, self.data.names, f"{name}: {what} images after {self.step} steps, scores from 0.5")
+        page = draw_grid(
+            pictures, self.data.names, f"{name}: {what} images after {counted(self.step, 'step')}, scores from 0.5"
+        )
         atomic_write(self.folder.predictions, lambda file: page.save(file, format="PNG"))
 
 

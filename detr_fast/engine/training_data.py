@@ -15,6 +15,7 @@ from detr_fast.data.batching import GroupedBatchSampler, build_loader
 from detr_fast.data.buckets import ShapeBuckets, simulate_batches
 from detr_fast.data.coco import CocoDetection, CocoFolder
 from detr_fast.data.transforms import eval_transforms, train_transforms
+from detr_fast.data.words import counted
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import ConfigError
 from detr_fast.engine.signals import StopSignals
@@ -66,7 +67,7 @@ def load_training_data(
     dataset = CocoDetection(folder, "train", train_transforms(config.transforms))
     if len(dataset) < config.batch_size * processes:
         raise ConfigError(
-            f"batch_size is {config.batch_size}, but {config.data} has only {len(dataset)} training images; lower it"
+            f"batch_size is {config.batch_size}, but {config.data} has only {counted(len(dataset), 'training image')}; lower it"
         )
     if dataset.max_boxes == 0:
         raise ConfigError(

@@ -346,7 +346,7 @@ def test_image_files_that_cannot_be_read_are_named(data, trained, tmp_path, caps
     for given, expected in (
         (picture, r"cut.png: cannot be decoded \(.*\); give another image"),
         (tmp_path / "absent.png", "absent.png does not exist; give image files or folders"),
-        (tmp_path / "empty", "empty holds no images; expected files ending in"),
+        (tmp_path / "empty", r"empty holds no images \(subfolders are not looked into\); expected files ending in"),
     ):
         assert run("predict", trained, given, "--out", tmp_path / "out", "--device", "cpu") == 2
         assert_one_line(capsys, expected)

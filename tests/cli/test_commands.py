@@ -64,6 +64,10 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--resume", "nowhere"], "no checkpoint nowhere"),
         (["train", "--data", "x", "--model", "vgg"], "the model is 'vgg', expected one of small"),
         (["train", "--data", "x", "--lr", "-1"], "lr is -1.0, expected a number over 0"),
+        (["train", "--data", "x", "--lr", "inf"], "lr is inf, expected a number over 0"),
+        (["train", "--data", "x", "--lr-backbone", "nan"], "lr_backbone is nan, expected at least 0"),
+        (["train", "--data", "x", "--queries", "0"], "--queries is 0, expected at least 1"),
+        (["train", "--data", "x", "--seed", str(2**32)], "seed is 4294967296, expected less than 2**32"),
         (["train", "--resume", "x", "--lr", "1"], "--lr cannot change in mid-run"),
         (["train", "--resume", "x", "--focal"], "--focal cannot change in mid-run"),
         (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from detr_fast.cli import app, main
 from detr_fast.cli.presets import preset
 from detr_fast.cli.progress import ProgressReporter, duration, speed
 from detr_fast.data.scenes import generate_scenes
+from detr_fast.engine import trainer
+from detr_fast.engine.errors import Interrupted
 from detr_fast.models import convert
 
 SMALL = ["--model", "small", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
@@ -50,15 +54,25 @@ def test_training_says_at_its_start_what_is_trained_and_on_what(
     assert status("train", "--data", scenes, "--run", tmp_path / "run", *SMALL, "--epochs", "1") == 0
     first, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("conv DETR, ")
-    assert "M parameters, on cpu: 8 training images, 2 for validation, 6 classes; 1 epochs of 2 steps of 4" in first
+    assert (
+        "M parameters, on cpu: 8 training images, 2 for validation, 6 classes; 1 epoch of 2 steps of 4 images" in first
+    )
 
 
 def test_a_resnet_without_a_gpu_comes_with_a_warning_of_what_it_takes(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = ["train", "--data", scenes, "--run", tmp_path / "run", "--model", "resnet18", "--device", "cpu"]
-    assert status(*full, "--weights-backbone", "none.pth") == 2
-    assert "note no GPU: a step of resnet18 at 800 pixels takes a CPU many seconds; --model" in capsys.readouterr().out
+    def interrupted(*_: object) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", interrupted)
+    full = ["train", "--run", tmp_path / "run", "--model", "resnet18", "--device", "cpu", "--data"]
+    assert status(*full, tmp_path / "nowhere") == 2
+    assert "note" not in capsys.readouterr().out  # first things first: the data are not there
+    assert status(*full, scenes) == 130
+    printed = capsys.readouterr().out
+    assert "note no GPU: a step of resnet18 at 800 pixels takes a CPU many seconds; --model" in printed
+    assert "note no weights given: the backbone trains from scratch" in printed
 
 
 def test_lines_without_a_terminal_come_by_time_and_say_how_long_it_takes(
@@ -96,10 +110,10 @@ def test_defaults_in_the_help_of_train_are_those_of_the_recipes() -> None:
     }
     checked = 0
     for option in get_command(app).commands["train"].params:  # type: ignore[attr-defined]
-        default = getattr(option, "show_default", None)
-        if not isinstance(default, str):
+        default = re.search(r"\(([^() ]*(?:; small: [^() ]*)?)\)\.$", option.help or "")
+        if default is None:
             continue
-        full, _, small = default.partition("; small: ")
+        full, _, small = default[1].partition("; small: ")
         assert full == str(settings["resnet50"][option.name]), option.name
         assert (small or full) == str(settings["small"][option.name]), option.name
         checked += 1
@@ -112,6 +126,26 @@ def test_a_command_that_is_advised_can_be_pasted_where_paths_have_spaces(
     assert status("train", "--data", scenes, "--run", trained, *SMALL) == 2
     error = capsys.readouterr().err
     assert f"go on with 'detr-fast train --resume {shlex.quote(str(trained))}', replace it with --overwrite" in error
+
+
+def test_brackets_in_names_are_printed_as_they_are(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no markup, which would vanish from a path that is to be pasted, or end in a traceback."""
+    data, run = tmp_path / "[v2] set", tmp_path / "[/b] run"
+    shutil.copytree(scenes, data)
+    (data / "instances_val.json").unlink()
+    raw = json.loads((data / "instances_train.json").read_text())
+    raw["categories"][0]["name"] = "[/x] [bold]cell"
+    (data / "instances_train.json").write_text(json.dumps(raw))
+    assert status("train", "--data", data, "--run", run, *SMALL, "--epochs", "1") == 0
+    printed = capsys.readouterr().out
+    assert f"note {data} has no validation split" in printed
+    assert f"in {run}: checkpoint.pt" in printed
+    assert status("evaluate", run, "--split", "train", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert f"{run}/checkpoint.pt on {data}, train: 8 images" in printed
+    assert "\n[/x] [bold]cell " in printed
 
 
 def test_ctrl_c_is_answered_at_once() -> None:
@@ -180,6 +214,10 @@ def test_weights_on_a_hub_are_said_not_to_be_fetched(scenes: Path, capsys: pytes
 def test_the_doctor_says_where_its_page_is(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("doctor", scenes, "--page", tmp_path / "page.png") == 0
     assert capsys.readouterr().err == f"drew {tmp_path / 'page.png'}\n"
+    assert status("doctor", scenes, "--page", tmp_path / "page") == 0
+    assert (tmp_path / "page").read_bytes()[:4] == b"\x89PNG"
+    assert status("doctor", scenes, "--page", tmp_path) == 2
+    assert f"{tmp_path}: cannot be written (Is a directory)" in capsys.readouterr().err
 
 
 def test_an_exported_detector_finds_what_the_model_finds_with_pytorch_alone(

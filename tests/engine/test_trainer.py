@@ -297,6 +297,8 @@ def test_the_number_of_workers_does_not_change_the_run(tiny: Tiny) -> None:
 
 def test_resuming_from_weights_alone_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     run = train(tiny(epochs=1)).run
+    with pytest.raises(CheckpointError, match=r"best.pt holds weights only; resume from the checkpoint.pt"):
+        resume(run.best)
     run.best.replace(run.checkpoint)
     with pytest.raises(CheckpointError, match="holds weights only"):
         resume(run.path)
@@ -327,4 +329,4 @@ def test_bad_boxes_stop_a_run_or_are_left_out_by_request(tiny: Tiny, scenes: Pat
         train(tiny(data=str(data), epochs=1), reporter=reporter)
     result = train(tiny(data=str(data), epochs=1, drop_bad_boxes=True), reporter=reporter)
     assert result.steps == 3
-    assert "1 boxes without area or outside their image are left out" in messages
+    assert "left out: 1 box without area or outside the image" in messages

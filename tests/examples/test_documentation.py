@@ -128,11 +128,24 @@ def test_the_readmes_counts_are_those_of_the_pages_that_a_test_keeps():
     assert f"0 times instead of {waits}" in readme
 
 
+def prose_of(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)#:]+)\)", prose)
-    assert not [link for link in links if not ((ROOT / page).parent / link).exists()]
+    dead = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", prose_of(ROOT / page)):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        if not file.exists() or (anchor and anchor not in anchors_of(file)):
+            dead.append(f"{target}#{anchor}")
+    assert not dead
 
 
 def test_the_readme_lists_every_op_and_no_implementation_that_there_is_not():
