@@ -6,7 +6,8 @@
     dpre = (dy @ w') * activation'(pre) * kept / (1 - p),   w' being the next product's weight, (its outputs, N)
 
 x is (M, K), w (N, K), y (M, N). The backward keeps what it needs of the activation: y itself for ReLU (positive where
-it was active and kept), pre, the product before the activation, for the others, whose y it then writes once more.
+it was active and kept) or a bit for each of its elements, pre, the product before the activation, for the others, whose
+y it then writes once more.
 """
 
 from __future__ import annotations
@@ -19,11 +20,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_tiles import dot
 from .configs import LINEAR, LINEAR_SCATTERED, MatmulConfig
 from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
-from .product_tiles import Form, activate, drawn, precision, product, store_tile, tile_of
+from .product_tiles import (
+    Form,
+    activate,
+    active_words,
+    drawn,
+    is_active,
+    load_active,
+    precision,
+    product,
+    store_active,
+    store_tile,
+    tile_of,
+)
 from .rows import MAX_PLANS, Plan, address_of, arriving_rows, as_rows, dtype_of, packed, run_length, run_pointers
 
 
@@ -35,6 +49,7 @@ def linear_kernel(
     bias_ptr,
     y_ptr,
     pre_ptr,
+    active_ptr,
     seed_ptr,
     x_row_stride: tl.int32,
     position_row_stride: tl.int32,
@@ -91,6 +106,8 @@ def linear_kernel(
         low, high = load_seed(seed_ptr)
         kept = keep_tile(low, high, offset, threshold, tl.full((), 1, tl.int32), first_m, first_n, BLOCK_M, BLOCK_N)
         acc = tl.where(kept, acc * scale, 0.0)
+    if active_ptr is not None:
+        store_active(active_ptr, acc, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
     store_tile(y_ptr + y_place, N, acc, rows, columns, BLOCK_M, BLOCK_N, VEC)
 
 
@@ -99,6 +116,7 @@ def linear_backward_kernel(
     dy_ptr,
     w_ptr,
     saved_ptr,
+    active_ptr,
     x_ptr,
     own_w_ptr,
     own_bias_ptr,
@@ -126,7 +144,7 @@ def linear_backward_kernel(
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dy (M, K), w (K, N), saved (M, N), or None: then pre is computed again, from x (M, own_K) and own_w (N, own_K).
+    """dy (M, K), w (K, N), saved (M, N) or active (`active_words`), or neither: pre comes from x (M, own_K), own_w (N, own_K).
 
     dbias is fp32 (tiles of rows, N): each tile's sum over its rows.
     """
@@ -136,7 +154,9 @@ def linear_backward_kernel(
     m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     exists = (m < rows) & (n // VEC < columns // VEC)
     place = first_m.to(tl.int64) * N + first_n
-    if saved_ptr is None:
+    if active_ptr is not None:  # before the product: they take few registers, and arrive while it runs
+        words = load_active(active_ptr, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
+    elif saved_ptr is None:
         base, start = x_ptr + first_m.to(tl.int64) * x_row_stride, row * x_row_stride
         own_w_base = own_w_ptr + first_n.to(tl.int64) * own_w_stride
         saved = product(
@@ -154,7 +174,11 @@ def linear_backward_kernel(
     )
     if saved_ptr is not None:
         saved = tl.load(run_pointers(saved_ptr + place, m * N, n, VEC), mask=exists, other=0.0).to(tl.float32)
-    if ACTIVATION == "relu" and saved_ptr is not None:  # saved is y: positive where active and kept
+    if (
+        active_ptr is not None
+    ):  # scaled behind the choice: as its last step, the compiler would choose among 16 bits, one by one
+        dpre = tl.where(is_active(words, BLOCK_M, BLOCK_N), dh, 0.0) * scale
+    elif ACTIVATION == "relu" and saved_ptr is not None:  # saved is y: positive where active and kept
         dpre = tl.where(saved > 0, dh * scale, 0.0)
     else:
         y, slope = activate(saved, ACTIVATION)
@@ -164,12 +188,21 @@ def linear_backward_kernel(
             y, slope = tl.where(kept, y * scale, 0.0), tl.where(kept, slope * scale, 0.0)
         store_tile(y_ptr + place, N, y, rows, columns, BLOCK_M, BLOCK_N, VEC)
         dpre = tl.where(exists, dh * slope, 0.0)
-    store_tile(dpre_ptr + place, N, dpre, rows, columns, BLOCK_M, BLOCK_N, VEC)
     if dbias_ptr is not None:
-        sums = tl.sum(dpre, axis=0)
         partial = dbias_ptr + (first_m // BLOCK_M).to(tl.int64) * N + first_n
-        column = tl.arange(0, BLOCK_N)
-        tl.store(partial + column, sums, mask=column < columns)
+        if (
+            active_ptr is not None
+        ):  # by the tensor cores: elsewhere, tiles as these lie take 160 shuffles and 16 barriers
+            ones = tl.full((16, BLOCK_M), 1.0, tl.float32).to(dpre_ptr.dtype.element_ty)
+            dpre = dpre.to(ones.dtype)
+            sums = dot(ones, dpre, tl.zeros((16, BLOCK_N), tl.float32), PRECISION)
+            alike = tl.arange(0, 16)[:, None]
+            tl.store(partial + (n + 0 * alike), sums, mask=(n < columns) & (alike == 0))
+        else:
+            sums = tl.sum(dpre, axis=0)
+            column = tl.arange(0, BLOCK_N)
+            tl.store(partial + column, sums, mask=column < columns)
+    store_tile(dpre_ptr + place, N, dpre, rows, columns, BLOCK_M, BLOCK_N, VEC)
 
 
 def linear_forward(
@@ -179,15 +212,16 @@ def linear_forward(
     *,
     activation: str = "none",
     dropout: Dropout | None = None,
-    keep_pre: bool = False,
+    keep: bool = False,
     position: Tensor | None = None,
     position_columns: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """dropout(activation(x @ w^T + bias)), x (..., K), w (N, K), bias (N,) or None.
 
     position: (..., K) in x's dtype, whose rows repeat along those of x; added to x for the first `position_columns`
-    columns of the result, a multiple of 128 (or all). Returns y (..., N) in x's dtype, contiguous, and with keep_pre what
-    the activation was applied to.
+    columns of the result, a multiple of 128 (or all). Returns y (..., N) in x's dtype, contiguous, and with keep what a backward wants
+    beside it: for ReLU with dropout in 16 bits its `active_words`, for ReLU else nothing, otherwise what the activation was
+    applied to.
     """
     x, x_stride = as_rows(x)
     w, w_stride = as_rows(w)
@@ -200,13 +234,15 @@ def linear_forward(
         return torch._addmm_activation(bias, x.reshape(rows, K), w.t()).view(*leading, N), None
     position, position_stride, position_rows = _position(position, rows)
     y = empty((*leading, N), dtype, device)
-    pre = empty((*leading, N), dtype, device) if keep_pre else None
+    pre = empty((*leading, N), dtype, device) if keep and activation != "relu" else None
+    small = keep and activation == "relu" and dropout is not None and dtype.itemsize == 2
+    active = empty(active_words(rows, N), torch.int16, device) if small else None
     offset = (x.data_ptr() | w.data_ptr() | address_of(position)) % 16
     sizes = (x_stride, position_stride, position_rows, position_columns, w_stride, rows, N, K)
-    given = dtype_of(bias), dropout is not None, keep_pre, position is not None
+    given = dtype_of(bias), dropout is not None, pre is not None, position is not None, small
     plan = _plan_forward(dtype, activation, precision(dtype), sizes, given, offset)
-    launch(plan.variant, plan.grid, x, position, w, bias, y, pre, *drawn(dropout, sizes))
-    return y, pre
+    launch(plan.variant, plan.grid, x, position, w, bias, y, pre, active, *drawn(dropout, sizes))
+    return y, active if small else pre
 
 
 def _ends_in_relu(x: Tensor, bias: Tensor) -> bool:
@@ -239,13 +275,14 @@ def linear_backward(
     saved: Tensor | Recomputed,
     *,
     activation: str,
+    active: Tensor | None = None,
     dropout: Dropout | None = None,
     with_dbias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """From the gradient dy (..., K) behind y @ w^T, w (K, N), back through y = dropout(activation(pre)).
 
-    saved: y for ReLU, else pre, (..., N), contiguous; or what to compute them from once more. Returns dpre (..., N),
-    y (..., N), and dpre's sums over the rows of each tile, fp32 (tiles, N), for `sum_partials`, or None. Deterministic.
+    saved: y for ReLU, else pre, (..., N), contiguous; or what to compute them from once more. active: y's `active_words`,
+    where the forward kept them: read in place of y. Returns dpre (..., N), y (..., N), and dpre's sums over the rows of each tile, fp32 (tiles, N), for `sum_partials`, or None. Deterministic.
     """
     dy, dy_stride = arriving_rows(dy)
     w, w_stride = as_rows(w)
@@ -258,15 +295,16 @@ def linear_backward(
     own_K = 0 if x is None else x.shape[-1]
     bias = packed(bias)
     dpre = empty((*leading, N), dtype, device)
-    active = activation == "relu" and kept is not None  # and so y itself
-    y = kept if active and kept is not None else empty((*leading, N), dtype, device)
-    offset = (dy.data_ptr() | w.data_ptr() | address_of(kept) | address_of(x) | address_of(own_w)) % 16
+    known = activation == "relu" and kept is not None  # and so y itself
+    y = kept if known and kept is not None else empty((*leading, N), dtype, device)
+    read = kept if active is None else None
+    offset = (dy.data_ptr() | w.data_ptr() | address_of(read) | address_of(x) | address_of(own_w)) % 16
     sizes = (dy_stride, w_stride, x_stride, own_stride, rows, N, K, own_K)
-    given = dropout is not None and not active, with_dbias, kept is not None, dtype_of(bias)
+    given = dropout is not None and not known, with_dbias, kept is not None, dtype_of(bias), active is not None
     plan = _plan_backward(dtype, activation, precision(dtype), sizes, given, offset)
     partial = empty((-(-rows // plan.variant.constants["BLOCK_M"]), N), torch.float32, device) if with_dbias else None
-    tensors = (dy, w, kept, x, own_w, bias, dpre, None if active else y, partial)
-    launch(plan.variant, plan.grid, *tensors, *drawn(dropout, sizes, masks=not active))
+    tensors = (dy, w, read, active, x, own_w, bias, dpre, None if known else y, partial)
+    launch(plan.variant, plan.grid, *tensors, *drawn(dropout, sizes, masks=not known))
     return dpre, y, partial
 
 
@@ -295,27 +333,34 @@ def _position(position: Tensor | None, rows: int) -> tuple[Tensor | None, int, i
 
 @cache
 def forward_variant(
-    form: Form, bias_dtype: torch.dtype | None, dropout: bool, keep_pre: bool, position: bool
+    form: Form, bias_dtype: torch.dtype | None, dropout: bool, pre: bool, position: bool, active: bool = False
 ) -> Variant:
-    """The program of `linear_forward`."""
+    """The program of `linear_forward`; pre, active: what it keeps."""
     config = _config(form, busy=position)
     dtype = form.dtype
-    tensors = (dtype, dtype if position else None, dtype, bias_dtype, dtype, dtype if keep_pre else None)
+    kept = dtype if pre else None, torch.int16 if active else None
+    tensors = (dtype, dtype if position else None, dtype, bias_dtype, dtype, *kept)
     types = (*map(pointer, tensors), "*i64" if dropout else None, *["i32"] * 10, "fp32")
     return Variant(linear_kernel, types, form.constants(config), config.num_warps, config.num_stages)
 
 
 @cache
 def backward_variant(
-    form: Form, dropout: bool, with_dbias: bool, kept: bool = True, bias_dtype: torch.dtype | None = None
+    form: Form,
+    dropout: bool,
+    with_dbias: bool,
+    kept: bool = True,
+    bias_dtype: torch.dtype | None = None,
+    active: bool = False,
 ) -> Variant:
     """The program of `linear_backward`; kept: the forward kept y or pre; else bias_dtype is of what pre comes from."""
-    active = form.activation == "relu" and kept
-    config = _config(form, busy=not active)
+    known = form.activation == "relu" and kept
+    config = _config(form, busy=not known)
     dtype = form.dtype
     again = None if kept else dtype
-    read = (dtype, dtype, dtype if kept else None, again, again, bias_dtype)
-    written = (dtype, None if active else dtype, torch.float32 if with_dbias else None)
+    saved = (None, torch.int16) if active else (dtype if kept else None, None)
+    read = (dtype, dtype, *saved, again, again, bias_dtype)
+    written = (dtype, None if known else dtype, torch.float32 if with_dbias else None)
     types = (*map(pointer, (*read, *written)), "*i64" if dropout else None, *["i32"] * 10, "fp32")
     return Variant(linear_backward_kernel, types, form.constants(config), config.num_warps, config.num_stages)
 
@@ -338,12 +383,13 @@ def catalog_entries() -> Iterator[Entry]:
         form = Form(dtype, activation, K % 64 == 0, vector, precision(dtype))
         example = partial(_example, dtype, activation, K, N, drops, position)
         suffix = f"k{K}_{activation}_{TRITON_TYPES[dtype]}" + ("_position" if position else "")
-        ahead = forward_variant(form, dtype, drops, activation not in ("none", "relu"), position)
+        small = activation == "relu" and dtype.itemsize == 2
+        ahead = forward_variant(form, dtype, drops, activation not in ("none", "relu"), position, small)
         budget = Budget(184 if vector > 1 else 224, 82 << 10, 256, 64 << 10)
         yield Entry("linear", f"linear_forward_{suffix}", ahead, _tile(ahead), budget, example)
-        budget = Budget(208, 82 << 10, 256, 64 << 10)
+        budget = Budget(216, 82 << 10, 256, 64 << 10)
         if activation == "relu":
-            back = backward_variant(form, False, True)
+            back = backward_variant(form, False, True, active=small)
             yield Entry("linear", f"linear_backward_{suffix}", back, _tile(back), budget, example)
             back = backward_variant(form, drops, True, False, dtype)
             yield Entry("linear", f"linear_backward_{suffix}_recomputed", back, _tile(back), budget, example)
@@ -366,24 +412,23 @@ def _example(
     dropout = Dropout(torch.ones(1, dtype=torch.int64, device=device), 3, 0.1) if drops else None
 
     def call() -> tuple[Tensor, ...]:
-        keep_pre = activation not in ("none", "relu")
-        y, pre = linear_forward(
+        y, kept = linear_forward(
             x,
             w,
             bias,
             activation=activation,
             dropout=dropout,
-            keep_pre=keep_pre,
+            keep=activation != "none",
             position=added,
             position_columns=128 if position else 0,
         )
         if activation == "none":
             return (y,)
-        saved = y if pre is None else pre
+        found = (y, kept) if activation == "relu" else (kept, None)
         outputs = [y]
-        for kept in (saved, Recomputed(x, w, bias)):
-            found = linear_backward(dy, w2.t(), kept, activation=activation, dropout=dropout)
-            outputs += [t for t in found if t is not None]
+        for saved, active in (found, (Recomputed(x, w, bias), None)):
+            results = linear_backward(dy, w2.t(), saved, activation=activation, active=active, dropout=dropout)
+            outputs += [t for t in results if t is not None]
         return tuple(outputs)
 
     return call

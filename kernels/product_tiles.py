@@ -129,6 +129,41 @@ def store_tile(base, row_stride, value, rows, columns, BLOCK_M: tl.constexpr, BL
     tl.store(run_pointers(base, m * row_stride, n, VEC), value.to(base.dtype.element_ty), mask=mask)
 
 
+@jit
+def store_active(base, y, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store which elements of a tile are positive, a bit each, as `active_words` has them.
+
+    Tensor cores leave every eighth column of a row to one thread (on sm_90; on sm_80 to the four warps' threads).
+    """
+    active = tl.reshape(y, (BLOCK_M, BLOCK_N // 8, 8)) > 0
+    words = tl.sum(active.to(tl.uint32) << tl.arange(0, BLOCK_N // 8)[None, :, None], 1)
+    pointers, exists = _words_of(base, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
+    tl.store(pointers, words.to(tl.int16), mask=exists)
+
+
+@jit
+def load_active(base, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's words (BLOCK_M, 8), int16; none active in rows that don't exist."""
+    pointers, exists = _words_of(base, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
+    return tl.load(pointers, mask=exists, other=0)
+
+
+@jit
+def is_active(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which elements of a tile (BLOCK_M, BLOCK_N) are active, from its words."""
+    words = words.to(tl.uint32)[:, None, :] >> tl.arange(0, BLOCK_N // 8)[None, :, None]
+    return tl.reshape((words & 1) != 0, (BLOCK_M, BLOCK_N))
+
+
+@jit
+def _words_of(base, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tl.static_assert(BLOCK_N == 128)
+    row_words = tl.cdiv(N, BLOCK_N) * 8
+    m = tl.arange(0, BLOCK_M)[:, None]
+    base += first_m.to(tl.int64) * row_words + first_n // BLOCK_N * 8
+    return base + (m * row_words + tl.arange(0, 8)[None, :]), m < rows
+
+
 class Form(NamedTuple):
     """What the programs of a product depend on, besides which tensors are there."""
 
@@ -172,6 +207,14 @@ def drawn(dropout: Dropout | None, sizes: tuple[int, ...], masks: bool = True) -
     """The arguments from the seed on: the seed, the sizes, and what dropout is."""
     seed = dropout.seed if dropout is not None and masks else None
     return (seed, *sizes, *dropout_arguments(dropout))
+
+
+def active_words(rows: int, columns: int) -> tuple[int, int]:
+    """The shape of what says which elements of (rows, columns) are active, int16, for which a tile has 128 columns.
+
+    Of such a tile's row, bit i of word j is column 8 * i + j.
+    """
+    return rows, -(-columns // 128) * 8
 
 
 def plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

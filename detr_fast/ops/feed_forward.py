@@ -218,11 +218,12 @@ class TritonFeedForward(TritonProduct):
         p, output_p = (0.5 * drops for drops in call.drops)
         tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed)
         settings = (call.activation, 0, p, output_p, 1e-5, out, call.return_sum, call.needs_grad)
-        y, total, saved, xhat, rstd = run_forward(*tensors, *settings, self.keeps_hidden, self.one_kernel)
+        y, total, saved, active, xhat, rstd = run_forward(*tensors, *settings, self.keeps_hidden, self.one_kernel)
         if not call.needs_grad:
             return
         kept: Any = (xhat, rstd, norm_weight) if call.norm else (None, None, None)
-        hidden: Any = (saved, None, None, None) if self.keeps_hidden else (None, x, w1, b1)
+        active = active if active.numel() else None
+        hidden: Any = (saved, active, None, None, None) if self.keeps_hidden else (None, None, x, w1, b1)
         dtype = x.dtype if residual is None else residual.dtype
         settled = (seed, call.activation, 0, p, output_p, dtype, call.bias_grads[0])
         for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not

@@ -17,6 +17,7 @@ from detr_fast.kernels import linear as kernels
 from detr_fast.kernels.add_layer_norm_backward import dropped_backward, residual_norm_backward
 from detr_fast.kernels.feed_forward import Norm, feed_forward
 from detr_fast.kernels.linear_norm import Rows, linear_norm_forward
+from detr_fast.kernels.product_tiles import active_words
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat, sum_rows
@@ -50,7 +51,8 @@ def run_forward(
     keep_hidden: bool,
     one_kernel: bool,
 ) -> tuple[Tensor, ...]:
-    """y (the sum, where there is a residual and no norm), the sum, what is kept of the hidden activation, xhat and rstd.
+    """y (the sum, where there is a residual and no norm), the sum, what is kept of the hidden activation (it, or what was before
+    it, and which of its elements are active), xhat and rstd.
 
     Each empty where it is not wanted.
     """
@@ -58,7 +60,7 @@ def run_forward(
     output_dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
     adds = norm_weight is not None or residual is not None
     residual = x if residual is None else residual
-    saved = None
+    saved = active = None
     if one_kernel:
         norm = Norm(residual, norm_weight, norm_bias, eps, out_dtype, with_sum, keep) if adds else None
         drops = {"dropout": dropout, "output_dropout": output_dropout if adds else None}
@@ -66,9 +68,9 @@ def run_forward(
     else:
         one_launch = not keep_hidden  # what saves memory is also what takes the fewest launches
         keep_hidden &= keep
-        keep_pre = keep_hidden and activation != "relu"
-        h, saved = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep_pre=keep_pre)
-        saved = h if keep_hidden and not keep_pre else saved
+        h, saved = kernels.linear_forward(x, w1, b1, activation=activation, dropout=dropout, keep=keep_hidden)
+        if activation == "relu":
+            saved, active = h if keep_hidden else None, saved
         if adds:
             options = {"dropout": output_dropout, "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
             options["one_launch"] = one_launch
@@ -77,7 +79,7 @@ def run_forward(
             found = Rows(kernels.linear_forward(h, w2, b2)[0], None, None, None)
     y, total, *kept = found
     y, total = (total, None) if y is None else (y, total)
-    return tuple(x.new_empty(0) if t is None else t for t in (y, total, saved, *kept))
+    return tuple(x.new_empty(0) if t is None else t for t in (y, total, saved, active, *kept))
 
 
 def _fake_forward(
@@ -89,6 +91,10 @@ def _fake_forward(
     norm_weight: Tensor | None,
     norm_bias: Any,
     residual: Tensor | None,
+    seed: Any,
+    activation: str,
+    offset: int,
+    p: float,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     *_, out_dtype, with_sum, keep, keep_hidden, _ = rest
@@ -98,9 +104,11 @@ def _fake_forward(
     wanted = (True, with_sum, keep)
     y, total, xhat = (x.new_empty(0) if not (d and w) else x.new_empty(shape, dtype=d) for d, w in zip(dtypes, wanted))
     saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
+    small = keep and keep_hidden and activation == "relu" and p > 0.0 and x.dtype.itemsize == 2
+    words = active_words(x.shape[:-1].numel(), w1.shape[0]) if small else 0
     normed = norm_weight is not None and keep
     rstd = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) if normed else x.new_empty(0)
-    return y, total, saved, xhat, rstd
+    return y, total, saved, x.new_empty(words, dtype=torch.int16 if small else x.dtype), xhat, rstd
 
 
 def run_backward(
@@ -111,6 +119,7 @@ def run_backward(
     norm_weight: Tensor | None,
     w2: Tensor,
     saved: Tensor | None,
+    active: Tensor | None,
     x: Tensor | None,
     w1: Tensor | None,
     b1: Tensor | None,
@@ -124,7 +133,7 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """From y's gradient, and the sum's, to the residual's, those behind and before the hidden activation, and to that.
 
-    saved: what the forward kept of the hidden activation; without it, x, w1 and b1 compute it again. Returns ds, dz, dpre,
+    saved, active: what the forward kept of the hidden activation; without it, x, w1 and b1 compute it again. Returns ds, dz, dpre,
     h, the sums for norm_weight, norm_bias and b2, (3 * D,) (without a norm for b2 alone, (D,), where dropout is behind it),
     and for b1; each empty where it is another one (dz is ds or dy, h is saved) or there is none.
     """
@@ -143,7 +152,7 @@ def run_backward(
     kept: Any = saved if saved is not None else kernels.Recomputed(x, w1, b1)  # type: ignore[arg-type]
     drop = dropout_of(p, seed, offset) if p > 0.0 else None
     dpre, h, hidden_partial = kernels.linear_backward(
-        dz, w2, kept, activation=activation, dropout=drop, with_dbias=with_db1
+        dz, w2, kept, activation=activation, active=active, dropout=drop, with_dbias=with_db1
     )
     sums = db1 = None
     more = None if hidden_partial is None else (hidden_partial, w2.dtype)
@@ -165,6 +174,7 @@ def _fake_backward(
     norm_weight: Tensor | None,
     w2: Tensor,
     saved: Tensor | None,
+    active: Tensor | None,
     x: Tensor | None,
     w1: Tensor | None,
     b1: Tensor | None,
@@ -195,18 +205,18 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        y, total, saved, xhat, rstd = forward.below(*arguments)
+        y, total, saved, active, xhat, rstd = forward.below(*arguments)
         x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed = arguments[:9]
-        ctx.save_for_backward(x, w1, b1, w2, b2, norm_weight, seed, saved, xhat, rstd)
+        ctx.save_for_backward(x, w1, b1, w2, b2, norm_weight, seed, saved, active, xhat, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (norm_bias, residual))
         ctx.settings, with_sum, ctx.kept = arguments[9:13], arguments[15], arguments[17]
         normed = norm_weight is not None
-        ctx.mark_non_differentiable(saved, *(() if normed else (xhat, rstd)), *(() if with_sum else (total,)))
+        ctx.mark_non_differentiable(saved, active, *(() if normed else (xhat, rstd)), *(() if with_sum else (total,)))
         ctx.set_materialize_grads(False)
-        return y, total, saved, xhat, rstd
+        return y, total, saved, active, xhat, rstd
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None, *twice: Tensor | None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None, __: None, *twice: Tensor | None) -> Any:
         if all(t is None for t in (dy, dsum, *twice)):
             return (None,) * 19
         eagerly = torch.is_grad_enabled() or any(t is not None for t in twice)
@@ -216,7 +226,7 @@ class _Forward(torch.autograd.Function):
 
 def _eager_gradients(ctx: Any, dy: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """`_gradients` to be differentiated again, with the very elements dropped that the kernels drop."""
-    x, w1, b1, w2, b2, norm_weight, seed, _, xhat, rstd = ctx.saved_tensors
+    x, w1, b1, w2, b2, norm_weight, seed, _, _, xhat, rstd = ctx.saved_tensors
     norm_bias_dtype, residual_dtype = ctx.dtypes
     activation, offset, p, output_p = ctx.settings
     wanted = ctx.needs_input_grad[:8]
@@ -244,13 +254,14 @@ def _eager_gradients(ctx: Any, dy: Tensor | None, *upstream: Tensor | None) -> t
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, w1, b1, w2, b2, norm_weight, seed, saved, xhat, rstd = ctx.saved_tensors
+    x, w1, b1, w2, b2, norm_weight, seed, saved, active, xhat, rstd = ctx.saved_tensors
     norm_bias_dtype, residual_dtype = ctx.dtypes
     wanted = ctx.needs_input_grad[:8]
     activation = ctx.settings[0]
     dy = torch.zeros_like(xhat) if dy is None else dy
     norm = (None, None, None) if norm_weight is None else (xhat, rstd, norm_weight)
-    hidden = (saved, None, None, None) if ctx.kept else (None, x, w1, b1)
+    active = active if active.numel() else None
+    hidden = (saved, active, None, None, None) if ctx.kept else (None, None, x, w1, b1)
     dtype = residual_dtype or x.dtype
     ds, dz, dpre, h, sums, db1 = _backward(dy, dsum, *norm, w2, *hidden, seed, *ctx.settings, dtype, wanted[2])
     ds = ds if norm_weight is not None else dy.to(dtype)
@@ -290,7 +301,7 @@ def _autograd_backward(*arguments: Any) -> Any:
 forward = define(
     "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
@@ -298,7 +309,7 @@ forward = define(
 )
 _backward = define(
     "feed_forward_backward(Tensor dy, Tensor? dsum, Tensor? xhat, Tensor? rstd, Tensor? norm_weight, Tensor w2, "
-    "Tensor? saved, Tensor? x, Tensor? w1, Tensor? b1, Tensor? seed, str activation, int offset, float p, float output_p, "
+    "Tensor? saved, Tensor? active, Tensor? x, Tensor? w1, Tensor? b1, Tensor? seed, str activation, int offset, float p, float output_p, "
     "ScalarType residual_dtype, bool with_db1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_backward,
     fake=_fake_backward,

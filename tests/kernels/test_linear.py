@@ -148,7 +148,7 @@ def test_a_backward_that_computes_pre_again_is_the_one_that_read_it(
     x, w, b = torch.randn(rows, width), torch.randn(hidden, width), torch.randn(hidden)
     dy, w2 = torch.randn(rows, outputs), torch.randn(outputs, hidden)
     options = {"activation": activation, "dropout": dropout}
-    y, pre = kernels.linear_forward(x, w, b, keep_pre=True, **options)
+    y, pre = kernels.linear_forward(x, w, b, keep=True, **options)
     expected = kernels.linear_backward(dy, w2, y if activation == "relu" else pre, **options)
     for one, other in zip(kernels.linear_backward(dy, w2, kernels.Recomputed(x, w, b), **options), expected):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -157,9 +157,47 @@ def test_a_backward_that_computes_pre_again_is_the_one_that_read_it(
     assert without[2] is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "hidden", "outputs"), [(0, 8, 8), (1, 8, 8), (70, 200, 24), (3, 129, 7)])
+def test_a_bit_for_each_active_element_gives_the_gradients_that_the_elements_give(
+    interpreter, rows, hidden, outputs, dtype
+):
+    dropout = Dropout(torch.tensor([7]), 3, 0.25)
+    x, w, b = torch.randn(rows, 16).to(dtype), torch.randn(hidden, 16).to(dtype), torch.randn(hidden).to(dtype)
+    dy, w2 = torch.randn(rows, outputs).to(dtype), torch.randn(outputs, hidden).to(dtype)
+    options = {"activation": "relu", "dropout": dropout}
+    y, active = kernels.linear_forward(x, w, b, keep=True, **options)
+    assert torch.equal(y, kernels.linear_forward(x, w, b, **options)[0])
+    words = active.view(rows, -(-hidden // 128), 1, 8).to(torch.int32) >> torch.arange(16)[:, None]
+    assert torch.equal((words & 1).flatten(1)[:, :hidden].bool(), y > 0)
+    expected = kernels.linear_backward(dy, w2, y, **options)
+    found = kernels.linear_backward(dy, w2, y, active=active, **options)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] is y
+    (sums,) = sum_partials((found[2], dtype))
+    assert_close_to_truth("bias", sums, found[0].sum(0), found[0].double().sum(0))
+
+
+def test_no_bits_are_kept_in_float32_or_without_dropout_or_a_backward(interpreter):
+    x, w, dropout = torch.randn(4, 16), torch.randn(8, 16), Dropout(torch.tensor([7]), 3, 0.25)
+    half = x.half(), w.half()
+    assert kernels.linear_forward(x, w, None, activation="relu", dropout=dropout, keep=True)[1] is None
+    assert kernels.linear_forward(*half, None, activation="relu", keep=True)[1] is None
+    assert kernels.linear_forward(*half, None, activation="relu", dropout=dropout)[1] is None
+
+
+def test_nan_gradients_stop_at_inactive_elements(interpreter):
+    x, w, dropout = torch.randn(20, 16).half(), torch.randn(8, 16).half(), Dropout(torch.tensor([7]), 3, 0.25)
+    y, active = kernels.linear_forward(x, w, None, activation="relu", dropout=dropout, keep=True)
+    dy = torch.full((20, 4), float("inf")).half()
+    dpre, _, _ = kernels.linear_backward(dy, torch.ones(4, 8).half(), y, activation="relu", active=active)
+    assert torch.equal(dpre.isfinite(), y == 0)
+    assert torch.equal(dpre[y == 0], torch.zeros_like(dpre[y == 0]))
+
+
 def test_pre_is_what_the_activation_was_applied_to(interpreter):
     x, w, b = torch.randn(9, 16).bfloat16(), torch.randn(24, 16).bfloat16(), torch.randn(24)
-    y, pre = kernels.linear_forward(x, w, b, activation="silu", keep_pre=True)
+    y, pre = kernels.linear_forward(x, w, b, activation="silu", keep=True)
     torch.testing.assert_close(pre, F.linear(x, w, b.bfloat16()), rtol=0.02, atol=0.05)
     torch.testing.assert_close(y, F.silu(pre.float()).bfloat16())
 

@@ -176,10 +176,18 @@ def test_opcheck_accepts_the_ops():
         kept = (torch.randn(10, 16), torch.rand(10), torch.randn(16)) if norm else (None, None, None)
         again = (torch.randn(10, 16), torch.randn(40, 16), torch.randn(40))
         settings = (seed, activation, 1, 0.25, 0.5, torch.float32, True)
-        for hidden in ((torch.randn(10, 40), None, None, None), (None, *again)):
+        for hidden in ((torch.randn(10, 40), None, None, None, None), (None, None, *again)):
             dsum = torch.randn(10, 16) if norm else None
             backward = (torch.randn(10, 16), dsum, *kept, torch.randn(16, 40), *hidden, *settings)
             torch.library.opcheck(torch.ops.detr_fast.feed_forward_backward.default, backward)
+    half = [t if t is None else t.detach().half() for t in tensors(norm=False)]
+    arguments = (*half, None, None, None, seed, "relu", 1, 0.25, 0.0, 1e-5, torch.float16, False, True, True, False)
+    torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, arguments)
+    _, _, saved, active, *_ = torch.ops.detr_fast.feed_forward.default(*arguments)
+    assert active.shape == (10, 8)
+    hidden = (half[3], saved, active, None, None, None, seed, "relu", 1, 0.25, 0.0, torch.float16, True)
+    backward = (torch.randn(2, 5, 16).half(), *[None] * 4, *hidden)
+    torch.library.opcheck(torch.ops.detr_fast.feed_forward_backward.default, backward)
 
 
 @interpreter
