@@ -424,7 +424,7 @@ def _example(
         )
         if activation == "none":
             return (y,)
-        found = (y, kept) if activation == "relu" else (kept, None)
+        found: Any = (y, kept) if activation == "relu" else (kept, None)
         outputs = [y]
         for saved, active in (found, (Recomputed(x, w, bias), None)):
             results = linear_backward(dy, w2.t(), saved, activation=activation, active=active, dropout=dropout)

@@ -222,8 +222,8 @@ class TritonFeedForward(TritonProduct):
         if not call.needs_grad:
             return
         kept: Any = (xhat, rstd, norm_weight) if call.norm else (None, None, None)
-        active = active if active.numel() else None
-        hidden: Any = (saved, active, None, None, None) if self.keeps_hidden else (None, None, x, w1, b1)
+        kept_bits = active if active.numel() else None
+        hidden: Any = (saved, kept_bits, None, None, None) if self.keeps_hidden else (None, None, x, w1, b1)
         dtype = x.dtype if residual is None else residual.dtype
         settled = (seed, call.activation, 0, p, output_p, dtype, call.bias_grads[0])
         for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not
