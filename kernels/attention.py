@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_copies import copy_rows, copy_variants
 from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence
 from .attention_split import Parts, combine_variant, key_parts
@@ -235,7 +236,9 @@ def attention_forward_kernel(
 
 
 def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """out (B, L, H, Ev), laid out over batch and rows as q is, and lse, fp32 (B, H, L), -inf where no key is visible."""
+    """out (B, L, H, Ev), laid out over batch and rows as q is, in rows of whole runs, and lse, fp32 (B, H, L), -inf where no key is visible."""
+    if problem.copies:
+        copy_rows(problem)
     q = problem.q
     out = empty_rows(problem.given[0], problem.value_dim)
     lse = empty((problem.batch, problem.heads, problem.queries), torch.float32, q.device)
@@ -252,15 +255,15 @@ def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     launch(forward_variant(form, parts > 1), (problem.tiles(rows), parts), *arguments)
     if split is not None:
         split.combine(form)
-    return out, lse
+    return cut_rows(out, problem.given[2].shape[3]), lse
 
 
 def forward_variants(problem: Problem, device: torch.device) -> list[Variant]:
     """All that `attention_forward` launches on `device`."""
-    form = problem.form()
+    form, copies = problem.form(), copy_variants(problem)
     if key_parts(problem, form.config("forward").rows, device) == 1:
-        return [forward_variant(form)]
-    return [forward_variant(form, True), combine_variant(form, problem.value_dim, True)]
+        return [*copies, forward_variant(form)]
+    return [*copies, forward_variant(form, True), combine_variant(form, problem.value_dim, True)]
 
 
 def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> Tensor:
@@ -269,6 +272,11 @@ def empty_rows(q: Tensor, dim: int, allocate: Callable[..., Tensor] = empty) -> 
     if batch > 1 and q.stride(0) < q.stride(1):
         return allocate((length, batch, heads, dim), q.dtype, q.device).transpose(0, 1)
     return allocate((batch, length, heads, dim), q.dtype, q.device)
+
+
+def cut_rows(tensor: Tensor, dim: int) -> Tensor:
+    """The first `dim` columns of a (B, L, H, whole runs) tensor."""
+    return tensor if tensor.shape[3] == dim else tensor[..., :dim]
 
 
 @cache

@@ -19,11 +19,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .attention import empty_rows
+from .attention import cut_rows, empty_rows
 from .attention_backward_keys import attention_backward_keys_kernel
 from .attention_backward_mask import attention_backward_mask_kernel
 from .attention_backward_queries import attention_backward_queries_kernel
-from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, arriving, places
+from .attention_copies import copy_rows, copy_variants
+from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_split import Parts, combine_variant, key_parts
 from .launch import Variant, empty, launch, pointer
 
@@ -38,10 +39,10 @@ def attention_backward(
     with_mask: bool = False,
     into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk and dv, laid out over batch and rows as q, k and v are, and with_mask dmask, contiguous, else None.
+    """dq, dk and dv, laid out over batch and rows as q, k and v are, in rows of whole runs, and with_mask dmask, contiguous, else None.
 
     out, lse: what the forward returned; dout, dlse: the gradients that arrive for them, in any layout.
-    into: where to write dq, dk and dv, aligned as q, k and v are.
+    into: where to write dq, dk and dv, in rows of whole runs.
     """
     form = problem.form()
     out, dout, dlse, statistics, (dq, dk, dv) = ready(problem, form, out, lse, dout, dlse, into)
@@ -60,7 +61,7 @@ def attention_backward(
         split.combine(form)
 
     launch_keys(problem, form, dout, statistics, dk, dv)
-    return dq, dk, dv, _mask_gradient(problem, form, statistics, dout) if with_mask else None
+    return *cut_gradients(problem, dq, dk, dv), _mask_gradient(problem, form, statistics, dout) if with_mask else None
 
 
 def ready(
@@ -76,8 +77,13 @@ def ready(
     dims = (problem.head_dim, problem.head_dim, problem.value_dim)
     gradients = into or (empty_rows(t, dim) for t, dim in zip(problem.given, dims))
     statistics = empty((2, *lse.shape), torch.float32, lse.device)
-    out, dout = arriving(out, form.vector), arriving(dout, form.vector)
+    out, dout = copy_rows(problem, out, dout)
     return out, dout, None if dlse is None else dlse.contiguous(), statistics, tuple(gradients)
+
+
+def cut_gradients(problem: Problem, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """dq, dk and dv with as many columns as q, k and v have."""
+    return tuple(cut_rows(gradient, tensor.shape[3]) for gradient, tensor in zip(gradients, problem.given))
 
 
 def launch_keys(
@@ -127,7 +133,7 @@ def backward_variants(
     variants = [queries_variant(form, dlse, split, exact) for dlse in ((False, True) if with_dlse else (False,))]
     if split:
         variants.append(combine_variant(form, problem.head_dim, False))
-    return [*variants, keys_variant(form)]
+    return [*copy_variants(problem, backward=True), *variants, keys_variant(form)]
 
 
 @cache

@@ -14,7 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .attention_backward import keys_variant, launch_keys, ready
+from .attention_backward import cut_gradients, keys_variant, launch_keys, ready
+from .attention_copies import copy_variants
 from .attention_problem import PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, clear_surplus, own_queries, own_sequence, row_statistics
 from .attention_split import Parts, combine_variant, whole
@@ -94,13 +95,14 @@ def attention_backward_atomics(
     launch_keys(problem, form, dout, statistics, dk, dv, sums)
     if parts is not None:
         parts.combine(form)
-    return dq, dk, dv
+    return cut_gradients(problem, dq, dk, dv)
 
 
 def atomics_variants(problem: Problem, with_dlse: bool = False) -> list[Variant]:
     """All that `attention_backward_atomics` launches; with_dlse: with dlse or without."""
     form = problem.form()
-    variants = [rows_variant(form, dlse) for dlse in ((False, True) if with_dlse else (False,))]
+    variants = copy_variants(problem, backward=True)
+    variants += [rows_variant(form, dlse) for dlse in ((False, True) if with_dlse else (False,))]
     variants.append(keys_variant(form, atomics=True))
     return (
         variants if form.dtype == torch.float32 else [*variants, combine_variant(whole(form), problem.head_dim, False)]

@@ -26,8 +26,8 @@ LOG2_E = 1.4426950408889634
 class Form:
     """What the machine programs of a call depend on, besides the configuration of tiles.
 
-    vector, mask_vector: neighbouring elements that stay together at a multiple of 16 bytes, 1 where some do not.
-    mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
+    head_dim, value_dim: whole runs of 16 bytes. mask_vector: neighbouring elements of a mask that stay together at a multiple of 16
+    bytes or of their size, 1 where some do not. mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
     generation: of the GPU, see `launch.generation`.
     """
 
@@ -40,7 +40,6 @@ class Form:
     dropout: bool = False
     tf32: bool = False
     packed: bool = False
-    vector: int = 1
     mask_vector: int = 1
     few_queries: bool = False
     few_keys: bool = False
@@ -69,6 +68,11 @@ class Form:
         dim = max(self.blocks)
         small = self.generation == "hopper" and self.dtype.itemsize == 2 and self.mask is None and dim <= 128
         return small and not (self.causal or (self.dropout and dim != 64))
+
+    @property
+    def vector(self) -> int:
+        """Elements of a run of 16 bytes, which q, k, v and all that is as wide consist of."""
+        return 16 // self.dtype.itemsize
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -107,9 +111,19 @@ class Form:
 
 
 def block_of(dim: int) -> int:
+    return max(16, 1 << (_taken(dim) - 1).bit_length())
+
+
+def whole_runs(dim: int, dtype: torch.dtype) -> int:
+    """`dim`, rounded up to a number of elements that fills runs of 16 bytes."""
+    run = 16 // dtype.itemsize
+    return -(-_taken(dim) // run) * run
+
+
+def _taken(dim: int) -> int:
     if not 1 <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"head dimension {dim}: the kernels take 1 to {MAX_HEAD_DIM}; use eager")
-    return max(16, 1 << (dim - 1).bit_length())
+    return dim
 
 
 class Sequences(NamedTuple):
@@ -122,11 +136,12 @@ class Sequences(NamedTuple):
 
 
 class Problem:
-    """One call, ready for kernels: tensors that can be read in place, the form, and the arguments of every launch.
+    """One call, ready for kernels: tensors that they can read, the form, and the arguments of every launch.
 
     q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
     mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
-    given, given_mask: q, k and v, and the mask as they came.
+    given, given_mask: q, k and v, and the mask as they came. Those that are not `readable` have memory for a copy, which is
+    filled by `copy_rows`; copies: of such tensors, with it. head_dim, value_dim: in whole runs of 16 bytes.
     sequences: of a packed batch, whose q, k and v have a batch of 1, and which has no padding. What lies behind the
     last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
     largest lengths, which the mask is for, and lse is (B, H, max_q), -inf where a sequence has ended.
@@ -151,9 +166,15 @@ class Problem:
         generation: str | None = None,
     ) -> None:
         self.given = q, k, v
-        self.q, self.k, self.v = readable(q), readable(k), readable(v)
-        self.batch, self.queries, self.heads, self.head_dim = q.shape
-        self.keys, self.value_dim, self.group = k.shape[1], v.shape[3], self.heads // max(1, k.shape[2])
+        self.q = q if readable(q) else memory_for(q)
+        self.k = k if readable(k) else memory_for(k)
+        self.v = self.k if v is k else v if readable(v) else memory_for(v)
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        if self.q is not q or self.k is not k or self.v is not v:
+            pairs = ((q, self.q), (k, self.k), (v, self.v))[: 2 if v is k else 3]
+            self.copies = [(tensor, copy) for tensor, copy in pairs if copy is not tensor]
+        self.batch, self.queries, self.heads, self.head_dim = self.q.shape
+        self.keys, self.value_dim, self.group = k.shape[1], self.v.shape[3], self.heads // max(1, k.shape[2])
         if padding is not None and padding.stride(1) > MAX_TILE_STRIDE // 16:  # 1,024 keys are read at once
             padding = padding.contiguous()
         self.padding, self.given_mask = padding, mask
@@ -168,13 +189,18 @@ class Problem:
                 mask = mask.contiguous()
         self.mask = mask
         self.seed, self.offset = (seed, offset) if dropout_p > 0.0 else (None, 0)
-        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.scale = q.shape[3] ** -0.5 if scale is None else scale
         self.dropout_p = dropout_p
         self.causal, self.tf32 = causal, tf32
         self.generation = launch.generation(q.device) if generation is None else generation
 
+    @property
+    def cut(self) -> bool:
+        """Whether Ev is no whole number of runs, so that what there is of it besides is cut off."""
+        return self.value_dim != self.given[2].shape[3]
+
     def form(self) -> Form:
-        """The form of its launches; what they write is allocated aligned, and gradients are brought to be (`arriving`)."""
+        """The form of its launches."""
         return _form(
             self.q.dtype,
             self.head_dim,
@@ -185,7 +211,6 @@ class Problem:
             self.seed is not None,
             self.tf32,
             self.sequences is not None,
-            tile_run(self.q, self.k, self.v),
             1 if self.mask is None else mask_run(self.mask),
             self.generation == "hopper" and self.tiles(128) < FEW_TILES,
             self.generation == "hopper" and -(-self.keys // 128) * self.batch * self.heads < FEW_TILES * self.group,
@@ -235,7 +260,6 @@ def _config(form: Form, kernel: str) -> TileConfig:
         scattered=form.mask is not None and form.mask_vector == 1,
         mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
         wide_mask=form.mask == torch.float32,
-        unaligned=form.vector == 1,
         packed=form.packed,
         few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,
@@ -256,20 +280,21 @@ PLACE_TYPES = ("i64", "i64", "i32")
 COMMON_TYPES = ("i64", "i32", "i64", "i64", "i32", "i32", "i32", "i32", "i32", "i32", "fp32", "i32", "i32", "fp32")
 
 
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where tiles over dimensions 1 and 3 can be read in place, else a contiguous copy."""
-    _, row, _, column = tensor.stride()
-    adjacent = column == 1 or tensor.shape[3] == 1
-    return tensor if adjacent and row <= MAX_TILE_STRIDE else tensor.contiguous()
+def readable(tensor: Tensor) -> bool:
+    """Whether kernels can read tiles over dimensions 1 and 3 in place: of rows that start at multiples of 16 bytes, in whole runs."""
+    strides = tensor.stride()
+    return (
+        strides[3] == 1
+        and strides[1] <= MAX_TILE_STRIDE
+        and not _together(tensor.shape, strides) % (16 // tensor.element_size())
+        and not tensor.data_ptr() % 16
+    )
 
 
-def arriving(tensor: Tensor, vector: int) -> Tensor:
-    """`readable` of a gradient, say, of whose place nothing was known when its call's programs were compiled.
-
-    It is copied where it does not allow runs of `vector` elements, as new memory of such a call does.
-    """
-    tensor = readable(tensor)
-    return tensor.clone(memory_format=torch.contiguous_format) if vector > 1 and tile_run(tensor) == 1 else tensor
+def memory_for(tensor: Tensor) -> Tensor:
+    """An empty (B, L, H, whole runs) for a copy of the tensor."""
+    batch, length, heads, dim = tensor.shape
+    return empty((batch, heads, length, whole_runs(dim, tensor.dtype)), tensor.dtype, tensor.device).transpose(1, 2)
 
 
 def places(tensor: Tensor | None) -> tuple[int, int, int]:
@@ -278,17 +303,6 @@ def places(tensor: Tensor | None) -> tuple[int, int, int]:
         return 0, 0, 0
     batch, row, head, _ = tensor.stride()
     return batch, head, row
-
-
-def tile_run(*tensors: Tensor) -> int:
-    """Elements a run: 16 bytes where every row of every tensor starts at such a multiple and holds whole runs, else 1."""
-    vector = 16 // tensors[0].element_size()
-    addresses = 0
-    for tensor in tensors:
-        if _together(tensor.shape, tensor.stride()) % vector:
-            return 1
-        addresses |= tensor.data_ptr()
-    return 1 if addresses % 16 else vector
 
 
 def mask_run(mask: Tensor) -> int:

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .attention_copies import copy_rows
 from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
@@ -106,8 +107,10 @@ def attention_weights_kernel(
 def attention_weights(problem: Problem, lse: Tensor, averaged: bool, dtype: torch.dtype) -> Tensor:
     """(B, H, L, S), or averaged over the heads (B, L, S), of `dtype`; zeros for a query without any visible key.
 
-    problem: its q and k count, not its v. lse: what the forward returned.
+    problem: its q and k count, not its v, in place of which k is best passed. lse: what the forward returned.
     """
+    if problem.copies:
+        copy_rows(problem)
     q, k = problem.q, problem.k
     heads = () if averaged else (problem.heads,)
     weights = empty((problem.batch, *heads, problem.queries, problem.keys), dtype, q.device)

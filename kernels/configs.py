@@ -233,7 +233,6 @@ def attention_config(
     scattered: bool,
     mask_run: int,
     wide_mask: bool,
-    unaligned: bool,
     packed: bool,
     few: bool,
     generation: str,
@@ -243,7 +242,7 @@ def attention_config(
     In 16 bits and up to a head dimension of 128, what spills a register is listed in docs/attention.md.
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    wide_mask: its elements have 4 bytes; unaligned: q, k or v are loaded one by one. packed: a packed batch. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
+    wide_mask: its elements have 4 bytes. packed: a packed batch. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
@@ -256,7 +255,7 @@ def attention_config(
         return TileConfig(side, side, 8 if side == 64 and generation == "blackwell" else 4, 1)
     if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
-    if generation == "hopper" and itemsize == 2 and not (masked or unaligned):
+    if generation == "hopper" and itemsize == 2 and not masked:
         content = "packed dropout" if dropout and packed else "dropout" if dropout else "listed" if listed else "plain"
         key = kernel, max(32, block), content
         if key not in ATTENTION_HOPPER:
@@ -264,12 +263,12 @@ def attention_config(
         if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
             return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
-        config = _atomics_config(itemsize, block, dropout, masked or causal, unaligned, generation)
+        config = _atomics_config(itemsize, block, dropout, masked or causal, generation)
         if itemsize > 2 or block > 32:
             return config
         if generation == "ampere" and wide_mask and not dropout:
             return replace(config, rows=16)
-        if unaligned or masked:
+        if masked:
             return config
         if generation == "blackwell":  # two loops spill 24 bytes in one stage
             return replace(config, num_stages=2) if dropout and causal else config
@@ -278,27 +277,23 @@ def attention_config(
         return replace(config, num_stages=3) if plain and (packed or not causal) else config
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
-    wide_keys = kernel == "keys" and itemsize == 2 and block == 128 and (causal or unaligned)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
         return replace(config, rows=max(16, config.rows // 2))
-    if wide_keys and (unaligned or generation == "blackwell"):
+    if kernel == "keys" and itemsize == 2 and block == 128 and causal and generation == "blackwell":
         config = replace(config, columns=64)
     if heavy and kernel == "keys":
         # Of 128 keys a thread of four warps has four that share dropout's calls: .14 a score, where 64 take .21.
         shared = generation == "ampere" and itemsize == 2 and block <= 32
-        if shared and not (masked or causal or unaligned):
+        if shared and not (masked or causal):
             return replace(config, num_stages=2)
         config = replace(config, columns=max(16, config.columns // 2))
         if dropout and wide_mask and itemsize == 2 and block <= 32 and generation:
             # .240 a score, where 3 stages spill and take .298
             config = replace(config, num_stages=1)
-    nvidia = generation in ("ampere", "blackwell")
-    if wide_keys and unaligned and packed and nvidia:  # 1.25 a score in 2 stages, too, which spill more
-        config = replace(config, num_stages=1)
     if itemsize == 2 and block <= 64:
-        config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, unaligned, generation)
+        config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
         if kernel == "forward" and masked and dropout and block == 64 and generation == "ampere":
             # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a 16-bit one 8 in 3 stages (.179 for .175).
             return replace(config, num_warps=8) if wide_mask else replace(config, num_stages=2)
@@ -312,7 +307,6 @@ def _of_64_columns(
     heavy: bool,
     causal: bool,
     mask_run: int,
-    unaligned: bool,
     generation: str,
 ) -> TileConfig:
     """What 16 bits and head dimensions up to 64 need not to spill, beyond that; heavy: dropout or an attn_mask."""
@@ -322,36 +316,32 @@ def _of_64_columns(
         if mask_run <= 4:
             rows = 16 if generation == "blackwell" and block <= 32 else config.rows
             config = replace(config, rows=rows, num_stages=2)
-        return replace(config, num_warps=8) if unaligned else config
+        return config
     if kernel == "forward":
         # On sm_100, where accumulators come a whole row to a lane, and sm_120, up to 304 bytes a thread spill with 4 warps.
         crowded = generation == "blackwell" or (block == 64 and generation == "hopper")
         short = mask_run <= (4 if block == 64 else 2)
-        if (heavy and crowded) or short or (block == 64 and (unaligned or generation == "blackwell")):
+        if (heavy and crowded) or short or (block == 64 and generation == "blackwell"):
             config = replace(config, num_warps=8)
         if generation == "blackwell" and heavy and (block == 64 or mask_run <= 4):
             config = replace(config, columns=32)
     return config
 
 
-def _atomics_config(
-    itemsize: int, block: int, dropout: bool, masked: bool, unaligned: bool, generation: str
-) -> TileConfig:
+def _atomics_config(itemsize: int, block: int, dropout: bool, masked: bool, generation: str) -> TileConfig:
     """masked: causal, too, whose two loops need more registers than one."""
     config = ATTENTION_ATOMICS[itemsize, block]
-    if not (dropout or masked or unaligned or generation == "blackwell"):
+    if not (dropout or masked or generation == "blackwell"):
         return config
     if itemsize > 2:
         return replace(config, columns=16)
-    if unaligned and block >= 64:
-        return replace(config, rows=16, columns=32) if masked or dropout or block == 128 else replace(config, rows=16)
     if block == 128:
         return replace(config, columns=32, num_stages=1 if masked else 2)
     if block == 64 and dropout and masked:
         return replace(config, columns=32, num_warps=8, num_stages=1)
     if block <= 32 and dropout and masked and generation in ("ampere", "blackwell"):
         # On sm_80 .320 a score for a head dimension of 24, where 16 rows in 2 stages spill and take .547.
-        return replace(config, rows=16 if unaligned and generation != "blackwell" else 32, columns=64, num_stages=1)
+        return replace(config, rows=32, columns=64, num_stages=1)
     return replace(config, rows=16 if masked and (dropout or block == 64) else 32)
 
 

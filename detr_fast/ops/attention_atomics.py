@@ -5,7 +5,7 @@ from __future__ import annotations
 from detr_fast.dispatch import NEVER
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall
-from detr_fast.ops.attention_triton import TritonAttention, input_bytes, measured_as, names_of
+from detr_fast.ops.attention_triton import TritonAttention, input_bytes, measured_as, names_of, noted
 
 MEASURED_DIM = 64  # the largest head dimension that `tune` measures
 NOT_DETERMINISTIC = "dq is added up in any order, which torch.use_deterministic_algorithms(True) forbids: use triton"
@@ -53,5 +53,5 @@ class TritonAtomicsAttention(TritonAttention):
             return super().note(call)
         name = measured_with_atomics(measured_as(call))
         if regimes.unmeasured(name, call):
-            return regimes.note(name, call)
-        return "its backward, by atomics, was measured to be faster than triton's deterministic one"
+            return noted(regimes.note(name, call), call)
+        return noted("its backward, by atomics, was measured to be faster than triton's deterministic one", call)

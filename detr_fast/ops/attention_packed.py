@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detr_fast.dispatch import Implementation
 from detr_fast.kernels.attention import empty_rows
+from detr_fast.kernels.attention_problem import whole_runs
 from detr_fast.kernels.launch import empty
 from detr_fast.ops.attention_triton import (
     OPTIONS,
@@ -60,10 +61,15 @@ def _fake_forward(packs: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _like(pack: Tensor, allocate: Any = empty) -> Tensor:
-    """An empty tensor laid out as the pack is, or contiguous where that has gaps."""
-    heads, dim = pack.shape[3:]
-    rows = empty_rows(pack.select(2, 0), pack.shape[2] * dim, allocate)
-    return rows.view(*pack.shape[:2], pack.shape[2], heads, dim)
+    """An empty tensor laid out as the pack is, or contiguous where that has gaps; rows are whole runs of 16 bytes."""
+    packed, heads, dim = pack.shape[2:]
+    dim = whole_runs(dim, pack.dtype)
+    rows = empty_rows(pack.select(2, 0), packed * dim, allocate)
+    return rows.view(*pack.shape[:2], packed, heads, dim)
+
+
+def _cut(gradient: Tensor, pack: Tensor) -> Tensor:
+    return gradient if gradient.shape == pack.shape else gradient[..., : pack.shape[4]]
 
 
 def _run_backward(
@@ -79,11 +85,11 @@ def _run_backward(
     gradients = [_like(pack) for pack in packs]
     problem = attention_problem(*unpacked(packs), padding, mask, seed, options)  # type: ignore[call-arg,arg-type]
     run_backward(problem, out, lse, dout, None, atomics=options[-1], into=unpacked(gradients))
-    return gradients
+    return list(map(_cut, gradients, packs))
 
 
 def _fake_backward(dout: Tensor, packs: list[Tensor], *rest: Any) -> list[Tensor]:
-    return [_like(pack, lambda shape, dtype, device, pack=pack: pack.new_empty(shape)) for pack in packs]
+    return [_cut(_like(pack, lambda shape, dtype, device, pack=pack: pack.new_empty(shape)), pack) for pack in packs]
 
 
 class _Forward(torch.autograd.Function):

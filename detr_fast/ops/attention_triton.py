@@ -13,7 +13,8 @@ from detr_fast.kernels import attention as kernels
 from detr_fast.kernels import attention_backward as backward_kernels
 from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels import attention_weights as weights_kernels
-from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem
+from detr_fast.kernels.attention_copies import copy_variants
+from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem, whole_runs
 from detr_fast.kernels.launch import Variant, compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_call import AttentionCall, Weights, computed_dtype, tf32, weights_dtype
@@ -21,7 +22,7 @@ from detr_fast.ops.attention_call import autocast_dtype as autocast_dtype
 from detr_fast.ops.attention_eager import attention_weights, dropped, weighted_sum
 from detr_fast.ops.boundary import define, double_backward, isolated, wants_grad
 from detr_fast.ops.dropout import next_seed
-from detr_fast.ops.layouts import aligned, rehearsed
+from detr_fast.ops.layouts import ALIGNMENT, aligned, rehearsed
 
 
 def measured_as(call: AttentionCall) -> str:
@@ -100,7 +101,7 @@ class TritonAttention(TritonImplementation):
         return min((regimes.least(name, architecture, gradients) for name in known), default=NEVER)
 
     def note(self, call: AttentionCall) -> str | None:
-        return regimes.note(measured_as(call), call)
+        return noted(regimes.note(measured_as(call), call), call)
 
     def compiled_key(self, call: AttentionCall) -> Any:
         masks = (call.key_padding, call.attn_mask, call.is_causal, call.dropout)
@@ -120,10 +121,12 @@ class TritonAttention(TritonImplementation):
         for variant in variants:
             compile_variant(variant, call.device)
         if call.weights is not None:
-            form = _meta_problem(call, of_weights=True).form()
+            problem = _meta_problem(call, of_weights=True)
             dtype = weights_dtype(call.dtype, call.device, call.situation.autocast)
             run = weights_kernels.weights_run(call.keys, dtype)
-            compile_variant(weights_kernels.weights_variant(form, call.weights == "mean", dtype, run), call.device)
+            weights = weights_kernels.weights_variant(problem.form(), call.weights == "mean", dtype, run)
+            for variant in (*copy_variants(problem), weights):
+                compile_variant(variant, call.device)
 
     def run(
         self,
@@ -184,6 +187,17 @@ def _meta_problem(call: AttentionCall, of_weights: bool = False) -> Problem:
     )
 
 
+def noted(note: str, call: Any) -> str:
+    """The note, and which of q, k and v, with which the call's layouts begin, are copied first."""
+    run = ALIGNMENT // call.dtype.itemsize
+    copied = [
+        name
+        for name, one in zip("qkv", call.layouts)
+        if one.shape[-1] % run or (one.dtype == call.dtype and not (one.aligned and one.strides[-1] == 1))
+    ]
+    return f"{note}; copied to rows of whole 16 bytes: {', '.join(copied)}" if copied else note
+
+
 def rehearsed_mask(call: Any) -> Tensor | None:
     """The attn_mask of a call, whose layouts begin with those of q, k and v, as autocast leaves it, without memory."""
     if call.attn_mask is None:
@@ -221,11 +235,13 @@ def run_forward(
 
 def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
-    return _like_rows(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
+    return like_rows(q, v.shape[3]), q.new_empty((batch, heads, length), dtype=torch.float32)
 
 
-def _like_rows(q: Tensor, dim: int) -> Tensor:
-    return kernels.empty_rows(q, dim, lambda shape, dtype, device: q.new_empty(shape))
+def like_rows(q: Tensor, dim: int) -> Tensor:
+    """What the kernels leave of (B, L, H, dim), without memory."""
+    rows = kernels.empty_rows(q, whole_runs(dim, q.dtype), lambda shape, dtype, device: q.new_empty(shape))
+    return kernels.cut_rows(rows, dim)
 
 
 def _run_backward(
@@ -271,7 +287,7 @@ def _fake_backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dmask = q.new_empty(0) if mask is None or not with_mask else mask.new_empty(mask.shape)
-    return _like_rows(q, q.shape[3]), _like_rows(k, k.shape[3]), _like_rows(v, v.shape[3]), dmask
+    return like_rows(q, q.shape[3]), like_rows(k, k.shape[3]), like_rows(v, v.shape[3]), dmask
 
 
 def reference(

@@ -9,6 +9,7 @@ from detr_fast.ops.attention_atomics import (
     NOT_DETERMINISTIC,
     TritonAtomicsAttention,
 )
+from detr_fast.ops.attention_triton import noted
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_triton import TritonVarlen
 
@@ -39,7 +40,7 @@ class TritonAtomicsVarlen(TritonVarlen):
         return regimes.advice("attention_varlen_atomics", call, input_bytes(call), "triton's deterministic backward")
 
     def note(self, call: VarlenCall) -> str | None:
-        return regimes.note("attention_varlen_atomics", call) if call.needs_grad else super().note(call)
+        return noted(regimes.note("attention_varlen_atomics", call), call) if call.needs_grad else super().note(call)
 
 
 def _untimed(call: VarlenCall) -> str | None:

@@ -21,6 +21,8 @@ from detr_fast.ops.attention_triton import (
     autocast_dtype,
     drawn,
     gradient_of_mask,
+    like_rows,
+    noted,
     reference,
     rehearsed_mask,
     run_backward,
@@ -47,7 +49,7 @@ class TritonVarlen(TritonImplementation):
         return None
 
     def note(self, call: VarlenCall) -> str | None:
-        return regimes.note("attention_varlen", call)
+        return noted(regimes.note("attention_varlen", call), call)
 
     def compiled_key(self, call: VarlenCall) -> Any:
         options = (call.attn_mask, call.is_causal, call.dropout, call.needs_grad, call.return_lse)
@@ -142,7 +144,7 @@ def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, *rest: Any) -> Any:
     lse = q.new_empty((ends_q.shape[0] - 1, q.shape[1], max(1, max_q)), dtype=torch.float32)
-    return q.new_empty((*q.shape[:2], v.shape[2])), lse
+    return like_rows(q[None], v.shape[2])[0], lse
 
 
 def _run_backward(
@@ -161,7 +163,7 @@ def _fake_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, with_mask: bool, *arguments: Any
 ) -> tuple[Tensor, ...]:
     dmask = arguments[7].new_empty(arguments[7].shape) if with_mask else dout.new_empty(0)
-    return *(t.new_empty(t.shape) for t in arguments[:3]), dmask
+    return *(like_rows(t[None], t.shape[2])[0] for t in arguments[:3]), dmask
 
 
 class _Forward(torch.autograd.Function):

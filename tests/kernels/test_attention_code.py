@@ -64,7 +64,7 @@ def check_loops(variant, target, most, older=1.29):
     ],
 )
 def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, kernel, most):
-    form = Form(torch.bfloat16, dim, dim, padding=True, vector=8, generation=GENERATIONS.get(target, ""))
+    form = Form(torch.bfloat16, dim, dim, padding=True, generation=GENERATIONS.get(target, ""))
     check_loops(VARIANTS[kernel](form), target, most)
 
 
@@ -75,11 +75,9 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
     [
         ("sm_80", 32, "keys", {"causal": True, "padding": True}),
         ("sm_90", 32, "keys", {"causal": True}),
-        ("sm_80", 32, "keys", {"padding": True, "vector": 1}),
         ("sm_100", 64, "forward", {"padding": True}),
         ("sm_100", 32, "forward", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_120", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
-        ("sm_80", 64, "forward", {"padding": True, "vector": 1}),
         ("sm_90", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
         ("sm_120", 32, "keys", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2}),
         ("sm_80", 64, "forward", {"padding": True, "causal": True, "mask": torch.bool, "mask_vector": 4}),
@@ -88,15 +86,10 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_90", 128, "keys", {"packed": True}),
         ("sm_90", 32, "keys", {"packed": True, "dropout": True}),
         ("sm_90", 128, "keys", {"packed": True, "dropout": True}),
-        ("sm_120", 128, "keys", {"padding": True, "vector": 1}),
         ("sm_100", 128, "keys", {"dropout": True, "causal": True}),
-        ("sm_120", 128, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
-        ("sm_120", 128, "queries", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
-        ("sm_100", 128, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "causal": True, "vector": 1}),
         ("sm_80", 32, "atomics", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
         ("sm_80", 32, "atomics", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 64, "atomics", {"padding": True, "dropout": True, "causal": True}),
-        ("sm_80", 128, "atomics", {"padding": True, "vector": 1}),
         ("sm_120", 32, "atomics", {"padding": True}),
         ("sm_80", 32, "atomics", {}),
         ("sm_80", 32, "atomics", {"packed": True, "causal": True}),
@@ -109,7 +102,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
-    form = Form(torch.bfloat16, dim, dim, **{"vector": 8, **features}, generation=GENERATIONS.get(target, ""))
+    form = Form(torch.bfloat16, dim, dim, **features, generation=GENERATIONS.get(target, ""))
     _, _, resources = compile_variant(VARIANTS[kernel](form), target)
     # Triton 3.6 spills up to 24 bytes in some of these, and 120 in causal keys at a head dimension of 32 on sm_90.
     most = 120 if (target, features) == ("sm_90", {"causal": True}) else 24
@@ -129,7 +122,7 @@ def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel,
     ],
 )
 def test_a_float_mask_costs_as_few_cycles_as_documented(target, kernel, most):
-    form = Form(torch.bfloat16, 32, 32, mask=torch.bfloat16, mask_vector=8, vector=8)
+    form = Form(torch.bfloat16, 32, 32, mask=torch.bfloat16, mask_vector=8)
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
@@ -140,7 +133,7 @@ def test_a_float_mask_costs_as_few_cycles_as_documented(target, kernel, most):
     [("sm_80", "forward", 0.142), ("sm_90", "forward", 0.114), ("sm_90", "queries", 0.116), ("sm_90", "keys", 0.220)],
 )
 def test_a_bool_mask_is_read_in_runs(target, kernel, most):
-    form = Form(torch.bfloat16, 32, 32, mask=torch.bool, mask_vector=16, vector=8)
+    form = Form(torch.bfloat16, 32, 32, mask=torch.bool, mask_vector=16)
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
@@ -161,6 +154,6 @@ def test_a_bool_mask_is_read_in_runs(target, kernel, most):
 )
 def test_dropout_costs_as_few_cycles_as_documented(target, kernel, most):
     generation = GENERATIONS.get(target, "")
-    form = Form(torch.float16, 32, 32, padding=True, dropout=True, vector=8, generation=generation)
+    form = Form(torch.float16, 32, 32, padding=True, dropout=True, generation=generation)
     # There triton 3.6 packs 40 comparisons of a block with hidden keys into a register, and unpacks them: 0.242 for 0.161.
     check_loops(VARIANTS[kernel](form), target, most, 1.51 if (target, kernel) == ("sm_80", "queries") else 1.27)

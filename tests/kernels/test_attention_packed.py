@@ -79,7 +79,8 @@ def test_every_sequence_is_as_accurate_as_eager_on_it_alone(interpreter, dtype, 
         inputs=inputs(lengths_q, lengths_k, **{"heads": 2, **options}),
         dtype=dtype,
     )
-    assert len(interpreter.launches) == 3
+    copies = 0 if options["dim"] % 8 == 0 else 2
+    assert len(interpreter.launches) == 3 + copies
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ def test_shared_keys_are_as_accurate_as_eager(interpreter, many_multiprocessors)
         inputs=inputs(lengths_q, lengths_k, **{"heads": 2, **options}),
         dtype=FP16,
     )
-    assert interpreter.counts()["attention_combine_kernel"] == 2
-    assert len(interpreter.launches) == 5
+    assert interpreter.counts()["attention_combine_kernel"] == interpreter.counts()["attention_copy_kernel"] == 2
+    assert len(interpreter.launches) == 7
 
 
 def test_shared_keys_leave_zeros_and_no_log_sum_exp_behind_the_end(interpreter, many_multiprocessors):
