@@ -81,9 +81,10 @@ def ready(
     return out, dout, None if dlse is None else dlse.contiguous(), statistics, tuple(gradients)
 
 
-def cut_gradients(problem: Problem, *gradients: Tensor) -> tuple[Tensor, ...]:
-    """dq, dk and dv with as many columns as q, k and v have."""
-    return tuple(cut_rows(gradient, tensor.shape[3]) for gradient, tensor in zip(gradients, problem.given))
+def cut_gradients(problem: Problem, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With as many columns as q, k and v have."""
+    q, k, v = problem.given
+    return cut_rows(dq, q.shape[3]), cut_rows(dk, k.shape[3]), cut_rows(dv, v.shape[3])
 
 
 def launch_keys(

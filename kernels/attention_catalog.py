@@ -12,6 +12,7 @@ from torch import Tensor
 from .attention import attention_forward, forward_variant
 from .attention_backward import attention_backward, keys_variant, mask_variant, queries_variant
 from .attention_backward_atomics import attention_backward_atomics, rows_variant
+from .attention_copies import copy_variant
 from .attention_problem import Form, Problem, Sequences
 from .attention_split import combine_variant
 from .attention_weights import attention_weights, weights_run, weights_variant
@@ -52,9 +53,8 @@ def catalog_entries() -> Iterator[Entry]:
     }
     # One tile fills the registers on purpose: two programs of four warps a multiprocessor.
     budget = Budget(255, 99 << 10, 512, 64 << 10, large_shared=113 << 10)
-    wide = replace(
-        budget, spills=80
-    )  # fp32 products by multiply-adds: 72 bytes on sm_120; a head dimension of 256: 8 on sm_80
+    # fp32 products by multiply-adds: 16 bytes on sm_120; a head dimension of 256: 8 on sm_80.
+    wide = replace(budget, spills=16)
     # Neighbours of these cover what they have: the catalog is kept short.
     left_out = {
         "keys_hd32_fp16_padding_dropout",
@@ -66,6 +66,7 @@ def catalog_entries() -> Iterator[Entry]:
         "queries_hd32_bf16_float_mask",
         "keys_hd32_bf16_float_mask",
         "queries_hd64_bf16_causal_hopper",
+        "keys_hd128_fp16_split",
         "forward_hd256_bf16",
         "queries_hd256_bf16",
         "queries_hd20_fp32_bool_mask",
@@ -85,6 +86,9 @@ def catalog_entries() -> Iterator[Entry]:
             if f"{kind}_{name}" not in left_out:
                 targets = _targets(build, form)
                 yield Entry("attention", f"attention_{kind}_{name}", variant, tile, limit, example, targets)
+        if form.dtype == fp32:
+            variant = copy_variant(fp32, 3, max(form.blocks))
+            yield Entry("attention", f"attention_copy_{name}", variant, 4096, budget, example)
         if split:
             variant = combine_variant(form, form.value_dim, True)
             yield Entry("attention", f"attention_combine_{name}", variant, 16 * form.value_dim, budget, example)

@@ -131,7 +131,7 @@ def _launch(copies: list[tuple[Tensor, Tensor]]) -> None:
     """Copy the first of each two tensors to the second."""
     sources, memory = zip(*copies)
     absent = MOST - len(copies)
-    variant = _variant(sources[0].dtype, len(copies), block_of(max(to.shape[3] for to in memory)))
+    variant = copy_variant(sources[0].dtype, len(copies), block_of(max(to.shape[3] for to in memory)))
     strides = [stride for t in sources for stride in t.stride()]
     sizes = [size for t in sources for size in t.shape[1:]]
     rows = int(variant.constants["BLOCK_M"])
@@ -145,11 +145,11 @@ def copy_variants(problem: Problem, backward: bool = False) -> list[Variant]:
     """What `copy_rows` launches for a forward, or a backward with its two results."""
     count = len(problem.copies) + (2 if backward and problem.cut else 0)
     block = block_of(max(problem.head_dim, problem.value_dim))
-    return [_variant(problem.q.dtype, count, block)] if count else []
+    return [copy_variant(problem.q.dtype, count, block)] if count else []
 
 
 @cache
-def _variant(dtype: torch.dtype, count: int, block: int) -> Variant:
+def copy_variant(dtype: torch.dtype, count: int, block: int) -> Variant:
     """The program that copies so many tensors of up to `block` columns."""
     tensors = (pointer(dtype),) * count + (None,) * (MOST - count)
     types = (*tensors * 2, *("i64",) * 4 * MOST, "i32", *("i32",) * 3 * MOST)

@@ -59,7 +59,8 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
         with use_backend(attention="triton"):
             out = ops.attention(q, k, v, **options)
         assert out.shape == q.shape
-        assert len(compiled) == 3
+        copies = 2 if dim == 20 else 0  # in each pass
+        assert len(compiled) == 3 + copies
         problem = attention_triton.attention_problem(
             q, k, v, options.get("key_padding_mask"), options.get("attn_mask"),
             torch.zeros(1, dtype=torch.int64, device="meta") if "dropout_p" in options else None,
@@ -67,7 +68,7 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
         )  # fmt: skip
         out, lse = kernels.attention_forward(problem)
         attention_triton.backward_kernels.attention_backward(problem, out, lse, out)
-        assert launched[-3:] == compiled
+        assert launched[-3 - copies :] == compiled
     ATTENTION.forget()
 
 

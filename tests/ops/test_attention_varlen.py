@@ -226,7 +226,7 @@ def test_opcheck_accepts_the_kernels_ops():
 
 @interpreter
 def test_one_launch_forward_two_backward_and_only_the_output_is_kept():
-    q, k, v, *rest = problem((20, 30), (20, 30), dtype=torch.float32)
+    q, k, v, *rest = problem((20, 30), (20, 30), value_dim=8, dtype=torch.float32)
     with counting((q, k, v)) as counts, use_backend(attention_varlen="triton"):
         y = ops.attention_varlen(q, k, v, *rest)
     assert counts.total_launches == 1

@@ -37,7 +37,7 @@ def test_it_is_as_accurate_as_eager(dtype):
 
 @interpreter
 def test_its_backward_is_two_launches_in_fp32_and_takes_in_what_arrives_for_the_log_sum_exp():
-    q, k, v, *rest = sequences((20, 30), (20, 30), surplus=2, dtype=torch.float32)
+    q, k, v, *rest = sequences((20, 30), (20, 30), surplus=2, value_dim=8, dtype=torch.float32)
     found = []
     for backend in ("triton_atomics", "triton"):
         y, lse = step(backend, rest, return_lse=True)(q, k, v)
