@@ -52,6 +52,8 @@ _ROOMS = (
 )
 
 if TYPE_CHECKING:
+    from detr_fast import nn as nn
+    from detr_fast import ops as ops
     from detr_fast.acceleration import accelerate as accelerate
     from detr_fast.acceleration import accelerated as accelerated
     from detr_fast.acceleration import restore as restore
@@ -73,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE, *_ROOMS])
+    return sorted({name for name in globals() if name.startswith("__")} | {*__all__, *_ROOMS})

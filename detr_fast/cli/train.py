@@ -92,11 +92,21 @@ def train(
     ] = None,
     lr_backbone: Annotated[
         float | None,
-        typer.Option("--lr-backbone", help="… of the backbone (1e-05; small: 0.0005).", rich_help_panel=_RECIPE),
+        typer.Option(
+            "--lr-backbone", help="… of the backbone; 0 freezes it (1e-05; small: 0.0005).", rich_help_panel=_RECIPE
+        ),
     ] = None,
     ema: Annotated[
         float | None, typer.Option("--ema", help="Average the weights, for example 0.999.", rich_help_panel=_RECIPE)
     ] = None,
+    horizontal_flip: Annotated[
+        bool,
+        typer.Option(
+            "--horizontal-flip/--no-horizontal-flip",
+            help="Augment so; not where left and right differ in meaning, as in text.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = True,
     vertical_flip: Annotated[
         bool,
         typer.Option("--vertical-flip", help="Augment so too: pictures without an upside.", rich_help_panel=_RECIPE),
@@ -194,7 +204,10 @@ def train(
             config,
             model=replace(config.model, **settings),
             transforms=replace(
-                config.transforms, vertical_flip=0.5 if vertical_flip else 0.0, color_jitter=color_jitter
+                config.transforms,
+                horizontal_flip=0.5 if horizontal_flip else 0.0,
+                vertical_flip=0.5 if vertical_flip else 0.0,
+                color_jitter=color_jitter,
             ),
             drop_bad_boxes=drop_bad_boxes,
             weights=None if weights is None else str(weights),

@@ -35,7 +35,7 @@ class TrainConfig:
     epochs: int = 300
     batch_size: int = 2  # images a process and step
     lr: float = 1e-4
-    lr_backbone: float = 1e-5
+    lr_backbone: float = 1e-5  # 0 freezes it
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
     schedule: Schedule = "step"  # "step": lr / 10 after `lr_drop` of the epochs; "linear": down to 0 at the end

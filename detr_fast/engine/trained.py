@@ -117,26 +117,26 @@ def match_labels(
 ) -> list[int] | None:
     """For each of the model's labels the data set's, -1 for none; None where both are the same.
 
-    A run's classes must be the data set's. Published ones are matched by name; where they have no names, labels are
-    category ids.
+    Classes are matched by name; where published weights have no names, labels are category ids.
 
     Args:
         names, category_ids: the data set's, by label.
         where: the data set, for messages.
 
     Raises:
-        ConfigError: the data set has a class that the model does not know.
+        ConfigError: the data set has a class that the model does not know, or two of its classes have one name.
     """
     names = tuple(names)
     if trained.named and names == trained.names:
         return None
-    if not trained.published:
-        raise ConfigError(
-            f"{where} has the classes {', '.join(names)}, but the model knows {', '.join(trained.names)}; "
-            "evaluate on data with the same classes in the same order"
-        )
     keys: Sequence[Any] = names if trained.named else category_ids
     known: Sequence[Any] = trained.names if trained.named else trained.category_ids
+    twice = sorted({key for classes in (keys, known) for key in classes if list(classes).count(key) > 1})
+    if trained.named and set(twice) & set(keys):
+        raise ConfigError(
+            f"{where} has the classes {', '.join(names)}, the model {', '.join(trained.names)}: which {twice[0]!r} is which "
+            "can't be told; evaluate on data with the same classes in the same order"
+        )
     strange = [name for name, key in zip(names, keys) if key not in known]
     if strange:
         how = "by name" if trained.named else f"category ids up to {len(known) - 1}"

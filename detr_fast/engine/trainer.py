@@ -166,6 +166,8 @@ class Trainer:
         self.best = -math.inf
         if state is not None:
             load_weights(model, state["model"], RunFolder(config.run).checkpoint)
+        if config.lr_backbone == 0:  # as in the original; nor is its backward computed
+            model.backbone[0].requires_grad_(False)
         groups: list[dict[str, Any]] = [
             {"params": [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone")]},
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,18 +31,21 @@ class PostProcess(nn.Module):
         return scores, labels, to_corners(outputs["pred_boxes"])
 
     @torch.no_grad()
-    def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+    def forward(
+        self, outputs: dict[str, Any], target_sizes: Tensor | Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
         """Read the last decoder layer's predictions.
 
         Args:
             outputs: the model's.
             target_sizes: (B, 2), height and width of each image as wanted for the boxes, in pixels: the original
-                image's for evaluation.
+                image's for evaluation. A list of pairs will do.
 
         Returns:
             for each image {"scores": (Q,) in [0, 1], "labels": (Q,), "boxes": (Q, 4) as x0, y0, x1, y1 in pixels}
         """
         images = outputs["pred_logits"].shape[0]
+        target_sizes = torch.as_tensor(target_sizes)
         if target_sizes.shape != (images, 2):
             raise ValueError(
                 f"got target_sizes of shape {tuple(target_sizes.shape)}; expected {(images, 2)}, "

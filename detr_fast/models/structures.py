@@ -130,11 +130,13 @@ class Targets:
             num_classes: labels must be below it; by default only negative ones are refused.
 
         Raises:
-            TargetError: shapes that disagree, labels that are no integers, more boxes than `capacity`, coordinates outside [0, 1] or not finite,
+            TargetError: no list of dicts, shapes that disagree, labels that are no integers, more boxes than `capacity`, coordinates outside [0, 1] or not finite,
                 boxes without area, labels out of range.
         """
         if not targets:
             raise TargetError("got no targets; expected one dict per image (with empty tensors for no boxes)")
+        if isinstance(targets, Mapping):
+            raise TargetError(f"got one dict with {sorted(targets)}; expected a list with one dict per image")
         counts = [_checked_count(index, target) for index, target in enumerate(targets)]
         room = max(counts) if capacity is None else capacity
         if max(counts) > room:
@@ -166,7 +168,9 @@ def _image_name(index: int, targets: Sequence[Mapping[str, Tensor]]) -> str:
 def _checked_count(index: int, target: Mapping[str, Tensor]) -> int:
     missing = {"boxes", "labels"} - target.keys()
     if missing:
-        raise TargetError(f"target {index} lacks {sorted(missing)}; expected the keys 'boxes' and 'labels'")
+        raise TargetError(
+            f"target {index} lacks {sorted(missing)} and has {sorted(target)}; expected the keys 'boxes' and 'labels'"
+        )
     boxes, labels = target["boxes"], target["labels"]
     count = labels.shape[0] if labels.ndim == 1 else -1
     # An empty list of boxes becomes a tensor of shape (0,), which is as good as (0, 4).

@@ -130,6 +130,21 @@ def test_training_by_focal_loss_is_an_option(focal: bool, scenes: Path, tmp_path
     assert status("train", "--data", scenes, "--run", tmp_path / "run", *["--focal"] * focal) == 7
 
 
+def test_flips_can_be_chosen_as_left_and_right_may_differ_in_meaning(tmp_path: Path, monkeypatch: Any) -> None:
+    from detr_fast.engine import trainer
+
+    flips = []
+
+    def start(config: Any, **_: Any) -> None:
+        flips.append((config.transforms.horizontal_flip, config.transforms.vertical_flip))
+        raise SystemExit(7)
+
+    monkeypatch.setattr(trainer, "train", start)
+    for options in ([], ["--no-horizontal-flip"], ["--vertical-flip"]):
+        assert status("train", "--data", tmp_path, "--run", tmp_path / "run", *options) == 7
+    assert flips == [(0.5, 0.0), (0.0, 0.0), (0.5, 0.5)]
+
+
 def test_a_trained_model_is_evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("evaluate", trained, "--json", "--device", "cpu") == 0
     figures = json.loads(capsys.readouterr().out)

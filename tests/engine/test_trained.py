@@ -96,9 +96,18 @@ def test_labels_are_matched_by_name_else_by_category_id():
         match_labels(named, ("dog", "owl"), (1, 2), "data")
     with pytest.raises(ConfigError, match=r"owl, which w\.pth does not know \(category ids up to 2\)"):
         match_labels(nameless, ("dog", "owl"), (1, 3), "data")
-    run = TrainedModel(nn.Identity(), None, ("a", "b"), (1, 2), Path("run"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="same classes in the same order"):
-        match_labels(run, ("b", "a"), (1, 2), "data")
+    run = TrainedModel(nn.Identity(), None, ("a", "b", "c"), (1, 2, 3), Path("run"))  # type: ignore[arg-type]
+    assert match_labels(run, ("c", "a"), (1, 2), "data") == [1, -1, 0]
+    with pytest.raises(ConfigError, match=r"data has the classes owl, which run does not know \(by name\)"):
+        match_labels(run, ("a", "b", "c", "owl"), (1, 2, 3, 4), "data")
+
+
+@pytest.mark.parametrize(("known", "names"), [(("a", "a", "b"), ("a", "b")), (("a", "b"), ("b", "a", "a"))])
+def test_classes_that_share_a_name_are_not_matched_by_it(known, names):
+    run = TrainedModel(nn.Identity(), None, known, tuple(range(len(known))), Path("run"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"which 'a' is which can't be told; .* same classes in the same order"):
+        match_labels(run, names, tuple(range(len(names))), "data")
+    assert match_labels(run, known, tuple(range(len(known))), "data") is None
 
 
 class Oracle(nn.Module):

@@ -290,6 +290,16 @@ def test_weights_of_another_run_start_a_new_one(tiny: Tiny) -> None:
     torch.testing.assert_close(a.class_embed.weight, b.class_embed.weight, rtol=0, atol=1e-6)
 
 
+def test_a_backbone_without_a_learning_rate_is_frozen(tiny: Tiny) -> None:
+    result = train(tiny(epochs=1, lr_backbone=0.0, ema_decay=0.0))
+    frozen = {name for name, p in result.model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in result.model.named_parameters() if name.startswith("backbone.0.")}
+    trained, backbone = load_checkpoint(result.run.checkpoint)["optimizer"]["param_groups"]
+    assert len(trained["params"]) + len(frozen) == len(list(result.model.parameters()))
+    assert backbone["params"] == []
+    resume(result.run.path, epochs=2)  # a group without parameters is no obstacle
+
+
 def test_the_number_of_workers_does_not_change_the_run(tiny: Tiny) -> None:
     none, two = train(tiny("none", epochs=1)), train(tiny("two", epochs=1, workers=2))
     assert_same(load_checkpoint(none.run.checkpoint)["model"], load_checkpoint(two.run.checkpoint)["model"])

@@ -88,6 +88,17 @@ def asks_for_kernels(block: str) -> bool:
     return '"triton"' in block
 
 
+@pytest.fixture
+def folder_of_data(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory holds what a page's blocks call my-data and photos."""
+    from detr_fast.data import generate_scenes
+
+    if any('"my-data"' in block for block in blocks_of(page)):
+        generate_scenes(tmp_path / "my-data", train=8, val=2, size=40)
+        (tmp_path / "photos").symlink_to(tmp_path / "my-data" / "images")
+        monkeypatch.chdir(tmp_path)
+
+
 def run_blocks(page: str, with_kernels: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Run a page's blocks in order; comments that are lines of their own are what the line before them prints."""
     namespace: dict[str, object] = {"__name__": "page"}
@@ -101,7 +112,7 @@ def run_blocks(page: str, with_kernels: bool, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if not all(map(asks_for_kernels, blocks_of(page)))])
-def test_every_block_of_a_page_runs_and_prints_what_it_says(page, capsys):
+def test_every_block_of_a_page_runs_and_prints_what_it_says(page, capsys, folder_of_data):
     run_blocks(page, False, capsys)
 
 
@@ -203,6 +214,14 @@ def test_every_public_op_says_its_shapes_its_errors_and_its_source():
         }
         silent[name] = [what for what, found in said.items() if not found]
     assert not {name: missing for name, missing in silent.items() if missing}
+
+
+def test_completion_offers_what_users_need_and_nothing_else():
+    import detr_fast
+
+    offered = {name for name in dir(detr_fast) if not name.startswith("__")}
+    assert offered == {*detr_fast.__all__, *detr_fast._ROOMS}
+    assert all(getattr(detr_fast, name) is not None for name in offered)
 
 
 @pytest.mark.parametrize("room", ["detr_fast", *(f"detr_fast.{r}" for r in ("nn", "ops", "models", "data", "testing"))])

@@ -233,6 +233,8 @@ def test_post_processing_gives_pixels_of_the_size_asked_for():
     logits = torch.tensor([[[1.0, 3.0, 0.0], [0.0, 0.0, 9.0]]])
     boxes = torch.tensor([[[0.5, 0.25, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]])
     (result,) = PostProcess()({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]]))
+    (same,) = PostProcess()({"pred_logits": logits, "pred_boxes": boxes}, [(100, 200)])
+    assert all(same[key].equal(value) for key, value in result.items())
     assert result["labels"][0] == 1
     torch.testing.assert_close(result["scores"], logits[0].softmax(-1)[:, :2].amax(-1))  # "no object" never wins
     torch.testing.assert_close(result["boxes"][0], torch.tensor([50.0, 0.0, 150.0, 50.0]))

@@ -137,7 +137,8 @@ def test_labels_out_of_range_are_refused_by_image(label, classes, limit):
     ("targets", "message"),
     [
         ([], "got no targets"),
-        ([one([GOOD], [0]), {"boxes": torch.zeros(0, 4)}], r"target 1 lacks \['labels'\]"),
+        ([one([GOOD], [0]), {"boxes": torch.zeros(0, 4)}], r"target 1 lacks \['labels'\] and has \['boxes'\]"),
+        (one([GOOD], [0]), r"got one dict with \['boxes', 'labels'\]; expected a list with one dict per image"),
         (
             [one([GOOD], [0]) | {"labels": torch.tensor([0.5])}],
             r"image 0 of the batch has labels of torch\.float32; expected integers",
