@@ -136,7 +136,7 @@ class Targets:
         if not targets:
             raise TargetError("got no targets; expected one dict per image (with empty tensors for no boxes)")
         if isinstance(targets, Mapping):
-            raise TargetError(f"got one dict with {sorted(targets)}; expected a list with one dict per image")
+            raise TargetError(f"got one dict with {sorted(map(str, targets))}; expected a list with one dict per image")
         counts = [_checked_count(index, target) for index, target in enumerate(targets)]
         room = max(counts) if capacity is None else capacity
         if max(counts) > room:
