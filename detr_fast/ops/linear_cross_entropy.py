@@ -26,7 +26,7 @@ from detr_fast.ops import regimes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, integers, on_one_device, wants_grad
 from detr_fast.ops.linear_cross_entropy_chunked import Chunked, rows_at_once
 from detr_fast.ops.linear_probabilities import check_linear, shape_of
-from detr_fast.ops.products import autocast_dtype, eager_gradients, goes_by_eager_ops
+from detr_fast.ops.products import autocast_dtype, eager_gradients, flat, goes_by_eager_ops
 
 # With the kernel, as many rows at once as make 256 MiB of logits, but at least 2,048: each block reads and writes the gradient
 # of weight in fp32. 4,096 bf16 rows of 1,024 by 128,000 classes, forward and backward on an H200: 6.0 ms in blocks of 1,024 rows,
@@ -189,7 +189,7 @@ class TritonLinearCrossEntropy(TritonImplementation):
         x, weight, bias, out_dtype = _as_autocast(x, weight, bias)
         class_weight = None if class_weight is None else class_weight.float()
         wanted = [wants_grad(t) for t in (x, weight, bias)]
-        arguments = (x.flatten(0, -2), weight, bias, target.flatten(), class_weight)
+        arguments = (flat(x), weight, bias, target.flatten(), class_weight)
         loss, *_ = _forward(*arguments, ignore_index, reduction, label_smoothing, wanted)
         return (loss.view(target.shape) if reduction == "none" else loss).to(out_dtype)
 
@@ -232,7 +232,7 @@ class ChunkedLinearCrossEntropy(Implementation):
             counts = class_weight[labels]
         counts = counts.masked_fill(ignored, 0.0)
         present = (~ignored).to(counts.dtype) if label_smoothing > 0.0 else None
-        loss = Chunked.apply(x.flatten(0, -2), weight, bias, labels, counts, class_weight, present, label_smoothing)
+        loss = Chunked.apply(flat(x), weight, bias, labels, counts, class_weight, present, label_smoothing)
         if reduction == "none":
             return loss.view(target.shape).to(out_dtype)
         return (loss.sum() / counts.sum() if reduction == "mean" else loss.sum()).to(out_dtype)

@@ -86,6 +86,15 @@ def test_rows_that_are_ignored_leave_the_loss_as_it_is_even_if_they_are_nan(back
         assert torch.equal(ops.linear_cross_entropy(x, weight, bias, target, label_smoothing=label_smoothing), expected)
 
 
+@interpreter
+@pytest.mark.parametrize("backend", ["eager", "chunked", "triton"])
+def test_a_single_row_needs_no_leading_dimension(backend):
+    x, weight, bias, target = inputs(rows=1, ignored=False)
+    with use_backend(linear_cross_entropy=backend):
+        loss = ops.linear_cross_entropy(x[0], weight, bias, target[0], reduction="none")
+    torch.testing.assert_close(loss, reference(x, weight, bias, target))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_low_precision_and_large_logits_are_as_accurate_as_eager(chunked, dtype, scale):
