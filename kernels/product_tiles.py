@@ -1,7 +1,7 @@
 # mypy: allow-incomplete-defs
 """What kernels around a matrix product share: tiles of x @ w^T in fp32, activations, what a product's programs depend on.
 
-Offsets from the first row of a tile fit 32 bits (rows lie at most 2**24 elements apart); where a tile starts is computed
+Offsets from the first row of a tile fit 32 bits (rows lie at most 2**23 elements apart); where a tile starts is computed
 in 64. Sources: Hendrycks and Gimpel, 2016, arXiv:1606.08415 (GELU); Elfwing et al., 2017, arXiv:1702.03118 (SiLU).
 """
 

@@ -20,7 +20,7 @@ from .launch import Variant, empty, jit, launch, pointer, tl
 
 MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
 MAX_COLUMNS = 1 << 24
-MAX_ROW_STRIDE = 1 << 24
+MAX_ROW_STRIDE = 1 << 23  # so that offsets inside a tile of up to 256 rows fit 32 bits
 MANY_ROWS = (
     8192  # beyond, `sum_rows` shares rows out over programs: one would go over all for longer than a launch takes
 )
@@ -280,7 +280,7 @@ class ParameterSums:
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """x and the distance of its rows in elements; a contiguous copy where rows lie at no constant distance.
 
-    Also where the distance is over 2**24, so that offsets inside a tile of up to 128 rows fit 32 bits.
+    Also where the distance is over MAX_ROW_STRIDE.
     """
     columns = x.shape[-1]
     if x.is_contiguous():

@@ -5,6 +5,15 @@ from __future__ import annotations
 
 from .launch import jit, tl
 
+LEAST_QUERIES = 8  # a program: the grid's second dimension, of which there are 65,535 at most, counts blocks of queries
+
+
+def too_large(queries: int, classes: int, targets: int) -> str | None:
+    """Why an image is too large for these kernels, in words, or None: offsets inside it fit 32 bits."""
+    if queries > 65_535 * LEAST_QUERIES or queries * max(classes, targets, 4) >= 1 << 31:
+        return f"{queries} queries of {classes} classes, {targets} targets: an image's offsets take more than 32 bits"
+    return None
+
 
 @jit
 def extend_logsumexp(top, total, x):

@@ -12,6 +12,7 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import detection_losses as kernels
+from detr_fast.kernels.set_tiles import too_large
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, integers, on_one_device, wants_grad
 from detr_fast.ops.boxes import BORDER_SLACK, generalized_iou
@@ -126,7 +127,7 @@ class TritonDetectionLosses(TritonImplementation):
             return SEVERAL_DEVICES
         if call.boxes_dtype not in self.dtypes:
             return f"{str(call.boxes_dtype).removeprefix('torch.')} boxes: it takes bfloat16, float16, float32"
-        return None
+        return too_large(call.queries, call.classes, call.targets)
 
     def advice(self, call: DetectionLossesCall) -> str | None:
         if regimes.find("detection_losses", call.architecture) is None:

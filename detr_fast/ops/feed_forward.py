@@ -128,6 +128,10 @@ class FeedForwardCall(ProductCall):
     drops: tuple[bool, bool]  # of the hidden activation, and of what is added to the residual
     bias_grads: tuple[bool, bool]
 
+    @property
+    def widest(self) -> int:
+        return max(super().widest, self.hidden)
+
     def shapes(self) -> str:
         behind = " + residual" * self.residual + " + norm" * self.norm + " with sum" * self.return_sum
         return super().shapes() + f" hidden {self.hidden} {self.activation}{behind}"

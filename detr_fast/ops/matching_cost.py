@@ -13,6 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import matching_cost as kernels
 from detr_fast.kernels.matching_cost import INVALID_COST as INVALID_COST
+from detr_fast.kernels.set_tiles import too_large
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, integers, on_one_device
 from detr_fast.ops.boxes import generalized_iou
@@ -108,7 +109,7 @@ class TritonMatchingCost(TritonImplementation):
             return SEVERAL_DEVICES
         if call.boxes_dtype not in self.dtypes:
             return f"{str(call.boxes_dtype).removeprefix('torch.')} boxes: it takes bfloat16, float16, float32"
-        return None
+        return too_large(call.queries, call.classes, call.targets)
 
     def advice(self, call: MatchingCostCall) -> str | None:
         if regimes.find("matching_cost", call.architecture) is None:

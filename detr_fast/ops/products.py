@@ -44,6 +44,11 @@ class ProductCall(Call):
         return f"({self.rows}, {self.width}) -> {self.columns} {name}" + (" dropout" if self.dropout else "")
 
     @property
+    def widest(self) -> int:
+        """The longest row of all matrices."""
+        return max(self.width, self.columns)
+
+    @property
     def computed_dtype(self) -> torch.dtype:
         """Of the product: x's, or autocast's."""
         return self.situation.autocast or self.dtype
@@ -59,8 +64,10 @@ class TritonProduct(TritonImplementation):
             return call.misfit
         if call.computed_dtype not in (self.dtypes or ()):
             return f"autocast to {call.computed_dtype}: it takes bfloat16, float16 and float32"
-        if call.rows * max(call.width, call.columns) >= 1 << 47 or call.rows >= 1 << 31:
+        if call.rows >= 1 << 31:
             return f"{call.rows} rows: it takes fewer than 2**31"
+        if call.widest > rows.MAX_ROW_STRIDE:
+            return f"rows of {call.widest} elements: it takes up to {rows.MAX_ROW_STRIDE}"
         return None
 
     def least(self, architecture: str | None, *kind: Any) -> int:
