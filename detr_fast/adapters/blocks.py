@@ -40,14 +40,23 @@ def is_norm(part: Any) -> bool:
     return type(part) in NORMS and len(part.normalized_shape) == 1 and not fast
 
 
+# Others' activation modules, by the class itself: a user's own may have the same name.
+_ACTIVATIONS = {
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
+
+
 def activation_name(activation: Any) -> str | None:
     """The op's name for an activation module or function; None for another one."""
     if isinstance(activation, nn.Module) and not is_bare(activation):
         return None
-    kind = type(activation).__name__
-    if kind == "GELUActivation":  # transformers'
+    path = f"{type(activation).__module__}.{type(activation).__qualname__}"
+    if path == "transformers.activations.GELUActivation":
         return "gelu" if activation.act is F.gelu else None
-    return {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}.get(kind) or blocks.activation_name(activation)
+    return _ACTIVATIONS.get(path) or blocks.activation_name(activation)
 
 
 def linear_add_norm(x: Tensor, linear: Any, residual: Tensor, norm: Any, p: float) -> Tensor:

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import MARK, Adapter, Scriptable, joined, kind_of, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import (
+    MARK,
+    Adapter,
+    Scriptable,
+    joined,
+    kind_of,
+    public_name,
+    why_not_fuse,
+    why_not_switch,
+)
 from detr_fast.adapters.blocks import activation_name, feed_forward_of, is_dispatched, is_plain
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, probability
@@ -83,10 +92,9 @@ class FeedForwardBlocks(Adapter):
         expected: dict[str, tuple[type[Module], ...]] = dict.fromkeys((parts.first, parts.second), (nn.Linear,))
         if (reason := why_not_switch(module) or why_not_fuse(module, expected)) is not None:
             return reason
-        if activation_name(getattr(module, parts.activation)) is None:
-            return (
-                f"its activation {type(getattr(module, parts.activation)).__name__} is none that the fused block knows"
-            )
+        if activation_name(activation := getattr(module, parts.activation)) is None:
+            name = getattr(activation, "__name__", "") or public_name(type(activation))
+            return f"its activation {name} is none that the fused block knows"
         if not isinstance(getattr(module, "norm", _NOTHING), nn.Identity):
             return "it normalises between its two layers"
         return joined(FeedForward, kind, kind)

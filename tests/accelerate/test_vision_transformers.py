@@ -147,3 +147,27 @@ def test_a_block_whose_part_is_hooked_later_calls_it():
         look(model)
     assert seen == [1]
     assert [r.module for r in records if r.op == "feed_forward"] == ["blocks.1.mlp"]
+
+
+class GELUTanh(nn.Module):
+    """A user's own, under the name of timm's."""
+
+    def forward(self, x):
+        return x * torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (
+            GELUTanh,
+            f"its activation {GELUTanh.__module__.partition('.')[0]}.GELUTanh is none that the fused block knows",
+        ),
+        (nn.Tanh, "its activation torch.nn.Tanh is none that the fused block knows"),
+        (timm.layers.activations.GELU, None),
+        (timm.layers.activations.GELUTanh, None),
+    ],
+)
+def test_activations_are_known_by_their_class_not_by_its_name(activation, reason, assert_unchanged):
+    report = assert_unchanged(timm_vit(act_layer=activation), look)
+    assert {one.reason for one in report.left} == (set() if reason is None else {reason})
