@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from detr_fast import dispatch, native
@@ -175,8 +175,9 @@ def explain(model: nn.Module | Callable[..., Any], /, *inputs: Any, quiet: bool 
     """Run `model(*inputs)` without gradients and print one line per module: op, shapes, choice, cost, reasons.
 
     The cost is launches and bytes, and on a GPU the module's time (the median of some more runs). The runs use the
-    model's present mode (train or eval); random state and buffers are as before afterwards. Where training matters, wrap a
-    whole step in `explaining(model)` instead.
+    model's present mode (train or eval); random state and buffers are as before afterwards. Layers run part by part: in eval mode
+    PyTorch's fused inference may take a torch.nn encoder layer in one operation where nobody looks. Where training matters, wrap
+    a whole step in `explaining(model)` instead.
 
     Returns the records (a list). Raises what the model raises.
     """
@@ -194,14 +195,23 @@ def explain(model: nn.Module | Callable[..., Any], /, *inputs: Any, quiet: bool 
 
 
 @contextmanager
-def _same_buffers(module: nn.Module | None) -> Iterator[None]:
-    """Undo what a run in training mode does to running statistics."""
-    buffers = [] if module is None or not module.training else [(b, b.clone()) for b in module.buffers()]
+def _same_buffers(model: nn.Module | None) -> Iterator[None]:
+    """Undo what a run does to buffers, as to running statistics: to their values, and to which tensors they are."""
+    modules = [] if model is None else list(model.modules())
+    before = [(m._buffers, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     try:
         yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for buffers, name, buffer, value in before:
+            buffers[name] = buffer
+            if not _is_expanded(buffer):  # which nothing can change in place
+                buffer.copy_(value)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def measured_times(

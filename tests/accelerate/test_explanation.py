@@ -113,6 +113,31 @@ def test_a_model_is_explained_without_a_trace(training):
     assert model.training is training
 
 
+class Counting(nn.Module):
+    """Counts its calls in two buffers, one changed in place, one replaced, and has one whose elements share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = ours.LayerNorm(8)
+        self.register_buffer("changed", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("shared", torch.zeros(1, 8).expand(4, 8))
+
+    def forward(self, x):
+        self.changed += 1
+        self.replaced = self.replaced + 1
+        return self.norm(x + self.shared)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_are_the_same_tensors_with_the_same_values_afterwards(training):
+    model = Counting().train(training)
+    before = dict(model.named_buffers())
+    detr_fast.explain(model, torch.ones(4, 8), quiet=True)
+    assert all(model.get_buffer(name) is buffer for name, buffer in before.items())
+    assert all(float(buffer.abs().sum()) == 0 for buffer in before.values())
+
+
 def test_times_are_those_of_each_modules_calls_the_median_over_runs():
     class Event:  # stands for torch.cuda.Event: time passes only in Wait
         now = 0.0
