@@ -209,10 +209,10 @@ class Transformer(nn.Transformer):
 
 
 def _overrides(layer: nn.Module, *blocks: str) -> bool:
-    """Whether a user's subclass brings blocks of its own, which must run."""
+    """Whether a user's subclass, or the user in this layer, brings blocks of its own, which must run."""
     originals = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     original = next(one for one in originals if isinstance(layer, one))
-    return any(getattr(type(layer), name) is not getattr(original, name) for name in blocks)
+    return any(name in layer.__dict__ or getattr(type(layer), name) is not getattr(original, name) for name in blocks)
 
 
 def _affordable_hint(mask: Tensor | None, is_causal: bool | None) -> bool | None:

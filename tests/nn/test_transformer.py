@@ -158,6 +158,18 @@ def test_a_subclass_may_replace_one_part():
     torch.testing.assert_close(y, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.parametrize(
+    ("name", "block"), [("Encoder", "_sa_block"), ("Encoder", "_ff_block"), ("Decoder", "_mha_block")]
+)
+def test_a_block_that_is_replaced_in_one_layer_runs(name, block, twins):
+    ours, original = twins(f"Transformer{name}Layer", **layer_arguments())
+    for layer in (ours, original):
+        setattr(layer, block, lambda x, *_, **__: 3 * x)
+    inputs = [tokens(True)] * (1 + (name == "Decoder"))
+    with use_backend(attention="sdpa"):
+        torch.testing.assert_close(ours(*inputs), original(*inputs), rtol=ROUNDING, atol=ROUNDING)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_explain_has_one_record_for_each_attention_and_each_kind_of_norm(training):
     model = nn.Transformer(8, 2, 2, 1, 12, 0.0, batch_first=True).train(training)
