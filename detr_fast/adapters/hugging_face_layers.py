@@ -6,6 +6,7 @@ encoder layer in training, too, asks the device whether all is finite, and the h
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, joined, kind_of, reads, why_not_fuse, why_not_switch
-from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_norm, linear_add_norm
+from detr_fast.adapters.blocks import (
+    activation_name,
+    comes_apart,
+    feed_forward_add_norm,
+    is_dispatched,
+    is_norm,
+    linear_add_norm,
+)
 from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.adapters.hugging_face import padding_of, with_padding
 from detr_fast.adapters.hugging_face_attention import attend_add_norm
@@ -40,16 +48,13 @@ class BertLayer(Scriptable):
 
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         first, last = self.intermediate, self.output
-        activation = activation_name(getattr(first, "intermediate_act_fn", None))
-        known = activation is not None and isinstance(last, BertOutput) and _is_intermediate(first)
-        if (
-            not known
-            or not is_bare(last)
-            or not comes_apart(attention_output, first.dense, last.dense, last.dropout, last.LayerNorm)
+        activation = _bert_activation(first, last) if is_dispatched(attention_output) else None
+        if activation is None or not comes_apart(
+            attention_output, first.dense, last.dense, last.dropout, last.LayerNorm
         ):
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
         p = probability(last.dropout, last.training)
-        parts = FeedForwardParts(first.dense, str(activation), 0.0, last.dense, p)
+        parts = FeedForwardParts(first.dense, activation, 0.0, last.dense, p)
         return feed_forward_add_norm(attention_output, parts, last.LayerNorm)
 
 
@@ -196,9 +201,18 @@ def _block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
     return norm_of_sum(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
 
 
-def _is_intermediate(module: Module) -> bool:
-    known = reads(type(module).forward) == ("self hidden_states", "dense intermediate_act_fn")
-    return known and is_bare(module)
+def _bert_activation(first: Any, last: Any) -> str | None:
+    """What lies between the linear layers of BertIntermediate and BertOutput; None where they are to be called."""
+    if not (
+        isinstance(last, BertOutput) and is_bare(last) and is_bare(first) and _is_intermediate(type(first).forward)
+    ):
+        return None
+    return activation_name(first.intermediate_act_fn)
+
+
+@cache
+def _is_intermediate(forward: Any) -> bool:
+    return reads(forward) == ("self hidden_states", "dense intermediate_act_fn")
 
 
 _ENCODER = "self_attn nn functional dropout training self_attn_layer_norm mlp final_layer_norm torch isfinite all finfo dtype max clamp"
