@@ -68,8 +68,8 @@ def _refresh() -> None:
             merged.clear()  # an inner use_backend("…") for all ops outweighs outer ones for single ops
         merged.update(request)
     _requested = merged
-    if native.host is not None:
-        native.host.set_requests(_number_of(merged))
+    if (host := native.host) is not None:
+        host.set_requests(_number_of(merged))
     intervening = bool(_recorders) or any(name != "auto" for name in merged.values())
 
 
@@ -343,7 +343,8 @@ def _found(known: Any, decide: Callable[[tuple[Any, ...]], Implementation], args
     """What is known for a call, or is decided now and known from then on, unless requests changed meanwhile."""
     found: Implementation | None = known.get(_thread.in_layer, *args)
     if found is None:
-        stamp = native.host.stamp() if native.host is not None else -1
+        host = native.host  # once: another thread may have it left out
+        stamp = -1 if host is None else host.stamp()
         found = decide(args)
         known.put(found, stamp, _thread.in_layer, *args)
     return found
@@ -367,8 +368,8 @@ native.on_switch(_switch)
 def forget_decisions() -> None:
     """Drop the cached decisions of all ops, as what they were based on has changed."""
     repeat.forget()
-    if native.host is not None:
-        native.host.forget()
+    if (host := native.host) is not None:
+        host.forget()
     for op in _ops.values():
         op.forget()
 

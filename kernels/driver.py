@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ FUNCTIONS = (
 )
 SLOT = 8  # bytes for each parameter, of which a smaller one takes the first
 MAX_SHARED = 228 << 10  # bytes; with more, Triton's launcher sets a mode
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 POINTER, INT32 = "<Q", "<i"
 _FORMATS = {"i32": INT32, "i64": "<q", "fp32": "<f"}  # by Triton's types
 NUMBERS = tuple(_FORMATS.values())
@@ -63,6 +65,20 @@ def functions() -> tuple[int, ...] | None:
     except AttributeError:
         return None
     return tuple(ctypes.cast(one, ctypes.c_void_p).value or 0 for one in found)
+
+
+@contextmanager
+def relaxed_captures() -> Iterator[None]:
+    """Inside the block nothing that this thread does, such as to wait or to allocate, spoils a CUDA graph that another captures."""
+    exchange = getattr(library(), "cuThreadExchangeStreamCaptureMode", None)
+    mode = ctypes.c_int(RELAXED)
+    if exchange is not None:
+        exchange(ctypes.byref(mode))  # which leaves the mode of before there
+    try:
+        yield
+    finally:
+        if exchange is not None:
+            exchange(ctypes.byref(mode))
 
 
 def entry(kernel: Any, types: Sequence[str | None]) -> Entry | None:

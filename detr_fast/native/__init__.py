@@ -42,6 +42,7 @@ status = "not asked for: it is made when a tensor on a GPU meets an op"  # in wo
 _switches: list[Callable[[ModuleType | None], None]] = []
 _lock = threading.Lock()
 _started = False
+_wrong = False
 
 
 class CompilationError(RuntimeError):
@@ -173,6 +174,14 @@ def use(module: ModuleType | None) -> None:
             switch(module)
 
 
+def leave_out(reason: str) -> None:
+    """Use the module no more in this process, as what it gave was wrong (see `ops.host_check`)."""
+    global status, _wrong
+    _wrong = True
+    use(None)
+    status = f"left out: {reason}"
+
+
 def wanted() -> None:
     """A GPU's tensors are here: have the module made, in the background, and used once it is there."""
     global _started, status
@@ -189,7 +198,7 @@ def wanted() -> None:
 def make() -> None:
     """Have the module made and used before this returns; where that can't be, `status` says why."""
     global _started
-    if host is None and os.environ.get("DETR_FAST_NATIVE") != "0":
+    if host is None and not _wrong and os.environ.get("DETR_FAST_NATIVE") != "0":
         _started = True
         _make()
 

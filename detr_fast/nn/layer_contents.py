@@ -62,7 +62,8 @@ class Contents:
         self.drops = False
         self._programs: dict[Any, HostProgram] = {}
         # The same, found in C++ where that is in use.
-        self._known = None if native.host is None else native.host.Decisions(MAX_PLANS)
+        host = native.host  # once: another thread may have it left out
+        self._known = None if host is None else host.Decisions(MAX_PLANS)
         self._state: list[Any] = []
         self.op, self._generation = op, op.generation
         self._parts: list[nn.Module] = []
@@ -120,9 +121,8 @@ class Contents:
         )
 
     def _unchanged(self) -> bool:
-        if native.host is not None:
-            unchanged = native.host.unchanged
-            return bool(unchanged(self._places, self._found, self._parts, self._kinds, self._hooks))
+        if (host := native.host) is not None:
+            return bool(host.unchanged(self._places, self._found, self._parts, self._kinds, self._hooks))
         return (
             all(map(is_, self._found, [state.get(name) for state, name in self._places]))
             and list(map(type, self._parts)) == self._kinds

@@ -196,7 +196,8 @@ def _call_of(
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     compute = _Computation(layer, norm, function, settings, len(tensors), attention)
-    stamp = -1 if native.host is None else native.host.stamp()
+    host = native.host  # once: another thread may have it left out
+    stamp = -1 if host is None else host.stamp()
     return _Call(compute, arguments, parameters, following, autocast, contents.drops, contents, stamp)
 
 
@@ -236,7 +237,7 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
         norm = call.compute.norm
         before = call.contents, None if norm is None else _settings_of(norm), dispatch._requested
         again = partial(_again, _Remembered(call.compute), before, x.device.type, call.autocast)
-        if (made := host_native.layer_program(program)) is not None:
+        if (made := host_native.layer_program(program, inputs, seed)) is not None:
             outputs = made.run(
                 first, Again(program, again, call.parameters), *inputs, *([seed] if program.draws else [])
             )

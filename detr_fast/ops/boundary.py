@@ -120,8 +120,9 @@ class Boundary:
 
     def __call__(self, *args: Any) -> Any:
         """The op with gradients."""
-        if self.native is not None and not torch.compiler.is_dynamo_compiling():
-            return self.native(*args)
+        known = self.native  # once: another thread may have it left out
+        if known is not None and not torch.compiler.is_dynamo_compiling():
+            return known(*args)
         return self.python(*args)
 
     def python(self, *args: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from detr_fast import dispatch, native
 from detr_fast.kernels import driver, launch
 from detr_fast.kernels.rows import MAX_PLANS
-from detr_fast.ops import boundary, host_program
+from detr_fast.ops import boundary, host_check, host_program
 from detr_fast.ops.host_passes import Instruction
 from detr_fast.ops.host_program import Again, HostProgram
 from detr_fast.ops.host_recorder import (
@@ -81,13 +81,31 @@ def program_of(program: HostProgram, several: bool, strict: bool, slow: Callable
     )
 
 
-def layer_program(program: HostProgram) -> Any:
-    """A layer's program in C++, or None where that is not in use."""
+def layer_program(program: HostProgram, inputs: Sequence[Tensor | None], seed: Tensor | None) -> Any:
+    """A layer's program in C++, or None where that is not in use, not for it, or not yet."""
     if native.host is None:
         return None
     if program.native is None:
-        program.native = program_of(program, True, False, _differentiable) or False
+        made, count = program_of(program, True, False, _differentiable), len(inputs)
+        given = [*inputs, *([seed] if program.draws else [])]
+
+        def python(offset: int, given: Sequence[Tensor | None]) -> Sequence[Tensor]:
+            seed = given[count] if program.draws else None
+            return host_program.ProgramNode.apply(program, None, seed, offset, count, *given[:count])  # type: ignore[no-any-return]
+
+        try:
+            right = made is not None and host_check.passes("layer", program, python, partial(_run, made), given)
+        except host_program.Busy:
+            return None
+        except torch.OutOfMemoryError:
+            right = False
+        program.native = made if right else False
     return program.native or None
+
+
+def _run(made: Any, offset: int, given: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    found = made.run(offset, None, *given)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _differentiable(offset: int, again: Again, kept: Any, arriving: Any) -> list[Tensor | None]:
@@ -179,23 +197,27 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
     tensors = [leaves[i] for i in places]
     if sum(t.nbytes for t in tensors) > MAX_BYTES:
         raise Unrepeatable(f"over {MAX_BYTES} bytes of tensors")
+    host_check.expect(tensors[0].device)
     several = False
     slow: _Slow | None = None
     inputs: tuple[Tensor, ...] = ()
 
-    def call(*given: Tensor) -> list[Tensor]:
-        nonlocal several, inputs
-        inputs = given
-        for place, tensor in zip(places, given):
-            leaves[place] = tensor
-        merged = tree_unflatten(leaves, spec)
+    def at(offset: int, given: Sequence[Tensor | None]) -> list[Tensor]:
+        nonlocal several
+        others = dict(zip(places, given))
+        merged = tree_unflatten([others.get(i, a) for i, a in enumerate(leaves)], spec)
         if op.offset >= 0:
-            merged[op.offset] = FIRST_OFFSET
+            merged[op.offset] = offset
         found = op.python(*merged)
         if isinstance(found, list):
             raise Unrepeatable("it returns a list")
         several = isinstance(found, tuple)
         return list(found) if several else [found]
+
+    def call(*given: Tensor) -> list[Tensor]:
+        nonlocal inputs
+        inputs = given
+        return at(FIRST_OFFSET, given)
 
     def patterns(outputs: Sequence[Tensor]) -> list[tuple[bool, ...]]:
         wanted = [y.requires_grad for y in outputs]
@@ -212,7 +234,10 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
     program, registers = host_program.record_op(call, tensors, patterns, kept)
     if slow is not None:
         slow.saved, slow.registers, slow.order = (), registers, program.saved
-    return program_of(program, several, True, slow)
+    made = program_of(program, several, True, slow)
+    if made is None or not host_check.passes(op.name, program, at, partial(_run, made), tensors):
+        return None
+    return made
 
 
 class _Slow:

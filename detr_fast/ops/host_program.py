@@ -255,7 +255,7 @@ def _recorded(
         grad = torch.is_grad_enabled()
         given = [t if t is None or not grad else t.detach().requires_grad_(t.requires_grad) for t in arguments]
         recorder = Recorder([*given, *parameters], seed)
-        with _casts_again(), given_seed(seed, FIRST_OFFSET) as scope, recorder.recording():
+        with casts_again(), given_seed(seed, FIRST_OFFSET) as scope, recorder.recording():
             outputs = list(function(*given))
             ahead = len(recorder.instructions)
             leaves = [*given, *parameters]
@@ -268,7 +268,7 @@ def _recorded(
 
 
 @contextmanager
-def _casts_again() -> Iterator[None]:
+def casts_again() -> Iterator[None]:
     """Inside the block autocast casts each time, so that it is seen to."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

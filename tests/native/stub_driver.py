@@ -44,6 +44,8 @@ class StubDriver:
             lambda *_: self._called("cuDevicePrimaryCtxRetain")
         )
         self.cuCtxSetCurrent = CFUNCTYPE(c_int, c_void_p)(lambda _: self._called("cuCtxSetCurrent"))
+        self.cuThreadExchangeStreamCaptureMode = CFUNCTYPE(c_int, POINTER(c_int))(self._exchange)
+        self.modes = [0]  # of captures, one after another; at first cudaStreamCaptureModeGlobal
         self.cuFuncGetParamInfo = CFUNCTYPE(c_int, c_void_p, c_size_t, POINTER(c_size_t), POINTER(c_size_t))(self._ask)
 
     def use(self, monkeypatch):
@@ -66,6 +68,11 @@ class StubDriver:
 
     def _current(self, context):
         context[0] = self.context
+        return 0
+
+    def _exchange(self, mode):
+        self.modes.append(mode[0])
+        mode[0] = self.modes[-2]
         return 0
 
     def _describe(self, error, text):

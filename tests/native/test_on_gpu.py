@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from functools import partial
 
 import pytest
 import torch
-from detr_fast.kernels import launch
+from detr_fast.kernels import driver, launch
 
 from benchmarks import test_host_time
 from benchmarks.hardware import DEVICE, REHEARSAL, sized
 from benchmarks.test_host_time import CASES
-from detr_fast import native, nn, use_backend
-from detr_fast.ops import host_native
+from detr_fast import native, nn, ops, use_backend
+from detr_fast.ops import host_check, host_native
 from tests.seen import nodes
 
 pytestmark = pytest.mark.gpu
@@ -85,6 +87,85 @@ def test_layers(name, autocast, dtype):
         return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     assert same(*both(step))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(host_check, "CHECKED", frozenset({DEVICE.type}))
+    monkeypatch.setattr(host_check, "_trusted", {})
+    monkeypatch.setattr(native, "status", native.status)
+    monkeypatch.setattr(native, "_wrong", False)
+
+
+def normalize(rows=3):
+    """A norm in training, and what it gives when it is called for the third time."""
+    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((rows, 64), (64,), (64,))]
+    for _ in range(3):
+        y = ops.layer_norm(leaves[0], (64,), *leaves[1:])
+        y.backward(torch.ones_like(y))
+    return y
+
+
+def test_what_is_used_was_checked_and_nothing_is_said(unchecked):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = normalize()
+    assert native.status == "in use"
+    if not REHEARSAL:  # where the interpreter looks, and Python runs
+        (trust,) = host_check._trusted.values()
+        assert trust.kinds == {("detr_fast::layer_norm", True)}
+        assert trust.seconds < 10
+        assert y.grad_fn.name() == "OpProgramBackward"
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a CPU has no driver")
+def test_a_wrong_argument_is_found(unchecked, monkeypatch):
+    right = driver.Entry.parameters
+    changed = lambda self, values: right(self, [v + 1.0 if type(v) is float else v for v in values])  # noqa: E731
+    monkeypatch.setattr(driver.Entry, "parameters", changed)
+    with pytest.warns(RuntimeWarning, match="detr_fast::layer_norm gives another result 1"):
+        normalize()
+    assert native.host is None
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a CPU has no streams")
+def test_a_wrong_stream_is_found(unchecked, monkeypatch):
+    real = native.host.Program
+    monkeypatch.setattr(native.host, "Program", lambda *given: real(*given[:8], lambda device: 0, *given[9:]))
+    with pytest.warns(RuntimeWarning, match="on a stream that is not the default one"):
+        normalize()
+    assert native.host is None
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a CPU has no graphs")
+def test_a_check_does_not_spoil_what_another_thread_captures(unchecked):
+    x, graph, begun, checked = (
+        torch.ones(8, device=DEVICE),
+        torch.cuda.CUDAGraph(),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def capture():
+        with torch.cuda.graph(graph):
+            found.append(x * 2)
+            begun.set()
+            checked.wait(60)
+            found.append(x * 3)
+
+    normalize()  # compiles, and is checked, too
+    host_check._trusted.clear()
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=capture)
+    thread.start()
+    begun.wait(60)
+    normalize(rows=5)
+    checked.set()
+    thread.join()
+    assert host_check._trusted
+    graph.replay()
+    assert [one.sum().item() for one in found] == [16, 24]
 
 
 @pytest.mark.skipif(REHEARSAL, reason="a CPU has no streams")
