@@ -13,6 +13,7 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Implementation
 from detr_fast.ops.attention import ATTENTION, EagerAttention
+from detr_fast.ops.attention_call import autocast_dtype, computed_dtype
 from detr_fast.ops.attention_varlen_call import VarlenCall
 
 
@@ -60,8 +61,7 @@ class PerSequence(Implementation):
             )
             pieces.append(y[0].transpose(0, 1))
         pieces.append(_zeros(q[ends_q[-1] :], k, v))
-        dtype = pieces[0].dtype
-        return torch.cat([piece.to(dtype) for piece in pieces])
+        return torch.cat(pieces)
 
 
 class Padded(Implementation):
@@ -137,7 +137,8 @@ def padded(
 
 def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Zeros for queries that see nothing, part of the graph all the same: their gradients are zero, not missing."""
-    return (q[..., :0].sum(-1, keepdim=True) + k[:0].sum() + v[:0].sum()).expand(*q.shape[:2], v.shape[2])
+    zeros = (q[..., :0].sum(-1, keepdim=True) + k[:0].sum() + v[:0].sum()).expand(*q.shape[:2], v.shape[2])
+    return zeros.to(computed_dtype(q.dtype, autocast_dtype(q)))
 
 
 def _slots(cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -246,6 +246,14 @@ def test_autocast_casts_as_sdpa_does():
     assert torch.autograd.grad(y.float().sum(), q)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("keys", [(0, 2), (0, 0)], ids=["of the first sequence", "at all"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_the_dtype_is_the_same_without_keys(backend, keys):
+    q, k, v, *rest = problem((4, 3), keys, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), use_backend(attention_varlen=backend):
+        assert ops.attention_varlen(q, k, v, *rest).dtype == torch.bfloat16
+
+
 @interpreter
 def test_the_kernel_compiles_without_a_graph_break():
     q, k, v, *rest = problem((3, 2), (4, 1), dtype=torch.float32)
