@@ -90,9 +90,8 @@ class CocoFolder:
     def annotations(self, split: str) -> Annotations:
         """The parsed JSON of a split."""
         if split not in self._annotations:
-            raise DataError(
-                f"{self.path}: has no split {split!r}, only {', '.join(self.splits)}; add instances_{split}.json"
-            )
+            remedy = f"add instances_{split}.json" if split in _SPLIT_NAMES.values() else "choose one of these"
+            raise DataError(f"{self.path}: has no split {split!r}, only {', '.join(self.splits)}; {remedy}")
         return self._annotations[split]
 
     def _merge_categories(self) -> tuple[Category, ...]:

@@ -45,15 +45,18 @@ def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = F
     except FileNotFoundError:
         raise DataError(f"{path}: no such image; restore it or run 'detr-fast doctor DATA --fix COPY'") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor DATA --fix COPY'"
-        ) from None
+        raise _undecodable(path, error) from None
     if size is not None and pixels.shape[:2] != size:
         raise DataError(
             f"{path}: is {pixels.shape[1]}×{pixels.shape[0]} pixels, but its annotations say {size[1]}×{size[0]}; "
             "correct the sizes or run 'detr-fast doctor DATA --fix COPY'"
         )
     return pixels
+
+
+def _undecodable(path: Path, error: Exception) -> DataError:
+    remedy = "cut it into tiles" if isinstance(error, Image.DecompressionBombError) else "replace it"
+    return DataError(f"{path}: cannot be decoded ({error}); {remedy} or run 'detr-fast doctor DATA --fix COPY'")
 
 
 def read_image_size(path: Path, turned: bool = False) -> tuple[int, int]:
@@ -63,9 +66,7 @@ def read_image_size(path: Path, turned: bool = False) -> tuple[int, int]:
             sideways = turned and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (file.width, file.height) if sideways else (file.height, file.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: cannot be decoded ({error}); replace it or run 'detr-fast doctor DATA --fix COPY'"
-        ) from None
+        raise _undecodable(path, error) from None
 
 
 class ImageStore:

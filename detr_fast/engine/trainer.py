@@ -124,7 +124,10 @@ class Trainer:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("the device is 'cuda', but PyTorch sees no GPU here; use --device cpu or auto")
         self.reporter = reporter
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+        try:
+            self.accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+        except ValueError as error:  # the device can't, or this process has begun with another one
+            raise ConfigError(f"precision {config.precision!r} can't be used here: {error}") from error
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         set_seed(config.seed)

@@ -113,8 +113,11 @@ def test_a_missing_folder_a_file_and_an_empty_folder_are_told_apart(tmp_path):
 
 
 def test_a_missing_split_names_those_that_are_there(write_coco):
-    with pytest.raises(DataError, match="has no split 'test', only train"):
-        CocoDetection(CocoFolder.open(write_coco()), "test")
+    folder = CocoFolder.open(write_coco())
+    with pytest.raises(DataError, match=r"has no split 'test', only train; add instances_test.json"):
+        CocoDetection(folder, "test")
+    with pytest.raises(DataError, match="has no split 'valid', only train; choose one of these"):
+        CocoDetection(folder, "valid")
 
 
 def test_missing_images_are_counted_before_training(write_coco):
@@ -224,6 +227,12 @@ def test_an_image_file_that_is_no_image_is_named(write_coco):
     (folder / "images" / "wide.png").write_text("not a picture")
     with pytest.raises(DataError, match=r"wide.png: cannot be decoded"):
         CocoDetection(CocoFolder.open(folder), "train")[0]
+
+
+def test_an_image_too_large_for_pillow_is_to_be_cut_into_tiles(write_coco, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(DataError, match=r"wide.png: cannot be decoded \(.*exceeds limit.*\); cut it into tiles or run"):
+        CocoDetection(CocoFolder.open(write_coco()), "train")[0]
 
 
 def test_an_image_of_another_size_than_annotated_is_refused(write_coco):

@@ -248,6 +248,12 @@ def test_settings_that_contradict_the_data_are_one_line(tiny: Tiny) -> None:
         train(tiny(model=model, weights_backbone="no-such-weights"))
 
 
+def test_a_precision_that_this_process_cannot_change_to_is_one_line(tiny: Tiny) -> None:
+    train(tiny(epochs=1))
+    with pytest.raises(ConfigError, match=r"precision 'bf16' can't be used here: AcceleratorState has already been"):
+        train(tiny("other", precision="bf16"))
+
+
 def test_a_data_set_without_boxes_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     data = shutil.copytree(tiny().data, tmp_path / "empty")
     annotations = data / "instances_train.json"
