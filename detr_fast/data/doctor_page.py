@@ -181,8 +181,13 @@ def _draw_image(axes: Axes, scan: SplitScan, image: ImageScan, boxes: list[BoxSc
         if len(boxes) <= 12 or bad:
             label = ", ".join(box.problems) if bad else scan.categories[key]
             height, width = image.size
-            place = (min(max(x, 0), 0.75 * width), min(max(y, 0.05 * height), height))  # of boxes that overhang, too
-            axes.text(*place, label, fontsize=7, color="white", backgroundcolor=colour, clip_on=True)
+            right = x > 0.75 * width  # a text that began there would be cut off
+            place = (
+                min(x + w, width) if right else max(x, 0),
+                min(max(y, 0.05 * height), height),
+            )  # if it overhangs, too
+            style: dict[str, Any] = {"ha": "right" if right else "left", "backgroundcolor": colour, "clip_on": True}
+            axes.text(*place, label, fontsize=7, color="white", **style)
     problems = ", ".join(image.problems)
     axes.set_title(
         f"{scan.files.name}: {image.record['file_name']}" + (f"\n{problems}" if problems else ""),
