@@ -123,25 +123,25 @@ def accelerate(
     skipped = _selected(model, skip, "skip", everything=False)
     before = _marks(model)
     report = Report(type(model).__name__)
-    adapters = adapters_for(model)
-    for name, module in model.named_modules():
-        chosen = name in wanted and name not in skipped
-        if MARK in module.__dict__:
-            reason = module.__dict__[MARK].adapter.again(module) if chosen else None
-            if reason is None:
-                report.already += 1
-            else:
-                report.left.append(Left(name, public_name(type(module)), reason))
-        elif chosen:
-            _consider(name, module, adapters, report)
-    if packed:
-        _pack(model, wanted - skipped, report)
-    if example_inputs is not None:
-        try:
+    try:
+        adapters = adapters_for(model)
+        for name, module in model.named_modules():
+            chosen = name in wanted and name not in skipped
+            if MARK in module.__dict__:
+                reason = module.__dict__[MARK].adapter.again(module) if chosen else None
+                if reason is None:
+                    report.already += 1
+                else:
+                    report.left.append(Left(name, public_name(type(module)), reason))
+            elif chosen:
+                _consider(name, module, adapters, report)
+        if packed:
+            _pack(model, wanted - skipped, report)
+        if example_inputs is not None:
             report.explanation = _explained(model, example_inputs)
-        except BaseException:
-            _return_to(before, model)
-            raise
+    except BaseException:
+        _return_to(before, model)
+        raise
     return report
 
 

@@ -142,6 +142,13 @@ def reads(function: Any) -> tuple[str, str]:
     return " ".join(code.co_varnames[: code.co_argcount]), " ".join(code.co_names)
 
 
+class _Unannounced:
+    """Before classes whose __init_subclass__ is to hear of classes that users define, as registries do, not of ours."""
+
+    def __init_subclass__(cls) -> None:
+        return None
+
+
 _JOINED: dict[tuple[type[Module], ...], type[Module]] = {}
 
 
@@ -154,10 +161,15 @@ def joined(first: type[Module], second: type[Module], original: type[Module]) ->
     made = _JOINED.get((first, second, original))
     if made is None:
         body = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__reduce_ex__": reduce}
-        made = _JOINED[first, second, original] = type(original.__name__, (first, second), body)
+        made = _JOINED[first, second, original] = type(original.__name__, (_Unannounced, first, second), body)
     return made
 
 
 def _instance(first: type[Module], second: type[Module], original: type[Module]) -> Module:
     made = joined(first, second, original)
     return made.__new__(made)
+
+
+def joined_of(made: type[Module]) -> type[Module]:
+    """The first of the two classes that `joined` was given."""
+    return made.__mro__[2]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, joined, kind_of, reads, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, joined, joined_of, kind_of, reads, why_not_fuse, why_not_switch
 from detr_fast.adapters.blocks import (
     activation_name,
     comes_apart,
@@ -258,7 +258,7 @@ class HuggingFaceLayers(Adapter):
 
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
-        return f"detr_fast.adapters.hugging_face_layers.{replacement.__mro__[1].__name__}"
+        return f"detr_fast.adapters.hugging_face_layers.{joined_of(replacement).__name__}"
 
 
 def _ours(kind: type[Module]) -> type[Module] | None:

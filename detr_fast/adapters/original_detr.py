@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, joined, names, names_used, reads, why_not_switch
+from detr_fast.adapters.base import Adapter, Scriptable, joined, joined_of, names, names_used, reads, why_not_switch
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.nn import fusion
 from detr_fast.nn.multihead_attention import attention_inputs
@@ -153,4 +153,4 @@ class OriginalDetr(Adapter):
 
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
-        return f"detr_fast.adapters.original_detr.{replacement.__mro__[1].__name__}"
+        return f"detr_fast.adapters.original_detr.{joined_of(replacement).__name__}"

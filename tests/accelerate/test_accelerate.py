@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import detr_fast
 from detr_fast import nn as ours
 from detr_fast import use_backend
+from detr_fast.adapters import torch_nn as torch_nn_adapter
 from detr_fast.nn.replacements import REPLACEMENTS
 
 
@@ -296,6 +298,41 @@ def test_a_subclass_that_keeps_forward_is_switched_and_stays_its_class(way):
             assert torch.equal(one(x), expected)
         detr_fast.restore(one)
         assert type(one[0]) is Renamed
+
+
+class Registry:
+    """Refuses a second class of the same name, and would build ours in place of the first."""
+
+    classes: ClassVar[dict] = {}
+
+    def __init_subclass__(cls):
+        if cls.__name__ in Registry.classes:
+            raise ValueError(f"{cls.__name__} is registered")
+        Registry.classes[cls.__name__] = cls
+
+
+class Registered(Registry, nn.TransformerEncoderLayer):
+    pass
+
+
+def test_users_registries_of_subclasses_do_not_hear_of_ours():
+    model = Registered(16, 2, 24)
+    report = detr_fast.accelerate(model)
+    assert report.switched[0].name == ""
+    assert Registry.classes == {"Registered": Registered}
+    detr_fast.restore(model)
+    assert type(model) is Registered
+
+
+def test_an_error_in_between_leaves_nothing_switched(monkeypatch):
+    def fail(module):
+        raise RuntimeError("spoilt")
+
+    model = nn.Sequential(nn.LayerNorm(8), nn.MultiheadAttention(8, 2))
+    monkeypatch.setattr(torch_nn_adapter, "why_not_fuse", lambda module, parts: fail(module) if parts else None)
+    with pytest.raises(RuntimeError, match="spoilt"):
+        detr_fast.accelerate(model)
+    assert type(model[0]) is nn.LayerNorm
 
 
 def copied(model, way):
