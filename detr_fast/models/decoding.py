@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast import nn, ops
+from detr_fast.nn.bare import has_hooks
 
 if TYPE_CHECKING:
     from detr_fast.models.seq2seq import Seq2Seq
@@ -309,6 +310,16 @@ def _supported(layer: nn.Module) -> nn.TransformerDecoderLayer:
         raise TypeError(
             f"a cache needs layers that are exactly nn.TransformerDecoderLayer; got {type(layer).__name__}: use cache=None"
         )
+    if has_hooks(layer) or layer.__dict__.keys() & {"forward", "_sa_block", "_mha_block"}:
+        raise TypeError("a layer is hooked or replaced in part, which a cache would pass over: use cache=None")
+    for name in ("self_attn", "multihead_attn"):
+        part = layer.get_submodule(name)
+        known = type(part).forward in (nn.MultiheadAttention.forward, torch.nn.MultiheadAttention.forward)
+        if not known or has_hooks(part) or "forward" in part.__dict__:
+            raise TypeError(
+                f"a layer's {name}, a {type(part).__name__}, is wrapped, hooked or replaced, which a cache would pass over: "
+                "use cache=None"
+            )
     return layer  # type: ignore[return-value]
 
 

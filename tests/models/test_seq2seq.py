@@ -336,6 +336,20 @@ def test_a_layer_that_a_cache_does_not_know_is_refused_and_decodes_without():
     assert torch.equal(model.generate(SENTENCES, 4, cache=None), greedily(model, SENTENCES, 4))
 
 
+@pytest.mark.parametrize("part", ["decoder.layers.1", "decoder.layers.0.self_attn", "decoder.layers.1.multihead_attn"])
+def test_what_a_cache_would_pass_over_is_refused_and_counts_without(part):
+    model = build()
+    handle = model.get_submodule(part).register_forward_hook(
+        lambda m, _, y: (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
+    )
+    for cache in CACHES:
+        with pytest.raises(TypeError, match="which a cache would pass over: use cache=None"):
+            model.generate(SENTENCES, 4, cache=cache)
+    assert torch.equal(model.generate(SENTENCES, 4, cache=None), greedily(model, SENTENCES, 4))
+    handle.remove()
+    model.generate(SENTENCES, 4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
