@@ -130,7 +130,7 @@ class FeedForwardCall(ProductCall):
 
     @property
     def widest(self) -> int:
-        return max(super().widest, self.hidden)
+        return max(self.width, self.columns, self.hidden)  # no super(): Dynamo does not follow it here
 
     def shapes(self) -> str:
         behind = " + residual" * self.residual + " + norm" * self.norm + " with sum" * self.return_sum
