@@ -23,7 +23,11 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", help="Go on with this run folder, where it stopped.", rich_help_panel=_START),
+        typer.Option(
+            "--resume",
+            help="Go on with this run folder, where it stopped; --data only if it was moved.",
+            rich_help_panel=_START,
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run folder's run.", rich_help_panel=_START)
@@ -160,7 +164,7 @@ def train(
     from detr_fast.engine import trainer
     from detr_fast.engine.errors import ConfigError
 
-    if (data is None) == (resume is None):
+    if data is None and resume is None:
         raise ConfigError("give either --data DIR, to start a run, or --resume RUN, to go on with one")
     changes: dict[str, Any] = {
         "epochs": epochs,
@@ -180,11 +184,13 @@ def train(
     if resume is not None:
         sources = {p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params}
         given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-        surplus = [option for option in given if option not in ("--resume", "--epochs")]
+        surplus = [option for option in given if option not in ("--resume", "--epochs", "--data")]
         if surplus:
-            raise ConfigError(f"{', '.join(surplus)} cannot change in mid-run; only --epochs goes with --resume")
+            raise ConfigError(
+                f"{', '.join(surplus)} cannot change in mid-run; only --epochs goes with --resume, and --data where it was moved"
+            )
         with ProgressReporter(console) as reporter:
-            result = trainer.resume(resume, epochs=epochs, reporter=reporter)
+            result = trainer.resume(resume, epochs=epochs, data=data, reporter=reporter)
     else:
         assert data is not None
         config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)

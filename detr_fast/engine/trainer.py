@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,19 @@ def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | 
     return Trainer(config, reporter or Reporter(), overwrite=overwrite).run_all()
 
 
-def resume(run: str | Path, *, epochs: int | None = None, reporter: Reporter | None = None) -> TrainResult:
-    """Go on with the run in folder `run` as if it had not been interrupted; `epochs` changes how far. Raises as `train`."""
+def resume(
+    run: str | Path, *, epochs: int | None = None, data: str | Path | None = None, reporter: Reporter | None = None
+) -> TrainResult:
+    """Go on with the run in folder `run` as if it had not been interrupted; raises as `train`.
+
+    `epochs` changes how far; `data` is where the data set lies now, if it was moved.
+    """
     folder, state = latest_run(run)
     config = TrainConfig.from_dict(state["config"] | {"run": str(folder.path)})
     if epochs is not None:
         config = dataclasses.replace(config, epochs=epochs)
+    if data is not None:
+        config = dataclasses.replace(config, data=str(data))
     return Trainer(config, reporter or Reporter(), state=state).run_all()
 
 
@@ -136,7 +144,9 @@ class Trainer:
         if dropped:
             reporter.message(f"left out: {counted(dropped, 'box')} without area or outside the image")
         self.config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, num_classes=len(folder.categories))
+            config,
+            data=os.path.abspath(config.data),  # the run may be resumed from another folder
+            model=dataclasses.replace(config.model, num_classes=len(folder.categories)),
         )
         self.data = load_training_data(self.config, folder, self.accelerator, reporter.message)
         self.total_steps = config.epochs * self.data.steps_per_epoch

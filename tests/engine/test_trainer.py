@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from detr_fast.data import DataError
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
@@ -192,6 +193,22 @@ def test_a_step_that_is_not_finite_never_replaces_a_checkpoint(tiny: Tiny) -> No
 def test_a_resumed_run_can_be_made_longer(tiny: Tiny) -> None:
     first = train(tiny(epochs=1))
     assert resume(first.run.path, epochs=2).steps == 6
+
+
+def test_a_run_is_resumed_from_another_folder_and_with_data_that_were_moved(
+    tiny: Tiny, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(scenes, "set")
+    run = train(tiny(epochs=1, data="set")).run
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert resume(run.path, epochs=2).steps == 6
+    (tmp_path / "set").rename("moved")
+    with pytest.raises(DataError, match="set: does not exist"):
+        resume(run.path, epochs=3)
+    assert resume(run.path, epochs=3, data="moved").steps == 9
+    assert load_trained_model(run.checkpoint).config.data == str(tmp_path / "elsewhere" / "moved")
 
 
 def test_a_focal_run_is_evaluated_and_loaded_as_such(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
