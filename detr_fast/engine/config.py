@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,6 +55,8 @@ class TrainConfig:
     save_every: int = 1000  # steps between checkpoints within an epoch: the most that a crash can lose
 
     def __post_init__(self) -> None:
+        self.data, self.run = os.fspath(self.data), os.fspath(self.run)  # paths will do
+        self.weights = None if self.weights is None else os.fspath(self.weights)
         at_least = {
             "epochs": 1,
             "batch_size": 1,

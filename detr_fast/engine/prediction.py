@@ -79,7 +79,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
 
 def predict_images(
     trained: TrainedModel,
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     *,
     threshold: float = 0.5,
     batch_size: int = 4,
@@ -97,12 +97,13 @@ def predict_images(
     """
     if not 0 <= threshold <= 1:
         raise PredictionError(f"the threshold is {threshold}, expected a score from 0 to 1")
+    files = [Path(path) for path in paths]
     transform = eval_transforms(trained.config.transforms)
     device = next(trained.model.parameters()).device
     post_process = PostProcess(trained.model.focal)
-    for start in range(0, len(paths), batch_size):
+    for start in range(0, len(files), batch_size):
         part, pixels = [], []
-        for path in paths[start : start + batch_size]:
+        for path in files[start : start + batch_size]:
             try:
                 pixels.append(_read(path))
                 part.append(path)
@@ -118,7 +119,7 @@ def predict_images(
             outputs = trained.model([image.as_subclass(torch.Tensor).to(device) for image in images])
         for path, own, found in zip(part, pixels, post_process(outputs, sizes)):
             yield Prediction(path, Image.fromarray(own), boxes_above(found, threshold))
-    if unreadable and len(unreadable) == len(paths):
+    if unreadable and len(unreadable) == len(files):
         raise unreadable[0]
 
 

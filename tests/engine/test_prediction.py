@@ -50,7 +50,8 @@ def test_predictions_are_json_and_pictures_in_pixels_of_the_file(
 def test_a_batch_finds_what_single_images_do(trained: TrainedModel, scenes: Path) -> None:
     paths = find_images([scenes / "images"])[:4]
     together = list(predict_images(trained, paths, threshold=0, batch_size=4))
-    alone = list(predict_images(trained, paths, threshold=0, batch_size=1))
+    alone = list(predict_images(trained, [str(path) for path in paths], threshold=0, batch_size=1))
+    assert [p.path for p in alone] == paths
     for a, b in zip(together, alone):
         boxes = [torch.tensor([x.xyxy for x in p.boxes]) for p in (a, b)]
         # Padding is masked in the transformer, but a convolution's last column sees it rather than the border.

@@ -100,6 +100,12 @@ def test_a_run_leaves_checkpoint_metrics_and_pictures(tiny: Tiny) -> None:
     assert best["evaluated"] == best["step"] in (3, 6)
 
 
+def test_settings_hold_paths_as_text_so_that_they_can_be_saved(tmp_path: Path) -> None:
+    config = TrainConfig(tmp_path / "data", tmp_path / "run", weights=tmp_path / "w.pt")  # type: ignore[arg-type]
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert (config.data, config.weights) == (str(tmp_path / "data"), str(tmp_path / "w.pt"))
+
+
 def test_training_lowers_the_loss(tiny: Tiny) -> None:
     result = train(tiny(epochs=12, evaluate_every=12, lr=5e-3, lr_backbone=5e-3))
     losses = [record["loss"] for record in result.run.read_metrics() if record["kind"] == "train"]
