@@ -45,9 +45,9 @@ class Left:
         return f"{self.name or '(the model)'} ({self.kind}): {self.reason}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
-    """What `accelerate` or `restore` did; prints as a summary.
+    """What `accelerate` or `restore` did; prints as a summary, and shows as one in a notebook.
 
     switched: the modules whose class was switched. left: those left alone, with the reason. already: how many were
     switched before. explanation: what runs on which implementation, where example inputs were given.
@@ -79,6 +79,8 @@ class Report:
         if self.explanation is not None:
             lines.append(str(self.explanation))
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -91,6 +91,9 @@ class Explanation(list[Record]):
             lines.append(f"launched eagerly, the host's part in C++ is {native.status}")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:  # short: `explain` has printed the lines when a notebook shows this
+        return f"<Explanation of {len(self)} records; print() shows them, as_dicts() gives plain data>"
+
     def as_dicts(self) -> list[dict[str, Any]]:
         """Plain data, ready for JSON."""
         return [{**vars(record), "reasons": dict(record.reasons)} for record in self]

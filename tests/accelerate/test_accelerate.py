@@ -419,6 +419,7 @@ def test_a_shared_module_is_switched_once():
 def test_the_report_says_what_was_switched_left_and_how_much_it_costs():
     model = nn.Sequential(nn.LayerNorm(8), Scaled(8), nn.LayerNorm(8))
     report = detr_fast.accelerate(model, example_inputs=(torch.ones(3, 8),))
+    assert repr(report) == str(report)  # what a notebook shows
     lines = str(report).splitlines()
     assert lines[0] == "Sequential: 2 modules switched, 1 left alone"
     assert "  2 × torch.nn.LayerNorm -> detr_fast.nn.LayerNorm" in lines

@@ -25,6 +25,7 @@ def test_each_op_has_its_launches_and_bytes_and_the_rest_is_summed_up(capsys):
     assert f"in all: {records.counts.total_launches} launches" in printed
     assert records.counts.total_launches == 4
     assert records.as_dicts()[0]["launches"] == 1
+    assert repr(records) == "<Explanation of 2 records; print() shows them, as_dicts() gives plain data>"
 
 
 def test_the_costs_of_calls_of_one_module_are_added_up():
