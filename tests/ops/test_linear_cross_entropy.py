@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import product_tiles as kernels
+from detr_fast.kernels.cross_entropy import cross_entropy_variant
+from detr_fast.kernels.offline import compile_variant
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized
@@ -345,6 +347,14 @@ def test_opcheck_accepts_the_kernel_and_a_compiled_model_has_no_graph_break():
     torch.testing.assert_close(found, expected)
     for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("classes", [136, 32000])
+@pytest.mark.parametrize(("weighted", "smoothed"), [(False, True), (True, False), (True, True)])
+def test_what_the_catalog_leaves_out_compiles_without_spills(classes, weighted, smoothed):
+    variant = cross_entropy_variant(classes, torch.bfloat16, weighted, True, smoothed)
+    assert compile_variant(variant, "sm_90")[2].spills == 0
 
 
 @pytest.mark.parametrize(("dtype", "blocks"), [(torch.float32, 4), (torch.bfloat16, 2)])
