@@ -15,7 +15,7 @@ from detr_fast.dispatch import BackendError, Implementation
 from detr_fast.nn.casts import cast_of, with_casts
 from detr_fast.nn.memory import Projected, share_of
 from detr_fast.nn.replacements import replaces
-from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
+from detr_fast.nn.tracing import as_leaf, is_traced
 from detr_fast.ops.attention import ATTENTION, Sdpa
 from detr_fast.ops.attention_call import Weights
 from detr_fast.ops.attention_packed import run_packed, unpacked
@@ -66,10 +66,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> Output:
         """As torch.nn.MultiheadAttention's: shapes, masks (bool: True = hidden), result (output, weights or None)."""
         # False for tensors that are not on a GPU; torch.fx's Proxy answers with another Proxy.
-        if dispatch.intervening or query.is_cuda is not False:
-            if is_traced(query) and is_whole(self):
+        if dispatch.intervening or query.is_cuda is not False or is_traced(key):
+            if is_traced(query) or is_traced(key):
                 options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-                return as_leaf(self, query, key, value, *options)
+                if (node := as_leaf(self, (query, key, value, *options))) is not None:
+                    return node  # type: ignore[no-any-return]
             weights: Weights = ("mean" if average_attn_weights else "heads") if need_weights else None
             plan = self._plan(query, key, value, key_padding_mask, attn_mask, is_causal, weights)
             if plan is not None:

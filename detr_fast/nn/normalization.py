@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from detr_fast import dispatch
 from detr_fast.nn.replacements import replaces
-from detr_fast.nn.tracing import as_leaf, is_traced, is_whole
+from detr_fast.nn.tracing import as_leaf, is_traced
 from detr_fast.ops.layer_norm import LAYER_NORM
 
 
@@ -21,8 +21,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         # Anything but a tensor has no is_cuda, and torch.fx's Proxy one that is no bool; both are rare, so they come last.
         if dispatch.intervening or getattr(input, "is_cuda", False) is not False:
-            if is_traced(input) and is_whole(self):
-                return as_leaf(self, input)
+            if is_traced(input) and (node := as_leaf(self, (input,))) is not None:
+                return node
             if isinstance(input, Tensor):
                 return LAYER_NORM(input, self.normalized_shape, self.weight, self.bias, self.eps)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

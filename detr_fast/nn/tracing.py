@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 from torch import fx
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn import Module
 
 from detr_fast.nn.replacements import REPLACEMENTS
@@ -23,10 +25,14 @@ def is_whole(module: Module) -> bool:
     return type(module) in REPLACEMENTS.values()
 
 
-def as_leaf(module: Module, first: Any, *rest: Any, **kwargs: Any) -> Any:
-    """Record the call of `module` on `first`, which is traced, as one node of the graph."""
-    tracer = first.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (first, *rest), kwargs)
+def as_leaf(module: Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Record the call of `module` as one node of the graph, where one of its arguments is traced; None where none is."""
+    kwargs = kwargs or {}
+    traced = next(filter(is_traced, (*args, *kwargs.values())), None)
+    if traced is None or not is_whole(module):
+        return None
+    tracer = traced.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), tuple(args), dict(kwargs))
 
 
 def keeps_whole(container: M) -> M:
@@ -35,8 +41,8 @@ def keeps_whole(container: M) -> M:
 
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and is_traced(args[0]) and is_whole(self):
-            return as_leaf(self, *args, **kwargs)
+        if is_fx_symbolic_tracing() and (node := as_leaf(self, args, kwargs)) is not None:
+            return node
         return original(self, *args, **kwargs)
 
     container.forward = forward  # type: ignore[method-assign]

@@ -211,3 +211,34 @@ def test_torch_fx_looks_into_a_users_subclass():
     model = torch_nn.Sequential(Doubled(4))
     x = torch.randn(3, 4)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+class Called(torch_nn.Module):
+    """Calls a module by keywords, or with a first argument that is not traced."""
+
+    def __init__(self, inner, call):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, x):
+        return self.call(self.inner, x)
+
+
+CONSTANT = torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16)
+CALLS = {
+    "LayerNorm": lambda module, x: module(input=x),
+    "MultiheadAttention": lambda module, x: module(CONSTANT, key=x, value=x)[0],
+    "TransformerEncoderLayer": lambda module, x: module(src=x),
+    "TransformerEncoder": lambda module, x: module(src=x),
+    "TransformerDecoderLayer": lambda module, x: module(CONSTANT, memory=x),
+    "TransformerDecoder": lambda module, x: module(tgt=x, memory=x),
+    "Transformer": lambda module, x: module(CONSTANT, tgt=x),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_fx_keeps_them_whole_whatever_of_their_arguments_is_traced(name):
+    model = Called(build(nn, name)[0], CALLS[name])
+    graph = torch.fx.symbolic_trace(model)
+    assert [str(n.target) for n in graph.graph.nodes if n.op == "call_module"] == ["inner"]
+    assert torch.equal(graph(CONSTANT), model(CONSTANT))
