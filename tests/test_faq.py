@@ -22,8 +22,9 @@ pytest.importorskip("accelerate")
 from detr_fast.data import CocoDetection, CocoEvaluator, CocoFolder, DataError, GroupedBatchSampler, collate
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import TrainingDiverged
+from detr_fast.engine.reporter import Reporter
 from detr_fast.engine.trained import load_trained_model
-from detr_fast.engine.trainer import Reporter, train
+from detr_fast.engine.trainer import train
 from detr_fast.models import ModelConfig, TargetError, Targets, build_criterion, build_model
 from detr_fast.models.convert import Weights, write_weights
 from detr_fast.testing.counters import count

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from detr_fast.engine.trainer import Reporter
+from detr_fast.engine.reporter import Reporter
 
 LINE_EVERY = 20.0  # seconds between lines where there is no terminal
 

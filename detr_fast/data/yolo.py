@@ -14,7 +14,7 @@ import yaml
 
 from detr_fast.data.errors import DataError
 from detr_fast.data.folders import ImageCopies
-from detr_fast.data.images import read_image_size
+from detr_fast.data.images import image_path, read_image_size
 from detr_fast.data.records import IMAGE_SUFFIXES, BoxRecord, ImageRecord, Records, tidy
 
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -71,7 +71,8 @@ def _image_files(entry: Any, config: Path, root: Any) -> list[tuple[Path, str]]:
             found += [(file, str(file.relative_to(place))) for file in files]
         elif place.is_file():
             lines = [line.strip() for line in place.read_text().splitlines()]
-            found += [(place.parent / line, Path(line).name) for line in lines if line]
+            files = [image_path(place.parent, line) for line in lines if line]
+            found += [(file, file.name) for file in files]
         else:
             raise DataError(f"{config}: {item!r} is neither a folder nor a list of images; correct the path")
     return found

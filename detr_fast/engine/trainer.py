@@ -35,6 +35,7 @@ from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.errors import ConfigError, Interrupted, TrainingDiverged
 from detr_fast.engine.evaluation import evaluate_model, sample_pictures
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
+from detr_fast.engine.reporter import Reporter
 from detr_fast.engine.run_folder import RunFolder, atomic_write
 from detr_fast.engine.signals import StopSignals
 from detr_fast.engine.training_data import load_training_data
@@ -43,28 +44,6 @@ from detr_fast.models.convert import load_weights as load_foreign_weights
 from detr_fast.models.detr import Detr
 
 LOGGED = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
-
-
-class Reporter:
-    """Hears how training goes; this one is silent. The command line's draws progress bars."""
-
-    def about(self, text: str) -> None:
-        """What is trained, on what and where, in one line."""
-
-    def start(self, step: int, total: int) -> None:
-        """Training goes on from `step` to `total`."""
-
-    def message(self, text: str) -> None:
-        """Something that the user should know."""
-
-    def step(self, step: int, record: dict[str, Any] | None) -> None:
-        """A step is done; `record` is the line of metrics.jsonl where one was written."""
-
-    def evaluating(self, done: int, total: int) -> None:
-        """So many images of the validation split are done."""
-
-    def evaluated(self, record: dict[str, Any]) -> None:
-        """The figures of an evaluation, as in metrics.jsonl."""
 
 
 @dataclass
@@ -259,10 +238,10 @@ class Trainer:
             self.reporter.message(f"{counted(self.config.epochs, 'epoch')} done already; give --epochs to go further")
         try:
             with StopSignals(announced=self.main) as signals:
-                self._end_epoch()  # of a run that was stopped before it evaluated
+                self._end_epoch(signals)  # of a run that was stopped before it evaluated
                 while self.step < self.total_steps:
                     self._train_epoch(signals)
-                    self._end_epoch()
+                    self._end_epoch(signals)
         except Interrupted as stop:
             if self.saved != self.step:
                 self._save()
@@ -306,14 +285,14 @@ class Trainer:
             signals.check()
         self.seconds += time.perf_counter() - begun
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, signals: StopSignals) -> None:
         """Save, and evaluate where that is due and not done yet."""
         epoch, steps = divmod(self.step, self.data.steps_per_epoch)
         due = steps == 0 and (epoch % self.config.evaluate_every == 0 or self.step == self.total_steps)
         if self.saved != self.step:
             self._save()
         if due and self.evaluated != self.step:
-            self._evaluate()
+            self._evaluate(signals)
 
     def _log(self, window: _Window, epoch: int) -> dict[str, Any]:
         means = self.sums.read()  # the one place where the host waits for the device
@@ -334,18 +313,25 @@ class Trainer:
     def _evaluated_model(self) -> Detr:
         return cast(Detr, self.ema.module) if self.ema is not None else self.bare
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, signals: StopSignals) -> None:
         """Take the validation split's figures, where there is one, and save them."""
         if self.data.validation is None or self.data.validation_loader is None:
             return
+        alone = self.accelerator.num_processes == 1
+
+        def progress(done: int, total: int) -> None:
+            self.reporter.evaluating(done, total)
+            if alone:  # else the other processes would wait for this one's predictions
+                signals.check()
+
         figures = evaluate_model(
             self._evaluated_model(),
             self.data.validation_loader,
             CocoEvaluator(self.data.validation),
             self.device,
-            self.criterion if self.accelerator.num_processes == 1 else None,  # its sums wait for the other processes
-            self.reporter.evaluating,
-            _exchange if self.accelerator.num_processes > 1 else None,
+            self.criterion if alone else None,  # its sums wait for the other processes
+            progress,
+            None if alone else _exchange,
         )
         self.metrics, self.evaluated = figures, self.step
         record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.data.steps_per_epoch, **figures}

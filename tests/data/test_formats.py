@@ -107,11 +107,13 @@ def boxes_of(folder, split="train"):
         "train: ../images\nnames: [cat, dog]\n",  # Roboflow
         "train: [images]\nnames: [cat, dog]\n",
         "train: list.txt\nnames: [cat, dog]\n",
+        "train: windows.txt\nnames: [cat, dog]\n",
     ],
 )
 def test_the_usual_ways_to_write_data_yaml_are_read(tmp_path, config):
     root = write_yolo(tmp_path / "yolo", config)
     (root / "list.txt").write_text("./images/a.png\n")
+    (root / "windows.txt").write_text(".\\images\\a.png\n")
     convert(root, tmp_path / "coco", "yolo", "coco")
     assert boxes_of(tmp_path / "coco") == [("dog", [20, 15, 40, 10])]
 

@@ -107,7 +107,8 @@ def test_the_originals_step_waits_some_75_times():
 
 
 def test_a_captured_step_is_what_the_trainer_runs(tiny):
-    from detr_fast.engine.trainer import Reporter, Trainer
+    from detr_fast.engine.reporter import Reporter
+    from detr_fast.engine.trainer import Trainer
 
     trainer = Trainer(tiny(epochs=1), Reporter())
     assert isinstance(trainer.take_step, CapturedStep)

@@ -19,10 +19,11 @@ from detr_fast.data import DataError
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
+from detr_fast.engine.reporter import Reporter
 from detr_fast.engine.run_folder import RunFolder
 from detr_fast.engine.signals import StopSignals
 from detr_fast.engine.trained import load_trained_model
-from detr_fast.engine.trainer import Reporter, Trainer, resume, train
+from detr_fast.engine.trainer import Trainer, resume, train
 from detr_fast.models import PostProcess, TargetError, Targets
 
 Tiny = Callable[..., TrainConfig]
@@ -57,7 +58,8 @@ class CrashAt(Reporter):
 KILLED = """
 import json, os, signal, sys
 from detr_fast.engine.config import TrainConfig
-from detr_fast.engine.trainer import Reporter, train
+from detr_fast.engine.reporter import Reporter
+from detr_fast.engine.trainer import train
 
 class Killed(Reporter):
     def step(self, step, record):
@@ -164,6 +166,20 @@ def test_an_evaluation_that_crashes_costs_no_step(tiny: Tiny) -> None:
     assert (state["step"], state["evaluated"]) == (6, 0)
     assert resume(tiny().run).metrics
     assert load_checkpoint(RunFolder(tiny().run).checkpoint)["evaluated"] == 6
+
+
+def test_ctrl_c_in_an_evaluation_does_not_wait_for_its_end_and_costs_no_step(tiny: Tiny) -> None:
+    class Impatient(Reporter):
+        def evaluating(self, done: int, total: int) -> None:
+            seen.append((done, total))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    seen: list[tuple[int, int]] = []
+    whole = train(tiny("whole", batch_size=2, epochs=1))
+    with pytest.raises(Interrupted, match="step 6 of 6 is saved; go on with"):
+        train(tiny("parts", batch_size=2, epochs=1), reporter=Impatient())
+    assert seen == [(2, 4)]
+    assert_same_run(whole.run, resume(tiny("parts").run).run)
 
 
 def test_a_run_without_a_checkpoint_is_started_again_and_not_resumed(tiny: Tiny) -> None:
