@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .attention_copies import copy_rows, copy_variants
 from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
-from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence
+from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence, shared_head
 from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import dot, drawn, dropped, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
@@ -163,8 +163,8 @@ def attention_forward_kernel(
         exists = tl.arange(0, BLOCK_M) < L - row_start
         S = tl.where(row_start < L, S, 0)  # a tile behind its sequence's end has nothing to do
     q_ptr = at(q_ptr, (q_batch, q_head, q_row), index, head, first_q + row_start)
-    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, head // group, first_k)
-    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, head // group, first_k)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, shared_head(head, group), first_k)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, shared_head(head, group), first_k)
     hiding = (
         padding_ptr,
         batch * padding_batch,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, mask_end, own_sequence
+from .attention_program import at, mask_end, own_sequence, shared_head
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
 
@@ -105,8 +105,8 @@ def attention_backward_mask_kernel(
         end = mask_end(ends_k_ptr, mask_ptr, own_S, MASK_VEC)
         q_base = at(q_ptr, (q_batch, q_head, q_row), place, head, first_q)
         dout_base = at(dout_ptr, (dout_batch, dout_head, dout_row), place, head, first_q)
-        k_base = at(k_ptr, (k_batch, k_head, k_row), place, head // group, first_k)
-        v_base = at(v_ptr, (v_batch, v_head, v_row), place, head // group, first_k)
+        k_base = at(k_ptr, (k_batch, k_head, k_row), place, shared_head(head, group), first_k)
+        v_base = at(v_ptr, (v_batch, v_head, v_row), place, shared_head(head, group), first_k)
         for row_start in range(first_row, last_row, BLOCK_M):
             exists = row < own_L - row_start
             q_here = q_base + tl.cast(row_start, tl.int64) * q_row

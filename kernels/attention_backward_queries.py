@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
-from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence, row_statistics
+from .attention_program import (
+    at,
+    clear_surplus,
+    keys_to_visit,
+    mask_end,
+    own_queries,
+    own_sequence,
+    row_statistics,
+    shared_head,
+)
 from .attention_tiles import (
     deferred,
     dot,
@@ -158,8 +167,8 @@ def attention_backward_queries_kernel(
         exists = tl.arange(0, BLOCK_M) < L - row_start
         S = tl.where(row_start < L, S, 0)  # a tile behind its sequence's end has nothing to do
     q_ptr = at(q_ptr, (q_batch, q_head, q_row), index, head, first_q + row_start)
-    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, head // group, first_k)
-    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, head // group, first_k)
+    k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, shared_head(head, group), first_k)
+    v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, shared_head(head, group), first_k)
     out_ptr = at(out_ptr, (out_batch, out_head, out_row), index, head, first_q + row_start)
     dout_ptr = at(dout_ptr, (dout_batch, dout_head, dout_row), index, head, first_q + row_start)
     hiding = (

@@ -115,9 +115,14 @@ def block_of(dim: int) -> int:
 
 
 def whole_runs(dim: int, dtype: torch.dtype) -> int:
-    """`dim`, rounded up to a number of elements that fills runs of 16 bytes."""
+    """The head dimension of what is copied: `dim` if it fills runs of 16 bytes, else the next that does.
+
+    Up to 32 a power of two: at 24 more programs spill than at 32, which whoever calls with other dimensions has, too.
+    """
     run = 16 // dtype.itemsize
-    return -(-_taken(dim) // run) * run
+    if _taken(dim) % run == 0:
+        return dim
+    return block_of(dim) if dim < 32 else -(-dim // run) * run
 
 
 def _taken(dim: int) -> int:
@@ -259,7 +264,8 @@ def _config(form: Form, kernel: str) -> TileConfig:
         causal=form.causal,
         scattered=form.mask is not None and form.mask_vector == 1,
         mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
-        wide_mask=form.mask == torch.float32,
+        mask_size=0 if form.mask is None else form.mask.itemsize,
+        padding=form.padding,
         packed=form.packed,
         few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,

@@ -39,6 +39,12 @@ def own_keys(S, key_heads, BLOCK_N: tl.constexpr):
 
 
 @jit
+def shared_head(head, group):
+    """The key head that a query head reads. Divided as 32 bits: the division of 64 is a call, whose stack counts as spilled."""
+    return (head.to(tl.int32) // group).to(tl.int64)
+
+
+@jit
 def row_statistics(out, dout, lse_ptr, dlse_ptr, statistics_ptr, rows, all_rows, exists):
     """(lse, inf for rows without visible key; delta) of a tile's rows, which is stored to statistics, fp32 (2, B, H, L), too.
 

@@ -209,13 +209,14 @@ ATTENTION_ATOMICS = {
     (4, 64): TileConfig(32, 16, 4, 2),
     (4, 128): TileConfig(16, 16, 4, 1),
 }
-# The gradient of a mask, in 16 bits. On sm_80 .191 a score at 32 and .238 at 64, where 32 by 16 take .315 and more; narrower
-# where rows share the mask, as its tiles are few then.
+# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .238 on
+# sm_80, and on sm_90, where tensor cores take 64 rows, .162 for .250. Narrower where rows share the mask, as its tiles are few then.
 ATTENTION_MASK = {
-    16: TileConfig(16, 64, 4, 1),
-    32: TileConfig(16, 64, 4, 1),
+    16: TileConfig(64, 32, 4, 1),
+    32: TileConfig(64, 32, 4, 1),
     64: TileConfig(32, 64, 8, 1),
 }
+ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
 ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
 # Elements of a mask that are loaded one by one have an address each: 4 a lane.
 ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
@@ -232,7 +233,8 @@ def attention_config(
     causal: bool,
     scattered: bool,
     mask_run: int,
-    wide_mask: bool,
+    mask_size: int,
+    padding: bool,
     packed: bool,
     few: bool,
     generation: str,
@@ -242,11 +244,12 @@ def attention_config(
     In 16 bits and up to a head dimension of 128, what spills a register is listed in docs/attention.md.
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    wide_mask: its elements have 4 bytes. packed: a packed batch. few: tiles of 128 are under FEW_TILES. generation: see `launch.generation`.
+    mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. few: tiles of 128 are under FEW_TILES.
+    generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
-            return ATTENTION_MASK[block]
+            return (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
             return ATTENTION_SHARED_MASK
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
@@ -266,7 +269,7 @@ def attention_config(
         config = _atomics_config(itemsize, block, dropout, masked or causal, generation)
         if itemsize > 2 or block > 32:
             return config
-        if generation == "ampere" and wide_mask and not dropout:
+        if generation == "ampere" and mask_size == 4 and not dropout:
             return replace(config, rows=16)
         if masked:
             return config
@@ -281,6 +284,11 @@ def attention_config(
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
         return replace(config, rows=max(16, config.rows // 2))
+    if kernel == "queries" and itemsize == 2 and generation == "blackwell":  # 8 bytes spill on sm_120; as many cycles
+        if block == 64:
+            return replace(config, columns=32)
+        if block == 128 and causal:
+            return replace(config, rows=64, num_warps=4)
     if kernel == "keys" and itemsize == 2 and block == 128 and causal and generation == "blackwell":
         config = replace(config, columns=64)
     if heavy and kernel == "keys":
@@ -289,14 +297,16 @@ def attention_config(
         if shared and not (masked or causal):
             return replace(config, num_stages=2)
         config = replace(config, columns=max(16, config.columns // 2))
-        if dropout and wide_mask and itemsize == 2 and block <= 32 and generation:
+        if dropout and mask_size == 4 and itemsize == 2 and block <= 32 and generation:
             # .240 a score, where 3 stages spill and take .298
             config = replace(config, num_stages=1)
     if itemsize == 2 and block <= 64:
         config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
         if kernel == "forward" and masked and dropout and block == 64 and generation == "ampere":
-            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a 16-bit one 8 in 3 stages (.179 for .175).
-            return replace(config, num_warps=8) if wide_mask else replace(config, num_stages=2)
+            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a bool one 32 with padding (.243 for .226), of a
+            # 16-bit one 8 in 3 stages (.179 for .175).
+            wide = mask_size == 4 or (mask_size == 1 and padding)
+            return replace(config, num_warps=8) if wide else replace(config, num_stages=2)
     return config
 
 
