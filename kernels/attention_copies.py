@@ -22,9 +22,9 @@ MOST = 5  # q, k, v, out and dout
 
 @jit
 def _copy(source, to, strides, sizes, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
-    """BLOCK_M rows of one head of a (batches, rows, heads, columns) tensor to (batches, heads, rows, whole runs)."""
+    """BLOCK_M rows of one head of a (batches, rows, heads, columns) tensor to (batches, heads, rows, width)."""
     batch_stride, row_stride, head_stride, column_stride = strides
-    batches, rows, heads, columns = sizes
+    batches, rows, heads, columns, width = sizes
     tiles = tl.maximum(1, tl.cdiv(rows, BLOCK_M))
     head = tl.program_id(0) // tiles  # of all batch elements
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -33,9 +33,8 @@ def _copy(source, to, strides, sizes, BLOCK_M: tl.constexpr, BLOCK_C: tl.constex
     source += (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
     places = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64) * column_stride
     tile = tl.load(source + places, mask=exists & (column < columns), other=0.0)
-    runs = tl.cdiv(columns, VEC)
-    places = (head.to(tl.int64) * rows + row)[:, None] * (runs * VEC)
-    tl.store(run_pointers(to, places, column, VEC), tile, mask=exists & (column // VEC < runs))
+    places = (head.to(tl.int64) * rows + row)[:, None] * width
+    tl.store(run_pointers(to, places, column, VEC), tile, mask=exists & (column // VEC < width // VEC))
 
 
 @jit
@@ -74,18 +73,23 @@ def attention_copy_kernel(
     a_rows: tl.int32,
     a_heads: tl.int32,
     a_columns: tl.int32,
+    a_width: tl.int32,
     b_rows: tl.int32,
     b_heads: tl.int32,
     b_columns: tl.int32,
+    b_width: tl.int32,
     c_rows: tl.int32,
     c_heads: tl.int32,
     c_columns: tl.int32,
+    c_width: tl.int32,
     d_rows: tl.int32,
     d_heads: tl.int32,
     d_columns: tl.int32,
+    d_width: tl.int32,
     e_rows: tl.int32,
     e_heads: tl.int32,
     e_columns: tl.int32,
+    e_width: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     VEC: tl.constexpr,
@@ -93,23 +97,23 @@ def attention_copy_kernel(
     """Up to five tensors, by programs of their own along axis 1; None for those that are not there."""
     which = tl.program_id(1)
     if which == 0:
-        strides, sizes = (a_batch, a_row, a_head, a_column), (batches, a_rows, a_heads, a_columns)
+        strides, sizes = (a_batch, a_row, a_head, a_column), (batches, a_rows, a_heads, a_columns, a_width)
         _copy(a_ptr, a_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
     if b_ptr is not None:
         if which == 1:
-            strides, sizes = (b_batch, b_row, b_head, b_column), (batches, b_rows, b_heads, b_columns)
+            strides, sizes = (b_batch, b_row, b_head, b_column), (batches, b_rows, b_heads, b_columns, b_width)
             _copy(b_ptr, b_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
     if c_ptr is not None:
         if which == 2:
-            strides, sizes = (c_batch, c_row, c_head, c_column), (batches, c_rows, c_heads, c_columns)
+            strides, sizes = (c_batch, c_row, c_head, c_column), (batches, c_rows, c_heads, c_columns, c_width)
             _copy(c_ptr, c_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
     if d_ptr is not None:
         if which == 3:
-            strides, sizes = (d_batch, d_row, d_head, d_column), (batches, d_rows, d_heads, d_columns)
+            strides, sizes = (d_batch, d_row, d_head, d_column), (batches, d_rows, d_heads, d_columns, d_width)
             _copy(d_ptr, d_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
     if e_ptr is not None:
         if which == 4:
-            strides, sizes = (e_batch, e_row, e_head, e_column), (batches, e_rows, e_heads, e_columns)
+            strides, sizes = (e_batch, e_row, e_head, e_column), (batches, e_rows, e_heads, e_columns, e_width)
             _copy(e_ptr, e_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
 
 
@@ -133,11 +137,11 @@ def _launch(copies: list[tuple[Tensor, Tensor]]) -> None:
     absent = MOST - len(copies)
     variant = copy_variant(sources[0].dtype, len(copies), block_of(max(to.shape[3] for to in memory)))
     strides = [stride for t in sources for stride in t.stride()]
-    sizes = [size for t in sources for size in t.shape[1:]]
+    sizes = [size for t, to in copies for size in (*t.shape[1:], to.shape[3])]
     rows = int(variant.constants["BLOCK_M"])
     grid = (max(-(-t.shape[1] // rows) * t.shape[2] for t in sources) * sources[0].shape[0], len(copies))
     none = (None,) * absent
-    numbers = (*strides, *(0,) * 4 * absent, sources[0].shape[0], *sizes, *(0,) * 3 * absent)
+    numbers = (*strides, *(0,) * 4 * absent, sources[0].shape[0], *sizes, *(0,) * 4 * absent)
     launch(variant, grid, *sources, *none, *memory, *none, *numbers)
 
 
@@ -152,6 +156,6 @@ def copy_variants(problem: Problem, backward: bool = False) -> list[Variant]:
 def copy_variant(dtype: torch.dtype, count: int, block: int) -> Variant:
     """The program that copies so many tensors of up to `block` columns."""
     tensors = (pointer(dtype),) * count + (None,) * (MOST - count)
-    types = (*tensors * 2, *("i64",) * 4 * MOST, "i32", *("i32",) * 3 * MOST)
+    types = (*tensors * 2, *("i64",) * 4 * MOST, "i32", *("i32",) * 4 * MOST)
     constants = {"BLOCK_M": 4096 // block, "BLOCK_C": block, "VEC": 16 // dtype.itemsize}
     return Variant(attention_copy_kernel, types, constants, num_warps=4)
