@@ -56,6 +56,10 @@ _requests: list[dict[str, str]] = []  # entered and not yet left, oldest first; 
 _requested: dict[str, str] = {}  # the same, merged: later ones win
 _recorders: list[Callable[[str, _Decision], None]] = []
 _lock = threading.RLock()
+if hasattr(
+    os, "register_at_fork"
+):  # another thread may hold it, while it compiles, when a data loader's worker is forked
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 intervening = False
 _numbers: dict[frozenset[tuple[str, str]], int] = {frozenset(): 0}
 

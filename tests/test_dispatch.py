@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -294,3 +297,34 @@ def test_meta_tensors_and_the_new_precision_settings_are_no_obstacle(op):
             assert op(torch.ones(2, device="meta")).device.type == "meta"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_while_another_thread_decides_is_not_held_up():
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with dispatch._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        with use_backend("eager"):
+            os._exit(0)
+    try:
+        for _ in range(600):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    finally:
+        done.set()
+        thread.join()
+    assert (found, status) == (child, 0)

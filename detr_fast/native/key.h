@@ -242,7 +242,7 @@ class Key {
       for (size_t i = 0; i < j; ++i) {
         const auto &one = spans_[i], &other = spans_[j];
         if (one.storage == other.storage && one.start < other.end && other.start < one.end) {
-          words_.insert(words_.end(), {kOverlap, static_cast<int64_t>(i << 8 | j), static_cast<int64_t>(other.start - one.start)});
+          words_.insert(words_.end(), {kOverlap, static_cast<int64_t>(i << 32 | j), static_cast<int64_t>(other.start - one.start)});
         }
       }
     }

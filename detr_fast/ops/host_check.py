@@ -13,6 +13,7 @@ only programs of a new kind are checked.
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,7 @@ class _Trust:
 
 
 _trusted: dict[torch.device, _Trust] = {}
+_checking = threading.Lock()  # one at a time: what a wait is taken for holds for all threads
 
 
 def _possible() -> bool:
@@ -72,6 +74,8 @@ def passes(name: str, program: HostProgram, python: Way, compiled: Way, inputs: 
     known, kind = _trusted.get(device), (name, bool(program.backwards))
     if known is not None and (not _possible() or (kind in known.kinds and known.seconds > SECONDS)):
         return True
+    if not _checking.acquire(blocking=False):
+        raise Busy
     start = time.perf_counter()
     try:
         with driver.relaxed_captures(), _waiting_allowed(device), casts_again():
@@ -80,6 +84,8 @@ def passes(name: str, program: HostProgram, python: Way, compiled: Way, inputs: 
         raise
     except Exception as error:  # of a call that Python has just recorded
         wrong = f"fails ({type(error).__name__}: {error})"
+    finally:
+        _checking.release()
     if wrong is not None:
         _leave_out(device, f"{name} {wrong}")
         return False

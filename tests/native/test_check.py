@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 from detr_fast.kernels import driver
 
+from benchmarks.test_host_time import CASES
 from detr_fast import implementation, native, nn, ops, use_backend
 from detr_fast.ops import boundary, host_check, host_native
 from detr_fast.ops.host_program import Busy
@@ -92,6 +94,41 @@ def test_a_launch_with_swapped_arguments_is_found_and_everything_runs_from_pytho
     assert native.host is None
 
 
+@pytest.mark.interpreter(None)
+def test_a_seed_at_another_offset_is_found(monkeypatch):
+    function, _, shapes = CASES["add_layer_norm"]
+    leaves = [torch.randn(shape) for shape in shapes]
+    quietly(lambda: function(*leaves))
+    assert host_check._trusted[CPU].kinds == {("detr_fast::add_layer_norm", False)}
+    real = host_native._section
+
+    def broken(program, *rest):
+        other = copy.copy(program)
+        other.recorder = program.recorder._replace(
+            offsets=[(r, further + 1) for r, further in program.recorder.offsets]
+        )
+        return real(other, *rest)
+
+    monkeypatch.setattr(host_native, "_section", broken)
+    native.host.forget()
+    function(*leaves)
+    with pytest.warns(RuntimeWarning, match="add_layer_norm gives another result 1"):
+        function(*leaves)
+    assert native.host is None
+
+
+@pytest.mark.offline
+def test_what_another_threads_check_keeps_from_being_checked_is_checked_later(stub_driver):
+    step = encoder_layer()
+    step()
+    with host_check._checking:
+        for _ in range(2):
+            assert isinstance(step().grad_fn, torch._C._FunctionBase)
+    assert not host_check._trusted
+    assert nodes(step()) >= {"ProgramNodeBackward"}
+    assert ("layer", True) in host_check._trusted[CPU].kinds
+
+
 def encoder_layer(tokens=4):
     layer = nn.TransformerEncoderLayer(64, 2, 64, 0.1, batch_first=True)
     x, padding = torch.randn(1, tokens, 64, requires_grad=True), torch.tensor([[False] * (tokens - 1) + [True]])
@@ -174,14 +211,14 @@ def test_copies_lie_as_the_tensors_do_with_other_values_and_another_seed():
     ]
     given += [torch.tensor([True, False]), torch.arange(3), torch.randn(2, requires_grad=True)]
     copies = host_check._copies(given, 0.5, True)
-    for one, copy in zip(given, copies, strict=True):
-        assert (one is None) == (copy is None)
+    for one, made in zip(given, copies, strict=True):
+        assert (one is None) == (made is None)
         if one is not None:
             told = (one.shape, one.stride(), one.dtype, one.requires_grad, one.data_ptr() % 16)
-            assert (copy.shape, copy.stride(), copy.dtype, copy.requires_grad, copy.data_ptr() % 16) == told
-            assert one.numel() == 0 or copy.data_ptr() != one.data_ptr()
+            assert (made.shape, made.stride(), made.dtype, made.requires_grad, made.data_ptr() % 16) == told
+            assert one.numel() == 0 or made.data_ptr() != one.data_ptr()
             expected = one + 1 if one is seed else one * 0.5 if one.is_floating_point() else one
-            assert torch.equal(copy, expected)
+            assert torch.equal(made, expected)
     assert copies[2].data_ptr() - copies[0].data_ptr() == given[2].data_ptr() - given[0].data_ptr()
     assert host_check._copies([seed], 0.5, False)[0].item() == 7
 

@@ -402,6 +402,19 @@ def test_no_program_outlives_what_it_was_made_of(host):
     assert _forward.native.programs() == []
 
 
+def test_which_of_many_tensors_overlap_is_part_of_what_tells_calls_apart(host):
+    def tensors(one, other):
+        """So many, two of which are the same memory."""
+        found = [torch.empty(4) for _ in range(259)]
+        found[other] = found[one].view(4)
+        return found
+
+    decisions = host.Decisions(8)
+    decisions.put("first and last", host.stamp(), tensors(0, 258))
+    assert decisions.get(tensors(0, 258)) == "first and last"
+    assert decisions.get(tensors(1, 2)) is None
+
+
 def test_shapes_that_vary_for_ever_do_not_fill_the_memory(host):
     decisions, repeated = host.Decisions(8), host.Repeated(lambda x: x, lambda x: None, -1, 8)
     for rows in range(1, 40):
