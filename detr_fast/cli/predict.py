@@ -11,9 +11,10 @@ import typer
 def predict(
     model: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, the original's, or Hugging Face's.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    out: Annotated[Path, typer.Option("--out", help="Gets predictions.json and one picture an image.")] = Path(
-        "predictions"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Gets predictions.json, and a picture of each image (at most 1,600 pixels a side)."),
+    ] = Path("predictions"),
     threshold: Annotated[float, typer.Option("--threshold", help="Leave out what scores less, 0 to 1.")] = 0.5,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from detr_fast.data.coco import CocoFolder
 from detr_fast.engine.config import TrainConfig
@@ -56,6 +57,18 @@ def test_a_batch_finds_what_single_images_do(trained: TrainedModel, scenes: Path
         boxes = [torch.tensor([x.xyxy for x in p.boxes]) for p in (a, b)]
         # Padding is masked in the transformer, but a convolution's last column sees it rather than the border.
         torch.testing.assert_close(boxes[0], boxes[1], rtol=0.05, atol=1.0)
+
+
+def test_pictures_of_large_photos_are_reduced_while_boxes_stay_in_the_files_pixels(
+    trained: TrainedModel, tmp_path: Path
+) -> None:
+    Image.new("RGB", (3200, 800)).save(tmp_path / "photo.png")
+    (record,) = write_predictions(
+        predict_images(trained, [tmp_path / "photo.png"], threshold=0.0), trained, tmp_path / "out"
+    )
+    assert Image.open(tmp_path / "out" / "photo.png").size == (1600, 400)
+    assert (record["width"], record["height"]) == (3200, 800)
+    assert max(d["bbox"][0] + d["bbox"][2] for d in record["detections"]) > 1600
 
 
 def test_what_is_no_image_is_named(tmp_path: Path, trained: TrainedModel) -> None:
