@@ -88,7 +88,7 @@ def write_voc(records: Records, folder: Path) -> None:
     for split, images in records.splits.items():
         stems = []
         for image in images:
-            name = copies.add(image.path, image.file_name.replace("/", "_"))
+            name = copies.add(image.path, image.file_name.replace("\\", "_").replace("/", "_"))
             stems.append(Path(name).stem)
             tree = ElementTree.ElementTree(_to_xml(image, name, records.names))
             ElementTree.indent(tree)

@@ -57,6 +57,15 @@ def test_coco_keeps_crowds_and_the_others_say_how_many_they_dropped(write_coco, 
     assert (dropped.images, dropped.boxes, dropped.crowds_dropped) == ({"train": 3}, {"train": 3}, 1)
 
 
+@pytest.mark.parametrize("name", ["yolo", "voc"])
+def test_images_in_folders_of_windows_come_through(write_coco, tmp_path, name):
+    folder = write_coco(edit=lambda raw: raw["images"][0].update(file_name="sub\\wide.png"))
+    (folder / "images" / "sub").mkdir()
+    (folder / "images" / "wide.png").rename(folder / "images" / "sub" / "wide.png")
+    convert(folder, tmp_path / "there", "coco", name)
+    assert convert(tmp_path / "there", tmp_path / "back", name, "coco").boxes == {"train": 3}
+
+
 def test_yolo_files_are_as_ultralytics_reads_them(write_coco, tmp_path):
     convert(write_coco(), tmp_path / "yolo", "coco", "yolo")
     root = tmp_path / "yolo"
