@@ -84,7 +84,7 @@ def add_layer_norm_forward_kernel(
     x = x.to(tl.float32)
     if seed_ptr is not None:
         low, high = load_seed(seed_ptr)
-        x = tl.where(keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C), x * scale, 0.0)
+        x = tl.where(keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C, VEC), x * scale, 0.0)
     x += residual.to(tl.float32)
 
     y_stride = BLOCK_C if FULL else C

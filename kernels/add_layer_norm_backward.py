@@ -103,7 +103,7 @@ def add_layer_norm_backward_kernel(
                 x = load_where(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask, cut or not FULL)
                 rstd = load_where(rstd_ptr + first + row, exists, cut)
             if seed_ptr is not None:
-                keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C)
+                keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C, VEC)
             ds = dy.to(tl.float32)
             if rstd_ptr is not None:
                 x = x.to(tl.float32)

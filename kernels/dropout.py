@@ -84,14 +84,23 @@ def load_seed(seed_ptr):
 
 
 @jit
-def keep_rows(low, high, offset, threshold, row, start, BLOCK_C: tl.constexpr):
+def keep_rows(low, high, offset, threshold, row, start, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
     """Which elements are kept: rows `row` (ROWS, 1), int64, columns start ... start + BLOCK_C - 1, start a multiple of 8.
 
-    low, high: from `load_seed`. offset: of the op, int32. threshold: int32, from the function of that name.
+    low, high: from `load_seed`. offset: of the op, int32. threshold: int32, from the function of that name. VEC: as of the
+    accesses beside it, see rows.py.
     """
+    low_row, high_row, offset = row.to(tl.uint32), (row >> 32).to(tl.uint32), tl.cast(offset, tl.uint32)
+    if VEC == 1:
+        # Accesses of one element leave neighbours to different threads, each of which would take the whole call for its
+        # one draw: twice the instructions of a kernel's loop. So a thread takes calls, and passes on what is kept.
+        group = start // 8 + tl.arange(0, BLOCK_C // 8)[None, :]
+        first, second, third, fourth = _philox(low, high, group.to(tl.uint32), low_row, high_row, offset)
+        words = tl.join(tl.join(first, third), tl.join(second, fourth))
+        draws = tl.join(words << 16, words).to(tl.int32, bitcast=True)
+        return tl.reshape(draws < threshold, (row.shape[0], BLOCK_C))
     column = tl.arange(0, BLOCK_C)[None, :]
-    group = (start // 8 + column // 8).to(tl.uint32)
-    words = _philox(low, high, group, row.to(tl.uint32), (row >> 32).to(tl.uint32), tl.cast(offset, tl.uint32))
+    words = _philox(low, high, (start // 8 + column // 8).to(tl.uint32), low_row, high_row, offset)
     return _draw(words, column & 4, column & 2, column & 1) < threshold
 
 
@@ -107,8 +116,21 @@ def keep_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
+    VEC: tl.constexpr = 8,
 ):
-    """Which elements of a tile are kept, (ROWS, COLUMNS), or (COLUMNS, ROWS) where TRANSPOSED; arguments as of `draw_tile`."""
+    """Which elements of a tile are kept, (ROWS, COLUMNS), or (COLUMNS, ROWS) where TRANSPOSED; arguments as of `draw_tile`.
+
+    VEC: as in `keep_rows`; tiles that are not TRANSPOSED.
+    """
+    if VEC == 1:
+        row, column = tl.arange(0, ROWS // 2)[:, None], tl.arange(0, COLUMNS // 4)[None, :]
+        rows, columns = (row_start // 16 * 8 + row).to(tl.uint32), (column_start // 16 * 4 + column).to(tl.uint32)
+        head, offset = tl.cast(head, tl.uint32), tl.cast(offset, tl.uint32)
+        first, second, third, fourth = _philox(low, high, columns, rows, head, offset)
+        words = tl.join(tl.join(first, third), tl.join(second, fourth))
+        kept = keep_drawn(tl.join(words, words >> 16), tl.full((), 0, tl.int1), threshold)
+        kept = tl.reshape(kept, (ROWS // 16, 8, COLUMNS // 16, 4, 2, 2, 2))
+        return tl.reshape(tl.permute(kept, (0, 4, 1, 2, 5, 3, 6)), (ROWS, COLUMNS))
     words, odd = draw_tile(low, high, offset, head, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)
     return keep_drawn(words, odd, threshold)
 

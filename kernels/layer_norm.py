@@ -276,8 +276,10 @@ def forward_variant(
 def backward_config(columns: int, dy_dtype: torch.dtype, x_dtype: torch.dtype, vector: int) -> RowConfig:
     """How the backward lies on the machine."""
     block = block_of(columns)
-    crowded = vector > 1 and (columns < block or max(dy_dtype.itemsize, x_dtype.itemsize) > 2)
-    return (ADD_LAYER_NORM_BACKWARD if crowded else LAYER_NORM_BACKWARD)[block]
+    config = LAYER_NORM_BACKWARD[block]
+    # One by one, tiles are halved (`row_constants`) where they have more than a row.
+    crowded = columns < block or max(dy_dtype.itemsize, x_dtype.itemsize) > 2 if vector > 1 else config.rows == 1
+    return ADD_LAYER_NORM_BACKWARD[block] if crowded else config
 
 
 @cache

@@ -159,7 +159,7 @@ def finish_rows(
         s += load_parameters(bias_ptr, column, inside, VEC)
     if seed_ptr is not None:
         low, high = load_seed(seed_ptr)
-        kept = keep_rows(low, high, offset, threshold, (first + m)[:, None].to(tl.int64), 0, BLOCK_N)
+        kept = keep_rows(low, high, offset, threshold, (first + m)[:, None].to(tl.int64), 0, BLOCK_N, VEC)
         s = tl.where(kept, s * scale, 0.0)
     residual_base = residual_ptr + first.to(tl.int64) * residual_row_stride
     residual = tl.load(run_pointers(residual_base, row * residual_row_stride, column, VEC), mask=inside, other=0.0)

@@ -54,7 +54,7 @@ def _load_sum(
     keep = inside
     if seed_ptr is not None:
         low, high = load_seed(seed_ptr)
-        keep = keep_rows(low, high, offset, threshold, row, start, BLOCK_C)
+        keep = keep_rows(low, high, offset, threshold, row, start, BLOCK_C, VEC)
         # Where the caller's x is the sum already, the mask is only for its gradient.
         if residual_ptr is not None:
             total = tl.where(keep, total * scale, 0.0)

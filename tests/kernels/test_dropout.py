@@ -29,18 +29,20 @@ def rows_kernel(
     C: tl.int32,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
     DROP: tl.constexpr = True,
 ):
-    """y = x where kept, else 0. A program takes ROWS rows and goes over the columns, a multiple of 8, in blocks."""
+    """y = x where kept, else 0. A program takes ROWS rows and goes over the columns, a multiple of VEC, in blocks."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     low, high = dropout.load_seed(seed_ptr)
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)[None, :]
-        mask = (row < rows) & (column // 8 < C // 8)
-        x = tl.load(run_pointers(x_ptr, row * C, column, 8), mask=mask, other=0.0).to(tl.float32)
+        mask = (row < rows) & (column // VEC < C // VEC)
+        x = tl.load(run_pointers(x_ptr, row * C, column, VEC), mask=mask, other=0.0).to(tl.float32)
         if DROP:
-            x = tl.where(dropout.keep_rows(low, high, offset, threshold, first_row + row, start, BLOCK_C), x, 0.0)
-        tl.store(run_pointers(y_ptr, row * C, column, 8), x.to(y_ptr.dtype.element_ty), mask=mask)
+            keep = dropout.keep_rows(low, high, offset, threshold, first_row + row, start, BLOCK_C, VEC)
+            x = tl.where(keep, x, 0.0)
+        tl.store(run_pointers(y_ptr, row * C, column, VEC), x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -54,12 +56,13 @@ def tile_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """y (heads, queries, keys) says what is kept."""
     row_start, head = tl.program_id(0) * M, tl.program_id(1)
     low, high = dropout.load_seed(seed_ptr)
     for column_start in range(0, keys, N):
-        keep = dropout.keep_tile(low, high, offset, threshold, head, row_start, column_start, M, N, TRANSPOSED)
+        keep = dropout.keep_tile(low, high, offset, threshold, head, row_start, column_start, M, N, TRANSPOSED, VEC)
         if TRANSPOSED:
             keep = tl.trans(keep)
         row, column = row_start + tl.arange(0, M)[:, None], column_start + tl.arange(0, N)[None, :]
@@ -126,14 +129,14 @@ def seed_of(value):
     return torch.tensor([value], dtype=torch.int64)
 
 
-def rows_variant(block, tile, kind="*fp32"):
+def rows_variant(block, tile, kind="*fp32", vector=8):
     types = (kind, kind, "*i64", "i32", "i32", "i64", "i64", "i32")
-    return Variant(rows_kernel, types, {"ROWS": tile, "BLOCK_C": block}, num_warps=1)
+    return Variant(rows_kernel, types, {"ROWS": tile, "BLOCK_C": block, "VEC": vector}, num_warps=1)
 
 
-def tile_variant(m, n, transposed):
+def tile_variant(m, n, transposed, vector):
     types = ("*i1", "*i64", "i32", "i32", "i32", "i32")
-    return Variant(tile_kernel, types, {"M": m, "N": n, "TRANSPOSED": transposed})
+    return Variant(tile_kernel, types, {"M": m, "N": n, "TRANSPOSED": transposed, "VEC": vector})
 
 
 def attention_variant(m, n, transposed):
@@ -141,18 +144,18 @@ def attention_variant(m, n, transposed):
     return Variant(attention_kernel, types, {"M": m, "N": n, "TRANSPOSED": transposed})
 
 
-def kept_rows(seed, offset, p, rows, columns, tile, block, first_row=0):
+def kept_rows(seed, offset, p, rows, columns, tile, block, first_row=0, vector=8):
     x, y = torch.ones(rows, columns), torch.full((rows, columns), float("nan"))
     grid = (-(-rows // tile),)
     arguments = (x, y, seed, offset, dropout.threshold(p), rows, first_row, columns)
-    launch(rows_variant(block, tile), grid, *arguments)
+    launch(rows_variant(block, tile, vector=vector), grid, *arguments)
     return y == 1
 
 
-def kept_tiles(seed, offset, p, heads, queries, keys, m, n, transposed):
+def kept_tiles(seed, offset, p, heads, queries, keys, m, n, transposed, vector=8):
     y = torch.zeros(heads, queries, keys, dtype=torch.bool)
     grid = (-(-queries // m), heads)
-    launch(tile_variant(m, n, transposed), grid, y, seed, offset, dropout.threshold(p), queries, keys)
+    launch(tile_variant(m, n, transposed, vector), grid, y, seed, offset, dropout.threshold(p), queries, keys)
     return y
 
 
@@ -160,8 +163,9 @@ def kept_tiles(seed, offset, p, heads, queries, keys, m, n, transposed):
 @pytest.mark.parametrize(("tile", "block"), [(1, 8), (4, 16), (2, 64)])
 def test_row_masks_are_the_twins_whatever_the_tile(interpreter, tile, block):
     seed = seed_of(-(2**62) - 12345)  # both halves, and the sign, matter
-    expected = keep_mask(seed, 3, 0.3, 1, 7, 40)[0]
-    assert torch.equal(kept_rows(seed, 3, 0.3, 7, 40, tile, block), expected)
+    for columns, vector in ((40, 8), (37, 1)):
+        expected = keep_mask(seed, 3, 0.3, 1, 7, columns)[0]
+        assert torch.equal(kept_rows(seed, 3, 0.3, 7, columns, tile, block, vector=vector), expected)
 
 
 @interpreter_only
@@ -172,13 +176,13 @@ def test_rows_beyond_32_bits_have_masks_of_their_own(interpreter):
 
 
 @interpreter_only
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("transposed", "vector"), [(False, 8), (True, 8), (False, 1)])
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (32, 64), (64, 32)])
-def test_tile_masks_are_the_twins_whatever_the_tile(interpreter, m, n, transposed):
+def test_tile_masks_are_the_twins_whatever_the_tile(interpreter, m, n, transposed, vector):
     seed = seed_of(987654321987654321)
     for p in (0.4, 0.5, 0.8):  # under a bound below zero, at zero, and kept where under it
         expected = keep_mask(seed, 2, p, 2, 50, 70, tiles=True)
-        assert torch.equal(kept_tiles(seed, 2, p, 2, 50, 70, m, n, transposed), expected)
+        assert torch.equal(kept_tiles(seed, 2, p, 2, 50, 70, m, n, transposed, vector), expected)
 
 
 @interpreter_only
@@ -230,10 +234,11 @@ def test_on_a_gpu_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
     ("variant", "elements", "most"),
     [
         (rows_variant(256, 8, "*bf16"), 8 * 256, 8.0),
+        (rows_variant(256, 4, "*bf16", vector=1), 4 * 256, 14.0),
         (attention_variant(64, 64, False), 64 * 64, 6.0),
         (attention_variant(128, 32, True), 128 * 32, 5.0),
     ],
-    ids=["rows", "tile", "transposed"],
+    ids=["rows", "rows one by one", "tile", "transposed"],
 )
 def test_the_elements_of_a_thread_share_philox_calls(target, variant, elements, most):
     """One call an element would add 40 instructions to each."""

@@ -1,0 +1,39 @@
+"""Programs beyond the catalog's that spilled registers once: what calls launch whose rows are read one element at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detr_fast.kernels import add_layer_norm, layer_norm, linear
+from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
+from detr_fast.kernels.offline import compile_variant, older_compiler
+from detr_fast.kernels.product_tiles import Form
+
+BF16, FP32 = torch.bfloat16, torch.float32
+GELU = Form(BF16, "gelu", True, 1, "ieee")
+# Behind them: the bytes a thread that spilled.
+VARIANTS = {
+    "gelu": ("sm_90", linear.forward_variant(GELU, BF16, True, True, False)),  # 8
+    "gelu_backward": ("sm_80", linear.backward_variant(GELU, True, False)),  # 88
+    "add_layer_norm": (
+        "sm_90",
+        add_layer_norm.forward_variant(2048, BF16, FP32, FP32, None, FP32, True, True, 1),
+    ),  # 8
+    "add_layer_norm_backward": (
+        "sm_80",
+        backward_variant(8192, BackwardForm((FP32, None, BF16, FP32, FP32, BF16, FP32), False, True, True), 1),
+    ),  # 72
+    "residual_norm_backward": (
+        "sm_90",
+        backward_variant(20, BackwardForm((BF16, BF16, BF16, None, BF16, BF16, BF16), True, True, True, True), 1),
+    ),  # 8
+    "layer_norm_backward": ("sm_80", layer_norm.backward_variant(4104, BF16, BF16, BF16, True, True, True, 1)),  # 16
+}
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_spills_where_16_bit_rows_are_read_one_by_one(name):
+    target, variant = VARIANTS[name]
+    _, _, resources = compile_variant(variant, target)
+    assert older_compiler() or resources.spills == 0
