@@ -77,6 +77,19 @@ def a_row_of_lowest_numbers(twins):
         torch.testing.assert_close(ours(x, x, x, attn_mask=mask, need_weights=False)[0], theirs)
 
 
+def a_mask_of_nothing(twins):
+    ours, original = twins("MultiheadAttention", 8, 2, batch_first=True, dtype=torch.float32)
+    for shape in ((0, 3, 8), (2, 0, 8)):
+        x, mask = torch.randn(shape), torch.zeros(shape[1], shape[1])
+        padding = torch.zeros(shape[:2], dtype=torch.bool)
+        masks = {"attn_mask": mask, "key_padding_mask": padding, "need_weights": False}
+        with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+            original(x, x, x, **masks)
+        for backend in ("sdpa", "eager"):
+            with use_backend(attention=backend):
+                assert ours(x, x, x, **masks)[0].shape == original(x, x, x, need_weights=False)[0].shape == x.shape
+
+
 class TransformerEncoderLayer(torch_nn.Module):
     """The original DETR's, as far as the adapter knows it by."""
 
@@ -151,6 +164,7 @@ DIFFERENCES = {
     "Queries that see no key": a_query_that_sees_no_key,
     "NaN and infinity in keys that are hidden": nan_in_hidden_keys,
     "Rows masked by a dtype's lowest number": a_row_of_lowest_numbers,
+    "A mask beside an empty batch": a_mask_of_nothing,
     "Padded positions of an encoder's output in inference": padded_positions,
     "Nested tensors with an implementation asked for by name": nested_tensors,
     "Attention weights inside the original DETR's layers": weights_of_the_original_detr,
