@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +134,12 @@ def names_used(function: Any) -> frozenset[str]:
 def names(text: str) -> frozenset[str]:
     """The same, written down."""
     return frozenset(text.split())
+
+
+def times_read(function: Any) -> Counter[str]:
+    """How often a function's code reads each global and attribute: a step more of the same kind is another function."""
+    steps = dis.get_instructions(inspect.unwrap(function))
+    return Counter(s.argval for s in steps if s.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL"))
 
 
 def reads(function: Any) -> tuple[str, str]:

@@ -7,12 +7,22 @@ repository's own visualisation does. Layers run on the same fused blocks as torc
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, joined, joined_of, names, names_used, reads, why_not_switch
+from detr_fast.adapters.base import (
+    Adapter,
+    Scriptable,
+    joined,
+    joined_of,
+    names_used,
+    reads,
+    times_read,
+    why_not_switch,
+)
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.nn import fusion
 from detr_fast.nn.multihead_attention import attention_inputs
@@ -20,12 +30,13 @@ from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.dropout import shared_seed
 from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
 
-# The code that we know: the names that forward, forward_post and forward_pre read.
+# The code that we know: the names that forward, forward_post and forward_pre read, and how often the two read them.
 _FORWARD = frozenset({"normalize_before", "forward_pre", "forward_post"})
-_BODY = names("with_pos_embed self_attn dropout1 norm1 linear2 dropout activation linear1 dropout2 norm2")
+_BODY = "with_pos_embed self_attn dropout1 norm1 linear2 dropout activation linear1 dropout2 norm2"
 _KNOWN = {
-    "TransformerEncoderLayer": _BODY,
-    "TransformerDecoderLayer": _BODY | {"multihead_attn", "dropout3", "norm3"},
+    "TransformerEncoderLayer": Counter(_BODY.split()),
+    # Positions are added to both attentions' queries and to memory's keys, never to values.
+    "TransformerDecoderLayer": Counter(f"{_BODY} multihead_attn with_pos_embed with_pos_embed dropout3 norm3".split()),
 }
 
 
@@ -145,7 +156,7 @@ class OriginalDetr(Adapter):
         known = _KNOWN[kind.__name__]
         methods: Any = kind
         if names_used(methods.forward) != _FORWARD or not (
-            names_used(methods.forward_post) == names_used(methods.forward_pre) == known
+            times_read(methods.forward_post) == times_read(methods.forward_pre) == known
             and reads(methods.with_pos_embed) == ("self tensor pos", "")
         ):
             return "its name is that of the original DETR's layer, its code is not"

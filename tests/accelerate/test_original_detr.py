@@ -223,6 +223,29 @@ def test_a_layer_of_the_same_name_with_other_code_is_left_alone():
     assert left.reason == "its name is that of the original DETR's layer, its code is not"
 
 
+def test_a_layer_that_adds_positions_to_values_too_is_left_alone():
+    class TransformerEncoderLayer(Layer):
+        forward = globals()["TransformerEncoderLayer"].forward
+
+        def forward_post(self, src, src_mask=None, src_key_padding_mask=None, pos=None):
+            q = k = self.with_pos_embed(src, pos)
+            v = self.with_pos_embed(src, pos)
+            src2 = self.self_attn(q, k, value=v, attn_mask=src_mask, key_padding_mask=src_key_padding_mask)[0]
+            src = self.norm1(src + self.dropout1(src2))
+            src2 = self.linear2(self.dropout(self.activation(self.linear1(src))))
+            return self.norm2(src + self.dropout2(src2))
+
+        forward_pre = forward_post
+
+    layer = TransformerEncoderLayer(32, 4, 48, 0.0, False)
+    x, position = torch.randn(2, 5, 2, 32).unbind(0)
+    expected = layer(x, pos=position)
+    (left,) = detr_fast.accelerate(layer).left
+    assert left.reason == "its name is that of the original DETR's layer, its code is not"
+    with use_backend(attention="eager"):
+        torch.testing.assert_close(layer(x, pos=position), expected)
+
+
 def test_dropout_draws_what_it_drew():
     model = Model(dropout=0.2)
     detr_fast.accelerate(model)
