@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 USER_ERROR = 2
-EXTRA_PACKAGES = ("torchvision", "scipy", "pycocotools", "matplotlib", "safetensors", "accelerate", "PIL", "numpy")
+EXTRA_PACKAGES = (
+    "torchvision",
+    "scipy",
+    "pycocotools",
+    "matplotlib",
+    "safetensors",
+    "accelerate",
+    "PIL",
+    "numpy",
+    "yaml",
+)
 
 
 def explain_error(error: Exception) -> tuple[str, int] | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -95,3 +97,21 @@ def test_asking_for_help_needs_no_torch():
         "assert 'torch' not in sys.modules"
     )
     assert "demo" in python(code)
+
+
+def test_what_the_training_rooms_import_is_declared_and_named_where_it_is_missing():
+    from detr_fast.cli.errors import EXTRA_PACKAGES
+
+    imported = set()
+    for room in ("cli", "engine", "data", "models"):
+        for file in (ROOT / "detr_fast" / room).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    imported.add(node.module)
+    foreign = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"detr_fast"}
+    assert foreign <= {*EXTRA_PACKAGES, "torch", "typer", "rich"}
+    declared = re.findall(r'^    "([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    known_as = {"PIL": "pillow", "yaml": "pyyaml"}
+    assert {known_as.get(name, name) for name in EXTRA_PACKAGES} <= set(declared)
