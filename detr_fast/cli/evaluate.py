@@ -16,6 +16,7 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="val, test or train.")] = "val",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = 8,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, and nothing else.")] = False,
 ) -> None:
     """Evaluate a trained model: COCO's average precision, overall and for each class."""
@@ -44,7 +45,7 @@ def evaluate(
     opened = CocoFolder.open(folder, bad_boxes="drop" if trained.config.drop_bad_boxes else "raise")
     dataset = CocoDetection(opened, split, eval_transforms(trained.config.transforms))
     labels = match_labels(trained, dataset.names, dataset.category_ids, folder)
-    loader = build_loader(dataset, batch_size, shuffle=False, pin_memory=where.type == "cuda")
+    loader = build_loader(dataset, batch_size, shuffle=False, workers=workers, pin_memory=where.type == "cuda")
     evaluator = CocoEvaluator(dataset)
     with progress_bar(Console(stderr=True), "evaluating") as progress:
         figures = evaluate_model(trained.model, loader, evaluator, where, progress=progress, labels=labels)

@@ -150,6 +150,8 @@ def test_a_trained_model_is_evaluated(trained: Path, capsys: pytest.CaptureFixtu
     figures = json.loads(capsys.readouterr().out)
     assert 0 <= figures["AP"] <= figures["AP50"] <= 1
     assert "AP/ring" in figures
+    assert status("evaluate", trained, "--json", "--device", "cpu", "--workers", "0") == 0
+    assert json.loads(capsys.readouterr().out) == figures
     assert status("evaluate", trained, "--split", "train", "--device", "cpu") == 0
     assert "ring" in capsys.readouterr().out
 
