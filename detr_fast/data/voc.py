@@ -48,7 +48,7 @@ def read_voc(folder: Path) -> Records:
 
 def _listed(path: Path) -> list[str]:
     """One name a line; lists of a single class have a 1, 0 or -1 behind it."""
-    lines = (line.strip() for line in path.read_text().splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines())
     return [re.sub(r"\s+-?[01]$", "", line) for line in lines if line]
 
 

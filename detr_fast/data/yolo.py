@@ -31,7 +31,7 @@ def read_yolo(folder: Path) -> Records:
     if path is None:
         raise DataError(f"{folder}: holds no data.yaml with 'names' and 'train'; give the folder that has it")
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: is not YAML ({str(error).splitlines()[0]}); correct it") from None
     if not isinstance(config, dict):
@@ -45,6 +45,8 @@ def read_yolo(folder: Path) -> Records:
             splits[split] = [_read_image(image, name, len(names)) for image, name in images]
     if not splits:
         raise DataError(f"{path}: names no 'train', 'val' or 'test' images; add the folders")
+    if not any(image.boxes for images in splits.values() for image in images):
+        raise DataError(f"{path}: none of its images has a label; put label files into labels/ or beside the images")
     return Records(names, splits)
 
 
@@ -55,6 +57,11 @@ def _names(names: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names:
         raise DataError(f"{path}: 'names' is {names!r:.60}, expected a list of names, or labels 0, 1, 2, … with names")
     return tuple(str(name) for name in names)
+
+
+def _text(path: Path) -> str:
+    """Without the mark that Windows' editors begin a file with; bytes that are no text are then seen to be no numbers."""
+    return path.read_text(encoding="utf-8-sig", errors="replace")
 
 
 def _image_files(entry: Any, config: Path, root: Any) -> list[tuple[Path, str]]:
@@ -68,9 +75,11 @@ def _image_files(entry: Any, config: Path, root: Any) -> list[tuple[Path, str]]:
             place = config.parent / str(item).removeprefix("../")
         if place.is_dir():
             files = sorted(file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise DataError(f"{place}: holds no images, but {config.name} names it; correct the path")
             found += [(file, str(file.relative_to(place))) for file in files]
         elif place.is_file():
-            lines = [line.strip() for line in place.read_text().splitlines()]
+            lines = [line.strip() for line in _text(place).splitlines()]
             files = [image_path(place.parent, line) for line in lines if line]
             found += [(file, file.name) for file in files]
         else:
@@ -86,7 +95,7 @@ def _read_image(path: Path, file_name: str, classes: int) -> ImageRecord:
         parts[last] = "labels"
     labels = next((file for file in (Path(*parts), path.with_suffix(".txt")) if file.is_file()), None)
     boxes = []
-    for number, line in enumerate(labels.read_text().splitlines() if labels is not None else [], start=1):
+    for number, line in enumerate(_text(labels).splitlines() if labels is not None else [], start=1):
         if line.strip():
             boxes.append(_read_line(line, f"{labels}: line {number}", classes, height, width))
     return ImageRecord(path, file_name, height, width, tuple(boxes))
@@ -103,6 +112,8 @@ def _read_line(line: str, where: str, classes: int, height: int, width: int) -> 
         raise DataError(
             f"{where} has label {label:g}, expected 0 to {classes - 1}; correct it, or 'names' in data.yaml"
         )
+    if not all(-1 <= value <= 2 for value in values):  # a box may overhang, but by no more
+        raise DataError(f"{where} is {line!r:.60}, expected fractions of the image's width and height, not pixels")
     if len(values) == 4:
         x, y, w, h = values
         x0, y0 = x - w / 2, y - h / 2

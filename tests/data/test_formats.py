@@ -97,7 +97,7 @@ def write_yolo(root, config="train: images\nnames: [cat, dog]\n", labels="1 0.5 
     (root / "images").mkdir(parents=True)
     (root / "labels").mkdir()
     Image.fromarray(np.zeros((40, 80, 3), dtype=np.uint8)).save(root / "images" / "a.png")
-    (root / "labels" / "a.txt").write_text(labels)
+    (root / "labels" / "a.txt").write_text(labels, errors="surrogateescape")
     (root / "data.yaml").write_text(config)
     return root
 
@@ -127,6 +127,12 @@ def test_the_usual_ways_to_write_data_yaml_are_read(tmp_path, config):
     assert boxes_of(tmp_path / "coco") == [("dog", [20, 15, 40, 10])]
 
 
+def test_the_mark_that_editors_on_windows_begin_a_file_with_is_no_number(tmp_path):
+    root = write_yolo(tmp_path / "yolo", labels="\ufeff1 0.5 0.5 0.5 0.25\r\n")
+    convert(root, tmp_path / "coco", "yolo", "coco")
+    assert boxes_of(tmp_path / "coco") == [("dog", [20, 15, 40, 10])]
+
+
 def test_polygons_count_by_the_box_around_them(tmp_path):
     root = write_yolo(tmp_path / "yolo", labels="0 0.25 0.25 0.5 0.125 0.75 0.5\n")
     convert(root, tmp_path / "coco", "yolo", "coco")
@@ -150,6 +156,11 @@ def test_yolo_boxes_are_on_the_picture_as_exif_turns_it(tmp_path):
         (None, "2 0.5 0.5 0.1 0.1", r"a.txt: line 1 has label 2, expected 0 to 1"),
         (None, "0 0.5 0.5 0.1 0.1\n0 0.5 x 0.1 0.1", r"a.txt: line 2 is '0 0.5 x 0.1 0.1', expected numbers"),
         (None, "0 0.5 0.5 0.1", r"a.txt: line 1 has 3 values after the label"),
+        (None, "0 40 20 10 10", r"a.txt: line 1 is '0 40 20 10 10', expected fractions of .*, not pixels"),
+        (None, "0 nan 0.5 0.1 0.1", r"a.txt: line 1 is '0 nan 0.5 0.1 0.1', expected fractions"),
+        (None, "0 0.5 0.5 0.1 \udcff", r"a.txt: line 1 is .*, expected numbers"),  # a byte that is no UTF-8
+        (None, "", r"data.yaml: none of its images has a label; put label files into labels/"),
+        ("train: labels\nnames: [cat]\n", "", r"labels: holds no images, but data.yaml names it"),
         ("train: nowhere\nnames: [cat]\n", "", r"data.yaml: 'nowhere' is neither a folder nor a list"),
         ("names: [cat]\n", "", r"data.yaml: names no 'train', 'val' or 'test' images"),
         ("train: images\nnames: 5\n", "", r"data.yaml: 'names' is 5"),
