@@ -18,6 +18,7 @@ from types import CodeType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
@@ -50,7 +51,7 @@ class HuggingFaceAttention(Adapter):
             return None
         if (reason := why_not_switch(module)) is not None:
             return reason
-        if (reason := _why_not_implementation(config)) is not None:
+        if (reason := why_not_masks() or _why_not_implementation(config)) is not None:
             return reason
         if any(map(_compares_with_sdpa, {kind.__module__ for kind in type(module).__mro__})):
             return "its model's code asks whether attention is 'sdpa', and computes something else under another name"
@@ -76,6 +77,14 @@ class HuggingFaceAttention(Adapter):
         config: Any = module.config
         if config._attn_implementation == NAME:  # else somebody has set another one since
             config._attn_implementation_internal = "sdpa"
+
+
+def why_not_masks() -> str | None:
+    """Why masks can't be made as transformers asks for them."""
+    given = tuple(inspect.signature(sdpa_mask).parameters)[:5]
+    if given == ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"):
+        return None
+    return f"transformers {transformers.__version__} asks for masks differently ({', '.join(given)}): use a newer one"
 
 
 def _why_not_implementation(config: Any) -> str | None:

@@ -163,6 +163,7 @@ class TableTransformer(Adapter):
         kind = kind_of(module)
         if kind in _STACKS:
             ready = module.config._attn_implementation == "eager"  # type: ignore[union-attr]
+            ready = ready and hugging_face.why_not_masks() is None
             return kind if ready and why_not_switch(module) is None else None
         original = next((one for one in _REPLACEMENTS if isinstance(module, one)), None)
         if original is None or isinstance(module, _REPLACEMENTS[original]):

@@ -89,4 +89,6 @@ class Timm(Adapter):
             return "this version of timm computes it differently"
         if unknown := names_used(kind.forward) - _KNOWN[kind]:
             return f"this version of timm computes it differently ({', '.join(sorted(unknown))})"
+        if (arguments := reads(kind.forward)[0]) != reads(replacement.forward)[0]:
+            return f"this version of timm calls it differently ({arguments})"
         return why_not_switch(module) or replacement

@@ -11,6 +11,7 @@ from detr_fast.dispatch import BackendError
 from detr_fast.explanation import explaining
 
 transformers = pytest.importorskip("transformers")
+hugging_face = pytest.importorskip("detr_fast.adapters.hugging_face")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 30}
 TOKENS = torch.arange(18).view(3, 6)
@@ -92,3 +93,17 @@ def test_what_attention_is_given_beyond_ours_is_transformers_and_refused_by_name
         assert torch.equal(last(model), expected)
     with use_backend(attention="eager"), pytest.raises(BackendError, match="T5Attention gives it position_bias"):
         last(model)
+
+
+def test_a_transformers_that_asks_for_masks_by_other_arguments_keeps_its_attention(monkeypatch):
+    def sdpa_mask(batch_size, cache_position, kv_length, kv_offset=0, **options):  # as transformers 5.0 has it
+        raise AssertionError("ours would be called so, too")
+
+    monkeypatch.setattr(hugging_face, "sdpa_mask", sdpa_mask)
+    model = made("Bert")
+    expected = last(model)
+    reasons = {one.reason for one in detr_fast.accelerate(model).left}
+    given = "(batch_size, cache_position, kv_length, kv_offset, options)"
+    assert reasons == {f"transformers {transformers.__version__} asks for masks differently {given}: use a newer one"}
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(last(model), expected)

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import detr_fast
+from detr_fast.adapters.base import names_used
 from detr_fast.explanation import explaining
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
+timm_adapter = pytest.importorskip("detr_fast.adapters.timm")
 
 
 def timm_vit(**options):
@@ -111,6 +113,28 @@ def test_another_version_of_a_class_is_left_alone(monkeypatch):
     monkeypatch.setattr(Attention, "forward", forward)
     report = detr_fast.accelerate(timm_vit())
     assert {one.reason for one in report.left} == {"this version of timm computes it differently (rotate)"}
+
+
+def test_an_older_version_whose_attention_takes_no_mask_is_left_alone(monkeypatch):
+    from timm.models.vision_transformer import Attention, Block
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(y))
+
+    def forward(self, x):
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    monkeypatch.setattr(Attention, "forward", attend)
+    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setitem(timm_adapter._KNOWN, Attention, names_used(attend))
+    model = timm_vit().eval()
+    expected = look(model)[0]
+    left = {one.kind: one.reason for one in detr_fast.accelerate(model).left}
+    assert left["timm.Attention"] == "this version of timm calls it differently (self x)"
+    assert torch.equal(look(model)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
