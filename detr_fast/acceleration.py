@@ -126,7 +126,8 @@ def accelerate(
     before = _marks(model)
     report = Report(type(model).__name__)
     try:
-        adapters = adapters_for(model)
+        adapters, missing = adapters_for(model)
+        report.left += [Left("", package, reason) for package, reason in missing.items()]
         for name, module in model.named_modules():
             chosen = name in wanted and name not in skipped
             if MARK in module.__dict__:

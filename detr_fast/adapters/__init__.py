@@ -22,12 +22,17 @@ _ADAPTERS = {
 }
 
 
-def adapters_for(model: Module) -> list[type[Adapter]]:
-    """The adapters that the classes in a model call for."""
+def adapters_for(model: Module) -> tuple[list[type[Adapter]], dict[str, str]]:
+    """The adapters that the classes in a model call for, and why those of a package can't be had, by package."""
     packages = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
-    adapters = []
+    adapters, missing = [], {}
     for path, package in _ADAPTERS.items():
         if package is None or package in packages:
             where, _, name = path.rpartition(".")
-            adapters.append(getattr(importlib.import_module(where), name))
-    return adapters
+            try:
+                adapters.append(getattr(importlib.import_module(where), name))
+            except (ImportError, AttributeError) as error:
+                if package is None:
+                    raise
+                missing[package] = f"this version of {package} lacks what its adapter needs ({error}): use a newer one"
+    return adapters, missing

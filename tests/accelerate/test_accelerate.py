@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import detr_fast
+from detr_fast import adapters, use_backend
 from detr_fast import nn as ours
-from detr_fast import use_backend
 from detr_fast.adapters import torch_nn as torch_nn_adapter
 from detr_fast.nn.replacements import REPLACEMENTS
 
@@ -333,6 +333,18 @@ def test_an_error_in_between_leaves_nothing_switched(monkeypatch):
     with pytest.raises(RuntimeError, match="spoilt"):
         detr_fast.accelerate(model)
     assert type(model[0]) is nn.LayerNorm
+
+
+def test_a_library_that_lacks_what_its_adapter_needs_is_left_alone_and_the_rest_is_switched(monkeypatch):
+    monkeypatch.setitem(adapters._ADAPTERS, "detr_fast.adapters.of_another_torch.Torch", "torch")
+    model = nn.Sequential(nn.LayerNorm(8))
+    report = detr_fast.accelerate(model)
+    assert type(model[0]) is ours.LayerNorm
+    (left,) = report.left
+    assert left.kind == "torch"
+    assert re.match(
+        r"this version of torch lacks what its adapter needs \(No module named .*\): use a newer", left.reason
+    )
 
 
 def copied(model, way):
