@@ -86,21 +86,27 @@ def layer_program(program: HostProgram, inputs: Sequence[Tensor | None], seed: T
     if native.host is None:
         return None
     if program.native is None:
-        made, count = program_of(program, True, False, _differentiable), len(inputs)
-        given = [*inputs, *([seed] if program.draws else [])]
-
-        def python(offset: int, given: Sequence[Tensor | None]) -> Sequence[Tensor]:
-            seed = given[count] if program.draws else None
-            return host_program.ProgramNode.apply(program, None, seed, offset, count, *given[:count])  # type: ignore[no-any-return]
-
         try:
-            right = made is not None and host_check.passes("layer", program, python, partial(_run, made), given)
+            program.native = _checked_layer(program, inputs, seed) or False
         except host_program.Busy:
             return None
         except torch.OutOfMemoryError:
-            right = False
-        program.native = made if right else False
+            program.native = False
     return program.native or None
+
+
+def _checked_layer(program: HostProgram, inputs: Sequence[Tensor | None], seed: Tensor | None) -> Any:
+    host_check.expect(program.device)
+    made, count = program_of(program, True, False, _differentiable), len(inputs)
+    given = [*inputs, *([seed] if program.draws else [])]
+
+    def python(offset: int, given: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        seed = given[count] if program.draws else None
+        return host_program.ProgramNode.apply(program, None, seed, offset, count, *given[:count])  # type: ignore[no-any-return]
+
+    if made is None or not host_check.passes("layer", program, python, partial(_run, made), given):
+        return None
+    return made
 
 
 def _run(made: Any, offset: int, given: Sequence[Tensor | None]) -> Sequence[Tensor]:

@@ -98,9 +98,13 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(native, "_wrong", False)
 
 
-def normalize(rows=3):
+def leaves_of(rows):
+    return [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((rows, 64), (64,), (64,))]
+
+
+def normalize(leaves=None):
     """A norm in training, and what it gives when it is called for the third time."""
-    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((rows, 64), (64,), (64,))]
+    leaves = leaves or leaves_of(rows=3)
     for _ in range(3):
         y = ops.layer_norm(leaves[0], (64,), *leaves[1:])
         y.backward(torch.ones_like(y))
@@ -156,11 +160,12 @@ def test_a_check_does_not_spoil_what_another_thread_captures(unchecked):
 
     normalize()  # compiles, and is checked, too
     host_check._trusted.clear()
+    leaves = leaves_of(rows=5)  # PyTorch's generator can't be used beside a capture
     found: list[torch.Tensor] = []
     thread = threading.Thread(target=capture)
     thread.start()
     begun.wait(60)
-    normalize(rows=5)
+    normalize(leaves)
     checked.set()
     thread.join()
     assert host_check._trusted
