@@ -114,6 +114,12 @@ def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel,
     assert resources.spills <= (most if older_compiler() else 0)
 
 
+@pytest.mark.offline
+def test_the_forward_in_fp32_spills_nothing_at_a_head_dimension_of_64():
+    _, _, resources = compile_variant(forward_variant(Form(torch.float32, 64, 64, generation="ampere")), "sm_80")
+    assert resources.spills <= (24 if older_compiler() else 0)
+
+
 # q, k and v of a head dimension that is no multiple of 8, or a step off 16 bytes, are copied: what spilled up to 312 bytes a thread.
 @pytest.mark.offline
 @pytest.mark.parametrize(
