@@ -151,6 +151,8 @@ def accelerate(
 def restore(model: Module) -> Report:
     """Undo `accelerate`: every module that it switched has its original class again. Modules built from `detr_fast.nn` stay.
 
+    A module that someone else has changed since, its class or its forward on the instance, is left as it is, with that reason.
+
     Raises TypeError for a model that is no torch.nn.Module.
     """
     _check(model)
@@ -209,7 +211,9 @@ def _restore(name: str, module: Module, report: Report) -> None:
     mark: Mark = module.__dict__[MARK]
     now = public_name(type(module))
     reason = why_class_is_taken(module)
-    if reason is not None:  # someone else has replaced the class since
+    if reason is None and "forward" in module.__dict__ and type(module) is not mark.original:
+        reason = "its forward was replaced on the instance since, and may call ours: undo that, then restore again"
+    if reason is not None:
         report.left.append(Left(name, now, reason))
         return
     module.__class__ = mark.original

@@ -335,6 +335,23 @@ def test_an_error_in_between_leaves_nothing_switched(monkeypatch):
     assert type(model[0]) is nn.LayerNorm
 
 
+def test_a_module_whose_forward_was_wrapped_since_is_not_restored_under_the_wrapper():
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True), nn.LayerNorm(16))
+    x = torch.randn(2, 3, 16)
+    expected = 2 * model(x)
+    detr_fast.accelerate(model)
+    wrapped = model[0].forward  # as accelerate's hooks for offloading do
+    model[0].forward = lambda *inputs: wrapped(*inputs)
+    model[1].weight.data.mul_(2), model[1].bias.data.mul_(2)
+    (left,) = detr_fast.restore(model).left
+    assert (left.name, left.reason.partition(",")[0]) == ("0", "its forward was replaced on the instance since")
+    torch.testing.assert_close(model(x), expected)
+    del model[0].forward
+    assert not detr_fast.restore(model).left
+    assert type(model[0]) is nn.TransformerEncoderLayer
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_library_that_lacks_what_its_adapter_needs_is_left_alone_and_the_rest_is_switched(monkeypatch):
     monkeypatch.setitem(adapters._ADAPTERS, "detr_fast.adapters.of_another_torch.Torch", "torch")
     model = nn.Sequential(nn.LayerNorm(8))
