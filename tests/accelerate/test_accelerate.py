@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 import re
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import detr_fast
-from detr_fast import adapters, use_backend
 from detr_fast import nn as ours
-from detr_fast.adapters import torch_nn as torch_nn_adapter
+from detr_fast import use_backend
 from detr_fast.nn.replacements import REPLACEMENTS
 
 
@@ -298,70 +296,6 @@ def test_a_subclass_that_keeps_forward_is_switched_and_stays_its_class(way):
             assert torch.equal(one(x), expected)
         detr_fast.restore(one)
         assert type(one[0]) is Renamed
-
-
-class Registry:
-    """Refuses a second class of the same name, and would build ours in place of the first."""
-
-    classes: ClassVar[dict] = {}
-
-    def __init_subclass__(cls):
-        if cls.__name__ in Registry.classes:
-            raise ValueError(f"{cls.__name__} is registered")
-        Registry.classes[cls.__name__] = cls
-
-
-class Registered(Registry, nn.TransformerEncoderLayer):
-    pass
-
-
-def test_users_registries_of_subclasses_do_not_hear_of_ours():
-    model = Registered(16, 2, 24)
-    report = detr_fast.accelerate(model)
-    assert report.switched[0].name == ""
-    assert Registry.classes == {"Registered": Registered}
-    detr_fast.restore(model)
-    assert type(model) is Registered
-
-
-def test_an_error_in_between_leaves_nothing_switched(monkeypatch):
-    def fail(module):
-        raise RuntimeError("spoilt")
-
-    model = nn.Sequential(nn.LayerNorm(8), nn.MultiheadAttention(8, 2))
-    monkeypatch.setattr(torch_nn_adapter, "why_not_fuse", lambda module, parts: fail(module) if parts else None)
-    with pytest.raises(RuntimeError, match="spoilt"):
-        detr_fast.accelerate(model)
-    assert type(model[0]) is nn.LayerNorm
-
-
-def test_a_module_whose_forward_was_wrapped_since_is_not_restored_under_the_wrapper():
-    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True), nn.LayerNorm(16))
-    x = torch.randn(2, 3, 16)
-    expected = 2 * model(x)
-    detr_fast.accelerate(model)
-    wrapped = model[0].forward  # as accelerate's hooks for offloading do
-    model[0].forward = lambda *inputs: wrapped(*inputs)
-    model[1].weight.data.mul_(2), model[1].bias.data.mul_(2)
-    (left,) = detr_fast.restore(model).left
-    assert (left.name, left.reason.partition(",")[0]) == ("0", "its forward was replaced on the instance since")
-    torch.testing.assert_close(model(x), expected)
-    del model[0].forward
-    assert not detr_fast.restore(model).left
-    assert type(model[0]) is nn.TransformerEncoderLayer
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_a_library_that_lacks_what_its_adapter_needs_is_left_alone_and_the_rest_is_switched(monkeypatch):
-    monkeypatch.setitem(adapters._ADAPTERS, "detr_fast.adapters.of_another_torch.Torch", "torch")
-    model = nn.Sequential(nn.LayerNorm(8))
-    report = detr_fast.accelerate(model)
-    assert type(model[0]) is ours.LayerNorm
-    (left,) = report.left
-    assert left.kind == "torch"
-    assert re.match(
-        r"this version of torch lacks what its adapter needs \(No module named .*\): use a newer", left.reason
-    )
 
 
 def copied(model, way):

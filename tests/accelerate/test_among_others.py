@@ -1,0 +1,79 @@
+"""Accelerating and restoring where others have a hand in it: registries, wrappers, errors, libraries of another version."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import detr_fast
+from detr_fast import adapters
+from detr_fast import nn as ours
+from detr_fast.adapters import torch_nn as torch_nn_adapter
+
+
+class Registry:
+    """Refuses a second class of the same name, and would build ours in place of the first."""
+
+    classes: ClassVar[dict] = {}
+
+    def __init_subclass__(cls):
+        if cls.__name__ in Registry.classes:
+            raise ValueError(f"{cls.__name__} is registered")
+        Registry.classes[cls.__name__] = cls
+
+
+class Registered(Registry, nn.TransformerEncoderLayer):
+    pass
+
+
+def test_users_registries_of_subclasses_do_not_hear_of_ours():
+    model = Registered(16, 2, 24)
+    report = detr_fast.accelerate(model)
+    assert report.switched[0].name == ""
+    assert Registry.classes == {"Registered": Registered}
+    detr_fast.restore(model)
+    assert type(model) is Registered
+
+
+def test_an_error_in_between_leaves_nothing_switched(monkeypatch):
+    def fail(module):
+        raise RuntimeError("spoilt")
+
+    model = nn.Sequential(nn.LayerNorm(8), nn.MultiheadAttention(8, 2))
+    monkeypatch.setattr(torch_nn_adapter, "why_not_fuse", lambda module, parts: fail(module) if parts else None)
+    with pytest.raises(RuntimeError, match="spoilt"):
+        detr_fast.accelerate(model)
+    assert type(model[0]) is nn.LayerNorm
+
+
+def test_a_module_whose_forward_was_wrapped_since_is_not_restored_under_the_wrapper():
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True), nn.LayerNorm(16))
+    x = torch.randn(2, 3, 16)
+    expected = 2 * model(x)
+    detr_fast.accelerate(model)
+    wrapped = model[0].forward  # as accelerate's hooks for offloading do
+    model[0].forward = lambda *inputs: wrapped(*inputs)
+    model[1].weight.data.mul_(2), model[1].bias.data.mul_(2)
+    (left,) = detr_fast.restore(model).left
+    assert (left.name, left.reason.partition(",")[0]) == ("0", "its forward was replaced on the instance since")
+    torch.testing.assert_close(model(x), expected)
+    del model[0].forward
+    assert not detr_fast.restore(model).left
+    assert type(model[0]) is nn.TransformerEncoderLayer
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_library_that_lacks_what_its_adapter_needs_is_left_alone_and_the_rest_is_switched(monkeypatch):
+    monkeypatch.setitem(adapters._ADAPTERS, "detr_fast.adapters.of_another_torch.Torch", "torch")
+    model = nn.Sequential(nn.LayerNorm(8))
+    report = detr_fast.accelerate(model)
+    assert type(model[0]) is ours.LayerNorm
+    (left,) = report.left
+    assert left.kind == "torch"
+    assert re.match(
+        r"this version of torch lacks what its adapter needs \(No module named .*\): use a newer", left.reason
+    )
