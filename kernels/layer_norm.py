@@ -252,7 +252,7 @@ def _plan_backward(
     variant = backward_variant(columns, *dtypes, *wanted, vector)
     tiles = -(-rows // variant.constants["ROWS"])
     programs = persistent_programs(
-        tiles, multiprocessors(device), backward_config(columns, dy_dtype, x_dtype, vector).programs
+        tiles, multiprocessors(device), backward_config(columns, dy_dtype, x_dtype, wanted, vector).programs
     )
     return Plan(variant, (programs,), (*strides, rows, columns))
 
@@ -273,12 +273,16 @@ def forward_variant(
     return Variant(layer_norm_forward_kernel, types, row_constants(columns, config, vector), config.num_warps)
 
 
-def backward_config(columns: int, dy_dtype: torch.dtype, x_dtype: torch.dtype, vector: int) -> RowConfig:
+def backward_config(
+    columns: int, dy_dtype: torch.dtype, x_dtype: torch.dtype, wanted: tuple[bool, bool, bool], vector: int
+) -> RowConfig:
     """How the backward lies on the machine."""
     block = block_of(columns)
     config = LAYER_NORM_BACKWARD[block]
-    # One by one, tiles are halved (`row_constants`) where they have more than a row.
-    crowded = columns < block or max(dy_dtype.itemsize, x_dtype.itemsize) > 2 if vector > 1 else config.rows == 1
+    if vector > 1:
+        crowded = columns < block or max(dy_dtype.itemsize, x_dtype.itemsize) > 2
+    else:  # tiles are halved (`row_constants`) where they have more than a row
+        crowded = config.rows == 1 and all(wanted)
     return ADD_LAYER_NORM_BACKWARD[block] if crowded else config
 
 
@@ -294,7 +298,7 @@ def backward_variant(
     vector: int,
 ) -> Variant:
     """The program that takes all gradients in one pass over dy and x."""
-    config = backward_config(columns, dy_dtype, x_dtype, vector)
+    config = backward_config(columns, dy_dtype, x_dtype, (with_dx, with_dw, with_db), vector)
     fp32 = torch.float32
     tensors = (dy_dtype, x_dtype, weight_dtype, fp32, fp32, x_dtype if with_dx else None)
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
