@@ -117,7 +117,7 @@ def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel,
 @pytest.mark.offline
 def test_the_forward_in_fp32_spills_nothing_at_a_head_dimension_of_64():
     _, _, resources = compile_variant(forward_variant(Form(torch.float32, 64, 64, generation="ampere")), "sm_80")
-    assert resources.spills <= (24 if older_compiler() else 0)
+    assert resources.spills <= (48 if older_compiler() else 0)
 
 
 # q, k and v of a head dimension that is no multiple of 8, or a step off 16 bytes, are copied: what spilled up to 312 bytes a thread.
@@ -142,7 +142,7 @@ def test_no_launch_of_a_call_in_16_bits_spills_whose_rows_are_not_whole_runs(tar
     assert Counter(v.name for v in variants)["attention_copy_kernel"] == 2
     for variant in variants:
         _, _, resources = compile_variant(variant, target)
-        assert resources.spills <= (24 if older_compiler() else 0)
+        assert resources.spills <= (48 if older_compiler() else 0)
 
 
 # bf16 with a float mask, no padding.
