@@ -292,7 +292,8 @@ def readable(tensor: Tensor) -> bool:
     return (
         strides[3] == 1
         and strides[1] <= MAX_TILE_STRIDE
-        and not _together(tensor.shape, strides) % (16 // tensor.element_size())
+        and not (strides[1] | _together(tensor.shape, strides))
+        % (16 // tensor.element_size())  # of tiles, even where L is 1
         and not tensor.data_ptr() % 16
     )
 
@@ -317,7 +318,7 @@ def mask_run(mask: Tensor) -> int:
     if strides[3] != 1:
         return 1
     size = mask.element_size()
-    together = mask.data_ptr() // size | _together(mask.shape, strides)
+    together = mask.data_ptr() // size | strides[2] | _together(mask.shape, strides)
     return min(16 // size, together & -together)
 
 

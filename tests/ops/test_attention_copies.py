@@ -74,6 +74,17 @@ def test_what_starts_off_16_bytes_gives_what_else_it_gives_to_the_bit(interprete
 
 
 @interpreter
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (5, 1)])
+def test_a_tile_starts_all_its_rows_at_16_bytes_where_but_one_is_there(interpreter, queries, keys):
+    q, k, v = qkv(queries=queries, keys=keys)
+    mask = torch.randn(queries, keys)
+    expected = ops.attention(q, k, v, attn_mask=mask)
+    q, k, v = (torch.cat([t, t[..., :1]], -1)[..., :8] if t.shape[1] == 1 else t for t in (q, k, v))
+    assert torch.equal(ops.attention(q, k, v, attn_mask=torch.cat([mask, mask[:, :1]], -1)[:, :keys]), expected)
+    assert interpreter.counts()[COPY] == 1
+
+
+@interpreter
 def test_dropout_is_the_twins_and_that_of_packs_and_weights():
     q, k, v = qkv(2, 20, 20, 2, 20, requires_grad=True)
     pack, dout = torch.stack([q, k, v], 2).detach().requires_grad_(), torch.randn(2, 20, 2, 20)
