@@ -103,7 +103,7 @@ class Chunked(torch.autograd.Function):
                 lses[rows] = lse = (logits.gather(1, place) - logits.log_softmax(1).gather(1, place))[:, 0]
                 losses[rows] = _losses(logits, lse, of, rows)
                 del logits  # or the next block's would be computed beside them
-        losses.masked_fill_(_ignored(of), 0.0)  # whose logits may be NaN
+        losses = losses.masked_fill(_ignored(of), 0.0)  # whose logits may be NaN; in place, torch 2.11 compiles it to no gradient
         ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
         ctx.share = share
         return losses
