@@ -103,7 +103,8 @@ class Chunked(torch.autograd.Function):
                 lses[rows] = lse = (logits.gather(1, place) - logits.log_softmax(1).gather(1, place))[:, 0]
                 losses[rows] = _losses(logits, lse, of, rows)
                 del logits  # or the next block's would be computed beside them
-        losses = losses.masked_fill(_ignored(of), 0.0)  # whose logits may be NaN; in place, torch 2.11 compiles it to no gradient
+        # Their logits may be NaN. Not in place, which torch 2.11 compiles to losses without gradients.
+        losses = losses.masked_fill(_ignored(of), 0.0)
         ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
         ctx.share = share
         return losses
