@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_copies import copy_rows
 from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
-from .attention_program import at, shared_head
+from .attention_program import at
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .rows import run_pointers
@@ -83,7 +83,7 @@ def attention_weights_kernel(
         q = load_tile(
             at(q_ptr, (q_batch, q_head, q_row), batch, head, row_start), q_row, exists, BLOCK_M, E, BLOCK_E, VEC
         )
-        k_here = at(k_ptr, (k_batch, k_head, k_row), batch, shared_head(head, group), column_start)
+        k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
         k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
