@@ -95,26 +95,18 @@ def attention_copy_kernel(
     VEC: tl.constexpr,
 ):
     """Up to five tensors, by programs of their own along axis 1; None for those that are not there."""
-    which = tl.program_id(1)
-    if which == 0:
-        strides, sizes = (a_batch, a_row, a_head, a_column), (batches, a_rows, a_heads, a_columns, a_width)
-        _copy(a_ptr, a_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
-    if b_ptr is not None:
-        if which == 1:
-            strides, sizes = (b_batch, b_row, b_head, b_column), (batches, b_rows, b_heads, b_columns, b_width)
-            _copy(b_ptr, b_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
-    if c_ptr is not None:
-        if which == 2:
-            strides, sizes = (c_batch, c_row, c_head, c_column), (batches, c_rows, c_heads, c_columns, c_width)
-            _copy(c_ptr, c_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
-    if d_ptr is not None:
-        if which == 3:
-            strides, sizes = (d_batch, d_row, d_head, d_column), (batches, d_rows, d_heads, d_columns, d_width)
-            _copy(d_ptr, d_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
-    if e_ptr is not None:
-        if which == 4:
-            strides, sizes = (e_batch, e_row, e_head, e_column), (batches, e_rows, e_heads, e_columns, e_width)
-            _copy(e_ptr, e_to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
+    tensors = (
+        (a_ptr, a_to, (a_batch, a_row, a_head, a_column), (batches, a_rows, a_heads, a_columns, a_width)),
+        (b_ptr, b_to, (b_batch, b_row, b_head, b_column), (batches, b_rows, b_heads, b_columns, b_width)),
+        (c_ptr, c_to, (c_batch, c_row, c_head, c_column), (batches, c_rows, c_heads, c_columns, c_width)),
+        (d_ptr, d_to, (d_batch, d_row, d_head, d_column), (batches, d_rows, d_heads, d_columns, d_width)),
+        (e_ptr, e_to, (e_batch, e_row, e_head, e_column), (batches, e_rows, e_heads, e_columns, e_width)),
+    )
+    for i in tl.static_range(5):
+        source, to, strides, sizes = tensors[i]
+        if source is not None:
+            if tl.program_id(1) == i:
+                _copy(source, to, strides, sizes, BLOCK_M, BLOCK_C, VEC)
 
 
 def copy_rows(problem: Problem, *results: Tensor) -> tuple[Tensor, ...]:

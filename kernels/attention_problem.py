@@ -289,13 +289,9 @@ COMMON_TYPES = ("i64", "i32", "i64", "i64", "i32", "i32", "i32", "i32", "i32", "
 def readable(tensor: Tensor) -> bool:
     """Whether kernels can read tiles over dimensions 1 and 3 in place: of rows that start at multiples of 16 bytes, in whole runs."""
     strides = tensor.stride()
-    return (
-        strides[3] == 1
-        and strides[1] <= MAX_TILE_STRIDE
-        and not (strides[1] | _together(tensor.shape, strides))
-        % (16 // tensor.element_size())  # of tiles, even where L is 1
-        and not tensor.data_ptr() % 16
-    )
+    together = strides[1] | _together(tensor.shape, strides)  # a tile has other rows even where L is 1
+    aligned = not together % (16 // tensor.element_size()) and not tensor.data_ptr() % 16
+    return strides[3] == 1 and strides[1] <= MAX_TILE_STRIDE and aligned
 
 
 def memory_for(tensor: Tensor) -> Tensor:

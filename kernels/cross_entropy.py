@@ -78,9 +78,8 @@ def cross_entropy_kernel(
     share = 0.0
     if SMOOTH:
         share = smoothing / classes
-        everywhere = (
-            share * all_weights
-        )  # the sum's only use: of two, a pass of triton 3.8's compiler stops at an assertion
+        # The sum's only use: of two, a pass of triton 3.8's compiler stops at an assertion.
+        everywhere = share * all_weights
         loss += everywhere * ((largest - origin) + tl.log(total)) - share * all_logits
         scale += everywhere
     ignored = label == ignore_index

@@ -176,9 +176,8 @@ def linear_backward_kernel(
     )
     if saved_ptr is not None:
         saved = tl.load(run_pointers(saved_ptr + place, m * N, n, VEC), mask=exists, other=0.0).to(tl.float32)
-    if (
-        active_ptr is not None
-    ):  # scaled behind the choice: as its last step, the compiler would choose among 16 bits, one by one
+    if active_ptr is not None:
+        # Scaled behind the choice: were that the last step, the compiler would choose among 16 bits, one by one.
         dpre = tl.where(is_active(words, BLOCK_M, BLOCK_N), dh, 0.0) * scale
     elif ACTIVATION == "relu" and saved_ptr is not None:  # saved is y: positive where active and kept
         dpre = tl.where(saved > 0, dh * scale, 0.0)
@@ -193,9 +192,8 @@ def linear_backward_kernel(
         dpre = tl.where(exists, dh * slope, 0.0)
     if dbias_ptr is not None:
         partial = dbias_ptr + (first_m // BLOCK_M).to(tl.int64) * N + first_n
-        if (
-            active_ptr is not None
-        ):  # by the tensor cores: elsewhere, tiles as these lie take 160 shuffles and 16 barriers
+        if active_ptr is not None:
+            # By the tensor cores: elsewhere, tiles as these lie take 160 shuffles and 16 barriers.
             ones = tl.full((16, BLOCK_M), 1.0, tl.float32).to(dpre_ptr.dtype.element_ty)
             dpre = dpre.to(ones.dtype)
             sums = dot(ones, dpre, tl.zeros((16, BLOCK_N), tl.float32), PRECISION)
@@ -285,7 +283,8 @@ def linear_backward(
     """From the gradient dy (..., K) behind y @ w^T, w (K, N), back through y = dropout(activation(pre)).
 
     saved: y for ReLU, else pre, (..., N), contiguous; or what to compute them from once more. active: y's `active_words`,
-    where the forward kept them: read in place of y. Returns dpre (..., N), y (..., N), and dpre's sums over the rows of each tile, fp32 (tiles, N), for `sum_partials`, or None. Deterministic.
+    where the forward kept them: read in place of y. Returns dpre (..., N), y (..., N), and dpre's sums over the rows of each
+    tile, fp32 (tiles, N), for `sum_partials`, or None. Deterministic.
     """
     dy, dy_stride = arriving_rows(dy)
     w, w_stride = as_rows(w)
