@@ -16,18 +16,15 @@ from detr_fast.dispatch import Implementation
 from detr_fast.kernels.attention import empty_rows
 from detr_fast.kernels.attention_problem import whole_runs
 from detr_fast.kernels.launch import empty
-from detr_fast.ops.attention_triton import (
+from detr_fast.ops.attention_autograd import (
     OPTIONS,
-    TritonAttention,
     attention_problem,
-    autocast,
-    autocast_dtype,
-    drawn,
     fake_forward,
     reference,
     run_backward,
     run_forward,
 )
+from detr_fast.ops.attention_triton import TritonAttention, autocast, autocast_dtype, drawn
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
 

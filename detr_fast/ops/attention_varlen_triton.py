@@ -14,19 +14,9 @@ from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem, Sequences
 from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
+from detr_fast.ops.attention_autograd import OPTIONS, like_rows, reference, run_backward
 from detr_fast.ops.attention_call import tf32
-from detr_fast.ops.attention_triton import (
-    OPTIONS,
-    autocast,
-    autocast_dtype,
-    drawn,
-    gradient_of_mask,
-    like_rows,
-    noted,
-    reference,
-    rehearsed_mask,
-    run_backward,
-)
+from detr_fast.ops.attention_triton import autocast, autocast_dtype, drawn, gradient_of_mask, noted, rehearsed_mask
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, wants_grad

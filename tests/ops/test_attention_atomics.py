@@ -126,7 +126,7 @@ def test_opcheck_accepts_its_ops_and_a_compiled_model_has_no_graph_break(atomics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch, dtype, return_lse):
-    from detr_fast.ops import attention_triton
+    from detr_fast.ops import attention_autograd, attention_triton
 
     compiled, launched = [], []
     monkeypatch.setattr(attention_triton, "compile_variant", lambda variant, device: compiled.append(variant))
@@ -135,12 +135,12 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch, dtyp
     q, k, v = qkv(dim=32, dtype=dtype, device="meta", requires_grad=True)
     with use_backend(attention="triton_atomics"):
         ops.attention(q, k, v, key_padding_mask=PADDING.to("meta"), dropout_p=0.1, return_lse=return_lse)
-    problem = attention_triton.attention_problem(
+    problem = attention_autograd.attention_problem(
         q, k, v, PADDING.to("meta"), None, torch.zeros(1, dtype=torch.int64, device="meta"), (False, 0.1, 1.0, 0, False)
     )
-    out, lse = attention_triton.kernels.attention_forward(problem)
+    out, lse = attention_autograd.kernels.attention_forward(problem)
     for dlse in (None, lse) if return_lse else (None,):
-        attention_triton.run_backward(problem, out, lse, out, dlse, atomics=True)
+        attention_autograd.run_backward(problem, out, lse, out, dlse, atomics=True)
     assert set(launched) == set(compiled)
     assert len(compiled) == (3 if dtype == torch.float32 else 4) + return_lse
     ATTENTION.forget()

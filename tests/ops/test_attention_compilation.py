@@ -10,7 +10,7 @@ from detr_fast.kernels import launch
 from detr_fast import ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.explanation import explaining
-from detr_fast.ops import attention_triton
+from detr_fast.ops import attention_autograd, attention_triton
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.attention_triton import TritonAttention
 from tests.attention_inputs import end_padding, qkv
@@ -61,13 +61,13 @@ def test_what_is_compiled_beforehand_is_what_the_call_launches(monkeypatch):
         assert out.shape == q.shape
         copies = 2 if dim == 20 else 0  # in each pass
         assert len(compiled) == 3 + copies
-        problem = attention_triton.attention_problem(
+        problem = attention_autograd.attention_problem(
             q, k, v, options.get("key_padding_mask"), options.get("attn_mask"),
             torch.zeros(1, dtype=torch.int64, device="meta") if "dropout_p" in options else None,
             (options.get("is_causal", False), options.get("dropout_p", 0.0), 1.0, 0, False),
         )  # fmt: skip
         out, lse = kernels.attention_forward(problem)
-        attention_triton.backward_kernels.attention_backward(problem, out, lse, out)
+        attention_autograd.backward_kernels.attention_backward(problem, out, lse, out)
         assert launched[-3 - copies :] == compiled
     ATTENTION.forget()
 
@@ -80,10 +80,10 @@ def test_both_backwards_are_compiled_beforehand_where_a_gradient_of_the_log_sum_
     q, k, v = qkv(dim=16, device="meta", requires_grad=True)
     with use_backend(attention="triton"):
         ops.attention(q, k, v, return_lse=True)
-    problem = attention_triton.attention_problem(q, k, v, None, None, None, (False, 0.0, 1.0, 0, False))
+    problem = attention_autograd.attention_problem(q, k, v, None, None, None, (False, 0.0, 1.0, 0, False))
     out, lse = kernels.attention_forward(problem)
     for dlse in (None, lse):
-        attention_triton.backward_kernels.attention_backward(problem, out, lse, out, dlse)
+        attention_autograd.backward_kernels.attention_backward(problem, out, lse, out, dlse)
     assert len(compiled) == 4
     assert set(launched) == set(compiled)
     ATTENTION.forget()
