@@ -115,8 +115,9 @@ class Variant:
 
     def _compile(self) -> Program:
         kernel = self.kernel.warmup(*map(_stand_in, self.types), grid=(1,), **self.constants, **self.options())
-        # Loading is lazy, and not allowed while a CUDA graph is being captured.
-        kernel._init_handles()
+        # Triton loads lazily. What is met first in a CUDA graph that is being captured is loaded all the same.
+        with driver.relaxed_captures():
+            kernel._init_handles()
         return Program(kernel, self.types, tuple(self.constants.values()))
 
     def all_constants(self) -> dict[str, Any]:

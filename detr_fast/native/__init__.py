@@ -83,6 +83,8 @@ def command(output: Path) -> list[str]:
 
 def compile() -> Path:
     """Compile the module, unless that was done before, and return its path. Raises CompilationError."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):  # to load it would bring the GIL back, for all that runs here
+        raise CompilationError("the GIL guards its tables, and this Python is built without one")
     path = library()
     if path.exists():
         return path
@@ -93,7 +95,9 @@ def compile() -> Path:
                 _compile(Path(folder) / path.name)
                 os.replace(Path(folder) / path.name, path)
     except OSError as error:
-        raise CompilationError(f"{path.parent} can't be written: {error}") from None
+        raise CompilationError(
+            f"{path.parent} can't be written: {error}; set DETR_FAST_CACHE to a folder that can"
+        ) from None
     return path
 
 

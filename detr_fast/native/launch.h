@@ -5,19 +5,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 namespace host {
-
-// What runs without the GIL, as it may wait for a device.
-template <class Function>
-auto without_gil(Function function) {
-  struct Released {
-    PyThreadState* state = PyEval_SaveThread();
-    ~Released() { PyEval_RestoreThread(state); }
-  } const released;
-  return function();
-}
 
 // Functions of libcuda, by their addresses, in the order of `kernels.driver.FUNCTIONS`.
 struct Driver {
@@ -35,8 +26,7 @@ struct Driver {
     if (error == 0) return;
     const char* text = nullptr;
     describe(error, &text);
-    PyErr_Format(PyExc_RuntimeError, "Triton Error [CUDA]: %s", text == nullptr ? "unknown error" : text);
-    throw python_error();
+    throw std::runtime_error(std::string("Triton Error [CUDA]: ") + (text == nullptr ? "unknown error" : text));
   }
 
   // A thread that has called nothing of CUDA's has no context, and one of autograd's may be such.
@@ -65,7 +55,7 @@ struct Launch {
     std::copy(parameters.begin(), parameters.end(), values);
     for (size_t i = 0; i < places.size(); ++i) values[places[i]] = given[i];
     for (size_t i = 0; i < parameters.size(); ++i) pointers[i] = values + i;
-    driver.check(without_gil([&] { return driver.launch(function, x, y, z, threads, 1, 1, shared, stream, pointers, nullptr); }));
+    driver.check(driver.launch(function, x, y, z, threads, 1, 1, shared, stream, pointers, nullptr));
   }
 
   static constexpr size_t kMostOperands = 128;

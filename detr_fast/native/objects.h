@@ -54,6 +54,17 @@ class Gil {
   PyGILState_STATE state_;
 };
 
+// The GIL, given away: for what may wait, as an allocation or a launch for a device that waits for another thread's.
+class Released {
+ public:
+  Released() : state_(PyEval_SaveThread()) {}
+  ~Released() { PyEval_RestoreThread(state_); }
+  Released(const Released&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 PyObject* item(PyObject* tuple, Py_ssize_t index) {
   if (!PyTuple_Check(tuple) || index >= PyTuple_GET_SIZE(tuple)) {
     PyErr_SetString(PyExc_TypeError, "a tuple of an instruction, section or program is not as ops.host_native makes them");

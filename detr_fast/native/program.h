@@ -46,13 +46,19 @@ struct Instruction {
   std::vector<int64_t> dead;  // registers that nothing reads from here on
 };
 
+struct Stream {
+  Object object;  // None where nothing is launched
+  void* handle = nullptr;
+};
+
 struct Section {
   std::vector<Instruction> instructions;
   std::vector<int64_t> given, wanted;  // registers; of those wanted -1 for none
   size_t registers = 0;
   std::optional<Driver> driver;  // where something is launched by it
 
-  void run(std::vector<Tensor>& registers, int64_t offset, PyObject* stream, int64_t device) const {
+  // Without the GIL.
+  void run(std::vector<Tensor>& registers, int64_t offset, const Stream& stream, int64_t device) const {
     if (driver) driver->enter(std::max<int64_t>(device, 0));
     for (const auto& one : instructions) {
       const auto tensor = [&](size_t index) -> Tensor& { return registers[one.operands[index].number]; };
@@ -61,10 +67,10 @@ struct Section {
           registers[one.results[0]] = at::empty(one.shape, one.options);
           break;
         case Instruction::kCall:
-          call(one, registers, offset, stream);
+          call(one, registers, offset, stream.object.get());
           break;
         case Instruction::kLaunch:
-          launch(one, registers, offset, stream);
+          launch(one, registers, offset, stream.handle);
           break;
         case Instruction::kView:
           registers[one.results[0]] = tensor(0).view(one.shape);
@@ -73,10 +79,10 @@ struct Section {
           registers[one.results[0]] = tensor(0).t();
           break;
         case Instruction::kProduct:
-          registers[one.results[0]] = without_gil([&] { return at::mm(tensor(0), tensor(1)); });
+          registers[one.results[0]] = at::mm(tensor(0), tensor(1));
           break;
         case Instruction::kAddProduct:
-          without_gil([&] { return Tensor(tensor(0).addmm_(tensor(1), tensor(2))); });
+          tensor(0).addmm_(tensor(1), tensor(2));
           break;
       }
       for (const auto r : one.dead) registers[r].reset();
@@ -88,7 +94,7 @@ struct Section {
     return reinterpret_cast<uintptr_t>(registers[operand.number].mutable_data_ptr()) + operand.distance;
   }
 
-  static void launch(const Instruction& one, std::vector<Tensor>& registers, int64_t offset, PyObject* stream) {
+  static void launch(const Instruction& one, std::vector<Tensor>& registers, int64_t offset, void* stream) {
     uint64_t given[kMostOperands];
     for (size_t i = 0; i < one.operands.size(); ++i) {
       const auto& operand = one.operands[i];
@@ -100,10 +106,11 @@ struct Section {
         given[i] = static_cast<uint32_t>(number);
       }
     }
-    one.launch.run(given, PyLong_AsVoidPtr(stream));
+    one.launch.run(given, stream);
   }
 
   static void call(const Instruction& one, std::vector<Tensor>& registers, int64_t offset, PyObject* stream) {
+    const Gil gil;
     PyObject* arguments[kMostOperands];
     Object made[kMostOperands];
     size_t fresh = 0, count = 0;
@@ -241,9 +248,12 @@ bool on_current_device(int64_t device) {
   return device < 0 || c10::impl::getDeviceGuardImpl(at::kCUDA)->getDevice().index() == device;
 }
 
-Object current_stream(const Program& program) {
-  if (!program.stream) return Object::borrowed(Py_None);
-  return Object::stolen(PyObject_CallOneArg(program.stream.get(), program.device_number.get()));
+Stream current_stream(const Program& program) {
+  if (!program.stream) return {Object::borrowed(Py_None)};
+  Stream found{Object::stolen(PyObject_CallOneArg(program.stream.get(), program.device_number.get()))};
+  found.handle = PyLong_AsVoidPtr(found.object.get());
+  if (found.handle == nullptr && PyErr_Occurred()) throw python_error();
+  return found;
 }
 
 // Below autograd, and with what autocast casts already cast.
@@ -314,6 +324,7 @@ struct HostNode : Node {
       const bool aligned = reinterpret_cast<uintptr_t>(dy.const_data_ptr()) % kAlignment == 0;
       if (aligned && dy.strides() == at::IntArrayRef(expected.strides)) continue;
       if (program().strict) return false;
+      const Released released;
       auto fitting = at::empty_strided(dy.sizes(), expected.strides, dy.options());
       fitting.copy_(dy);
       dy = fitting;
@@ -328,9 +339,10 @@ struct HostNode : Node {
     for (auto& one : arriving) {
       if (one.defined()) registers[backward.given[next++]] = std::move(one);
     }
-    const Plainly plainly;
     const auto stream = current_stream(program());
-    backward.run(registers, offset, stream.get(), program().device);
+    const Plainly plainly;
+    const Released released;
+    backward.run(registers, offset, stream, program().device);
     variable_list gradients(edges);
     for (size_t i = 0; i < edges; ++i) {
       if (backward.wanted[i] >= 0) gradients[i] = registers[backward.wanted[i]];
@@ -374,9 +386,10 @@ PyObject* run(const Object& owner, const std::vector<Tensor>& inputs, int64_t of
   std::vector<Tensor> registers(forward.registers);
   for (size_t i = 0; i < inputs.size(); ++i) registers[forward.given[i]] = inputs[i];
   {
-    const Plainly plainly;
     const auto stream = current_stream(program);
-    forward.run(registers, offset, stream.get(), program.device);
+    const Plainly plainly;
+    const Released released;
+    forward.run(registers, offset, stream, program.device);
   }
   const size_t kept = program.saved_output.size();
   std::vector<Tensor> outputs;

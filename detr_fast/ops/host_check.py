@@ -37,7 +37,7 @@ SECONDS = 1.0
 ROUNDS = ((15 / 16, 3), (7 / 8, 17))  # by what floating-point values are multiplied, and an offset
 REPEATS = 4  # of Python's way, where results differ: its own may, as those of atomics
 VARYING = 2.0**-6  # how much those may differ, of the largest
-PAUSE = 5_000_000  # cycles of the GPU's, two or three milliseconds
+PAUSE = 20_000_000  # cycles of the GPU's, some ten milliseconds: a slow host queues a layer in less
 
 
 @dataclass
@@ -113,9 +113,13 @@ def _difference(
     """What is wrong with the program, in words. elsewhere: the last round is on another stream."""
     pattern = next(iter(program.backwards), None)
     draws = bool(program.recorder.offsets)
+
+    def ahead() -> None:
+        _results(compiled, 0, _copies(inputs, 1.0, draws), pattern)
+
     for scale, offset in ROUNDS:
         moving = elsewhere and (scale, offset) == ROUNDS[-1]
-        with _behind_a_pause(program.device) if moving else nullcontext():
+        with _behind_a_pause(program.device, ahead) if moving else nullcontext():
             given = _copies(inputs, scale, draws)
             found = _results(compiled, offset, given, pattern)
 
@@ -223,8 +227,11 @@ def _copied(tensors: Sequence[Tensor], scale: float, draws: bool) -> list[Tensor
 
 
 @contextmanager
-def _behind_a_pause(device: torch.device) -> Iterator[None]:
-    """Inside the block another stream is the current one, which does nothing for a while: who works on the wrong stream is too early."""
+def _behind_a_pause(device: torch.device, ahead: Callable[[], None]) -> Iterator[None]:
+    """Inside the block another stream is the current one, which does nothing for a while: who works on the wrong stream is too early.
+
+    ahead: does what the block will do. Then PyTorch has the memory for it, and need not ask CUDA, which may wait for the stream.
+    """
     if device.type != "cuda":
         yield
         return
@@ -233,6 +240,7 @@ def _behind_a_pause(device: torch.device) -> Iterator[None]:
     stream.wait_stream(outer)
     try:
         with torch.cuda.stream(stream):
+            ahead()
             torch.cuda._sleep(PAUSE)
             yield
     finally:

@@ -102,8 +102,15 @@ def test_a_module_that_somebody_else_may_have_put_there_is_not_loaded(host, unst
 def test_a_folder_that_can_not_be_written_is_named(unstarted, monkeypatch):
     (unstarted / "file").touch()
     monkeypatch.setenv("DETR_FAST_CACHE", str(unstarted / "file" / "below"))
-    with pytest.raises(native.CompilationError, match="can't be written"):
+    with pytest.raises(native.CompilationError, match=r"can't be written.*set DETR_FAST_CACHE"):
         native.compile()
+
+
+def test_a_python_without_the_gil_keeps_doing_without(unstarted, monkeypatch):
+    real = native.sysconfig.get_config_var
+    monkeypatch.setattr(native.sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED" or real(name))
+    with pytest.raises(native.CompilationError, match="built without one"):
+        native.load()
 
 
 def test_the_process_that_compiles_outlives_the_one_that_asked_and_says_what_failed(unstarted, monkeypatch):

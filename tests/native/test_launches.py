@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import threading
 
 import pytest
 import torch
-from detr_fast.kernels import launch
+from detr_fast.kernels import driver, launch
 from detr_fast.kernels.catalog import CATALOG
 
 from benchmarks.test_host_time import CASES
@@ -209,6 +211,33 @@ def test_a_kernel_whose_parameters_are_not_as_expected_is_left_to_triton(on_stub
     step()
     assert len(on_stub.launched) > before
     assert on_stub.driver.launches == 0
+
+
+@by_driver
+def test_kernels_are_loaded_in_a_way_that_spoils_no_capture(on_stub, monkeypatch):
+    modes, real = [], on_stub.load_binary
+    monkeypatch.setattr(on_stub, "load_binary", lambda *given: modes.append(on_stub.driver.modes[-1]) or real(*given))
+    normalize()
+    assert set(modes) == {driver.RELAXED}
+    assert on_stub.driver.modes[-1] == 0
+
+
+@by_driver
+def test_other_threads_run_while_a_launch_waits(on_stub, host):
+    libc, semaphore = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.sem_init(semaphore, 0, 0)
+    waiting = ctypes.cast(libc.sem_wait, ctypes.c_void_p).value  # takes what is the launch's function
+    numbers = (ctypes.addressof(semaphore), 1, 1, 1, 32, 0)
+    launch = ((waiting, *driver.functions()[1:]), numbers, bytes(8), (0,), None)
+    section = ((("launch", ((2, 0, 0), launch), (), False, ()),), (0,), (0,), 1)
+    program = host.Program(section, (), (), (0,), (), False, True, None, lambda device: 0, -1)
+    thread = threading.Thread(target=program.run, args=(0, None, torch.zeros(1)), daemon=True)
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    libc.sem_post(semaphore)
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @by_driver
