@@ -1,0 +1,208 @@
+"""Options of calls in pairs, beyond the catalog's: the compiler takes their programs, as the interpreter takes any."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+import pytest
+import torch
+from detr_fast.kernels import launch
+from detr_fast.kernels.catalog import CATALOG
+from detr_fast.kernels.offline import compile_variant, older_compiler
+
+from detr_fast import ops, use_backend
+from detr_fast.testing import count
+
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
+NO_YES = (False, True)
+WIDTHS = (256, 100)  # whole runs of 16 bytes, or not
+
+
+def new(*shape, dtype=BF16, grad=True):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad and dtype.is_floating_point)
+
+
+def norm(columns, bias, dtype=BF16):
+    return new(columns, dtype=dtype), new(columns, dtype=dtype) if bias else None
+
+
+def feed_forward(columns, activation, biases, drops, behind, norm_bias):
+    """behind: the residual, LayerNorm, or that and its sum; or nothing."""
+    hidden = 2 * columns
+    bias = [new(n) if biases else None for n in (hidden, columns)]
+    tensors = new(70, columns), new(hidden, columns), bias[0], new(columns, hidden), bias[1]
+    p, output_p = drops
+    if behind in ("nothing", "residual"):
+        residual = new(70, columns) if behind == "residual" else None
+        return ops.feed_forward(*tensors, activation, p, residual, output_p)
+    settings = activation, p, output_p, None if behind == "norm" else new(70, columns), behind == "sum"
+    return ops.feed_forward_add_layer_norm(*tensors, *norm(columns, norm_bias), 1e-5, *settings)
+
+
+def linear_add_layer_norm(columns, width, bias, norm_bias, dropout_p, return_sum):
+    product = new(70, width), new(columns, width), new(columns) if bias else None
+    behind = new(70, columns), *norm(columns, norm_bias)
+    return ops.linear_add_layer_norm(*product, *behind, dropout_p=dropout_p, return_sum=return_sum)
+
+
+def add_layer_norm(columns, residual, bias, dropout_p, return_sum):
+    tensors = new(70, columns), new(70, columns, dtype=residual), *norm(columns, bias, residual)
+    return ops.add_layer_norm(*tensors, dropout_p=dropout_p, return_sum=return_sum)
+
+
+def layer_norm(columns, weight, bias):
+    parameters = [new(columns) if there else None for there in (weight, bias)]
+    return ops.layer_norm(new(70, columns), (columns,), *parameters)
+
+
+def qkv_projection(columns, bias, position):
+    bias = new(3 * 128) if bias else None
+    position, positioned = (None, 0) if position == 0 else (new(1, columns), position)
+    return ops.qkv_projection(new(70, columns), new(3 * 128, columns), bias, position, positioned)
+
+
+def linear_cross_entropy(columns, weighted, label_smoothing, learns):
+    classes, options = 10 * columns, {"label_smoothing": label_smoothing}
+    tensors = (new(*shape, grad=learns) for shape in ((70, columns), (classes, columns)))
+    weight = new(classes, dtype=FP32, grad=False) if weighted else None
+    return ops.linear_cross_entropy(*tensors, None, new(70, dtype=INT64), class_weight=weight, **options)
+
+
+def channel_affine(columns, residual):
+    image, scales = (2, columns, 4, 4), [new(columns, dtype=FP32, grad=False) for _ in range(3)]
+    more = {"nothing": (), "plain": (new(*image),), "scaled": (new(*image), scales[2])}[residual]
+    return ops.channel_affine(new(*image), *scales[:2], *more)
+
+
+def matching_cost(focal, dtype):
+    targets = new(2, 3, dtype=INT64), new(2, 3, 4, dtype=FP32, grad=False), new(2, dtype=INT64)
+    return ops.matching_cost(new(2, 9, 5, dtype=dtype), new(2, 9, 4, dtype=FP32), *targets, focal=focal)
+
+
+def detection_losses(focal, dtype, boxes):
+    targets = (
+        new(1, 2, 3, dtype=INT64),
+        new(2, 3, dtype=INT64),
+        new(2, 3, 4, dtype=FP32, grad=False),
+        new(2, dtype=INT64),
+    )
+    others = new(1, 2, 9, dtype=torch.bool), new(1, dtype=INT64)
+    predicted = new(1, 2, 9, 5, dtype=dtype), new(1, 2, 9, 4, dtype=FP32, grad=boxes)
+    return ops.detection_losses(*predicted, *targets, *others, focal=focal)[0]
+
+
+FEED_FORWARD = {
+    "columns": WIDTHS,
+    "activation": ("relu", "gelu", "gelu_tanh", "silu"),
+    "biases": NO_YES,
+    "drops": ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1)),
+    "behind": ("nothing", "residual", "norm", "residual norm", "sum"),
+    "norm_bias": NO_YES,
+}
+CALLS = (
+    (feed_forward, "triton", FEED_FORWARD),
+    (feed_forward, "triton_recompute", FEED_FORWARD),
+    (feed_forward, "triton_one_kernel", FEED_FORWARD),
+    (
+        linear_add_layer_norm,
+        "triton",
+        {
+            "columns": WIDTHS,
+            "width": (128, 1024, 50),
+            "bias": NO_YES,
+            "norm_bias": NO_YES,
+            "dropout_p": (0.0, 0.1),
+            "return_sum": NO_YES,
+        },
+    ),
+    (
+        add_layer_norm,
+        "triton",
+        {
+            "columns": (*WIDTHS, 9000),
+            "residual": (BF16, FP32),
+            "bias": NO_YES,
+            "dropout_p": (0.0, 0.1),
+            "return_sum": NO_YES,
+        },
+    ),
+    (layer_norm, "triton", {"columns": (*WIDTHS, 9000), "weight": NO_YES, "bias": NO_YES}),
+    (qkv_projection, "triton", {"columns": WIDTHS, "bias": NO_YES, "position": (0, 256, 384)}),
+    (
+        linear_cross_entropy,
+        "triton",
+        {"columns": WIDTHS, "weighted": NO_YES, "label_smoothing": (0.0, 0.1), "learns": NO_YES},
+    ),
+    (channel_affine, "triton", {"columns": WIDTHS, "residual": ("nothing", "plain", "scaled")}),
+    (matching_cost, "triton", {"focal": NO_YES, "dtype": (BF16, FP32)}),
+    (detection_losses, "triton", {"focal": NO_YES, "dtype": (BF16, FP32), "boxes": NO_YES}),
+)
+PROGRAMS = 64  # half a second each
+
+
+def covering(options, dice):
+    """Cases that hold each two values of two options together, of random ones those that cover most that is missing."""
+    missing = {((a, v), (b, w)) for a, b in combinations(options, 2) for v in options[a] for w in options[b]}
+    while missing:
+        drawn = [{name: dice.choice(values) for name, values in options.items()} for _ in range(40)]
+        best = max(drawn, key=lambda case: len(missing.intersection(combinations(case.items(), 2))))
+        missing.difference_update(combinations(best.items(), 2))
+        yield best
+
+
+def launched(call, backend, case):
+    """Forward and backward, which launch nothing on meta tensors, and are told to observers."""
+    with use_backend(**{call.__name__: backend}):
+        results = call(**case)
+        results = [t for t in (results if isinstance(results, tuple) else (results,)) if t.requires_grad]
+        if results:
+            torch.autograd.backward(results, [torch.empty_like(t) for t in results])
+
+
+def reached():
+    """All programs of the options' cases, each once, in order."""
+    seen, dice = {}, random.Random(0)
+    launch.observers.append(lambda one: seen.setdefault(one.variant))
+    try:
+        for call, backend, options in CALLS:
+            for case in covering(options, dice):
+                count(lambda call=call, backend=backend, case=case: launched(call, backend, case))
+    finally:
+        launch.observers.pop()
+    return list(seen)
+
+
+def form(variant):
+    """What of a program are switches: which arguments are there, and constants that are no sizes."""
+    there = [(str(index), kind is not None) for index, kind in enumerate(variant.types)]
+    switches = [(name, value) for name, value in variant.constants.items() if isinstance(value, bool | str)]
+    return {(variant.name, *pair) for pair in combinations(there + switches, 2)}
+
+
+def sample(programs):
+    """Of programs beyond the catalog's those whose switches are pairs that are new, by their share of all of their kernel's."""
+    known = set().union(*(form(one.variant) for one in CATALOG))
+    pairs = {}
+    for one in programs:
+        pairs.setdefault(one.name, set()).update(form(one))
+    chosen = []
+    while len(chosen) < PROGRAMS:
+        best = max(programs, key=lambda one: len(form(one) - known) / len(pairs[one.name]))
+        known |= form(best)
+        chosen.append(best)
+    return chosen
+
+
+@pytest.mark.offline
+def test_programs_of_options_in_pairs_compile_and_spill_nothing():
+    failed = []
+    for variant in sample(reached()):
+        try:
+            _, _, resources = compile_variant(variant, "sm_90")
+        except Exception as error:
+            failed.append((variant, error))
+        else:
+            if resources.spills and not older_compiler():
+                failed.append((variant, f"{resources.spills} bytes a thread spill"))
+    assert failed == []
