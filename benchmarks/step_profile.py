@@ -184,6 +184,8 @@ def launches(kind: str, backends: Mapping[str, str], name: str) -> str:
         torch.cuda.synchronize()
         forward, y = _counted(lambda: called(*inputs))
         dy = torch.ones_like(y)
+        for tensor in (*inputs, *layer.parameters()):
+            tensor.grad = None  # or each gradient would be added to the last one, by a kernel of its own
         backward, _ = _counted(lambda: y.backward(dy))
     return f"{forward} + {backward}"
 

@@ -130,12 +130,12 @@ def store_tile(base, row_stride, value, rows, columns, BLOCK_M: tl.constexpr, BL
 
 
 @jit
-def store_active(base, y, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store which elements of a tile are positive, a bit each, as `active_words` has them.
+def store_active(base, active, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store which elements of a tile are active, a bit each, as `active_words` has them.
 
     Tensor cores leave every eighth column of a row to one thread (on sm_90; on sm_80 to the four warps' threads).
     """
-    active = tl.reshape(y, (BLOCK_M, BLOCK_N // 8, 8)) > 0
+    active = tl.reshape(active, (BLOCK_M, BLOCK_N // 8, 8))
     words = tl.sum(active.to(tl.uint32) << tl.arange(0, BLOCK_N // 8)[None, :, None], 1)
     pointers, exists = _words_of(base, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
     tl.store(pointers, words.to(tl.int16), mask=exists)

@@ -236,3 +236,28 @@ def test_dropout_scales_what_it_keeps_and_the_backward_drops_the_same(interprete
         torch.testing.assert_close(dpre, expected, rtol=1e-3, atol=1e-4)
     other, _ = kernels.linear_forward(*one, None, activation="relu", dropout=dropout._replace(offset=4))
     assert not torch.equal(other, y)
+
+
+def test_a_dropped_nan_is_gone_and_a_kept_one_passes_relu_and_its_gradient(interpreter):
+    x, w = torch.full((9, 8), float("nan")).half(), torch.ones(136, 8).half()
+    y, active = kernels.linear_forward(
+        x, w, None, activation="relu", dropout=Dropout(torch.tensor([3]), 1, 0.5), keep=True
+    )
+    dpre, _, _ = kernels.linear_backward(
+        torch.ones(9, 4).half(), torch.ones(4, 136).half(), y, activation="relu", active=active
+    )
+    assert 0.3 < y.isnan().float().mean() < 0.7
+    assert torch.equal(y.isnan(), dpre != 0)
+    assert (y[~y.isnan()] == 0).all()
+
+
+@pytest.mark.parametrize(("activation", "with_bias"), [("none", True), ("none", False), ("relu", True)])
+def test_what_a_product_of_cublas_ends_in_is_left_to_it(interpreter, monkeypatch, activation, with_bias):
+    monkeypatch.setattr(kernels, "_by_cublas", lambda x, bias, activation: True)
+    x, w, b = torch.randn(2, 9, 16), torch.randn(24, 16), torch.randn(24) if with_bias else None
+    y, kept = kernels.linear_forward(x, w, b, activation=activation, keep=True)
+    torch.testing.assert_close(y, ACTIVATIONS[activation](F.linear(x, w, b)), rtol=1e-5, atol=1e-5)
+    assert (y.is_contiguous(), kept, len(interpreter.launches)) == (True, None, 0)
+    dropout = Dropout(torch.tensor([3]), 1, 0.5)  # in which it doesn't
+    kernels.linear_forward(x, w, b, activation=activation, dropout=dropout)
+    assert len(interpreter.launches) == 1
