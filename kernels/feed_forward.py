@@ -26,7 +26,7 @@ from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .linear_norm import Rows, finish_rows
 from .product_tiles import activate, precision, store_tile
-from .rows import address_of, as_rows, block_of, dtype_of, load_parameters, packed, run_length, run_pointers
+from .rows import address_of, arriving_rows, block_of, dtype_of, load_parameters, packed, run_length, run_pointers
 
 MAX_COLUMNS = 256
 
@@ -145,19 +145,20 @@ def feed_forward(
 ) -> Rows:
     """The block over x (..., C): y (..., D), and with a norm what `linear_norm_forward` gives.
 
-    dropout acts on h, output_dropout, of the same seed and offset, on what is added to the residual.
+    dropout acts on h, output_dropout, of the same seed and offset, on what is added to the residual. What could be read 16 bytes
+    at a time elsewhere is copied. Of widths that are no whole runs of 16 bytes, fp32's alone fit the registers.
     """
-    x, x_stride = as_rows(x)
-    w1, w1_stride = as_rows(w1)
-    w2, w2_stride = as_rows(w2)
-    b1, b2 = packed(b1), packed(b2)
-    residual, residual_stride = (None, 0) if norm is None else as_rows(norm.residual)
+    x, x_stride = arriving_rows(x)
+    w1, w1_stride = arriving_rows(w1)
+    w2, w2_stride = arriving_rows(w2)
+    b1, b2 = packed(b1), _in_place(b2)
+    residual, residual_stride = (None, 0) if norm is None else arriving_rows(norm.residual)
     rows, C, F, D = x.shape[:-1].numel(), x.shape[-1], w1.shape[0], w2.shape[0]
     if norm is None:
         out = Rows(empty((*x.shape[:-1], D), x.dtype, x.device), None, None, None)
     else:
         out = Rows.empty(x, norm.residual, norm.weight, norm.out_dtype, norm.with_sum, norm.keep)
-    parameters = (None, None) if norm is None else (packed(norm.weight), packed(norm.bias))
+    parameters = (None, None) if norm is None else (_in_place(norm.weight), _in_place(norm.bias))
     addresses = reduce(or_, map(address_of, (x, w1, w2, b2, residual, *parameters)))
     vector = run_length(x.element_size(), x_stride | w1_stride | w2_stride | residual_stride | C | D | F, addresses)
     dtypes = tuple(map(dtype_of, (b1, b2, residual, *parameters, *out[:3])))
@@ -173,6 +174,11 @@ def feed_forward(
     grid = (-(-rows // variant.constants["BLOCK_M"]),)
     launch(variant, grid, *tensors, *sizes, *drawn, 0.0 if norm is None else norm.eps)
     return out
+
+
+def _in_place(parameter: Tensor | None) -> Tensor | None:
+    """A parameter (D,) element beside element from a multiple of 16 bytes on, as `arriving_rows` brings rows into place."""
+    return None if parameter is None else arriving_rows(parameter)[0]
 
 
 @cache

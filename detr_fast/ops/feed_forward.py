@@ -294,6 +294,11 @@ class TritonOneKernelFeedForward(TritonRecomputingFeedForward):
     def why_not(self, call: FeedForwardCall) -> str | None:
         if max(call.width, call.columns) > MAX_COLUMNS:
             return f"{call.width} columns in and {call.columns} out: rows of up to {MAX_COLUMNS} fit a tile"
+        if call.computed_dtype.itemsize == 2:
+            # Element by element, up to 56 bytes a thread spill, and a hidden unit takes 50 to 290 instructions.
+            for width in (call.width, call.hidden, call.columns):
+                if width % 8:
+                    return f"rows of {width} elements: in 16 bits it takes multiples of 8, whole runs of 16 bytes"
         return super().why_not(call)
 
     def advice(self, call: FeedForwardCall) -> str | None:

@@ -107,14 +107,20 @@ def test_an_infinite_input_spoils_its_own_row_only(interpreter):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "off 16 bytes"])
-def test_any_layout_is_read_right(interpreter, layout):
+def test_any_layout_is_read_right_and_16_bytes_at_a_time(interpreter, layout):
     inputs = tensors((9,), 16, 32, 16)
     expected = eager(*inputs)
-    for index in (0, 1, 3):
+    for index in (0, 1, 3, 4, 5, 6):
         t = inputs[index]
-        turned = t.t().contiguous().t() if layout == "transposed" else torch.cat([t, t[:, :1]], 1)[:, :-1]
+        if layout == "transposed":
+            turned = t.t().contiguous().t() if t.ndim > 1 else t
+        elif t.ndim == 1:
+            turned = torch.cat([t[:1], t])[1:]
+        else:
+            turned = torch.cat([t, t[:, :1]], 1)[:, :-1]
         found = block(*inputs[:index], turned, *inputs[index + 1 :])[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert interpreter.launches[-1].variant.constants["VEC"] == 4
 
 
 def test_biases_may_be_absent(interpreter):

@@ -103,7 +103,7 @@ FEED_FORWARD = {
 CALLS = (
     (feed_forward, "triton", FEED_FORWARD),
     (feed_forward, "triton_recompute", FEED_FORWARD),
-    (feed_forward, "triton_one_kernel", FEED_FORWARD),
+    (feed_forward, "triton_one_kernel", FEED_FORWARD | {"columns": (256, 104)}),
     (
         linear_add_layer_norm,
         "triton",

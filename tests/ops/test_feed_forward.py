@@ -299,6 +299,15 @@ def test_what_does_not_fit_is_refused_in_words(kernel):
         ops.feed_forward(x, w1, b1, w2, b2, "tanh")
 
 
+@pytest.mark.parametrize(("width", "hidden", "odd"), [(100, 40, 100), (104, 41, 41)])
+def test_the_one_kernel_reads_16_bits_by_whole_runs_of_16_bytes(width, hidden, odd):
+    with FakeTensorMode(), use_backend(feed_forward="triton_one_kernel"):
+        inputs = [t.cuda() for t in tensors((3,), width, hidden, norm=False)]
+        assert ops.feed_forward(*inputs).shape == (3, width)
+        with pytest.raises(BackendError, match=f"rows of {odd} elements: in 16 bits it takes multiples of 8, whole"):
+            ops.feed_forward(*(t.half() for t in inputs))
+
+
 def test_the_one_kernel_follows_torchs_setting_of_matmul_precision(monkeypatch):
     from detr_fast.kernels import feed_forward, launch
 
