@@ -233,7 +233,7 @@ class Op:
         return None
 
     def _leaves(self, args: tuple[Any, ...]) -> bool:
-        if intervening or self._work is None:
+        if intervening or self._work is None or torch.compiler.is_compiling():  # where sizes may be symbols
             return False
         return self.is_small(self._work(*args), args[0].device, self._kind(*args) if self._kind else ())
 
@@ -306,7 +306,7 @@ class Op:
             reason = _why_not(implementation, call, requested is not None)
             if reason is None and failed:
                 reason = implementation.why_not_instead(call)
-            if reason is None:
+            if reason is None and self._broken:
                 reason = self._broken.get((name, implementation.compiled_key(call)))
                 failed = failed or reason is not None
             if reason is None and requested is None:
@@ -315,8 +315,10 @@ class Op:
                 reason = self._prepare(implementation, call, warn=requested is None)
                 failed = failed or reason is not None
             if reason is None:
-                note = None if call.situation.regime == "compiled" else implementation.note(call)
-                return _Decision(implementation, reasons, note, call.shapes())
+                # Under a compiler nothing is recorded, and a size that is written down is no symbol any more.
+                if call.situation.regime == "compiled":
+                    return _Decision(implementation, reasons, None, "")
+                return _Decision(implementation, reasons, implementation.note(call), call.shapes())
             reasons[name] = reason
         if requested is not None:
             raise BackendError(

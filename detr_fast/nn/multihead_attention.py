@@ -152,7 +152,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 )
             return None
         plain = weights is None and self._qkv_same_embed_dim and not self._extra_keys
-        if plain and ATTENTION.is_small(query.nbytes + 2 * key.nbytes, query.device):
+        if (
+            plain
+            and not torch.compiler.is_compiling()  # where sizes may be symbols
+            and ATTENTION.is_small(query.nbytes + 2 * key.nbytes, query.device)
+        ):
             return None
         dtype = self._computed_dtype(query)
         # Added to scores: of their dtype, or what SDPA takes besides; materialised weights are stricter.

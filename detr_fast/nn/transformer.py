@@ -194,7 +194,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         hint = _affordable_hint(tgt_mask, tgt_is_causal)
         ours = all(type(layer) is TransformerDecoderLayer for layer in self.layers)
         shares = ours and (dispatch.intervening or tgt.is_cuda) and not tgt.is_nested
-        if not shares:
+        if not shares or torch.compiler.is_compiling():  # in a graph nothing is shared
             return super().forward(tgt, memory, *masks, hint, memory_is_causal)
         shared = shared_memory(readers(self.layers), memory)
         with shared_seed(), shared, norms_ahead(followed(self.layers, None)):

@@ -6,6 +6,7 @@ The backward reads x and the residual, or the sum (as x, without a residual) whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def _fake_forward(
     x: Tensor, residual: Tensor, weight: Any, bias: Any, seed: Any, offset: int, p: float, eps: float, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with_sum, out_dtype = rest
-    statistics = x.new_empty((x.shape[:-1].numel(),), dtype=torch.float32)
+    statistics = x.new_empty((prod(x.shape[:-1]),), dtype=torch.float32)
     sum_dtype = torch.promote_types(x.dtype, residual.dtype)
     total = x.new_empty(x.shape, dtype=sum_dtype) if with_sum else x.new_empty(0)
     return x.new_empty(x.shape, dtype=out_dtype), total, statistics, torch.empty_like(statistics)
@@ -183,7 +184,7 @@ class _Backward(torch.autograd.Function):
         offset, p, eps = ctx.numbers
         factor = None
         if seed is not None:
-            factor = keep_mask(seed, offset, p, 1, x.shape[:-1].numel(), x.shape[-1]).view(x.shape) * scale(p)
+            factor = keep_mask(seed, offset, p, 1, prod(x.shape[:-1]), x.shape[-1]).view(x.shape) * scale(p)
 
         def dropped(t: Tensor) -> Tensor:
             return t if factor is None else t * factor.to(t.dtype)

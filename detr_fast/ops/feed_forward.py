@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -187,7 +188,7 @@ def _describe(
         tensor_type=dispatch.tensor_type(tensors),
         needs_grad=wants_grad(*tensors),
         situation=situation,
-        rows=x.shape[:-1].numel(),
+        rows=prod(x.shape[:-1]),
         width=width,
         columns=columns,
         dtypes=tuple(None if t is None else t.dtype for t in tensors),

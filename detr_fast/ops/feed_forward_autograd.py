@@ -7,6 +7,7 @@ LayerNorm where there is one, in three launches; four products of torch's follow
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -105,9 +106,9 @@ def _fake_forward(
     y, total, xhat = (x.new_empty(0) if not (d and w) else x.new_empty(shape, dtype=d) for d, w in zip(dtypes, wanted))
     saved = x.new_empty((*x.shape[:-1], w1.shape[0]) if keep and keep_hidden else 0)
     small = keep and keep_hidden and activation == "relu" and p > 0.0 and x.dtype.itemsize == 2
-    words = active_words(x.shape[:-1].numel(), w1.shape[0]) if small else 0
+    words = active_words(prod(x.shape[:-1]), w1.shape[0]) if small else 0
     normed = norm_weight is not None and keep
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) if normed else x.new_empty(0)
+    rstd = x.new_empty(prod(x.shape[:-1]), dtype=torch.float32) if normed else x.new_empty(0)
     return y, total, saved, x.new_empty(words, dtype=torch.int16 if small else x.dtype), xhat, rstd
 
 

@@ -185,7 +185,7 @@ def _run_forward(
 def _fake_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
+    rows = prod(x.shape[:-1])
     statistics = x.new_empty((rows,), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=out_dtype), statistics, torch.empty_like(statistics)
 

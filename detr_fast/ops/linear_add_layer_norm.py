@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _describe(
         tensor_type=dispatch.tensor_type(tensors),
         needs_grad=wants_grad(*tensors),
         situation=situation,
-        rows=x.shape[:-1].numel(),
+        rows=prod(x.shape[:-1]),
         width=width,
         columns=columns,
         dtypes=tuple(None if t is None else t.dtype for t in tensors),
@@ -239,7 +240,7 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Any, residual: Tensor, *rest:
         residual.new_empty(residual.shape, dtype=dtype) if wanted else residual.new_empty(0)
         for dtype, wanted in zip(dtypes, (True, with_sum, keep))
     )
-    rows = residual.shape[:-1].numel()
+    rows = prod(residual.shape[:-1])
     return y, total, xhat, residual.new_empty(rows, dtype=torch.float32) if keep else residual.new_empty(0)
 
 

@@ -220,7 +220,7 @@ def dropped(x: Tensor, seed: Tensor | None, offset: int, p: float, hidden: bool 
     """What the kernels make of x (..., C) where they drop rows' elements; hidden: the inner dropout of a block."""
     if seed is None or p == 0.0:
         return x
-    kept = keep_mask(seed, offset, p, 1 + hidden, x.shape[:-1].numel(), x.shape[-1], tiles=hidden)[-1]
+    kept = keep_mask(seed, offset, p, 1 + hidden, prod(x.shape[:-1]), x.shape[-1], tiles=hidden)[-1]
     return torch.where(kept.view(x.shape), x * scale(p), 0.0)
 
 

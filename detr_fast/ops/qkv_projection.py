@@ -6,6 +6,7 @@ The contract, its eager reference, its Triton kernel; and `project`, which layer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def _describe(
         tensor_type=dispatch.tensor_type(tensors),
         needs_grad=wants_grad(*tensors),
         situation=situation,
-        rows=x.shape[:-1].numel(),
+        rows=prod(x.shape[:-1]),
         width=width,
         columns=rows,
         dtypes=tuple(None if t is None else t.dtype for t in tensors),
@@ -230,7 +231,7 @@ class _Projection(torch.autograd.Function):
         if wants_weight:
             dw = _weight_gradient(rows, x, position, ctx.columns)
         if wants_position and ctx.columns:
-            period = position.shape[:-1].numel()
+            period = prod(position.shape[:-1])
             seen = rows[:, : ctx.columns]
             seen = seen if period == len(rows) else seen.unflatten(0, (-1, period)).sum(0)
             dposition = torch.mm(seen, weight[: ctx.columns]).view(position.shape)
