@@ -129,7 +129,7 @@ def accelerate(
         adapters, missing = adapters_for(model)
         report.left += [Left("", package, reason) for package, reason in missing.items()]
         for name, module in model.named_modules():
-            chosen = name in wanted and name not in skipped
+            chosen = module in wanted and module not in skipped
             if MARK in module.__dict__:
                 reason = module.__dict__[MARK].adapter.again(module) if chosen else None
                 if reason is None:
@@ -222,10 +222,10 @@ def _restore(name: str, module: Module, report: Report) -> None:
     report.switched.append(Switched(name, now, public_name(mark.original)))
 
 
-def _pack(model: Module, names: set[str], report: Report) -> None:
+def _pack(model: Module, chosen: set[Module], report: Report) -> None:
     from detr_fast.models.detr import Detr  # not needed otherwise
 
-    able = [(name, m) for name, m in model.named_modules() if name in names and isinstance(m, Detr)]
+    able = [(name, m) for name, m in model.named_modules() if m in chosen and isinstance(m, Detr)]
     if not able:
         reason = "packed=True needs images' sizes on the host, which only detr_fast.models.Detr takes"
         report.left.append(Left("", public_name(type(model)), reason))
@@ -253,14 +253,15 @@ def _explained(model: Module, example_inputs: Sequence[Any] | Mapping[str, Any])
     return explain(model, *example_inputs, quiet=True)
 
 
-def _selected(model: Module, selection: Selection, argument: str, *, everything: bool) -> set[str]:
-    """The names of the modules that a selection means: of a module, also all below it."""
+def _selected(model: Module, selection: Selection, argument: str, *, everything: bool) -> set[Module]:
+    """The modules that a selection means, by any of their names, each with all below it."""
     if selection is None:
-        return {name for name, _ in model.named_modules()} if everything else set()
+        return set(model.modules()) if everything else set()
     parts = [selection] if isinstance(selection, (str, type)) else list(selection)
-    found: set[str] = set()
+    names = list(model.named_modules(remove_duplicate=False))
+    found: set[Module] = set()
     for part in parts:
-        roots = [name for name, module in model.named_modules() if _matches(part, name, module, argument)]
+        roots = [module for name, module in names if _matches(part, name, module, argument)]
         if not roots:
             what = repr(part) if isinstance(part, str) else part.__name__
             raise ValueError(
@@ -268,8 +269,8 @@ def _selected(model: Module, selection: Selection, argument: str, *, everything:
                 "with * and ? as wildcards"
             )
         for root in roots:
-            below = f"{root}." if root else ""
-            found.update(n for n, _ in model.named_modules() if n == root or n.startswith(below))
+            if root not in found:
+                found.update(root.modules())
     return found
 
 

@@ -207,11 +207,14 @@ def _same_buffers(model: nn.Module | None) -> Iterator[None]:
     finally:
         for buffers, name, buffer, value in before:
             buffers[name] = buffer
-            if not _is_expanded(buffer):  # which nothing can change in place
+            if not _is_fixed(buffer):
                 buffer.copy_(value)
 
 
-def _is_expanded(tensor: Tensor) -> bool:
+def _is_fixed(tensor: Tensor) -> bool:
+    """Whether nothing can change the tensor in place here."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return True
     if tensor.layout != torch.strided:
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -161,15 +161,24 @@ _JOINED: dict[tuple[type[Module], ...], type[Module]] = {}
 
 
 def joined(first: type[Module], second: type[Module], original: type[Module]) -> type[Module]:
-    """A class that is both, called as `original` is; its instances are pickled by the two classes it is made of."""
+    """A class that is both, called as `original` is.
+
+    Its instances are pickled by the two classes it is made of, or by the original's own `__reduce__`. A metaclass does not hear of it.
+    """
 
     def reduce(self: Any, protocol: Any) -> Any:
         return (_instance, (first, second, original), *object.__reduce_ex__(self, 2)[2:])
 
     made = _JOINED.get((first, second, original))
     if made is None:
-        body = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__reduce_ex__": reduce}
-        made = _JOINED[first, second, original] = type(original.__name__, (_Unannounced, first, second), body)
+        body: dict[str, Any] = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        if original.__reduce__ is object.__reduce__ and original.__reduce_ex__ is object.__reduce_ex__:
+            body["__reduce_ex__"] = reduce
+        kinds = type(first), type(second)
+        kind = kinds[0] if issubclass(kinds[0], kinds[1]) else kinds[1]
+        # Past what a user's metaclass does with new classes: register them, or ask for arguments.
+        make = ABCMeta.__new__ if issubclass(kind, ABCMeta) else type.__new__
+        made = _JOINED[first, second, original] = make(kind, original.__name__, (_Unannounced, first, second), body)
     return made
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import re
+import time
 
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_modules_are_selected_by_name_pattern_or_class(selection, expected, opti
         expected = {name for name in everything if name.split(".")[0] == "encoder"}
     report = detr_fast.accelerate(transformer(), **{option: selection})
     assert {one.name for one in report.switched} == (expected if option == "only" else everything - expected)
+
+
+def test_a_selection_among_thousands_of_modules_takes_no_longer_than_switching_them():
+    model = nn.Sequential(*(nn.Sequential(*(nn.LayerNorm(1) for _ in range(9))) for _ in range(200)))
+    start = time.process_time()
+    assert len(detr_fast.accelerate(model, only="*").switched) == 1800
+    assert time.process_time() - start < 1.0
 
 
 def test_a_selection_that_matches_nothing_is_an_error_and_changes_nothing():
@@ -377,6 +385,13 @@ def test_a_shared_module_is_switched_once():
     model = nn.ModuleList([norm, norm])
     assert len(detr_fast.accelerate(model).switched) == 1
     assert type(norm) is ours.LayerNorm
+
+
+def test_a_shared_module_is_selected_by_each_of_its_names():
+    norm = nn.LayerNorm(16)
+    model = nn.ModuleList([norm, norm])
+    assert not detr_fast.accelerate(model, skip="1").switched
+    assert [one.name for one in detr_fast.accelerate(model, only="1").switched] == ["0"]
 
 
 def test_the_report_says_what_was_switched_left_and_how_much_it_costs():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
+from abc import ABCMeta
 from typing import ClassVar
 
 import pytest
@@ -37,6 +40,56 @@ def test_users_registries_of_subclasses_do_not_hear_of_ours():
     assert Registry.classes == {"Registered": Registered}
     detr_fast.restore(model)
     assert type(model) is Registered
+
+
+class RegistryByMetaclass(ABCMeta):
+    """Does so for classes, and asks for a name."""
+
+    names: ClassVar[list] = []
+
+    def __new__(cls, kind, bases, body, *, name):
+        RegistryByMetaclass.names.append(name)
+        return super().__new__(cls, kind, bases, body)
+
+    def __init__(cls, *args, name):
+        super().__init__(*args)
+
+
+class Named(nn.LayerNorm, metaclass=RegistryByMetaclass, name="named"):
+    pass
+
+
+def test_users_metaclasses_do_not_hear_of_ours():
+    model = nn.Sequential(Named(8))
+    detr_fast.accelerate(model)
+    assert isinstance(model[0], ours.LayerNorm)
+    assert isinstance(model[0], Named)
+    assert not isinstance(Named(8), type(model[0]))
+    assert RegistryByMetaclass.names == ["named"]
+    detr_fast.restore(model)
+    assert type(model[0]) is Named
+
+
+class Rebuilt(nn.LayerNorm):
+    def __reduce__(self):
+        return _rebuilt, (self.normalized_shape, self.state_dict())
+
+
+def _rebuilt(shape, state):
+    module = Rebuilt(shape)
+    module.load_state_dict(state)
+    return module
+
+
+def test_a_class_that_says_how_it_is_copied_and_pickled_is():
+    model = nn.Sequential(Rebuilt(8))
+    detr_fast.accelerate(model)
+    assert isinstance(model[0], ours.LayerNorm)
+    nn.init.uniform_(model[0].weight)
+    x = torch.randn(2, 8)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin[0]) is Rebuilt
+        torch.testing.assert_close(twin(x), model(x))
 
 
 def test_an_error_in_between_leaves_nothing_switched(monkeypatch):

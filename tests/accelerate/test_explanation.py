@@ -139,6 +139,15 @@ def test_buffers_are_the_same_tensors_with_the_same_values_afterwards(training):
     assert all(float(buffer.abs().sum()) == 0 for buffer in before.values())
 
 
+def test_a_model_whose_buffers_are_of_inference_mode_is_explained():
+    model = Counting()
+    with torch.inference_mode():
+        model.shared = torch.ones(4, 8)
+    assert detr_fast.explain(model, torch.ones(4, 8), quiet=True)[0].op == "layer_norm"
+    with torch.inference_mode():
+        detr_fast.explain(model, torch.ones(4, 8), quiet=True)
+
+
 def test_times_are_those_of_each_modules_calls_the_median_over_runs():
     class Event:  # stands for torch.cuda.Event: time passes only in Wait
         now = 0.0
