@@ -379,6 +379,12 @@ auto new_node() {
   }
 }
 
+// Lets hooks on the creation of nodes see a whole one; there are none before torch 2.14.
+template <class Pointer>
+void announce(const Pointer& node) {
+  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+}
+
 // What the program gives for these inputs (undefined for None): a tensor, or a tuple of them.
 PyObject* run(const Object& owner, const std::vector<Tensor>& inputs, int64_t offset, const Object& extra) {
   const auto& program = held<Program>(owner.get());
@@ -409,6 +415,7 @@ PyObject* run(const Object& owner, const std::vector<Tensor>& inputs, int64_t of
       const bool own = output >= 0 && program.differentiable[output];
       node->saved.emplace_back(output >= 0 ? outputs[output] : registers[forward.wanted[i]], own);
     }
+    announce(node);
   }
   return program.several ? tuple_of(outputs).release() : wrapped(outputs[0]).release();
 }

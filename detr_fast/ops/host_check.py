@@ -7,7 +7,7 @@ other offsets of the seed; once a device also on a stream of its own. Kernels ar
 
 That happens in the thread whose call is recorded, at a moment when recording works, too: not while its stream is captured, not where
 somebody looks, and not in a backward. A thread in the background would allocate and wait while others may capture a CUDA graph, which by default
-(`cudaStreamCaptureModeGlobal`) spoils their capture. It waits for the GPU, and ends when it has cost a device SECONDS: from then on
+(`cudaStreamCaptureModeGlobal`) spoils their capture; so do autograd's own, which have no part in it. It waits for the GPU, and ends when it has cost a device SECONDS: from then on
 only programs of a new kind are checked.
 """
 
@@ -78,7 +78,8 @@ def passes(name: str, program: HostProgram, python: Way, compiled: Way, inputs: 
         raise Busy
     start = time.perf_counter()
     try:
-        with driver.relaxed_captures(), _waiting_allowed(device), casts_again():
+        here = torch.autograd.set_multithreading_enabled(False)  # a thread of autograd's is not relaxed
+        with here, driver.relaxed_captures(), _waiting_allowed(device), casts_again():
             wrong = _difference(program, python, compiled, inputs, elsewhere=known is None)
     except torch.OutOfMemoryError:
         raise

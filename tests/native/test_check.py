@@ -159,14 +159,16 @@ def stub_driver(stub_gpu, monkeypatch):
 def test_a_whole_layer_is_checked_before_its_program_is_used(stub_driver, monkeypatch):
     step, checked = encoder_layer(), []
     real = host_check._results
-    monkeypatch.setattr(
-        host_check,
-        "_results",
-        lambda way, offset, given, pattern: checked.append(offset) or real(way, offset, given, pattern),
-    )
+
+    def results(way, offset, given, pattern):
+        checked.append((offset, torch._C._is_multithreading_enabled()))
+        return real(way, offset, given, pattern)
+
+    monkeypatch.setattr(host_check, "_results", results)
     assert nodes(quietly(step)) >= {"ProgramNodeBackward"}
     assert ("layer", True) in host_check._trusted[CPU].kinds
-    assert checked == [3, 3, 17, 17]
+    assert checked == [(3, False), (3, False), (17, False), (17, False)]
+    assert torch._C._is_multithreading_enabled()
 
 
 @pytest.mark.offline
@@ -248,6 +250,30 @@ def test_a_pause_on_another_stream_comes_behind_all_allocations(monkeypatch):
     with host_check._behind_a_pause(torch.device("cuda", 0), lambda: done.append("ahead")):
         done.append("behind")
     assert done == ["ahead", "pause", "behind"]
+
+
+@pytest.mark.interpreter(None)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calls_without_gradients_are_checked_in_their_mode(mode):
+    with mode():
+        leaves = [torch.randn(shape) for shape in ((3, WIDTH), (WIDTH,), (WIDTH,))]
+        quietly(lambda: ops.layer_norm(leaves[0], (WIDTH,), *leaves[1:]))
+    assert host_check._trusted[CPU].kinds == {("detr_fast::layer_norm", False)}
+    assert native.status == "in use"
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("made", [norm, lambda: encoder_layer()])
+def test_where_there_is_no_memory_for_a_check_python_runs_and_nothing_is_said(made, stub_driver, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(host_check, "_copies", full)
+    step = made()
+    found = quietly(step)
+    y = found[0] if isinstance(found, tuple) else found
+    assert isinstance(y.grad_fn, torch._C._FunctionBase)
+    assert native.status == "in use"
 
 
 @pytest.mark.offline

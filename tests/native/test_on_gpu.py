@@ -123,6 +123,35 @@ def test_what_is_used_was_checked_and_nothing_is_said(unchecked):
         assert y.grad_fn.name() == "OpProgramBackward"
 
 
+@pytest.mark.skipif(REHEARSAL, reason="a CPU has no allocator that tells")
+def test_a_check_leaves_no_memory_no_gradient_and_no_other_seed_behind(unchecked):
+    leaves = leaves_of(rows=3)
+    dy = torch.ones_like(leaves[0])
+
+    def step():
+        torch.autograd.grad(ops.layer_norm(leaves[0], (64,), *leaves[1:]), leaves, dy)
+        return torch.cuda.memory_allocated()
+
+    before, state = step(), torch.cuda.get_rng_state()
+    assert step() == before
+    assert host_check._trusted
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+@pytest.mark.skipif(REHEARSAL or torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("current", [0, 1])
+def test_another_gpu_than_the_first_computes_whether_it_is_the_current_one_or_not(current, unchecked):
+    found = []
+    for index in (0, 1):
+        torch.manual_seed(0)
+        leaves = [leaf.detach().to(torch.device("cuda", index)).requires_grad_() for leaf in leaves_of(rows=3)]
+        with torch.cuda.device(current):
+            y = normalize(leaves)
+        found.append([one.detach().cpu() for one in (y, *(leaf.grad for leaf in leaves))])
+    assert same(*found)
+
+
 @pytest.mark.skipif(REHEARSAL, reason="a CPU has no driver")
 def test_a_wrong_argument_is_found(unchecked, monkeypatch):
     right = driver.Entry.parameters

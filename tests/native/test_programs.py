@@ -242,6 +242,16 @@ def test_hooks_on_what_is_saved_see_it_and_checkpointing_recomputes():
     assert all(map(torch.equal, found, torch.autograd.grad(layer_norm(*leaves).sum(), leaves)))
 
 
+@pytest.mark.skipif(not hasattr(torch.autograd.graph, "node_creation_hook"), reason="newer than torch 2.11")
+def test_hooks_on_the_creation_of_nodes_see_a_programs():
+    leaves, told = known(), []
+    with torch.autograd.graph.node_creation_hook(lambda node: told.append((node.name(), len(node.next_functions)))):
+        y = layer_norm(*leaves)
+    assert y.grad_fn.name() == PROGRAM
+    assert told[-1] == (PROGRAM, 3)  # behind those of leaves
+    assert len(told) == 1 + 3
+
+
 def test_transforms_forward_mode_and_compilers_are_not_in_its_way():
     x, weight, bias = known()
     with use_backend("auto"):
