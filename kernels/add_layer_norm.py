@@ -24,6 +24,7 @@ from .configs import LAYER_NORM_FORWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -67,6 +68,7 @@ def add_layer_norm_forward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    wait_for_previous()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)

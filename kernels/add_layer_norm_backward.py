@@ -18,6 +18,7 @@ from . import wide_rows
 from .configs import ADD_LAYER_NORM_BACKWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
+from .overlap import wait_for_previous
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -79,6 +80,7 @@ def add_layer_norm_backward_kernel(
 
     dweight, dbias and dx_sum, which is summed from dx, are fp32 (programs, C): each program's sums over its rows.
     """
+    wait_for_previous()
     row = tl.arange(0, ROWS)
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     out_stride = BLOCK_C if FULL else C

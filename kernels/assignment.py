@@ -25,6 +25,7 @@ from torch import Tensor
 from .configs import ASSIGNMENT_WARPS
 from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 
 MAX_QUERIES = 1000
 MAX_TARGETS = 512
@@ -41,6 +42,7 @@ def linear_assignment_kernel(
     BLOCK: tl.constexpr,
 ):
     """cost (problems, targets, queries), count (images,) int64 -> query (problems, targets) int64."""
+    wait_for_previous()
     problem = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr + problem % images)
     count = tl.minimum(tl.maximum(count, 0), targets.to(tl.int64)).to(tl.int32)

@@ -25,6 +25,7 @@ from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_q
 from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import dot, drawn, dropped, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 
 
 @jit
@@ -153,6 +154,7 @@ def attention_forward_kernel(
     PAIRED: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
+    wait_for_previous()
     LANES: tl.constexpr = 8 if q_ptr.dtype.element_ty.primitive_bitwidth == 16 else 1
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, UNIFORM, PAIRED, LANES)

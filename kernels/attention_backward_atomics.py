@@ -21,6 +21,7 @@ from .attention_program import at, clear_surplus, own_queries, own_sequence, row
 from .attention_split import Parts, combine_variant, whole
 from .attention_tiles import load_tile, store_tile
 from .launch import Variant, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 
 
 @jit
@@ -53,6 +54,7 @@ def attention_backward_rows_kernel(
     VEC: tl.constexpr,
 ):
     """One program for BLOCK_M queries of one head: their statistics, and zeros where dq is going to be added up."""
+    wait_for_previous()
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, own_L, _, _ = own_sequence((ends_ptr, ends_ptr), batch, L, L)
     if ends_ptr is not None:

@@ -18,6 +18,7 @@ from .attention_tiles import (
     visible_keys,
 )
 from .launch import jit, tl
+from .overlap import wait_for_previous
 
 
 @jit
@@ -163,6 +164,7 @@ def attention_backward_keys_kernel(
 
     dq_ptr: fp32, cleared, where dq is added to by atomics; None where the kernel of the queries takes it.
     """
+    wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
     key_heads = heads // group
     longest_q, longest_k = L, S

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .attention_program import at, mask_end, own_sequence, shared_head
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
+from .overlap import wait_for_previous
 
 
 @jit
@@ -68,6 +69,7 @@ def attention_backward_mask_kernel(
     Each element is written once, by sums in a fixed order, and no buffer larger than dmask is needed. Of a packed batch, L and S
     are the largest lengths, and a batch element is a sequence.
     """
+    wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
     tiles_n = 1 if SHARED_COLUMNS else tl.cdiv(S, BLOCK_N)
     tiles_m = 1 if SHARED_ROWS else tl.cdiv(L, BLOCK_M)

@@ -25,6 +25,7 @@ from .attention_tiles import (
     visible_keys,
 )
 from .launch import jit, tl
+from .overlap import wait_for_previous
 
 
 @jit
@@ -158,6 +159,7 @@ def attention_backward_queries_kernel(
     EXACT: delta, which `out` gives as exactly as it is rounded, is corrected for the launches that follow: a row's dscores add
     up to what arrives for its log-sum-exp.
     """
+    wait_for_previous()
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, UNIFORM, EXACT, PAIRED)
     longest = L

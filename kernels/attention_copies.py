@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .attention_problem import Problem, block_of, memory_for, readable
 from .launch import Variant, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .rows import run_pointers
 
 MOST = 5  # q, k, v, out and dout
@@ -95,6 +96,7 @@ def attention_copy_kernel(
     VEC: tl.constexpr,
 ):
     """Up to five tensors, by programs of their own along axis 1; None for those that are not there."""
+    wait_for_previous()
     tensors = (
         (a_ptr, a_to, (a_batch, a_row, a_head, a_column), (batches, a_rows, a_heads, a_columns, a_width)),
         (b_ptr, b_to, (b_batch, b_row, b_head, b_column), (batches, b_rows, b_heads, b_columns, b_width)),

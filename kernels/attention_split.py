@@ -20,6 +20,7 @@ from .attention_problem import PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, clear_surplus, own_queries, own_sequence
 from .attention_tiles import load_tile, store_tile
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
+from .overlap import wait_for_previous
 
 LEAST_KEYS = 128  # a part: fewer don't pay for another program's start and for combining
 
@@ -45,6 +46,7 @@ def attention_combine_kernel(
     VEC: tl.constexpr,
 ):
     """One program for BLOCK_M rows of one head. Without part_lse_ptr parts are just added."""
+    wait_for_previous()
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     all_rows = (tl.num_programs(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64) * L
     first = head_index.to(tl.int64) * L + row_start

@@ -19,6 +19,7 @@ from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .rows import run_pointers
 
 
@@ -63,6 +64,7 @@ def attention_weights_kernel(
     MASK_VEC: tl.constexpr,
 ):
     """scale: times log2(e). rescale: what dropout multiplies a kept weight by. OUT_VEC: see `weights_run`."""
+    wait_for_previous()
     # Nothing here is of v: its dimensions stand for q's.
     FORM: tl.constexpr = (E, E, BLOCK_E, BLOCK_E, CAUSAL, PRECISION, VEC, MASK_VEC)
     tiles_m, tiles_n = tl.cdiv(L, BLOCK_M), tl.cdiv(S, BLOCK_N)

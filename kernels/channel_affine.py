@@ -21,6 +21,7 @@ from torch import Tensor
 from .configs import CHANNEL_AFFINE
 from .entry import Budget, Entry
 from .launch import Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .rows import (
     MAX_PLANS,
     Plan,
@@ -52,6 +53,7 @@ def channel_affine_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    wait_for_previous()
     first = tl.program_id(0).to(tl.int64) * ROWS  # rows * C can pass 2**31; offsets from the first row cannot
     row = tl.arange(0, ROWS)
     column, inside, _ = column_block(C, BLOCK_C, FULL, VEC)
@@ -88,6 +90,7 @@ def channel_affine_backward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    wait_for_previous()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     column, inside, _ = column_block(C, BLOCK_C, FULL, VEC)

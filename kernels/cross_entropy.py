@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .product_tiles import plus_product
 from .rows import aligned_run, run_pointers
 from .set_tiles import extend_logsumexp
@@ -45,6 +46,7 @@ def cross_entropy_kernel(
     VEC: tl.constexpr,
 ):
     """One row: its loss, what it counts (w[label], or 0), and with GRAD its gradient in place of its logits."""
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * classes
     column = tl.arange(0, BLOCK)[None, :]

@@ -23,6 +23,7 @@ from torch import Tensor
 from .detection_losses_backward import TILE, backward_variant, detection_losses_backward
 from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .set_tiles import count_broken, extend_logsumexp, find_match, focal_loss, load_boxes, overlap, target_class
 
 SUMS = 9  # what a program writes: see the end of the kernel
@@ -53,6 +54,7 @@ def detection_losses_kernel(
     """Sums over a block of queries; lse (2, L, images, queries), the largest logit and the sum of exp(logit - largest); match,
     the number of the true box or -1, (L, images, queries).
     """
+    wait_for_previous()
     problem = tl.program_id(0).to(tl.int64)
     image = problem % images
     layer = (problem // images).to(tl.int32)
@@ -148,6 +150,7 @@ def sum_detection_losses_kernel(
     BLOCK: tl.constexpr,
 ):
     """A layer's losses (3, L), cardinality error (L,), and scale (2, L), what its sums are multiplied with; the summary (3,)."""
+    wait_for_previous()
     layer, layers = tl.program_id(0), tl.num_programs(0)
     size = layers * blocks * images
     lane = tl.arange(0, BLOCK)

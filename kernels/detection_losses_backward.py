@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .launch import Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .set_tiles import axis_slopes, focal_loss, load_boxes, overlap, sign, store_slope, target_class
 
 # DETR's 100 queries in 13 blocks: 6 layers × 2 images fill a GPU. 64 classes at once: 4 logits a thread. 16 queries would
@@ -39,6 +40,7 @@ def detection_losses_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """g (3, L): the losses' gradients."""
+    wait_for_previous()
     problem = tl.program_id(0).to(tl.int64)
     image, layer = problem % images, problem // images
     query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 # libcuda's functions that native/launch.h calls, in its order.
 FUNCTIONS = (
-    "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuGetErrorString",
     "cuCtxGetCurrent",
     "cuDeviceGet",
@@ -34,13 +34,14 @@ _SCRATCH = (POINTER, POINTER)  # Triton's kernels end with two pointers to scrat
 class Entry(NamedTuple):
     """A kernel as the driver knows it.
 
-    function: its CUfunction. threads: in a block. shared: bytes. formats: `struct`'s, of each run-time argument, None for one that
-    is left out.
+    function: its CUfunction. threads: in a block. shared: bytes. overlaps: whether it may start before what is launched ahead of it
+    ends. formats: `struct`'s, of each run-time argument, None for one that is left out.
     """
 
     function: int
     threads: int
     shared: int
+    overlaps: bool
     formats: tuple[str | None, ...]
 
     def parameters(self, values: Sequence[Any]) -> bytes:
@@ -91,17 +92,26 @@ def entry(kernel: Any, types: Sequence[str | None]) -> Entry | None:
     if _sizes(kernel.function, len(expected) + 1) != expected:
         return None
     threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
-    return Entry(kernel.function, threads, kernel.metadata.shared, formats)
+    return Entry(
+        kernel.function, threads, kernel.metadata.shared, bool(getattr(kernel.run, "launch_pdl", False)), formats
+    )
+
+
+def overlap(kernel: Any, overlapping: bool) -> None:
+    """Let Triton's launcher launch a kernel so, from now on; the kernel's own code is the same."""
+    if getattr(kernel.run, "launch_pdl", overlapping) != overlapping:
+        kernel.run.launch_pdl = overlapping
 
 
 def _is_plain(kernel: Any) -> bool:
     """Whether Triton's launcher does no more for it than to launch it."""
     metadata, launcher = kernel.metadata, type(kernel.run)
-    without = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    without = ("launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
     return (
         (launcher.__module__, launcher.__name__) == ("triton.backends.nvidia.driver", "CudaLauncher")
         and getattr(metadata, "num_ctas", None) == 1
         and all(getattr(metadata, name, None) == 0 for name in without)
+        and hasattr(kernel.run, "launch_pdl")
         and not getattr(metadata, "tensordesc_meta", None)
         and not getattr(metadata, "instrumentation_mode", "")
         and metadata.shared <= MAX_SHARED

@@ -25,6 +25,7 @@ from .dropout import Dropout, dropout_arguments, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .linear_norm import Rows, finish_rows
+from .overlap import wait_for_previous
 from .product_tiles import activate, precision, store_tile
 from .rows import address_of, arriving_rows, block_of, dtype_of, load_parameters, packed, run_length, run_pointers
 
@@ -72,6 +73,7 @@ def feed_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """EVEN: C fills its block and F whole steps. FULL: D fills its block. y_ptr is None where the sum is all there is."""
+    wait_for_previous()
     first = tl.program_id(0) * BLOCK_M
     rows = M - first
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]

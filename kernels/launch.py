@@ -107,18 +107,18 @@ class Variant:
             if (found := self._programs.get(key)) is None:
                 # Caches make two of one, as of an argument that is left out and its default.
                 same = _variants.setdefault(self, self)
-                found = same._programs.get(key) or self._compile()
+                found = same._programs.get(key) or self._compile(overlapped(device))
                 for variant in (self, same):
                     variant._programs[key] = found
                     _compiled.append(variant)
         return found
 
-    def _compile(self) -> Program:
+    def _compile(self, overlapping: bool) -> Program:
         kernel = self.kernel.warmup(*map(_stand_in, self.types), grid=(1,), **self.constants, **self.options())
         # Triton loads lazily. What is met first in a CUDA graph that is being captured is loaded all the same.
         with driver.relaxed_captures():
             kernel._init_handles()
-        return Program(kernel, self.types, tuple(self.constants.values()))
+        return Program(kernel, self.types, tuple(self.constants.values()), overlapping)
 
     def all_constants(self) -> dict[str, Any]:
         """The constants, with None for each absent tensor."""
@@ -129,8 +129,11 @@ class Variant:
 class Program:
     """A compiled kernel, loaded: launched by the call that Triton's own launch ends in, without what leads to it."""
 
-    def __init__(self, kernel: Any, types: tuple[str | None, ...], constants: tuple[Any, ...]) -> None:
+    def __init__(
+        self, kernel: Any, types: tuple[str | None, ...], constants: tuple[Any, ...], overlapping: bool = False
+    ) -> None:
         self.kernel, self.types = kernel, types
+        driver.overlap(kernel, overlapping)
         self.constants = constants  # arguments of the kernel, too, with no effect on its program
         self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
 
@@ -167,6 +170,11 @@ _compiled: list[Variant] = []
 _variants: dict[Variant, Variant] = {}  # the first of all that are equal
 forgetting: list[Callable[[], object]] = []  # what else holds on to programs
 _allocate: Callable[..., torch.Tensor] = torch.empty
+
+
+def overlapped(device: torch.device) -> bool:
+    """Whether a device's launches may start before those ahead of them end (see `overlap`); whoever replaces this forgets programs."""
+    return False
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -23,6 +23,7 @@ from . import wide_rows
 from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, RowConfig
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, multiprocessors, pointer, tl
+from .overlap import wait_for_previous
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -70,6 +71,7 @@ def layer_norm_forward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    wait_for_previous()
     first = tl.program_id(0).to(tl.int64) * ROWS  # rows * C can pass 2**31; offsets from the first row cannot
     row = tl.arange(0, ROWS)
     exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
@@ -118,6 +120,7 @@ def layer_norm_backward_kernel(
     GROUPS: tl.constexpr,
 ):
     """dweight and dbias are fp32 (programs, C): each program's sum over the rows that it visited."""
+    wait_for_previous()
     row = tl.arange(0, ROWS)
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride

@@ -26,6 +26,7 @@ from .configs import LINEAR, LINEAR_SCATTERED, MatmulConfig
 from .dropout import Dropout, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .product_tiles import (
     Form,
     activate,
@@ -73,6 +74,7 @@ def linear_kernel(
     PRECISION: tl.constexpr,
 ):
     """position: (position_rows, K), repeated down the rows of x; added for y's first `position_columns`, whole tiles."""
+    wait_for_previous()
     first_m, first_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows, columns = M - first_m, N - first_n
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
@@ -152,6 +154,7 @@ def linear_backward_kernel(
 
     dbias is fp32 (tiles of rows, N): each tile's sum over its rows.
     """
+    wait_for_previous()
     first_m, first_n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows, columns = M - first_m, N - first_n
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]

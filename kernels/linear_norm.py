@@ -24,6 +24,7 @@ from .configs import FEW_ROWS, LINEAR_NORM
 from .dropout import Dropout, keep_rows, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, rehearsing, tl
+from .overlap import wait_for_previous
 from .product_tiles import Form, drawn, has_product_in_fp32, plus_product, precision, product, store_tile
 from .rows import (
     MAX_PLANS,
@@ -79,6 +80,7 @@ def linear_norm_kernel(
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    wait_for_previous()
     first = tl.program_id(0) * BLOCK_M
     rows = M - first
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]
@@ -115,6 +117,7 @@ def finish_kernel(
     VEC: tl.constexpr,
 ):
     """The same behind a product that is in memory, z (M, N) in fp32."""
+    wait_for_previous()
     first = tl.program_id(0) * BLOCK_M
     rows = M - first
     row = tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 from .set_tiles import extend_logsumexp, finite, load_boxes, overlap
 
 # NaN and infinite costs become this: far above any cost that a sigmoid's boxes can have, so that such a pair is matched
@@ -49,6 +50,7 @@ def matching_cost_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """logits (L, images, queries, classes), boxes (L, images, queries, 4) -> cost (L, images, targets, queries)."""
+    wait_for_previous()
     problem = tl.program_id(0).to(tl.int64)
     image = problem % images
     count = tl.load(count_ptr + image)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .configs import RowConfig
 from .launch import Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 
 MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
 MAX_COLUMNS = 1 << 24
@@ -150,6 +151,7 @@ def sum_partials_kernel(
 
     The grid's second dimension shares rows out, `share` a program, which has a row of the totals.
     """
+    wait_for_previous()
     block = tl.program_id(0)
     blocks = tl.cdiv(first_columns, BLOCK_C)
     begin = tl.program_id(1) * share

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
 
 MAX_IMAGE = 1 << 31  # elements: offsets inside an image are 32 bits wide
 MAX_GRID = 65_535  # images, and rows of blocks
@@ -42,6 +43,7 @@ def pixel_blocks_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """y[b, i, j, (2p + q) * 3 + c] = x[b, c, 2 (i - 2) + p, 2 (j - 2) + q], 0 outside of x; one row of blocks a program."""
+    wait_for_previous()
     i = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)[:, None]
@@ -69,6 +71,7 @@ def affine_pool_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """x (B, height, width, C) -> y (B, pooled_rows, pooled_columns, C); one row of y a program."""
+    wait_for_previous()
     i = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)[:, None]

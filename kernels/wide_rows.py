@@ -18,6 +18,7 @@ from torch import Tensor
 from .configs import WIDE_PARAMETERS, WIDE_ROWS
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .launch import Variant, jit, launch, multiprocessors, pointer, tl
+from .overlap import wait_for_previous
 from .rows import (
     ParameterSums,
     address_of,
@@ -85,6 +86,7 @@ def wide_forward_kernel(
     BLOCK_C: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
     mean = tl.sum(tl.zeros((1, BLOCK_C), tl.float32), axis=1)[:, None]
     squares = mean
@@ -145,6 +147,7 @@ def wide_backward_kernel(
     BLOCK_C: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
     mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
     sum_g = tl.zeros((1, BLOCK_C), tl.float32)
@@ -205,6 +208,7 @@ def wide_parameters_kernel(
     VEC: tl.constexpr,
 ):
     """dweight and dbias are fp32 (programs along the rows, C)."""
+    wait_for_previous()
     start = tl.program_id(0) * BLOCK_C
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)

@@ -178,7 +178,7 @@ def _launch(one: Instruction, operand: Callable[[int], tuple[int, Any, int]]) ->
         parameters = entry.parameters([value if kind == CONSTANT else 0 for kind, value, _ in given])
     except (struct.error, OverflowError):  # Triton's launcher says what is wrong
         return None
-    numbers = (entry.function, *grid, entry.threads, entry.shared)
+    numbers = (entry.function, *grid, entry.threads, entry.shared, entry.overlaps)
     return *(one[:3] for one in changing.values()), (functions, numbers, parameters, tuple(changing), one.program)
 
 

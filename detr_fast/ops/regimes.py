@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 
-from detr_fast import native
+from detr_fast import dispatch, native
 from detr_fast.dispatch import NEVER as NEVER
 from detr_fast.dispatch import Call, forget_decisions
+from detr_fast.kernels import launch
 
 SCANS = "row scans"  # of an assignment: N² Q, what a search over Q columns for each of N rows may take
+OVERLAP = "overlapping_launches"  # 0 bytes where they were measured to be faster (`kernels.overlap`), else NEVER
 UNMEASURED_MINIMUM_BYTES = 32 << 20  # 10 µs at 3 TB/s: above the host's cost of an eager Triton launch (6–13 µs)
 
 
@@ -93,6 +95,7 @@ def save(regimes: Iterable[Regime]) -> Path:
     os.replace(temporary, path)
     known.cache_clear()
     forget_decisions()
+    launch.forget_programs()
     return path
 
 
@@ -100,6 +103,15 @@ def save(regimes: Iterable[Regime]) -> Path:
 def known() -> tuple[Regime, ...]:
     """The user's measurements first, then those shipped."""
     return read(cache_file()) + SHIPPED
+
+
+def overlapped(device: torch.device) -> bool:
+    """Whether launches on a device may overlap: where that was measured to be faster, and right, on its very architecture."""
+    architecture = dispatch.architecture(device)
+    return any(r.captured_minimum == 0 for r in known() if (r.op, r.architecture) == (OVERLAP, architecture))
+
+
+launch.overlapped = overlapped
 
 
 def inference(op: str) -> str:

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,13 +20,15 @@ import torch
 from detr_fast import dispatch, native
 from detr_fast.capture import beside_the_default_stream, capture
 from detr_fast.dispatch import use_backend
+from detr_fast.kernels import launch, overlap
 from detr_fast.ops import linear_assignment, regimes
 from detr_fast.ops.regimes import NEVER, Regime
-from detr_fast.ops.tuning_cases import GROUPS, Group, Step
+from detr_fast.ops.tuning_cases import GROUPS, Case, Group, Step
 
 Progress = Callable[[str], None]
 TOLERATED = 1.05  # times what there is besides; among sizes at which a kernel wins that is noise
 _ROUNDS = 7
+_CALLS = 8  # in a graph: the host takes longer for a replay than the GPU for a small call
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ def measures(
     """All that is decided by measurement on such a device, by name. more: groups of rooms above."""
     measures: dict[str, Callable[[], Iterable[Regime]]] = {}
     if device.type != "cpu":
-        measures |= {group.regime: partial(tune_group, group, device, progress) for group in (*GROUPS, *more)}
+        groups = (*GROUPS, *more)
+        measures |= {group.regime: partial(tune_group, group, device, progress) for group in groups}
         measures["linear_assignment"] = partial(tune_linear_assignment, device, progress)
+        measures[regimes.OVERLAP] = partial(tune_overlap, groups, device, progress)
     measures["linear_assignment on the CPU"] = partial(tune_threads, progress)
     return measures
 
@@ -106,7 +110,7 @@ def tune_group(group: Group, device: torch.device, progress: Progress = print) -
         checked = step if case.checked is None else case.checked(device, gradients=group.gradients)
         right = [agree(checked, group.op, case.other, name, group.tolerance) for name in group.ours]
         for captured in (False, True):
-            other, *measured = _interleaved(step, group.op, backends, captured=captured, repeats=8)
+            other, *measured = _interleaved(step, group.op, backends, captured=captured, repeats=_CALLS)
             for name, milliseconds, agrees in zip(group.ours, measured, right):
                 timing = Timing(case.size, other, milliseconds, agrees)
                 timings[name][captured].append(timing)
@@ -126,6 +130,70 @@ def _regime(name: str, device: torch.device, times: Mapping[bool, list[Timing]],
     return Regime(
         name, _architecture(device), eager_minimum, minimum, source(device), eager_maximum, maximum, host=host
     )
+
+
+def tune_overlap(groups: Iterable[Group], device: torch.device, progress: Progress = print) -> list[Regime]:
+    """Whether launches are to overlap (`kernels.overlap`): in CUDA graphs, of every op the first group, at its smallest size, in training.
+
+    They are where that gains, takes no group longer, and changes no result by a bit.
+    """
+    if not overlap.is_able(_architecture(device)):
+        return []
+    chosen: dict[str, Group] = {}
+    for group in groups:
+        if group.gradients and group.kernel == "triton":  # sums by atomics differ from call to call
+            chosen.setdefault(group.op, group)
+    timings = []
+    for group in chosen.values():
+        case = group.cases[0]
+        replays, results = zip(*(_replayed(group, case, device, overlapping) for overlapping in (False, True)))
+        right = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results))
+        rounds = [[_milliseconds(replay, 2) / _CALLS for replay in replays] for _ in range(_ROUNDS)]
+        apart, together = map(statistics.median, zip(*rounds))
+        timings.append(Timing(case.size, apart, together, right))
+        text = f"launches that overlap, {group.op} {case.text} in a graph"
+        progress(_line(text, "one by one", timings[-1], "overlapping"))
+    gain = sum(math.log(timing.eager / timing.kernel) for timing in timings)
+    wins = gain > 0 and all(timing.right and timing.kernel <= TOLERATED * timing.eager for timing in timings)
+    minimum = 0 if wins else NEVER
+    return [Regime(regimes.OVERLAP, _architecture(device), minimum, minimum, source(device))]
+
+
+def _replayed(
+    group: Group, case: Case, device: torch.device, overlapping: bool
+) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """A graph of some calls, and what their first replay gave; leaves and dropout are the same for either kind of launch."""
+    found: list[torch.Tensor] = []
+    with torch.random.fork_rng([device]), overlapping_launches(overlapping), use_backend(**{group.op: group.kernel}):
+        torch.manual_seed(0)
+        step = case.make(device, gradients=True)
+        step()
+
+        def kept() -> tuple[torch.Tensor, ...]:
+            found.extend(results := step())
+            return results
+
+        replay = _captured(kept, _CALLS)
+        replay()
+    return replay, found
+
+
+@contextmanager
+def overlapping_launches(yes: bool) -> Iterator[None]:
+    """Inside the block all launches overlap, or none."""
+    before = launch.overlapped
+    launch.overlapped = lambda device: yes
+    _forget_launches()
+    try:
+        yield
+    finally:
+        launch.overlapped = before
+        _forget_launches()
+
+
+def _forget_launches() -> None:
+    launch.forget_programs()
+    dispatch.forget_decisions()
 
 
 def tune_linear_assignment(device: torch.device, progress: Progress = print) -> list[Regime]:

@@ -67,7 +67,8 @@ class EmulatedDriver(StubDriver):
         size[0] = {"64": 8, "32": 4}[parameters[index][1][-2:]]
         return 0
 
-    def _launch(self, function, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
+    def _launch(self, configuration, function, parameters, extra):
+        how = configuration[0]
         formats, _ = self.entries[function]
         present = [f for f in formats if f is not None]
         values = [
@@ -76,7 +77,7 @@ class EmulatedDriver(StubDriver):
         types = [{"<Q": "*u8", "<i": "i32", "<q": "i64", "<f": "fp32"}[f] for f in present]
         self.launches += 1
         name = translate(self.stub.kernels[function - 1][0]).kernel.name
-        self.stub.run(function, (x, y, z), types, self.broken(name, values))
+        self.stub.run(function, (how.x, how.y, how.z), types, self.broken(name, values))
         return 0
 
 

@@ -18,29 +18,21 @@ const char *fake_record(void) { return record; }
 
 void fake_quiet(void) { quiet = 1; }  // launches are free
 
-static CUresult launched(const unsigned *shape, unsigned shared, CUstream stream, CUfunction function, void **parameters) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters, void **extra) {
   if (quiet) return CUDA_SUCCESS;
+  const unsigned shape[] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ};
   char *at = record;
   for (int i = 0; i < 6; ++i) at += sprintf(at, "%u ", shape[i]);
-  at += sprintf(at, "shared %u stream %p function %p", shared, (void *)stream, (void *)function);
+  at += sprintf(at, "shared %u stream %p function %p", c->sharedMemBytes, (void *)c->hStream, (void *)function);
+  for (unsigned i = 0; i < c->numAttrs; ++i) {
+    if (c->attrs[i].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_NOT_SUPPORTED;
+    at += sprintf(at, " overlaps %d", c->attrs[i].value.programmaticStreamSerializationAllowed);
+  }
   for (int i = 0; i < count; ++i) {
     at += sprintf(at, " ");
     for (size_t b = 0; b < sizes[i]; ++b) at += sprintf(at, "%02x", ((unsigned char *)parameters[i])[b]);
   }
   return CUDA_SUCCESS;
-}
-
-CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters, void **extra) {
-  const unsigned shape[] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ};
-  if (c->numAttrs != 0) return CUDA_ERROR_NOT_SUPPORTED;
-  return launched(shape, c->sharedMemBytes, c->hStream, function, parameters);
-}
-
-CUresult cuLaunchKernel(
-    CUfunction function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-    CUstream stream, void **parameters, void **extra) {
-  const unsigned shape[] = {x, y, z, bx, by, bz};
-  return launched(shape, shared, stream, function, parameters);
 }
 
 CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t *offset, size_t *size) {

@@ -1,6 +1,6 @@
 """A process of its own, with a fake libcuda: what Triton's own launcher asks of it for a launch, and what the C++ part does.
 
-python -m tests.native.launch_both FOLDER: compiles the fake there, prints both, and how long each takes.
+python -m tests.native.launch_both FOLDER [overlapping]: compiles the fake there, prints both, and how long each takes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def microseconds(call) -> float:
     return min(times)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, overlapping: bool) -> None:
     fake = fake_libcuda(folder)
     sizes = [ctypes.sizeof(ctypes.c_void_p) if t[0] == "*" else {"i64": 8, "i32": 4, "fp32": 4}[t] for t in TYPES if t]
     sizes += [8, 8]
@@ -82,16 +82,18 @@ def main(folder: Path) -> None:
     def by_triton() -> None:
         run(*grid, stream, function, (4, 1, 5000), None, None, None, *values, 128)
 
+    kernel = SimpleNamespace(run=run, metadata=metadata, function=function)
+    driver.overlap(kernel, overlapping)
     by_triton()
     print("triton", fake.fake_record().decode())
-    found = driver.entry(SimpleNamespace(run=run, metadata=metadata, function=function), TYPES)
+    found = driver.entry(kernel, TYPES)
     assert found is not None, "a plain kernel, and the driver doesn't know how to launch it"
     given = {0: (ADDRESS, 0, 64), 5: (ADDRESS, 1, 0), 7: (OFFSET, 4, 0), 8: (ADDRESS, 0, 0)}
     fixed = found.parameters([0 if i in given else v for i, v in enumerate(values)])
     present = [i for i, t in enumerate(TYPES) if t]
     launch = (
         driver.functions(),
-        (found.function, *grid, found.threads, found.shared),
+        (found.function, *grid, found.threads, found.shared, found.overlaps),
         fixed,
         tuple(map(present.index, given)),
         None,
@@ -112,4 +114,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["overlapping"])

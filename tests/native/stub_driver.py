@@ -26,6 +26,15 @@ def sizes_of(cubin: bytes) -> dict[int, int]:
     return {int(ordinal, 16): int(size, 16) for ordinal, size in found}
 
 
+class Configuration(ctypes.Structure):
+    _fields_ = [
+        *((name, c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared")),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("count", c_uint),
+    ]
+
+
 class StubDriver:
     """calls: names of the functions called, but launches. fault: what a launch returns. wider: bytes that each parameter seems to
     have more than it has."""
@@ -34,7 +43,7 @@ class StubDriver:
         self.stub, self.calls, self.launches = stub, [], 0
         self.fault, self.wider, self.context = 0, 0, 1
         self.entries = {}  # by CUfunction: formats of run-time arguments, and the constants behind them
-        self.cuLaunchKernel = CFUNCTYPE(c_int, c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), c_void_p)(
+        self.cuLaunchKernelEx = CFUNCTYPE(c_int, POINTER(Configuration), c_void_p, POINTER(c_void_p), c_void_p)(
             self._launch
         )
         self.cuGetErrorString = CFUNCTYPE(c_int, c_int, POINTER(c_char_p))(self._describe)
@@ -86,7 +95,8 @@ class StubDriver:
         size[0] = sizes[index] + self.wider
         return 0
 
-    def _launch(self, function, x, y, z, threads, threads_y, threads_z, shared, stream, parameters, extra):
+    def _launch(self, configuration, function, parameters, extra):
+        how = configuration[0]
         formats, constants = self.entries[function]
         place = 0
         arguments: list[int | float | None] = []
@@ -99,7 +109,7 @@ class StubDriver:
             place += 1
         scratch = [ctypes.string_at(parameters[place + i], 8) for i in range(2)]
         assert scratch == [bytes(8)] * 2
-        assert (threads % 32, threads_y, threads_z, extra) == (0, 1, 1, None)
+        assert (how.threads % 32, how.threads_y, how.threads_z, extra) == (0, 1, 1, None)
         self.launches += 1
-        self.stub.launched.append(((x, y, z), (*arguments, *constants)))
+        self.stub.launched.append(((how.x, how.y, how.z), (*arguments, *constants)))
         return self.fault

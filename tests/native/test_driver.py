@@ -13,11 +13,12 @@ from detr_fast.kernels import driver
 pytestmark = pytest.mark.offline
 
 
-def test_the_driver_is_asked_for_what_tritons_launcher_asks_for(compiled_host, tmp_path):
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_the_driver_is_asked_for_what_tritons_launcher_asks_for(overlapping, compiled_host, tmp_path):
     if isinstance(compiled_host, str) or shutil.which("gcc") is None:
         pytest.skip("needs a C and a C++ compiler")
     told = subprocess.run(
-        [sys.executable, "-m", "tests.native.launch_both", str(tmp_path)],
+        [sys.executable, "-m", "tests.native.launch_both", str(tmp_path), *["overlapping"] * overlapping],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -25,7 +26,9 @@ def test_the_driver_is_asked_for_what_tritons_launcher_asks_for(compiled_host, t
     assert told.returncode == 0, told.stderr
     found = dict(line.split(" ", 1) for line in told.stdout.splitlines())
     assert found["driver"] == found["triton"]
-    assert len(found["driver"].split()) == 6 + 2 + 2 + 2 + 11  # grid and block, shared, stream, function, parameters
+    assert ("overlaps 1" in found["driver"]) == overlapping
+    # Grid and block, shared, stream, function, parameters.
+    assert len(found["driver"].split()) == 6 + 2 + 2 + 2 + 2 * overlapping + 11
 
 
 def test_a_machine_without_libcuda_has_no_functions(monkeypatch):
@@ -34,7 +37,7 @@ def test_a_machine_without_libcuda_has_no_functions(monkeypatch):
 
 
 def test_numbers_that_do_not_fit_are_an_error():
-    entry = driver.Entry(1, 32, 0, ("<i", None, "<f"))
+    entry = driver.Entry(1, 32, 0, False, ("<i", None, "<f"))
     assert len(entry.parameters([1, None, 0.5])) == 4 * driver.SLOT
     for wrong in ([1 << 31, None, 0.5], [1, None, 1e60]):
         with pytest.raises((driver.struct.error, OverflowError)):

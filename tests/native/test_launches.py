@@ -224,10 +224,10 @@ def test_kernels_are_loaded_in_a_way_that_spoils_no_capture(on_stub, monkeypatch
 
 @by_driver
 def test_other_threads_run_while_a_launch_waits(on_stub, host):
-    libc, semaphore = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    libc.sem_init(semaphore, 0, 0)
-    waiting = ctypes.cast(libc.sem_wait, ctypes.c_void_p).value  # takes what is the launch's function
-    numbers = (ctypes.addressof(semaphore), 1, 1, 1, 32, 0)
+    libc, left = ctypes.CDLL(None), ctypes.create_string_buffer(16)
+    # It takes a launch's configuration, whose grid comes first, for one second, and the function for where to write.
+    waiting = ctypes.cast(libc.nanosleep, ctypes.c_void_p).value
+    numbers = (ctypes.addressof(left), 1, 0, 0, 0, 0, 0)
     launch = ((waiting, *driver.functions()[1:]), numbers, bytes(8), (0,), None)
     section = ((("launch", ((2, 0, 0), launch), (), False, ()),), (0,), (0,), 1)
     program = host.Program(section, (), (), (0,), (), False, True, None, lambda device: 0, -1)
@@ -235,7 +235,6 @@ def test_other_threads_run_while_a_launch_waits(on_stub, host):
     thread.start()
     thread.join(0.1)
     assert thread.is_alive()
-    libc.sem_post(semaphore)
     thread.join(10)
     assert not thread.is_alive()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detr_fast.kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detr_fast import dispatch, ops
@@ -109,6 +110,7 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_measured(monkeypatch):
         return fails() if group.regime == "layer_norm" else [Regime(n, "sm_90", 0, 0, "") for n in group.ours.values()]
 
     monkeypatch.setattr(tuning, "tune_group", measured_group)
+    monkeypatch.setattr(tuning, "tune_overlap", lambda *_: [])
     monkeypatch.setattr(tuning, "tune_linear_assignment", fails)
     monkeypatch.setattr(tuning, "tune_threads", lambda *_: [Regime("other", "cpu", 0, 0, "")])
     for name, value in stubs().items():
@@ -220,3 +222,44 @@ def test_what_tune_times_is_checked_first(op, alternative, step, monkeypatch):
     assert tuning.agree(run, op, alternative, "triton")
     wrong = iter(range(2))
     assert not tuning.agree(lambda: (torch.full((3,), next(wrong)),), op, alternative, "triton")
+
+
+def test_launches_overlap_where_that_gains_and_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuning, "source", lambda device: "a test")
+    groups = [next(g for g in EVERYTHING if g.op == op and g.gradients) for op in ("attention", "encoder_layer")]
+
+    def tune(times, results=((1.0,), (1.0,))):
+        """times: of the first and the second group, one by one and overlapping."""
+        left = iter([torch.tensor(one) for one in results * 2])
+        clock = {(i, j): times[i][j] for i in range(2) for j in range(2)}
+        made = []
+
+        def replayed(group, case, device, overlapping):
+            made.append((groups.index(group), int(overlapping)))
+            return made[-1], [next(left)]
+
+        monkeypatch.setattr(tuning, "_replayed", replayed)
+        monkeypatch.setattr(tuning, "_milliseconds", lambda replay, repeats: clock[replay])
+        lines = []
+        (found,) = tuning.tune_overlap(groups, torch.device("cuda"), lines.append)
+        assert len(lines) == 2
+        return found
+
+    assert tune([(1.0, 0.8), (1.0, 1.02)]).captured_minimum == 0
+    assert tune([(1.0, 1.01), (1.0, 1.0)]).captured_minimum == NEVER
+    assert tune([(1.0, 0.5), (1.0, 1.1)]).captured_minimum == NEVER
+    assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.0000001,))).captured_minimum == NEVER
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_89")
+    assert tuning.tune_overlap(groups, torch.device("cuda")) == []
+
+
+def test_launches_overlap_on_the_very_architecture_where_they_were_measured_to_be_faster(cache, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(launch, "forget_programs", lambda: forgotten.append(True))
+    device = torch.device("cuda", 0)
+    for architecture, minimum, overlapped in (("sm_100", 0, False), ("sm_90", NEVER, False), ("sm_90", 0, True)):
+        regimes.save([Regime(regimes.OVERLAP, architecture, minimum, minimum, "a test")])
+        monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+        assert launch.overlapped(device) is overlapped
+    assert len(forgotten) == 3  # programs know how they are launched

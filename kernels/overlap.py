@@ -1,0 +1,33 @@
+"""A kernel that starts while the one before it still ends: CUDA's programmatic dependent launch, of sm_90 and newer.
+
+A launch that allows it (`launch.overlapped`) may put its programs on the GPU as soon as all programs of the launch before run, or
+have ended. So every kernel begins with `wait_for_previous()`: it waits until all that was launched before is done and seen, and then
+lets the next launch come this near. What overlaps is the start of programs, and nothing that reads or writes a tensor. Launches
+that don't allow it do not wait for anything here, and the two instructions cost a program next to nothing.
+Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .launch import triton
+
+
+def is_able(architecture: str) -> bool:
+    """Whether launches can overlap on a GPU of this architecture, such as "sm_90"."""
+    number = architecture.removeprefix("sm").removeprefix("_")
+    return architecture[:2] == "sm" and number.isdigit() and int(number) >= 90
+
+
+def wait_for_previous(_semantic: Any = None) -> None:
+    """The first thing that a kernel does. In Triton's interpreter, and where GPUs can't, nothing."""
+    if _semantic is not None and is_able(str(getattr(_semantic.builder.options, "arch", ""))):
+        from triton.language.extra import cuda
+
+        cuda.gdc_wait(_semantic=_semantic)
+        cuda.gdc_launch_dependents(_semantic=_semantic)
+
+
+if triton is not None and not triton.knobs.runtime.interpret:
+    wait_for_previous = triton.language.core.builtin(wait_for_previous)
