@@ -40,6 +40,7 @@ PACKED = {
     "triton_atomics": packed("triton_atomics"),
     "padded": packed("eager"),
     "nested": nested,
+    "varlen_attn": libraries.varlen_packed,
     "flash_attn": libraries.flash_packed,
 }
 
@@ -58,7 +59,7 @@ def test_packed_attention(lengths):
 
         return taken
 
-    others = ("nested", "flash_attn")
+    others = ("nested", "varlen_attn", "flash_attn")
     compare(
         f"packed attention {lengths} hd {DIM} bf16, forward and backward",
         {name: step(run) for name, run in PACKED.items()},
