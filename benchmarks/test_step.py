@@ -172,7 +172,7 @@ def test_training_step(peers: Sequence[str]) -> None:
     # Without torch.compile first: it may take longer than there is time, and the last line of a case is the one that counts.
     rounds = [steps] if CHECK_ONLY or REHEARSAL else [{n: s for n, s in steps.items() if n != "torch.compile"}, steps]
     for some in rounds:
-        compare(case, some, claims=claims, images=BATCH, in_graphs=False)
+        compare(case, some, claims=claims, images=BATCH, is_graph=True)
         if not CHECK_ONLY:
             record({"peak memory of a training step, beside the model's own": peaks})
 

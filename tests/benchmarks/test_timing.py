@@ -51,7 +51,7 @@ def test_right_peers_are_timed_in_turn_and_a_peer_that_refuses_is_recorded_with_
     (entry,) = results()
     assert {"wall", "graph", "gpu", "MiB", "spread", "rounds"} <= set(entry["peers"]["auto"])
     assert entry["peers"]["liger"] == {"absent": "somelib is not installed"}
-    assert entry["peers"]["cudnn"] == {"refused": "RuntimeError: no kernel for this"}
+    assert entry["peers"]["cudnn"] == {"refused": "RuntimeError: no kernel for this and more"}
     assert "flex is wrong" in entry["peers"]["flex"]["refused"]
     eagerly, in_a_graph = entry["claims"]
     assert (eagerly["how"], in_a_graph["how"]) == ("launched eagerly", "in a CUDA graph")
@@ -95,7 +95,7 @@ def test_a_peer_that_fails_in_a_later_call_is_out_with_its_reason_and_the_others
     over = Claim("faster", ("flash", "eager"), 0.0)
     compare("theirs", {"flash": tiring([]), "auto": one, "eager": one}, eager=one, truth=one, claims=[over])
     peers = results()[0]["peers"]
-    assert peers["flash"] == {"refused": timing.first_line(error)}
+    assert peers["flash"] == {"refused": timing.in_short(error) if type(error) is RuntimeError else timing.first_line(error)}
     assert peers["auto"]["rounds"] >= 4
     assert results()[0]["claims"][0]["measured"] == pytest.approx(peers["eager"]["wall"] / peers["auto"]["wall"])
 
@@ -103,7 +103,7 @@ def test_a_peer_that_fails_in_a_later_call_is_out_with_its_reason_and_the_others
         with pytest.raises(AssertionError, match="auto failed; auto: RuntimeError: no plan"):
             compare("ours", {"auto": tiring([]), "eager": one}, claims=[over])
         ours = results()[1]
-        assert ours["peers"]["auto"] == {"failed": "RuntimeError: no plan for this"}
+        assert ours["peers"]["auto"] == {"failed": "RuntimeError: no plan for this and more"}
         assert "wall" in ours["peers"]["eager"]
         assert ours["claims"][0]["measured"] is None
 
@@ -154,11 +154,13 @@ def test_ours_must_be_captured(results, sync_debug_mode):
 
 
 def test_what_is_a_graph_itself_is_captured_in_none(results, sync_debug_mode):
-    compare("case", {"auto": waiting([])}, in_graphs=False, claims=[Claim("faster", ("eager",), 1.0)])
-    (entry,) = results()
-    assert set(entry["peers"]["auto"]) >= {"wall", "gpu"}
-    assert not set(entry["peers"]["auto"]) & {"graph", "uncaptured"}
-    assert [one["how"] for one in entry["claims"]] == [report.IS_GRAPH]
+    claim = Claim("faster", ("eager",), 1.0)
+    compare("a graph", {"auto": waiting([])}, is_graph=True, claims=[claim])
+    compare("not to be captured", {"auto": waiting([])}, in_graphs=False, claims=[claim])
+    for entry, how in zip(results(), (report.IS_GRAPH, "launched eagerly"), strict=True):
+        assert set(entry["peers"]["auto"]) >= {"wall", "gpu"}
+        assert not set(entry["peers"]["auto"]) & {"graph", "uncaptured"}
+        assert [one["how"] for one in entry["claims"]] == [how]
 
 
 def test_a_graph_holds_several_calls_and_is_replayed_so_often_that_they_count(results, monkeypatch):
@@ -187,6 +189,30 @@ class FixedEvent:
 def test_what_is_checked_may_be_another_call_than_what_is_timed(results):
     compare("case", {"auto": wrong}, eager=one, truth=one, checks={"auto": one})
     assert "wall" in results()[0]["peers"]["auto"]
+
+
+def test_a_library_that_is_less_accurate_than_ours_may_be_is_timed_and_its_error_told(results):
+    def coarse():
+        return [one()[0] * 1.03]
+
+    compare("case", {"liger": coarse, "auto": one}, eager=one, truth=one)
+    (entry,) = results()
+    assert "wall" in entry["peers"]["liger"]
+    assert "relative error 3.00e-02" in entry["peers"]["liger"]["coarse"]
+    assert "coarse" not in entry["peers"]["auto"]
+    with pytest.raises(AssertionError, match="triton is wrong"):
+        compare("case", {"triton": coarse}, eager=one, truth=one)
+
+
+def test_of_what_auto_takes_it_is_told_which_way_the_host_goes_and_what_a_call_takes_without_c(results, monkeypatch):
+    ways = {"in C++": "C++", "from Python": "Python", "PyTorch's": None}
+    for name, way in ways.items():
+        monkeypatch.setattr(timing.host, "way", lambda call, way=way: way)
+        compare(name, {"auto": one, "triton": one}, eager=one, truth=one)
+    told = {entry["case"]: entry["peers"]["auto"] for entry in results()}
+    assert {name: peer.get("host") for name, peer in told.items()} == ways
+    assert {name: "wall from Python" in peer for name, peer in told.items()} == {name: w == "C++" for name, w in ways.items()}
+    assert all("host" not in entry["peers"]["triton"] for entry in results())
 
 
 def test_checks_alone_time_and_record_nothing(results, monkeypatch):
