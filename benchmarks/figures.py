@@ -20,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
+from benchmarks.tables import OURS, kind, labels
 
-OURS = ("auto", "triton", "chunked", "uncaptured", "copy")  # and what begins so: no alternative
-WAYS = {"graph": ("in a CUDA graph", "#0b5fa5"), "wall": ("launched eagerly", "#9a9a9a")}
+WAYS = {"graph": ("in a CUDA graph", "#0b5fa5"), "wall": ("launched eagerly", "#808080")}
 LABELS, PLOT, TEXTS, ROW, TOP = 440, 360, 400, 19, 58  # pixels
 
 
@@ -44,7 +44,7 @@ class Row:
 
 def speedup(entry: Mapping[str, Any], way: str) -> Speedup | None:
     """None where ours or all alternatives were not timed this way."""
-    if not entry.get("in_graphs", True):  # ours, as it is run, is one
+    if entry.get("is_graph", not entry.get("in_graphs", True)):  # ours, as it is run
         way = "wall" if way == "graph" else ""
     times = {name: peer[way] for name, peer in entry["peers"].items() if way in peer}
     own = times.get("auto", times.get("triton"))
@@ -53,23 +53,6 @@ def speedup(entry: Mapping[str, Any], way: str) -> Speedup | None:
         return None
     peer = min(others, key=lambda name: others[name])
     return Speedup(others[peer] / own, peer)
-
-
-def kind(case: str) -> str:
-    """A case's name without its sizes: "attention, heads of 32, padding, inference"."""
-    name, _, rest = case.partition(" (")
-    sizes, _, how = rest.partition(")")
-    if name == "attention":
-        if sizes.count(",") < 4:
-            return "attention that returns its weights"
-        name += ", heads of 32" if sizes.endswith(", 32") else ", larger heads"
-    for word in ("DETR's losses", "DETR's focal losses", "matcher and criterion", "DETR-R50 training step"):
-        if name.startswith(word):
-            name, how = word, ", forward and backward" if "backward" in case else ""
-    if name == "encoder layer":
-        how = ""
-    how = ", " + how.partition(", ")[2] if ", " in how else how.removeprefix(" bf16")
-    return (name + how).replace(", forward and backward", "").replace(", forward", ", inference")
 
 
 def rows_of_kinds(cases: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -82,13 +65,16 @@ def rows_of_kinds(cases: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def rows_of_cases(cases: Iterable[Mapping[str, Any]]) -> list[Row]:
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Sequence[Speedup]]]]] = {}
     for entry in cases:
         ways = {way: [one] for way in WAYS if (one := speedup(entry, way)) is not None}
         if ways:
-            label = entry["case"].removesuffix(", forward and backward").removesuffix(", forward")
-            found.setdefault(kind(entry["case"]), []).append(Row(label, ways))
-    return [row for heading, rows in found.items() for row in (Row(heading), *rows)]
+            found.setdefault(kind(entry["case"]), []).append((entry, ways))
+    rows = []
+    for heading, some in found.items():
+        told = labels([entry for entry, _ in some])
+        rows += [Row(heading), *(Row(label, ways) for label, (_, ways) in zip(told, some))]
+    return rows
 
 
 def picture(rows: Sequence[Row], title: str) -> str:
@@ -112,11 +98,14 @@ def picture(rows: Sequence[Row], title: str) -> str:
         place += 30 + 7 * len(text)
     for power in range(low, high + 1):
         at, strong = x(2.0**power), power == 0
-        label = f"{2.0**power:g}×" if high - low < 7 or power % 2 == 0 else ""
+        label = f"{2.0**power:g}×" if high - low < 10 or power % 2 == 0 else ""
         parts.append(
             f'<path d="M{at:.1f} {TOP - 4}V{height - 8}" stroke="{"#222222" if strong else "#dddddd"}"/>'
             f'<text x="{at:.1f}" y="{TOP - 8}" text-anchor="middle">{label}</text>'
         )
+    for number, (text, color) in enumerate(WAYS.values()):
+        place = LABELS + PLOT + 16 + number * 195
+        parts.append(f'<text x="{place}" y="{TOP - 8}" font-size="11" fill="{color}">{text}, over</text>')
     for number, row in enumerate(rows):
         parts += _row(row, TOP + ROW * number + ROW / 2, x)
     size = f'width="{LABELS + PLOT + TEXTS}" height="{height}" viewBox="0 0 {LABELS + PLOT + TEXTS} {height}"'
@@ -143,17 +132,11 @@ def _row(row: Row, y: float, x: Any) -> list[str]:
     return parts
 
 
-def machine(entries: Iterable[Mapping[str, Any]], folder: Path) -> str:
-    """The GPU's name and PyTorch's version, as far as they are recorded."""
-    facts: Mapping[str, Any] = next((entry["machine"] for entry in entries if "machine" in entry), {})
-    return ", torch ".join(filter(None, (str(facts.get("GPU", folder.name)), str(facts.get("torch", "")))))
-
-
 def write(folder: Path) -> list[Path]:
     """Both pictures of a folder's measurements; none where nothing was compared."""
     entries = report.measurements(folder)
     cases = [entry for entry in entries if "peers" in entry]
-    title = f"{machine(entries, folder)}: as many times as fast as the fastest alternative"
+    title = f"{report.machine_of(entries, folder)}: how many times as fast as the fastest alternative detr-fast is"
     written = []
     for name, rows in (("speedups.svg", rows_of_kinds(cases)), ("cases.svg", rows_of_cases(cases))):
         if rows:

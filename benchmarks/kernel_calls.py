@@ -1,6 +1,6 @@
 """What `make gpu` does with the example call of every catalog entry, beside tests and benchmarks.
 
-python benchmarks/kernel_calls.py once               # one call of each kernel: what a sanitizer watches
+python benchmarks/kernel_calls.py once               # one call of each example: what a sanitizer watches
 python benchmarks/kernel_calls.py graphs             # no host synchronisation, and the same results from a CUDA graph
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -19,16 +19,16 @@ from torch import Tensor
 DEVICE = torch.device("cuda")
 
 
-def examples(by: Callable[[Entry], object]) -> list[Entry]:
-    """The first entry of each `by`: of each kernel, or of each distinct example."""
+def examples() -> list[Entry]:
+    """The first entry of each distinct example."""
     first: dict[object, Entry] = {}
     for one in CATALOG:
-        first.setdefault(by(one), one)
+        first.setdefault(one.example, one)
     return list(first.values())
 
 
 def once() -> int:
-    for one in examples(lambda one: one.variant.name):
+    for one in examples():
         one.example(DEVICE)()
         torch.cuda.synchronize()
         print(f"{one.name}: ran", flush=True)
@@ -37,7 +37,7 @@ def once() -> int:
 
 def graphs() -> int:
     """Status 1 where a call waits for the host, can't be captured, or gives other results when replayed."""
-    problems = _in_processes([one.name for one in examples(lambda one: one.example)])
+    problems = _in_processes([one.name for one in examples()])
     failed = 0
     for name, problem in problems:
         failed += problem is not None

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,9 @@ from benchmarks.test_step import BATCH, Pair, make_pair
 from benchmarks.timing import compiled, first_line, record
 from detr_fast import nn, use_backend
 
-WIDTH, ROW = 1200, 14  # of the picture, in pixels
+WIDTH, ROW, TOP = 1100, 14, 46  # of the picture, in pixels
+OURS = re.compile("^[a-z0-9_]+_kernel$")
+COLORS = {True: "#0b5fa5", False: "#9a9a9a"}  # of our kernels, and of PyTorch's and its libraries'
 STEPS = sized(3, 1)
 Span = tuple[str, float, float]  # a kernel's name, its start and its end in µs
 
@@ -43,7 +46,10 @@ def machine() -> dict[str, Any]:
     if shutil.which("nvidia-smi"):
         asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-        told[asked] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split(", ")
+        told |= {
+            f"{name}, idle" if name == "clocks.sm" else name: value for name, value in zip(asked.split(","), found)
+        }
     return told
 
 
@@ -209,29 +215,56 @@ def busy_time(spans: Iterable[Span]) -> tuple[float, float]:
     return busy, reached - ordered[0][0]
 
 
-def picture(spans: list[Span]) -> str:
-    """A timeline as SVG: one row per kind of kernel, the longest in all first; blanks are where the GPU waits."""
+def picture(spans: Sequence[Span], steps: int = STEPS) -> str:
+    """A timeline as SVG: one row for each kernel, the longest in all first; where all rows are blank the GPU waits."""
     totals: dict[str, float] = {}
     for name, start, end in spans:
         totals[name] = totals.get(name, 0.0) + end - start
     first = min((start for _, start, _ in spans), default=0.0)
-    scale = WIDTH / max(1e-9, max((end for *_, end in spans), default=1.0) - first)
+    total = max(1e-9, max((end for *_, end in spans), default=1.0) - first)
+    scale, busy = WIDTH / total, busy_time(spans)[0]
     rows = {name: index for index, name in enumerate(sorted(totals, key=lambda name: -totals[name])[:40])}
     boxes = "".join(_box(name, rows, (start - first) * scale, (end - start) * scale) for name, start, end in spans)
     labels = "".join(
-        f'<text x="{WIDTH + 8}" y="{index * ROW + 11}">{_escaped(name[:80])} {totals[name]:.0f} µs</text>'
+        f'<text x="{WIDTH + 12}" y="{TOP + index * ROW + 10}" fill="{COLORS[bool(OURS.match(name))]}">'
+        f"{totals[name] / steps / 1e3:.3f}  {_escaped(short(name))}</text>"
         for name, index in rows.items()
     )
-    size = f'width="{WIDTH + 640}" height="{len(rows) * ROW + 4}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="monospace" font-size="10">{boxes}{labels}</svg>\n'
+    height = TOP + len(rows) * ROW + 6
+    every = max(1, round(total / 1e3 / 16))
+    ticks = "".join(
+        f'<path d="M{ms * 1e3 * scale:.1f} {TOP - 4}V{height - 4}" stroke="#e4e4e4"/>'
+        f'<text x="{ms * 1e3 * scale + 2:.1f}" y="{TOP - 6}" fill="#666666">{ms} ms</text>'
+        for ms in range(0, int(total / 1e3) + 1, every)
+        if ms * 1e3 * scale < WIDTH - 40
     )
+    title = (
+        f"{steps} captured training steps one after the other: {total / 1e3:.2f} ms, in {100 * busy / total:.1f} % of which a kernel runs. "
+        "One row for each kernel, of all the 40 that take longest."
+    )
+    legend = "".join(
+        f'<rect x="{x}" y="20" width="9" height="9" fill="{COLORS[ours]}"/><text x="{x + 14}" y="28">{text}</text>'
+        for x, ours, text in ((0, True, "detr-fast's kernels"), (150, False, "PyTorch's, cuDNN's and cuBLAS's"))
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 560}" height="{height}" font-family="monospace" font-size="10">'
+        f'<rect width="100%" height="100%" fill="#ffffff"/><text x="0" y="12" font-size="12" font-weight="bold">{title}</text>'
+        f'{legend}<text x="{WIDTH + 12}" y="{TOP - 6}">ms a step, kernel</text>{ticks}{boxes}{labels}</svg>\n'
+    )
+
+
+def short(name: str) -> str:
+    """A kernel's name without what C++ puts around it, and cut."""
+    name = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", name)
+    return name if len(name) <= 76 else name[:75] + "…"
 
 
 def _box(name: str, rows: Mapping[str, int], x: float, width: float) -> str:
     if name not in rows:
         return ""
-    return f'<rect x="{x:.2f}" y="{rows[name] * ROW}" width="{max(width, 0.3):.2f}" height="{ROW - 2}" fill="#4477aa"/>'
+    color = COLORS[bool(OURS.match(name))]
+    place = f'x="{x:.2f}" y="{TOP + rows[name] * ROW}" width="{max(width, 0.3):.2f}" height="{ROW - 2}"'
+    return f'<rect {place} fill="{color}"/>'
 
 
 def _escaped(text: str) -> str:

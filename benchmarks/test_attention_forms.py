@@ -1,12 +1,20 @@
-"""Attention over packed batches and attention that returns its weights, beside what computes the same.
+"""Attention over packed batches, with weights, on fewer heads of keys, in odd sizes and with a mask that is trained, beside what computes
+the same.
 
 python -m pytest benchmarks/test_attention_forms.py          # needs a GPU
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import libraries
 from benchmarks.hardware import DEVICE, NEEDS_GPU, sized
@@ -93,4 +101,73 @@ def test_attention_and_its_weights(shape, average):
         eager=step("eager"),
         truth=step("eager", exact),
         claims=[Claim("attention with weights: over eager", ("eager",), 1.0)],
+    )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an attention of 4 images' 1,000 tokens has that most have not. keys: heads of k and v. trained: a float mask with a gradient."""
+
+    heads: int = sized(8, 2)
+    keys: int = sized(8, 2)
+    dim: int = 32
+    dropout_p: float = 0.0
+    trained: bool = False
+
+
+FORMS = {
+    "grouped-query attention": Form(keys=sized(2, 1), dim=64),
+    "attention, heads of 33": Form(dim=33),  # rows that start at any even byte
+    "attention, heads of 36, dropout": Form(dim=36, dropout_p=0.1),  # d 288 over 8 heads: rows of whole 8 bytes
+    "attention, a mask that is trained": Form(trained=True),  # a bias by relative position: one for all images
+}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def sdpa(backend: SDPBackend, form: Form, dropout_p: float, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, enable_gqa=form.keys < form.heads).transpose(
+            1, 2
+        )
+
+
+def ours(backend: str, form: Form, dropout_p: float, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    with use_backend(**({} if backend == "auto" else {"attention": backend})):
+        return ops.attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, enable_gqa=form.keys < form.heads)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_attention_form(name: str) -> None:
+    form = FORMS[name]
+    batch, length = sized((4, 1000), (1, 6))
+    q, k, v, dout = (
+        torch.randn(batch, length, heads, form.dim, device=DEVICE, dtype=BF16)
+        for heads in (form.heads, form.keys, form.keys, form.heads)
+    )
+    mask = [torch.randn(1, form.heads, length, length, device=DEVICE, dtype=BF16)] if form.trained else []
+    leaves = [t.requires_grad_() for t in (q, k, v, *mask)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+
+    def step(function: Callable[..., Any], dropout_p: float = form.dropout_p, leaves: Any = leaves) -> Any:
+        def run() -> Any:
+            out = function(form, dropout_p, *leaves)
+            return out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+        return run
+
+    functions = {backend: partial(ours, backend) for backend in ("auto", "triton")}
+    functions |= {backend: partial(sdpa, kind) for backend, kind in BACKENDS.items()}
+    eager = partial(ours, "eager")
+    compare(
+        f"{name} ({batch}, {length}, {form.heads}, {form.dim}) bf16, forward and backward",
+        {backend: step(function) for backend, function in functions.items()},
+        eager=step(eager, 0.0),
+        truth=step(eager, 0.0, exact),
+        checks={backend: step(function, 0.0) for backend, function in functions.items()},
+        claims=[Claim("attention: over the best peer, other forms", tuple(BACKENDS), 1.0)],
     )

@@ -41,9 +41,9 @@ def add_layer_norm(x, weight, bias, residual):
 
 
 def named(function, **backends):
-    def run(*tensors):
+    def run(*tensors, **options):
         with use_backend(**backends):
-            return function(*tensors)
+            return function(*tensors, **options)
 
     return run
 
@@ -92,4 +92,36 @@ def test_row_wise_norms(op, backward, shape):
         checks={"copy": step(original)},
         claims=claims,
         moves=moves,
+    )
+
+
+@pytest.mark.parametrize("shape", sized([(6_800, 256), (6_800, 250)], [(20, 250)]), ids=str)  # 250: read one by one
+def test_norm_of_a_dropped_out_sum(shape):
+    x, dy, residual = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    weight, bias = (torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+
+    def original(x, residual, weight, bias, p=0.1):
+        return eager(residual + F.dropout(x, p), weight, bias)
+
+    def ours(x, residual, weight, bias, p=0.1):
+        return ops.add_layer_norm(x, residual, weight, bias, dropout_p=p)
+
+    def step(function, leaves=leaves, **options):
+        def run():
+            y = function(*leaves, **options)
+            return (y, *torch.autograd.grad(y, leaves, dy.to(y.dtype)))
+
+        return run
+
+    functions = {"auto": ours, "triton": named(ours, add_layer_norm="triton"), "eager": original}
+    functions["torch.compile"] = compiled(original)
+    compare(
+        f"add_layer_norm with dropout {shape} bf16, forward and backward",
+        {name: step(function) for name, function in functions.items()},
+        eager=step(original, p=0.0),
+        truth=step(original, exact, p=0.0),
+        checks={name: step(function, p=0.0) for name, function in functions.items()},
+        claims=[Claim("norms: over eager, forward and backward", ("eager",), 1.5)],
     )

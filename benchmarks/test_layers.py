@@ -32,7 +32,9 @@ BATCHES = sized(
     [(2, 6, True, False)],
 )  # images, tokens, padded, norm first
 DROPOUT = 0.1
-FUSED = dict.fromkeys(("attention", "linear_add_layer_norm", "feed_forward", "encoder_layer"), "triton")
+FUSED = dict.fromkeys(
+    ("attention", "linear_add_layer_norm", "feed_forward", "encoder_layer", "decoder_layer"), "triton"
+)
 BACKENDS = {"eager": {}, "torch.compile": {}, "auto": {}, "triton": FUSED}
 BY_NAME = {name: FUSED | {"feed_forward": name} for name in ("triton_recompute", "triton_one_kernel")}
 PEERS: dict[str, dict[str, str]] = BACKENDS | BY_NAME
@@ -46,6 +48,34 @@ def eager_block(x, w1, b1, w2, b2, norm_weight, norm_bias):
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_encoder_layer(batch):
     images, tokens, padded, norm_first = batch
+    form = f"({images}, {tokens}{', padded' * padded}{', pre-norm' * norm_first})"
+    padding = {"src_key_padding_mask": padding_of(images, tokens)} if padded else {}
+    claims = [
+        Claim("encoder layer: over eager torch.nn, forward and backward", ("eager",), 2.0),
+        Claim("encoder layer: over torch.compile, forward and backward", ("torch.compile",), 1.3),
+    ]
+    compare_layer("Encoder", form, [(images, tokens)], padding, PEERS, claims, norm_first=norm_first)
+
+
+@pytest.mark.parametrize("batch", sized([(4, 100, 1050), (2, 100, 850)], [(1, 3, 4)]), ids=str)
+def test_decoder_layer(batch):
+    images, queries, tokens = batch
+    padding = {"memory_key_padding_mask": padding_of(images, tokens)}
+    claims = [
+        Claim("decoder layer: over eager torch.nn, forward and backward", ("eager",), 1.0),
+        Claim("decoder layer: over torch.compile, forward and backward", ("torch.compile",), 1.0),
+    ]
+    lengths = [(images, queries), (images, tokens)]
+    compare_layer("Decoder", f"{batch}".replace(")", ", padded)"), lengths, padding, BACKENDS, claims)
+
+
+def padding_of(images, tokens):
+    ends = torch.linspace(tokens, tokens * 2 // 3, images, device=DEVICE)
+    return torch.arange(tokens, device=DEVICE) >= ends[:, None]
+
+
+def compare_layer(kind, form, lengths, padding, peers, claims, norm_first=False):
+    """A layer on inputs of such (images, tokens), with gradients of all of them and of its parameters."""
     settings: dict[str, Any] = {
         "d_model": WIDTH,
         "nhead": HEADS,
@@ -55,41 +85,34 @@ def test_encoder_layer(batch):
         "dtype": torch.bfloat16,
         "norm_first": norm_first,
     }
-    form = f"({images}, {tokens}{', padded' * padded}{', pre-norm' * norm_first})"
-    original = torch_nn.TransformerEncoderLayer(**settings, dropout=0.0)
+    name = f"Transformer{kind}Layer"
+    original = getattr(torch_nn, name)(**settings, dropout=0.0)
     exact = copy.deepcopy(original).double()
-    x = torch.randn(images, tokens, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    exact_x = x.detach().double().requires_grad_()
-    dy = torch.randn_like(x)
-    padding = None
-    if padded:
-        ends = torch.linspace(tokens, tokens * 2 // 3, images, device=DEVICE)
-        padding = torch.arange(tokens, device=DEVICE) >= ends[:, None]
+    inputs = [torch.randn(*some, WIDTH, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for some in lengths]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    dy = torch.randn_like(inputs[0])
 
     def made(peer, dropout):
         source = torch_nn if peer in ("eager", "torch.compile") else nn
-        layer = source.TransformerEncoderLayer(**settings, dropout=dropout)
+        layer = getattr(source, name)(**settings, dropout=dropout)
         layer.load_state_dict(original.state_dict())
         return compiled(layer) if peer == "torch.compile" else layer
 
-    def step(layer, x=x, **backends):
+    def step(layer, inputs=inputs, **backends):
         def run():
             with use_backend(**backends):
-                y = layer(x, src_key_padding_mask=padding)
-                return y, *torch.autograd.grad(y, (x, *layer.parameters()), dy.to(y.dtype))
+                y = layer(*inputs, **padding)
+                return y, *torch.autograd.grad(y, (*inputs, *layer.parameters()), dy.to(y.dtype))
 
         return run
 
     compare(
-        f"encoder layer {form} d {WIDTH} hidden {HIDDEN} dropout {DROPOUT} bf16",
-        {peer: step(made(peer, DROPOUT), **backends) for peer, backends in PEERS.items()},
+        f"{kind.lower()} layer {form} d {WIDTH} hidden {HIDDEN} dropout {DROPOUT} bf16",
+        {peer: step(made(peer, DROPOUT), **backends) for peer, backends in peers.items()},
         eager=step(original),
-        truth=step(exact, exact_x),
-        checks={peer: step(made(peer, 0.0), **backends) for peer, backends in PEERS.items()},
-        claims=[
-            Claim("encoder layer: over eager torch.nn, forward and backward", ("eager",), 2.0),
-            Claim("encoder layer: over torch.compile, forward and backward", ("torch.compile",), 1.3),
-        ],
+        truth=step(exact, exact_inputs),
+        checks={peer: step(made(peer, 0.0), **backends) for peer, backends in peers.items()},
+        claims=claims,
     )
 
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from benchmarks import figures, report
+from benchmarks import figures, report, tables
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -51,7 +51,7 @@ def test_ours_is_held_against_the_fastest_alternative_in_each_way_of_launching()
     ],
 )
 def test_cases_of_one_kind_differ_in_size_alone(name, kind):
-    assert figures.kind(name) == kind
+    assert tables.kind(name) == kind
 
 
 def circles(svg, color):
@@ -76,6 +76,11 @@ def test_a_kind_shows_the_mean_of_its_cases_right_of_the_line_where_ours_is_fast
 def test_cases_stand_below_their_kinds_and_all_of_them_lie_in_the_picture():
     rows = figures.rows_of_cases(CASES)
     assert [row.ways is None for row in rows] == [True, False, False, True, False, True, False]
+    assert [row.label for row in rows][:3] == [
+        "attention, heads of 32, padding, inference",
+        "(2, 100, 1000, 8, 32)",
+        "(8, 100, 1000, 8, 32)",
+    ]
     height = float(re.search(r'height="(\d+)"', figures.picture(rows, "")).group(1))
     ends = [float(t.get("y")) for t in ET.fromstring(figures.picture(rows, "")).iter(f"{SVG}text")]
     assert max(ends) < height
@@ -86,5 +91,5 @@ def test_a_folder_gets_both_pictures_and_one_without_measurements_none(tmp_path)
     lines = [*CASES, {"machine": {"GPU": "NVIDIA H200", "torch": "2.11"}}]
     (tmp_path / "measurements.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert [path.name for path in figures.write(tmp_path)] == ["speedups.svg", "cases.svg"]
-    assert "NVIDIA H200, torch 2.11: as many times" in (tmp_path / "speedups.svg").read_text()
+    assert "NVIDIA H200, torch 2.11: how many times" in (tmp_path / "speedups.svg").read_text()
     assert report.measurements(tmp_path)

@@ -14,12 +14,22 @@ def test_the_gpu_is_busy_while_at_least_one_kernel_runs():
     assert step_profile.busy_time([]) == (0.0, 0.0)
 
 
-def test_the_picture_has_a_box_for_each_kernel_and_a_row_for_each_kind():
-    drawn = xml.etree.ElementTree.fromstring(
-        step_profile.picture([("a<b>", 0.0, 2.0), ("c", 3.0, 4.0), ("c", 3.5, 5.0)])
+def test_the_picture_has_a_box_for_each_kernel_a_row_for_each_kind_and_ours_in_a_color_of_their_own():
+    spans = [("void a<b>", 0.0, 2e3), ("linear_kernel", 3e3, 4e3), ("linear_kernel", 3.5e3, 5e3)]
+    drawn = xml.etree.ElementTree.fromstring(step_profile.picture(spans, steps=2))
+    texts = [child.text for child in drawn if child.tag.endswith("text")]
+    assert texts[0].startswith(
+        "2 captured training steps one after the other: 5.00 ms, in 80.0 % of which a kernel runs."
     )
-    assert [child.tag.split("}")[1] for child in drawn] == ["rect"] * 3 + ["text"] * 2
-    assert drawn[-1].text == "a<b> 2 µs"
+    assert texts[-2:] == ["1.250  linear_kernel", "1.000  a<b>"]  # of two steps
+    assert "4 ms" in texts
+    boxes = [child for child in drawn if child.tag.endswith("rect") and float(child.get("y", 0)) >= step_profile.TOP]
+    color = {ours: step_profile.COLORS[ours] for ours in (True, False)}
+    assert [(box.get("fill"), float(box.get("y"))) for box in boxes] == [
+        (color[False], step_profile.TOP + step_profile.ROW),
+        (color[True], step_profile.TOP),
+        (color[True], step_profile.TOP),
+    ]
 
 
 def test_names_of_stretches_of_time_are_no_kernels():
