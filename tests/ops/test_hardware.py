@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from benchmarks.hardware import DEVICE, REHEARSAL, sized
 from detr_fast import ops, use_backend
 from detr_fast.ops.attention import EagerAttention
+from detr_fast.ops.dropout import next_seed
+from detr_fast.ops.products import dropped
 from detr_fast.testing import assert_as_accurate_as_eager
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +39,46 @@ def test_attention_drops_what_its_eager_twin_drops(dtype):
             reference=seeded(lambda q, k, v: EagerAttention().run(q, k, v, None, None, False, 0.3, None)),
             inputs=qkv(2, length, length, sized(8, 1), 32),
             dtype=dtype,
+        )
+
+
+def twin(tensor, p, *, hidden=False):
+    """`tensor` as the next op that drops would drop it."""
+    return dropped(tensor, *next_seed(tensor.device), p, hidden=hidden)
+
+
+@pytest.mark.parametrize("columns", [256, 250])  # 250: rows that are read one element at a time
+def test_norms_drop_what_their_twin_drops(columns):
+    shape = sized(300, 20), columns
+    with use_backend(add_layer_norm="triton"):
+        assert_as_accurate_as_eager(
+            seeded(lambda x, residual, weight: ops.add_layer_norm(x, residual, weight, dropout_p=0.3)),
+            reference=seeded(
+                lambda x, residual, weight: F.layer_norm(residual + twin(x, 0.3), (columns,), weight)
+            ),
+            inputs=[torch.randn(size, device=DEVICE) for size in (shape, shape, (columns,))],
+            dtype=torch.bfloat16,
+        )
+
+
+def test_a_feed_forward_drops_what_its_twin_drops_and_its_backward_reads_which_elements_were_kept():
+    rows, width, hidden = sized((300, 256, 2048), (20, 64, 128))
+
+    def ours(x, w1, b1, w2):
+        return ops.feed_forward(x, w1, b1, w2, None, "relu", 0.3)
+
+    def eager(x, w1, b1, w2):
+        return F.linear(twin(F.linear(x, w1, b1).relu(), 0.3, hidden=True), w2)
+
+    with use_backend(feed_forward="triton"):
+        assert_as_accurate_as_eager(
+            seeded(ours),
+            reference=seeded(eager),
+            inputs=[
+                torch.randn(size, device=DEVICE) * size[-1] ** -0.5
+                for size in ((rows, width), (hidden, width), (hidden,), (width, hidden))
+            ],
+            dtype=torch.bfloat16,
         )
 
 
