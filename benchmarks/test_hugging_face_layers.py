@@ -46,7 +46,10 @@ def test_layer(kind: str) -> None:
 
     def made(dropout: float) -> nn.Module:
         dropouts = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), dropout)
-        config = transformers.DetrConfig(d_model=WIDTH, use_timm_backbone=False, **sizes, **dropouts)
+        backbone = transformers.ResNetConfig(out_features=["stage4"])  # else some versions look for one on the network
+        config = transformers.DetrConfig(
+            d_model=WIDTH, use_timm_backbone=False, backbone_config=backbone, **sizes, **dropouts
+        )
         config._attn_implementation = "sdpa"
         torch.manual_seed(0)
         layer: nn.Module = getattr(transformers.models.detr.modeling_detr, f"Detr{kind}Layer")(config)
