@@ -53,9 +53,7 @@ def test_norms_drop_what_their_twin_drops(columns):
     with use_backend(add_layer_norm="triton"):
         assert_as_accurate_as_eager(
             seeded(lambda x, residual, weight: ops.add_layer_norm(x, residual, weight, dropout_p=0.3)),
-            reference=seeded(
-                lambda x, residual, weight: F.layer_norm(residual + twin(x, 0.3), (columns,), weight)
-            ),
+            reference=seeded(lambda x, residual, weight: F.layer_norm(residual + twin(x, 0.3), (columns,), weight)),
             inputs=[torch.randn(size, device=DEVICE) for size in (shape, shape, (columns,))],
             dtype=torch.bfloat16,
         )
