@@ -119,6 +119,16 @@ def test_products_are_bound_by_the_tensor_cores(target, name):
 
 
 @offline_only
+@pytest.mark.parametrize(
+    ("name", "most"), [("linear_forward_k256_relu_bf16", 1400), ("linear_norm_forward_c256_bf16", 1950)]
+)
+def test_what_surrounds_a_product_takes_few_instructions(name, most):
+    """With a comparison each for ReLU, dropout and its bits 1,512; with calls of Philox that no threads share 2,296."""
+    binary, _, _ = compile_variant(entry(name).variant, "sm_90")
+    assert older_compiler() or len(disassemble(binary)) <= most
+
+
+@offline_only
 def test_the_mean_of_any_number_of_columns_is_divided_exactly_on_gpus():
     _, assembly, _ = compile_variant(entry("layer_norm_forward_c768_fp16_autocast").variant, "sm_90")
     assert "div.rn.f32" in assembly
