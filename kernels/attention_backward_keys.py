@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, clear_surplus, mask_end, own_keys, own_sequence, uniform
+from .attention_program import at, batch_and_head, clear_surplus, mask_end, own_keys, own_sequence, uniform
 from .attention_tiles import (
     add_tile,
     deferred,
@@ -158,17 +158,20 @@ def attention_backward_keys_kernel(
     MASK_VEC: tl.constexpr,
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
+    FRUGAL: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """One program for BLOCK_N keys of one key head, over all query heads of its group.
 
     dq_ptr: fp32, cleared, where dq is added to by atomics; None where the kernel of the queries takes it.
+    FRUGAL: what follows from the head, and which keys are visible, is worked out anew for each head and after the last one: kept over
+    the loops, it would be spilled.
     """
     wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
-    key_heads = heads // group
     longest_q, longest_k = L, S
-    batch, key_head, column_start, exists = own_keys(S, key_heads, BLOCK_N)
+    key_index, column_start, exists = own_keys(S, BLOCK_N)
+    batch, key_head = batch_and_head(key_index, heads // group)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
     if ends_q_ptr is not None:
         exists = tl.arange(0, BLOCK_N) < S - column_start
@@ -183,8 +186,9 @@ def attention_backward_keys_kernel(
         )
     k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, key_head, first_k + column_start)
     v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, key_head, first_k + column_start)
-    dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
-    dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
+    if not FRUGAL:
+        dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
+        dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
     visible = visible_keys(padding, column_start, S, BLOCK_N, keys=keys)
@@ -224,10 +228,18 @@ def attention_backward_keys_kernel(
     all_rows = (tl.num_programs(0) // tl.cdiv(longest_k, BLOCK_N) * group).to(tl.int64) * longest_q
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_EV), tl.float32)
-    for member in range(group):
-        head = key_head * group + member
-        head_index = batch * heads + head
-        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
+    first_member, end_member = 0, group
+    if FRUGAL:  # counted over all batch elements: batch element and head follow from the number alone
+        first_member, end_member = key_index * group, key_index * group + group
+    for member in range(first_member, end_member):
+        if FRUGAL:
+            element, head = batch_and_head(member, heads)
+            own_index, own_q, own_L, _, own_S = own_sequence((ends_q_ptr, ends_k_ptr), element, longest_q, longest_k)
+        else:
+            element, head = batch, key_head * group + member
+            own_index, own_q, own_L, own_S = index, first_q, L, S
+        head_index = element * heads + head
+        hiding = (None, 0, 0, mask_ptr, element * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
         drop = (seed_ptr, head_index.to(tl.int32), offset, threshold, rescale)
         for MASKED in tl.static_range(1, -1, -1):
             if (mask_ptr is None) if not MASKED else (CAUSAL or mask_ptr is not None):
@@ -236,11 +248,11 @@ def attention_backward_keys_kernel(
                     dv,
                     k,
                     v,
-                    at(q_ptr, (q_batch, q_head, q_row), index, head, first_q),
+                    at(q_ptr, (q_batch, q_head, q_row), own_index, head, own_q),
                     q_row,
-                    at(dout_ptr, (dout_batch, dout_head, dout_row), index, head, first_q),
+                    at(dout_ptr, (dout_batch, dout_head, dout_row), own_index, head, own_q),
                     dout_row,
-                    (dq_ptr, index * dq_batch + head * dq_head + first_q * dq_row, dq_row, k_visible, scale_out),
+                    (dq_ptr, own_index * dq_batch + head * dq_head + own_q * dq_row, dq_row, k_visible, scale_out),
                     statistics_ptr + head_index * longest_q,
                     all_rows,
                     hiding,
@@ -250,8 +262,8 @@ def attention_backward_keys_kernel(
                     column_start,
                     start if MASKED else tl.maximum(start, end_masked),
                     end_masked if MASKED else end,
-                    L,
-                    mask_end(ends_k_ptr, mask_ptr, S, MASK_VEC),
+                    own_L,
+                    mask_end(ends_k_ptr, mask_ptr, own_S, MASK_VEC),
                     scale,
                     MASKED,
                     BLOCK_M,
@@ -260,6 +272,16 @@ def attention_backward_keys_kernel(
                 )
     # Said anew: kept over the loop, it would be spilled.
     keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
+    if FRUGAL:
+        key_index = end_member // group - 1
+        if mask_ptr is None and seed_ptr is None and not CAUSAL:  # elsewhere the loops want it
+            column_start = (tl.program_id(0) - key_index * tl.cdiv(longest_k, BLOCK_N)) * BLOCK_N
+        batch, key_head = batch_and_head(key_index, heads // group)
+        index, _, _, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, longest_q, longest_k)
+        dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
+        dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
+        padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
+        visible = visible_keys(padding, column_start, S, BLOCK_N, keys=keys)
     exists = column_start + keys < S
     dk = tl.where(visible[:, None], dk * scale_out, 0.0)
     dv = tl.where(visible[:, None], dv * rescale, 0.0)

@@ -78,17 +78,17 @@ def attention_backward_mask_kernel(
     which = tl.program_id(0) // (tiles_n * tiles_m)
     first_batch, first_head = which // mask_heads, which % mask_heads
     end_batch = tl.where(mask_batches == 1, batches, first_batch + 1)
-    end_head = tl.where(mask_heads == 1, heads, first_head + 1)
-    end_row = L if SHARED_ROWS else tl.minimum(first_row + 1, L)
-    end_column = S if SHARED_COLUMNS else tl.minimum(first_column + 1, S)
+    end_row = L if SHARED_ROWS else first_row + 1
+    end_column = S if SHARED_COLUMNS else first_column + 1
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
 
     dmask = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for index in range(first_batch * heads, end_batch * heads):
+    end = end_batch * heads
+    for index in range(first_batch * heads, end):
         batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
         place, first_q, own_L, first_k, own_S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
-        # Of the heads of a batch element, those from first_head to end_head.
-        last_row = tl.where((head >= first_head) & (head < end_head), end_row, first_row)
+        # Of the heads of a batch element, those that share the mask.
+        last_row = tl.where((mask_heads == 1) | (head == first_head), end_row, first_row)
         last_column = end_column
         if ends_q_ptr is not None:
             last_row, last_column = tl.minimum(last_row, own_L), tl.minimum(last_column, own_S)
@@ -104,7 +104,7 @@ def attention_backward_mask_kernel(
             0,
         )
         drop = (seed_ptr, index, offset, threshold, rescale)
-        end = mask_end(ends_k_ptr, mask_ptr, own_S, MASK_VEC)
+        end_run = mask_end(ends_k_ptr, mask_ptr, own_S, MASK_VEC)
         q_base = at(q_ptr, (q_batch, q_head, q_row), place, head, first_q)
         dout_base = at(dout_ptr, (dout_batch, dout_head, dout_row), place, head, first_q)
         k_base = at(k_ptr, (k_batch, k_head, k_row), place, shared_head(head, group), first_k)
@@ -127,7 +127,7 @@ def attention_backward_mask_kernel(
                 v = load_tile(v_here, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
                 scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 scores = masked_scores(
-                    scores * scale, hiding, row_start, column_start, own_L, end, visible, BLOCK_M, BLOCK_N, FORM
+                    scores * scale, hiding, row_start, column_start, own_L, end_run, visible, BLOCK_M, BLOCK_N, FORM
                 )
                 weights = tl.exp2(scores - lse[:, None])
                 dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
@@ -138,6 +138,8 @@ def attention_backward_mask_kernel(
 
     rows = 1 if SHARED_ROWS else L
     columns = 1 if SHARED_COLUMNS else S
+    # Said anew, from the loop's end: kept over the loop, it would be spilled.
+    which = tl.where(mask_batches == 1, 0, end // heads - 1) * mask_heads + first_head
     base = dmask_ptr + (tl.cast(which, tl.int64) * rows + first_row) * columns + first_column
     if SHARED_ROWS and SHARED_COLUMNS:
         tl.store(base, tl.sum(dmask).to(dmask_ptr.dtype.element_ty))

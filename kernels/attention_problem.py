@@ -70,6 +70,19 @@ class Form:
         return small and not (self.causal or (self.dropout and dim != 64))
 
     @property
+    def partial(self) -> bool:
+        """Whether rows fill no block, so that columns are masked."""
+        return self.blocks != (self.head_dim, self.value_dim)
+
+    @property
+    def frugal_keys(self) -> bool:
+        """Whether the kernel of the keys keeps as little as possible over its loops: only where it spills, as it takes other forms up to 5 %
+        more instructions.
+        """
+        short = self.mask is not None or self.causal or self.partial or (self.packed and self.generation == "blackwell")
+        return self.dtype.itemsize == 2 and short
+
+    @property
     def vector(self) -> int:
         """Elements of a run of 16 bytes, which q, k, v and all that is as wide consist of."""
         return 16 // self.dtype.itemsize
@@ -267,6 +280,7 @@ def _config(form: Form, kernel: str) -> TileConfig:
         mask_size=0 if form.mask is None else form.mask.itemsize,
         padding=form.padding,
         packed=form.packed,
+        partial=form.partial,
         few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,
     )

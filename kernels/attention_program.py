@@ -24,18 +24,22 @@ def own_queries(L, heads, BLOCK_M: tl.constexpr):
     tiles = tl.cdiv(L, BLOCK_M)
     row_start = tl.program_id(0) % tiles * BLOCK_M
     head_index = tl.program_id(0) // tiles
-    batch, head = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    batch, head = batch_and_head(head_index, heads)
     return batch, head, head_index, row_start, tl.arange(0, BLOCK_M) < L - row_start
 
 
 @jit
-def own_keys(S, key_heads, BLOCK_N: tl.constexpr):
-    """(batch, key head, first key, which keys exist) of a program for BLOCK_N keys of one key head."""
+def own_keys(S, BLOCK_N: tl.constexpr):
+    """(batch * key heads + key head, first key, which keys exist) of a program for BLOCK_N keys of one key head."""
     tiles = tl.cdiv(S, BLOCK_N)
     column_start = tl.program_id(0) % tiles * BLOCK_N
-    batch = (tl.program_id(0) // tiles // key_heads).to(tl.int64)
-    key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
-    return batch, key_head, column_start, tl.arange(0, BLOCK_N) < S - column_start
+    return tl.program_id(0) // tiles, column_start, tl.arange(0, BLOCK_N) < S - column_start
+
+
+@jit
+def batch_and_head(index, heads):
+    """Both of batch * heads + head, an int32, as int64."""
+    return (index // heads).to(tl.int64), (index % heads).to(tl.int64)
 
 
 @jit

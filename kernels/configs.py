@@ -177,7 +177,6 @@ ATTENTION_HOPPER = {
     ("atomics", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 80.2, 115.7
     ("atomics", 64, "plain"): TileConfig(32, 128, 8, 2),  # 62.8, 63.2
     ("atomics", 64, "dropout"): TileConfig(32, 128, 8, 2),  # 76.1, 78.2
-    ("atomics", 128, "plain"): TileConfig(32, 128, 8, 1),  # 95.5
 }
 # The same where tiles of 128 queries, or keys, are fewer than an H200 has multiprocessors, measured with 1 image of 850, and with 100
 # queries, and 100 or 1,000 keys of 2 and 8 images. Behind them: at 1 x 850, beside the above.
@@ -202,14 +201,12 @@ ATTENTION_ATOMICS = {
     (2, 16): TileConfig(32, 64, 4, 2),
     (2, 32): TileConfig(64, 64, 4, 2),
     (2, 64): TileConfig(32, 64, 4, 2),
-    (2, 128): TileConfig(32, 64, 8, 2),
     (4, 16): TileConfig(32, 32, 4, 2),
     (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(32, 16, 4, 2),
-    (4, 128): TileConfig(16, 16, 4, 1),
 }
 # The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .238 on
-# sm_80, and on sm_90, where tensor cores take 64 rows, .162 for .250. Narrower where rows share the mask, as its tiles are few then.
+# sm_80, and on sm_90, where tensor cores take 64 rows, .155 for .250. Narrower where rows share the mask, as its tiles are few then.
 ATTENTION_MASK = {
     16: TileConfig(64, 32, 4, 1),
     32: TileConfig(64, 32, 4, 1),
@@ -235,6 +232,7 @@ def attention_config(
     mask_size: int,
     padding: bool,
     packed: bool,
+    partial: bool,
     few: bool,
     generation: str,
 ) -> TileConfig:
@@ -243,7 +241,7 @@ def attention_config(
     In 16 bits and up to a head dimension of 128, what spills a register is listed in docs/attention.md.
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. few: tiles of 128 are under FEW_TILES.
+    mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. partial: rows fill no block. few: tiles of 128 are under FEW_TILES.
     generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
@@ -266,6 +264,8 @@ def attention_config(
             return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
         config = _atomics_config(itemsize, block, dropout, masked or causal, generation)
+        if partial and dropout and itemsize == 2 and block == 64 and generation == "ampere":
+            return replace(config, num_stages=1)  # .369 a score, where 2 stages spill 16 bytes and take .391
         if itemsize > 2 or block > 32:
             return config
         if generation == "ampere" and mask_size == 4 and not dropout:
@@ -274,8 +274,8 @@ def attention_config(
             return config
         if generation == "blackwell":  # two loops spill 24 bytes in one stage
             return replace(config, num_stages=2) if dropout and causal else config
-        plain = generation == "ampere" and block == 32 and not (dropout or listed)
-        # In 2 stages 8 bytes spill; .161 a score in both, causal .219 for .201 on the diagonal.
+        plain = generation == "ampere" and block == 32 and not (dropout or listed or partial)
+        # In 2 stages 8 bytes spill, and of a head dimension of 24 in 3; .161 a score in both, causal .219 for .201 on the diagonal.
         return replace(config, num_stages=3) if plain and (packed or not causal) else config
     heavy = dropout or masked
     config = ATTENTION[kernel, itemsize, block]
@@ -347,8 +347,6 @@ def _atomics_config(itemsize: int, block: int, dropout: bool, masked: bool, gene
         return config
     if itemsize > 2:
         return replace(config, columns=16)
-    if block == 128:
-        return replace(config, columns=32, num_stages=1 if masked else 2)
     if block == 64 and dropout and masked:
         return replace(config, columns=32, num_warps=8, num_stages=1)
     if block <= 32 and dropout and masked and generation in ("ampere", "blackwell"):

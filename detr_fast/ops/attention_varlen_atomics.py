@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from detr_fast.ops import regimes
-from detr_fast.ops.attention_atomics import (
-    MEASURED_DIM,
-    NO_ATOMICS_FOR_MASKS,
-    NOT_DETERMINISTIC,
-    TritonAtomicsAttention,
-)
+from detr_fast.ops.attention_atomics import NO_ATOMICS_FOR_MASKS, NOT_DETERMINISTIC, TritonAtomicsAttention
 from detr_fast.ops.attention_triton import noted
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_triton import TritonVarlen
@@ -20,9 +15,7 @@ class TritonAtomicsVarlen(TritonVarlen):
     """The forward is the same; the backward passes over the scores once, and is not deterministic."""
 
     name = TritonAtomicsAttention.name
-    max_head_dim = (
-        MEASURED_DIM  # at 128 it spills 24 bytes on sm_90, and takes no fewer cycles than the deterministic one
-    )
+    max_head_dim = TritonAtomicsAttention.max_head_dim
     atomics = True
 
     def why_not(self, call: VarlenCall) -> str | None:

@@ -115,8 +115,8 @@ def test_nan_in_a_visible_key_is_not_hidden(interpreter, generation, key):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 2, 40, 40), (40, 40), (1, 2, 1, 40), (40,)]
-)  # whole; shared by batch and heads; by batch and rows; by all but keys
+    "shape", [(2, 2, 40, 40), (2, 1, 40, 40), (40, 40), (1, 2, 1, 40), (40,)]
+)  # whole; shared by heads; by batch and heads; by batch and rows; by all but keys
 def test_the_gradient_of_a_float_mask_is_summed_over_what_shares_it(interpreter, shape):
     check(FP32, qkv(2, 40, 40, 2, 16), padded("end", 2, 40), torch.randn(shape))
     assert interpreter.counts()["attention_backward_mask_kernel"] == 1

@@ -104,6 +104,15 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 64, "queries", {}),
         ("sm_120", 128, "queries", {"causal": True}),
         ("sm_90", 64, "mask", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 32, "mask", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 24, "atomics", {}),
+        ("sm_80", 24, "atomics", {"padding": True}),
+        ("sm_80", 24, "atomics", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 48, "atomics", {"dropout": True}),
+        ("sm_80", 64, "atomics", {"causal": True, "mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_120", 32, "atomics", {"packed": True, "dropout": True}),
+        ("sm_80", 24, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "mask_vector": 16}),
+        ("sm_120", 24, "keys", {"padding": True}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
