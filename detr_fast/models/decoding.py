@@ -118,6 +118,11 @@ class CachedDecoder:
         self._model = model
         self._padding = padding
         self._copies = copies
+        if not _is_called_plainly(model.decoder, nn.TransformerDecoder, torch.nn.TransformerDecoder):
+            raise TypeError(
+                f"the decoder, a {type(model.decoder).__name__}, is wrapped, hooked or replaced, which a cache would pass over: "
+                "use cache=None"
+            )
         self._layers = [_supported(layer) for layer in model.decoder.layers]
         self._memory = [_projected(layer.multihead_attn, memory, 1, 3) for layer in self._layers]
         like = self._memory[0][0].repeat_interleave(copies, 0)
@@ -314,13 +319,23 @@ def _supported(layer: nn.Module) -> nn.TransformerDecoderLayer:
         raise TypeError("a layer is hooked or replaced in part, which a cache would pass over: use cache=None")
     for name in ("self_attn", "multihead_attn"):
         part = layer.get_submodule(name)
-        known = type(part).forward in (nn.MultiheadAttention.forward, torch.nn.MultiheadAttention.forward)
-        if not known or has_hooks(part) or "forward" in part.__dict__:
+        if not _is_called_plainly(part, nn.MultiheadAttention, torch.nn.MultiheadAttention):
             raise TypeError(
                 f"a layer's {name}, a {type(part).__name__}, is wrapped, hooked or replaced, which a cache would pass over: "
                 "use cache=None"
             )
+        if part.bias_k is not None or part.add_zero_attn or part.in_proj_weight is None or not part.batch_first:
+            raise TypeError(
+                f"a layer's {name} has add_bias_kv, add_zero_attn, a kdim or vdim of its own, or batch_first=False, "
+                "which a cache does not know: use cache=None"
+            )
     return layer  # type: ignore[return-value]
+
+
+def _is_called_plainly(part: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a call of it is the forward of one of these classes and no more."""
+    forward = type(part).forward
+    return any(forward is kind.forward for kind in kinds) and not has_hooks(part) and "forward" not in part.__dict__
 
 
 def _projected(attention: torch.nn.MultiheadAttention, x: Tensor, first: int, last: int) -> list[Tensor]:

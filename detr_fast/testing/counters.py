@@ -34,6 +34,25 @@ _SYNCHRONISING = {
     torch.ops.aten.is_nonzero.default,
 }
 _DEVICES = ("cuda", "meta")
+# What a tensor is asked rather than what is computed of it: subclasses without plain sizes (jagged nested tensors) answer.
+_QUESTIONS = {
+    f"aten::{name}"
+    for name in [
+        "dim",
+        "is_contiguous",
+        "is_non_overlapping_and_dense",
+        "is_strides_like_format",
+        "numel",
+        "size",
+        "storage_offset",
+        "stride",
+        "sym_is_contiguous",
+        "sym_numel",
+        "sym_size",
+        "sym_storage_offset",
+        "sym_stride",
+    ]
+} | {"prim::layout"}
 # Operations that allocate or rename, and launch nothing.
 _FREE = {
     torch.ops.aten.empty.memory_format,
@@ -82,6 +101,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.name in _QUESTIONS:
+            return NotImplemented
         if func in _SYNCHRONISING or _copies_to_host(func, args, kwargs) or _indexes_by_mask(func, args):
             self.counts.synchronisations[str(func)] += 1
         if func.namespace == "detr_fast":

@@ -336,7 +336,9 @@ def test_a_layer_that_a_cache_does_not_know_is_refused_and_decodes_without():
     assert torch.equal(model.generate(SENTENCES, 4, cache=None), greedily(model, SENTENCES, 4))
 
 
-@pytest.mark.parametrize("part", ["decoder.layers.1", "decoder.layers.0.self_attn", "decoder.layers.1.multihead_attn"])
+@pytest.mark.parametrize(
+    "part", ["decoder", "decoder.layers.1", "decoder.layers.0.self_attn", "decoder.layers.1.multihead_attn"]
+)
 def test_what_a_cache_would_pass_over_is_refused_and_counts_without(part):
     model = build()
     handle = model.get_submodule(part).register_forward_hook(
@@ -348,6 +350,30 @@ def test_what_a_cache_would_pass_over_is_refused_and_counts_without(part):
     assert torch.equal(model.generate(SENTENCES, 4, cache=None), greedily(model, SENTENCES, 4))
     handle.remove()
     model.generate(SENTENCES, 4)
+
+
+def test_a_decoder_of_the_users_decodes_without_a_cache():
+    class Louder(nn.TransformerDecoder):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    model = build()
+    model.decoder.__class__ = Louder
+    with pytest.raises(TypeError, match=r"the decoder, a Louder, is wrapped, hooked or replaced.*use cache=None"):
+        model.generate(SENTENCES, 4)
+    assert torch.equal(model.generate(SENTENCES, 4, cache=None), greedily(model, SENTENCES, 4))
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 16, "vdim": 15}])
+@pytest.mark.parametrize("part", ["self_attn", "multihead_attn"])
+def test_attention_to_more_than_was_written_is_refused_with_a_cache(part, options):
+    model = build()
+    setattr(model.decoder.layers[1], part, nn.MultiheadAttention(16, 2, batch_first=True, **options).double())
+    for cache in CACHES:
+        with pytest.raises(TypeError, match=rf"{part} has add_bias_kv.*which a cache does not know: use cache=None"):
+            model.generate(SENTENCES, 4, cache=cache)
+    if "kdim" not in options:
+        assert torch.equal(model.generate(SENTENCES, 4, cache=None), greedily(model, SENTENCES, 4))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ def test_bytes_moved_count_every_operand_and_result_once():
     assert count(torch.add, torch.randn(10), torch.randn(10)).bytes_moved == 3 * 40
 
 
+def test_jagged_tensors_are_counted_and_answer_for_their_sizes_themselves():
+    jagged = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=torch.jagged)
+    assert count(nn.LayerNorm(16), jagged).total_launches == 1
+
+
 def test_saved_bytes_leave_parameters_and_inputs_out():
     x = torch.randn(3, 8)
     assert count(nn.Linear(8, 16), x).saved_bytes == 0
