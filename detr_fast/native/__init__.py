@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +28,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -62,8 +65,9 @@ def cache_folder() -> Path:
 def library() -> Path:
     """Where the compiled module for this source, torch and Python is, or will be."""
     sources = [path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
-    told = (sources, torch.__version__, torch.version.git_version, sysconfig.get_config_var("SOABI"))
-    tag = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    told = sources, torch.__version__, torch.version.git_version, sysconfig.get_config_var("SOABI")
+    here = platform.libc_ver()  # containers with the same home may have other libraries
+    tag = hashlib.sha256(repr((told, here)).encode()).hexdigest()[:16]
     return cache_folder() / f"{NAME}-{tag}.so"
 
 
@@ -71,7 +75,7 @@ def command(output: Path) -> list[str]:
     """What compiles it. Raises CompilationError where there is no compiler."""
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
-    if fcntl is None or sys.platform == "darwin" or not compiler:
+    if not compiler:
         raise CompilationError("there is no C++ compiler on PATH: install g++, or set CXX")
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
@@ -83,6 +87,8 @@ def command(output: Path) -> list[str]:
 
 def compile() -> Path:
     """Compile the module, unless that was done before, and return its path. Raises CompilationError."""
+    if fcntl is None or sys.platform == "darwin":
+        raise CompilationError("it is for Linux alone")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):  # to load it would bring the GIL back, for all that runs here
         raise CompilationError("the GIL guards its tables, and this Python is built without one")
     path = library()
@@ -103,14 +109,18 @@ def compile() -> Path:
 
 def _compile(output: Path) -> None:
     quietly = ["nice", "-n", "10"] if shutil.which("nice") else []
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    compiler = subprocess.Popen([*quietly, *command(output)], start_new_session=True, **pipes)
     try:
-        done = subprocess.run(
-            [*quietly, *command(output)], capture_output=True, text=True, errors="replace", timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        raise CompilationError(f"the compiler took more than {TIMEOUT} s") from None
-    if done.returncode != 0:
-        told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-3:]
+        said = compiler.communicate(timeout=TIMEOUT)[1].splitlines()
+    except BaseException as error:
+        os.killpg(compiler.pid, signal.SIGKILL)  # with those that it has started
+        compiler.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise CompilationError(f"the compiler took more than {TIMEOUT} s") from None
+        raise
+    if compiler.returncode != 0:
+        told = [line for line in said if "error" in line] or said[-3:]
         raise CompilationError("the compiler failed: " + "; ".join(told[:3]))
     os.chmod(output, 0o755)
 

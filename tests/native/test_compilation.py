@@ -57,6 +57,15 @@ def test_a_compiler_that_fails_is_told_once_and_everything_runs_from_python(unst
     assert not list(unstarted.glob("*.so"))
 
 
+def test_a_compiler_that_takes_too_long_leaves_no_process_behind(unstarted, monkeypatch):
+    compiler(unstarted, monkeypatch, f"(sleep 2; touch {unstarted / 'survived'}) & wait")
+    monkeypatch.setattr(native, "TIMEOUT", 0.5)
+    with pytest.raises(native.CompilationError, match=r"took more than 0\.5 s"):
+        native.compile()
+    time.sleep(2)
+    assert not (unstarted / "survived").exists()
+
+
 def test_without_a_compiler_the_remedy_is_named(unstarted, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
@@ -64,7 +73,7 @@ def test_without_a_compiler_the_remedy_is_named(unstarted, monkeypatch):
         native.compile()
 
 
-def test_what_was_compiled_is_found_again_and_not_made_for_another_torch(unstarted, monkeypatch):
+def test_what_was_compiled_is_found_again_and_not_made_for_another_torch_or_c_library(unstarted, monkeypatch):
     compiler(
         unstarted, monkeypatch, 'while [ "$1" != "-o" ]; do shift; done; touch "$2"; echo >> ' + str(unstarted / "runs")
     )
@@ -73,6 +82,9 @@ def test_what_was_compiled_is_found_again_and_not_made_for_another_torch(unstart
     monkeypatch.setattr(torch, "__version__", "2.99")
     native.compile()
     assert (unstarted / "runs").read_text() == "\n\n"
+    monkeypatch.setattr(native.platform, "libc_ver", lambda: ("glibc", "2.99"))
+    native.compile()
+    assert (unstarted / "runs").read_text() == "\n\n\n"
 
 
 def test_what_can_not_be_loaded_is_left_out(unstarted, monkeypatch):
@@ -103,6 +115,12 @@ def test_a_folder_that_can_not_be_written_is_named(unstarted, monkeypatch):
     (unstarted / "file").touch()
     monkeypatch.setenv("DETR_FAST_CACHE", str(unstarted / "file" / "below"))
     with pytest.raises(native.CompilationError, match=r"can't be written.*set DETR_FAST_CACHE"):
+        native.compile()
+
+
+def test_where_there_is_no_linux_nothing_is_compiled(unstarted, monkeypatch):
+    monkeypatch.setattr(native, "fcntl", None)
+    with pytest.raises(native.CompilationError, match="for Linux alone"):
         native.compile()
 
 
