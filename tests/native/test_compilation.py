@@ -66,6 +66,21 @@ def test_a_compiler_that_takes_too_long_leaves_no_process_behind(unstarted, monk
     assert not (unstarted / "survived").exists()
 
 
+def test_who_ends_the_process_that_compiles_ends_the_compiler(unstarted, monkeypatch):
+    begun, survived = unstarted / "begun", unstarted / "survived"
+    compiler(unstarted, monkeypatch, f"(touch {begun}; sleep 2; touch {survived}) & wait")
+    process = subprocess.Popen([sys.executable, "-m", "detr_fast.native"], stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if begun.exists():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(30)
+    assert begun.exists()
+    time.sleep(2)
+    assert not survived.exists()
+
+
 def test_without_a_compiler_the_remedy_is_named(unstarted, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
