@@ -65,7 +65,7 @@ class Report:
         lines = [f"{self.model}: {len(self.switched)} modules {self.action}{before}, {len(self.left)} left alone"]
         if not self.switched and not self.left and not self.already and self.action == "switched":
             lines.append(
-                "  nothing in it is known: torch.nn's transformer parts, and the layers of the libraries in docs/accelerate.md; "
+                "  nothing that is known was found, or selected: torch.nn's transformer parts, and the layers of the libraries in docs/accelerate.md; "
                 "build yours from detr_fast.nn"
             )
         kinds = Counter((one.original, one.now) for one in self.switched)
@@ -200,8 +200,8 @@ def _consider(name: str, module: Module, adapters: Sequence[type[Adapter]], repo
         if isinstance(answer, str):
             report.left.append(Left(name, public_name(kind), answer))
         else:
+            module.__dict__[MARK] = Mark(kind, adapter)  # first: a signal in between leaves what can be restored
             module.__class__ = answer
-            module.__dict__[MARK] = Mark(kind, adapter)
             adapter.switched(module)
             report.switched.append(Switched(name, public_name(kind), adapter.describe(answer)))
         return
@@ -257,7 +257,8 @@ def _selected(model: Module, selection: Selection, argument: str, *, everything:
     """The modules that a selection means, by any of their names, each with all below it."""
     if selection is None:
         return set(model.modules()) if everything else set()
-    parts = [selection] if isinstance(selection, (str, type)) else list(selection)
+    one = isinstance(selection, (str, type)) or not isinstance(selection, Iterable)
+    parts: list[Any] = [selection] if one else list(selection)  # type: ignore[arg-type]
     names = list(model.named_modules(remove_duplicate=False))
     found: set[Module] = set()
     for part in parts:

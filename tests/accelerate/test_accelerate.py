@@ -155,6 +155,8 @@ def test_a_selection_that_matches_nothing_is_an_error_and_changes_nothing():
             detr_fast.accelerate(model, **{option: nn.GRU})
         with pytest.raises(TypeError, match="takes names, glob patterns and classes; got 3"):
             detr_fast.accelerate(model, **{option: [3]})
+        with pytest.raises(TypeError, match=rf"{option} takes names, glob patterns and classes; got LayerNorm"):
+            detr_fast.accelerate(model, **{option: model.encoder.norm})
     assert classes(model) == before
 
 
@@ -419,4 +421,4 @@ def test_example_inputs_may_be_keywords_and_must_be_one_or_the_other():
 def test_a_model_with_nothing_known_in_it_says_what_would_be():
     report = str(detr_fast.accelerate(nn.Linear(2, 2)))
     assert report.splitlines()[0] == "Linear: 0 modules switched, 0 left alone"
-    assert "nothing in it is known: torch.nn's transformer parts" in report
+    assert "nothing that is known was found, or selected: torch.nn's transformer parts" in report

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import detr_fast
-from detr_fast import adapters
+from detr_fast import acceleration, adapters
 from detr_fast import nn as ours
 from detr_fast.adapters import torch_nn as torch_nn_adapter
+from detr_fast.adapters.base import Mark
 
 
 class Registry:
@@ -101,6 +102,24 @@ def test_an_error_in_between_leaves_nothing_switched(monkeypatch):
     with pytest.raises(RuntimeError, match="spoilt"):
         detr_fast.accelerate(model)
     assert type(model[0]) is nn.LayerNorm
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_signal_while_modules_are_switched_leaves_none_switched(monkeypatch, calls):
+    marks = iter([Mark] * calls)
+
+    def interrupted(*args):
+        return next(marks, _interrupt)(*args)
+
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8))
+    monkeypatch.setattr(acceleration, "Mark", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detr_fast.accelerate(model)
+    assert {type(one) for one in model} == {nn.LayerNorm}
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_module_whose_forward_was_wrapped_since_is_not_restored_under_the_wrapper():
