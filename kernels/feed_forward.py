@@ -222,7 +222,7 @@ def forward_variant(
 
 def catalog_entries() -> Iterator[Entry]:
     bf16 = torch.bfloat16
-    rows, budget = FEW_ROWS + 1, Budget(255, 99 << 10, 256, 36 << 10, amd_spills=48)  # the smaller tile needs less
+    rows, budget = FEW_ROWS + 1, Budget(255, 99 << 10, 256, 64 << 10, amd_spills=48)  # the smaller tile needs less
     widths, dtypes = (256, 2048, 256), (*[bf16] * 6, None, bf16)
     variant = forward_variant(bf16, "relu", widths, rows <= FEW_ROWS, dtypes, (True, True), 8, precision(bf16))
     tile = int(variant.constants["BLOCK_M"]) * int(variant.constants["BLOCK_F"])
