@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detr_fast.kernels import add_layer_norm, layer_norm, linear
+from detr_fast.kernels import add_layer_norm, layer_norm, linear, linear_norm
 from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
 from detr_fast.kernels.offline import compile_variant, older_compiler
 from detr_fast.kernels.product_tiles import Form
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GELU = Form(BF16, "gelu", True, 1, "ieee")
 # Behind them: the bytes a thread that spilled.
 VARIANTS = {
     "gelu": ("sm_90", linear.forward_variant(GELU, BF16, True, True, False)),  # 8
     "gelu_backward": ("sm_80", linear.backward_variant(GELU, True, False)),  # 88
+    "linear_norm": (
+        "sm_90",
+        linear_norm.forward_variant(Form(FP16, "none", False, 1, "ieee"), 200, False, (FP16,) * 7, True),
+    ),  # 64
     "add_layer_norm": (
         "sm_90",
         add_layer_norm.forward_variant(2048, BF16, FP32, FP32, None, FP32, True, True, 1),
