@@ -153,7 +153,7 @@ def keys_variant(form: Form, atomics: bool = False) -> Variant:
     tensors = (*(form.dtype,) * 6, torch.float32 if atomics else None)
     kernel = "atomics" if atomics else "keys"
     warps = form.config(kernel).num_warps if form.dropout and form.mask is None and form.generation else 0
-    more = {"UNIFORM": form.uniform_keys, "PAIRED": form.paired, "FRUGAL": form.frugal_keys, "WARPS": warps}
+    more = {"UNIFORM": form.uniform_keys, "PAIRED": form.paired, "FRUGAL": form.frugal_keys(atomics), "WARPS": warps}
     return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more)
 
 

@@ -74,13 +74,13 @@ class Form:
         """Whether rows fill no block, so that columns are masked."""
         return self.blocks != (self.head_dim, self.value_dim)
 
-    @property
-    def frugal_keys(self) -> bool:
-        """Whether the kernel of the keys keeps as little as possible over its loops: only where it spills, as it takes other forms up to 5 %
-        more instructions.
+    def frugal_keys(self, atomics: bool) -> bool:
+        """Whether the kernel of the keys keeps as little as possible over its loops: only where it spills, as others take up to 5 % more
+        instructions, and on sm_120 spill up to 32 bytes in packed batches without atomics.
         """
-        short = self.mask is not None or self.causal or self.partial or (self.packed and self.generation == "blackwell")
-        return self.dtype.itemsize == 2 and short
+        if self.dtype.itemsize > 2 or (self.packed and not atomics):
+            return False
+        return self.mask is not None or self.causal or self.partial or (self.packed and self.generation == "blackwell")
 
     @property
     def vector(self) -> int:

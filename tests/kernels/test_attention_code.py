@@ -113,6 +113,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 32, "atomics", {"packed": True, "dropout": True}),
         ("sm_80", 24, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "mask_vector": 16}),
         ("sm_120", 24, "keys", {"padding": True}),
+        ("sm_120", 24, "keys", {"packed": True, "mask": torch.float32, "mask_vector": 4}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
