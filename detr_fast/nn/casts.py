@@ -19,7 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _Thread(threading.local):
-    casts: Mapping[int, Tensor] = {}
+    def __init__(self) -> None:
+        self.casts: Mapping[int, Tensor] = {}
 
 
 _thread = _Thread()

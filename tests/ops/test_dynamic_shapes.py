@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from detr_fast import nn, ops, use_backend
+from detr_fast.models.transformer import Transformer
 
 SIZES = [(4, 5), (6, 19)]  # all different, or torch.compile would take two of them for one
 WIDTH, HIDDEN = 16, 32
@@ -86,3 +87,9 @@ def test_one_graph_serves_a_transformer_at_all_sizes():
 
     targets = lambda batch, length: rows(batch, length + 2)  # noqa: E731
     assert graphs_for(call, [rows, targets, padding], backend="eager") == 1
+
+
+def test_one_graph_serves_detrs_transformer_whatever_runs_without_the_compiler_in_between():
+    features = lambda batch, length: real(batch, length, 64)  # noqa: E731
+    model = Transformer(64, 2, 1, 1, HIDDEN).to("meta")
+    assert graphs_for(model, [features, features, (7, 64), padding], backend="eager") == 1
