@@ -238,8 +238,11 @@ class Op:
         return self.is_small(self._work(*args), args[0].device, self._kind(*args) if self._kind else ())
 
     def is_small(self, size: int, device: torch.device, kind: tuple[Any, ...] = ()) -> bool:
-        """Whether every kernel's advice is surely against a call of this size: such calls must cost next to nothing."""
-        if intervening or torch.compiler.is_compiling() or in_layer():
+        """Whether every kernel's advice is surely against a call of this size: such calls must cost next to nothing.
+
+        Not to be asked under a compiler, where sizes may be symbols.
+        """
+        if intervening or in_layer():
             return False
         least = self._least.get((device, kind))
         if least is None:

@@ -154,7 +154,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         plain = weights is None and self._qkv_same_embed_dim and not self._extra_keys
         if (
             plain
-            and not torch.compiler.is_compiling()  # where sizes may be symbols
+            and not torch.compiler.is_compiling()
             and ATTENTION.is_small(query.nbytes + 2 * key.nbytes, query.device)
         ):
             return None
