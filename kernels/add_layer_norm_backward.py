@@ -28,20 +28,21 @@ from .rows import (
     address_of,
     arriving_rows,
     as_rows,
+    backward_constants,
+    backward_programs,
     block_of,
     column_block,
     dtype_of,
     load_parameters,
-    load_where,
+    load_tile,
     norm_gradient,
     packed,
-    persistent_programs,
     row_constants,
-    row_groups,
     run_length,
     run_pointers,
     scaled_gradient,
     tile_range,
+    widened,
 )
 
 
@@ -75,6 +76,7 @@ def add_layer_norm_backward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
     GROUPS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Without a residual, x is the sum; without mean it is xhat; without rstd nothing was normalised.
 
@@ -83,6 +85,9 @@ def add_layer_norm_backward_kernel(
     wait_for_previous()
     row = tl.arange(0, ROWS)
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
+    statistics = (mean_ptr, rstd_ptr)
+    read = (dy_ptr, dsum_ptr, x_ptr, residual_ptr)
+    strides = (dy_row_stride, dsum_row_stride, x_row_stride, residual_row_stride)
     out_stride = BLOCK_C if FULL else C
     weight = None
     if weight_ptr is not None:
@@ -95,24 +100,33 @@ def add_layer_norm_backward_kernel(
 
     for cut in tl.static_range(2):  # full tiles, without masks of rows; then what remains
         begin, end, step = tile_range(rows, ROWS, cut)
+        if AHEAD and not cut:
+            exists = row < tl.where(begin < end, ROWS, 0)
+            loaded = load_tile(read, strides, statistics, begin, row, exists, C, BLOCK_C, FULL, VEC)
         for tile in range(begin, end, step):
-            first = tl.cast(rows // ROWS if cut else tile, tl.int64) * ROWS
+            here = tl.cast(rows // ROWS if cut else tile, tl.int32)
+            first = here.to(tl.int64) * ROWS
             exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
             mask = exists[:, None] & inside if cut else inside
-            dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
-            dy = load_where(run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC), mask, cut or not FULL)
+            if cut or not AHEAD:
+                exists = exists if cut else None
+                loaded = load_tile(read, strides, statistics, here, row, exists, C, BLOCK_C, FULL, VEC)
+            dy, dsum, x, residual, mean, rstd = loaded
+            ds = widened(dy, dy_ptr.dtype.element_ty)
+            if dsum_ptr is not None:
+                dsum = widened(dsum, dsum_ptr.dtype.element_ty)
             if rstd_ptr is not None:
-                x = load_where(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask, cut or not FULL)
-                rstd = load_where(rstd_ptr + first + row, exists, cut)
+                x = widened(x, x_ptr.dtype.element_ty)
+            if residual_ptr is not None:
+                residual = widened(residual, residual_ptr.dtype.element_ty)
+            if AHEAD and not cut:  # the next tile is on its way while this one is worked on
+                if tile + step < end:
+                    loaded = load_tile(read, strides, statistics, tile + step, row, None, C, BLOCK_C, FULL, VEC)
+
             if seed_ptr is not None:
                 keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C, VEC)
-            ds = dy.to(tl.float32)
             if rstd_ptr is not None:
-                x = x.to(tl.float32)
                 if residual_ptr is not None:
-                    residual_start = row[:, None] * residual_row_stride
-                    pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
-                    residual = load_where(pointers, mask, cut or not FULL).to(tl.float32)
                     if seed_ptr is not None:
                         x = tl.where(keep, x * scale, 0.0)
                     x += residual
@@ -121,7 +135,7 @@ def add_layer_norm_backward_kernel(
                 if dbias_ptr is not None:
                     dbias = add_rows(dbias, ds, ROWS, BLOCK_C, GROUPS)
                 if mean_ptr is not None:
-                    x -= load_where(mean_ptr + first + row, exists, cut)[:, None]
+                    x -= mean[:, None]
                     if dweight_ptr is not None:
                         dweight = add_rows(dweight, ds * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
                     ds = norm_gradient(scaled_gradient(ds, rstd, weight), x, rstd, inverse_c)
@@ -130,9 +144,7 @@ def add_layer_norm_backward_kernel(
                         dweight = add_rows(dweight, ds * x, ROWS, BLOCK_C, GROUPS)
                     ds = norm_gradient(scaled_gradient(ds, rstd, weight), x, None, inverse_c)
             if dsum_ptr is not None:
-                dsum_start = row[:, None] * dsum_row_stride
-                pointers = run_pointers(dsum_ptr + first * dsum_row_stride, dsum_start, column, VEC)
-                ds += load_where(pointers, mask, cut or not FULL).to(tl.float32)
+                ds += dsum
             out_start = row[:, None] * out_stride
             if dresidual_ptr is not None:
                 pointers = run_pointers(dresidual_ptr + first * out_stride, out_start, column, VEC)
@@ -220,9 +232,8 @@ def _plan(
     size = min(dtype.itemsize for dtype in (*given, dx, dresidual) if dtype is not None)
     vector = run_length(size, reduce(or_, strides) | columns, offset)
     variant = backward_variant(columns, form, vector)
-    tiles = -(-rows // variant.constants["ROWS"])
     most = ADD_LAYER_NORM_BACKWARD[block_of(columns)].programs
-    programs = persistent_programs(tiles, multiprocessors(device), most)
+    programs = backward_programs(variant, rows, most, multiprocessors(device))
     return Plan(variant, (programs,), (*strides, rows, columns))
 
 
@@ -287,5 +298,8 @@ def backward_variant(columns: int, form: BackwardForm, vector: int) -> Variant:
     tensors = (*dtypes[:5], torch.int64 if dropout else None, *statistics, *dtypes[5:], *sums)
     types = (*map(pointer, tensors), *["i32"] * 5, "i64", "i32", "i32", "i32", "fp32")
     constants = row_constants(columns, config, vector)
-    constants["GROUPS"] = row_groups(constants, config.num_warps)
-    return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps)
+    # Dropout's random bits take registers, too.
+    registers = 0 if config.registers == 0 else 168 if dropout else config.registers
+    constants |= backward_constants(constants, config.num_warps, registers, dtypes[:4])
+    registers = registers if constants["AHEAD"] else 0
+    return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps, registers=registers)

@@ -22,12 +22,14 @@ class BlockConfig:
 class RowConfig:
     """How a row-wise kernel lies on the machine.
 
-    rows: rows a tile; num_warps: warps a program; programs: programs per multiprocessor of a persistent kernel.
+    rows: rows a tile; num_warps: warps a program; programs: programs per multiprocessor of a persistent kernel; registers:
+    the most that a thread may take where it reads a tile ahead (0: nothing is read ahead).
     """
 
     rows: int
     num_warps: int
     programs: int = 0
+    registers: int = 0
 
 
 # Both are keyed by BLOCK_C, the number of columns rounded up to a power of two; add_layer_norm.py's forward is LayerNorm's.
@@ -49,35 +51,38 @@ LAYER_NORM_FORWARD = {
 
 # The backward sums the weight's and the bias's gradient in registers over its loop, and adds up its warps' sums once, at the
 # end, through shared memory: of two warps, not more. On an H200, 425 programs of one tile (8, 256) take 6.6 us with two warps,
-# 13.6 with four and 22.5 with eight. 32 elements a lane take 18.5 instructions an element at C = 256, 16 take 19.3.
-# `programs` is for many rows, see `rows.persistent_programs`; more than registers allow at once cost up to a quarter. On an
-# H200 in bf16, (524,288, 256) takes 205 to 211 us, where copying as many bytes takes 191 to 196, (131,072, 512) 102 (98),
-# (32,768, 1024) 56 (50 to 53), (32,768, 2048) 115 (98), (16,384, 4096) 128 (98) and (8,192, 8192) 146 (98).
+# 13.6 with four and 22.5 with eight. 16-bit rows of whole runs are read a tile ahead, while the tile before is worked on, within
+# `registers`: 168 leave 12 warps a multiprocessor, which then have 48 KB on their way at all times at C = 256 (beside what DRAM
+# needs, about 22), 128 leave 16. 32 elements a lane take 18.2 instructions an element there on sm_90. Not timed yet.
+# `programs` is for what is not read ahead, and many rows, see `rows.persistent_programs`. Without reading ahead, on an H200 in
+# bf16, (524,288, 256) took 205 to 211 us, where copying as many bytes takes 191 to 196, (131,072, 512) 102 (98), (32,768, 1024)
+# 56 (50 to 53), (32,768, 2048) 115 (98), and with half the warps (16,384, 4096) 128 (98) and (8,192, 8192) 146 (98).
 LAYER_NORM_BACKWARD = {
-    16: RowConfig(rows=64, num_warps=2, programs=8),
-    32: RowConfig(rows=64, num_warps=2, programs=8),
-    64: RowConfig(rows=32, num_warps=2, programs=8),
-    128: RowConfig(rows=16, num_warps=2, programs=8),
-    256: RowConfig(rows=8, num_warps=2, programs=8),
-    512: RowConfig(rows=4, num_warps=2, programs=8),
-    1024: RowConfig(rows=4, num_warps=4, programs=4),
-    2048: RowConfig(rows=2, num_warps=4, programs=3),
-    4096: RowConfig(rows=1, num_warps=4, programs=2),
-    8192: RowConfig(rows=1, num_warps=8, programs=2),
+    16: RowConfig(rows=64, num_warps=2, programs=8, registers=168),
+    32: RowConfig(rows=64, num_warps=2, programs=8, registers=168),
+    64: RowConfig(rows=32, num_warps=2, programs=8, registers=168),
+    128: RowConfig(rows=16, num_warps=2, programs=8, registers=168),
+    256: RowConfig(rows=8, num_warps=2, programs=8, registers=168),
+    512: RowConfig(rows=4, num_warps=2, programs=8, registers=168),
+    1024: RowConfig(rows=4, num_warps=4, programs=4, registers=168),
+    2048: RowConfig(rows=2, num_warps=4, programs=3, registers=168),
+    4096: RowConfig(rows=1, num_warps=8, programs=2, registers=128),
+    8192: RowConfig(rows=1, num_warps=16, programs=2, registers=128),
 }
 
 # 16 elements a lane: x, the residual and dropout's mask live beside the gradients, and 32 spill in fp32. LayerNorm's own
-# backward takes these, too, where fp32 or masks of columns need registers. On an H200 in bf16, (524,288, 256) takes 258 us
+# backward takes these, too, where fp32 or masks of columns need registers. Read ahead with 128 registers, with dropout 168, up to
+# C = 1,024; beyond, that spills. Without reading ahead, on an H200 in bf16, (524,288, 256) took 258 us
 # (copying as many bytes 259), with dropout 355 to 378 (326), (131,072, 512) 139 (129), (32,768, 1024) 69 (65 to 69),
 # (32,768, 2048) 141 (129), (16,384, 4096) 147 (129) and (8,192, 8192) 160 (129).
 ADD_LAYER_NORM_BACKWARD = {
-    16: RowConfig(rows=32, num_warps=2, programs=8),
-    32: RowConfig(rows=32, num_warps=2, programs=8),
-    64: RowConfig(rows=16, num_warps=2, programs=8),
-    128: RowConfig(rows=8, num_warps=2, programs=8),
-    256: RowConfig(rows=4, num_warps=2, programs=10),
-    512: RowConfig(rows=2, num_warps=2, programs=8),
-    1024: RowConfig(rows=2, num_warps=4, programs=6),
+    16: RowConfig(rows=32, num_warps=2, programs=8, registers=128),
+    32: RowConfig(rows=32, num_warps=2, programs=8, registers=128),
+    64: RowConfig(rows=16, num_warps=2, programs=8, registers=128),
+    128: RowConfig(rows=8, num_warps=2, programs=8, registers=128),
+    256: RowConfig(rows=4, num_warps=2, programs=10, registers=128),
+    512: RowConfig(rows=2, num_warps=2, programs=8, registers=128),
+    1024: RowConfig(rows=2, num_warps=4, programs=6, registers=128),
     2048: RowConfig(rows=1, num_warps=4, programs=4),
     4096: RowConfig(rows=1, num_warps=8, programs=2),
     8192: RowConfig(rows=1, num_warps=16, programs=2),

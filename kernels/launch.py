@@ -72,6 +72,7 @@ class Variant:
     constants: Mapping[str, Any] = field(hash=False)
     num_warps: int = 4
     num_stages: int = 1
+    registers: int = 0  # the most that a thread may take on NVIDIA's GPUs, where the compiler is not to decide
     # Loaded programs by driver and device: Triton's own look-up on every launch takes several times as long as the rest.
     _programs: dict[Any, Program] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -85,7 +86,8 @@ class Variant:
         return tuple((i, TORCH_TYPES[kind[1:]]) for i, kind in enumerate(self.types) if kind and kind[0] == "*")
 
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {"maxnreg": self.registers} if self.registers and torch.version.hip is None else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def signature(self) -> dict[str, str]:
         """Triton's signature of all arguments: run-time types, and `constexpr` for constants and absent tensors."""

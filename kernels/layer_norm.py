@@ -33,16 +33,16 @@ from .rows import (
     address_of,
     arriving_rows,
     as_rows,
+    backward_constants,
+    backward_programs,
     block_of,
     column_block,
     dtype_of,
     load_parameters,
-    load_where,
+    load_tile,
     norm_gradient,
     packed,
-    persistent_programs,
     row_constants,
-    row_groups,
     row_statistics,
     run_length,
     run_pointers,
@@ -50,6 +50,7 @@ from .rows import (
     sum_partials_variant,
     tile_elements,
     tile_range,
+    widened,
 )
 from .rows import MAX_COLUMNS as MAX_COLUMNS
 
@@ -118,12 +119,14 @@ def layer_norm_backward_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
     GROUPS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """dweight and dbias are fp32 (programs, C): each program's sum over the rows that it visited."""
     wait_for_previous()
     row = tl.arange(0, ROWS)
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
-    dy_start, x_start = row[:, None] * dy_row_stride, row[:, None] * x_row_stride
+    read, strides = (dy_ptr, None, x_ptr, None), (dy_row_stride, 0, x_row_stride, 0)
+    statistics = (mean_ptr, rstd_ptr)
     dx_stride = BLOCK_C if FULL else C
     weight = None
     if weight_ptr is not None:
@@ -133,21 +136,25 @@ def layer_norm_backward_kernel(
 
     for cut in tl.static_range(2):  # full tiles, without masks of rows; then what remains
         begin, end, step = tile_range(rows, ROWS, cut)
+        if AHEAD and not cut:
+            exists = row < tl.where(begin < end, ROWS, 0)
+            loaded = load_tile(read, strides, statistics, begin, row, exists, C, BLOCK_C, FULL, VEC)
         for tile in range(begin, end, step):
-            first = tl.cast(rows // ROWS if cut else tile, tl.int64) * ROWS
+            here = tl.cast(rows // ROWS if cut else tile, tl.int32)
+            first = here.to(tl.int64) * ROWS
             exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
             mask = exists[:, None] & inside if cut else inside
-            dy_pointers = run_pointers(dy_ptr + first * dy_row_stride, dy_start, column, VEC)
-            x_pointers = run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC)
-            dy, x = load_where(dy_pointers, mask, cut or not FULL), load_where(x_pointers, mask, cut or not FULL)
-            mean, rstd = (
-                load_where(mean_ptr + first + row, exists, cut),
-                load_where(rstd_ptr + first + row, exists, cut),
-            )
-
+            if cut or not AHEAD:
+                exists = exists if cut else None
+                loaded = load_tile(read, strides, statistics, here, row, exists, C, BLOCK_C, FULL, VEC)
+            dy, _, x, _, mean, rstd = loaded
+            dy, x = widened(dy, dy_ptr.dtype.element_ty), widened(x, x_ptr.dtype.element_ty)
             # Where there is no element, dy = 0 takes x out of every sum.
-            x = x.to(tl.float32) - mean[:, None]
-            dy = dy.to(tl.float32)
+            x -= mean[:, None]
+            if AHEAD and not cut:  # the next tile is on its way while this one is worked on
+                if tile + step < end:
+                    loaded = load_tile(read, strides, statistics, tile + step, row, None, C, BLOCK_C, FULL, VEC)
+
             if dbias_ptr is not None:
                 dbias = add_rows(dbias, dy, ROWS, BLOCK_C, GROUPS)
             if dweight_ptr is not None:
@@ -253,10 +260,8 @@ def _plan_backward(
     dy_dtype, x_dtype, _ = dtypes
     vector = run_length(min(x_dtype.itemsize, dy_dtype.itemsize), strides[0] | strides[1] | columns, offset)
     variant = backward_variant(columns, *dtypes, *wanted, vector)
-    tiles = -(-rows // variant.constants["ROWS"])
-    programs = persistent_programs(
-        tiles, multiprocessors(device), backward_config(columns, dy_dtype, x_dtype, wanted, vector).programs
-    )
+    most = backward_config(columns, dy_dtype, x_dtype, wanted, vector).programs
+    programs = backward_programs(variant, rows, most, multiprocessors(device))
     return Plan(variant, (programs,), (*strides, rows, columns))
 
 
@@ -307,8 +312,9 @@ def backward_variant(
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
     types = (*map(pointer, (*tensors, *sums)), "i32", "i32", "i64", "i32")
     constants = row_constants(columns, config, vector)
-    constants["GROUPS"] = row_groups(constants, config.num_warps)
-    return Variant(layer_norm_backward_kernel, types, constants, config.num_warps)
+    constants |= backward_constants(constants, config.num_warps, config.registers, (dy_dtype, x_dtype))
+    registers = config.registers if constants["AHEAD"] else 0
+    return Variant(layer_norm_backward_kernel, types, constants, config.num_warps, registers=registers)
 
 
 def catalog_entries() -> Iterator[Entry]:
