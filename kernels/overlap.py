@@ -29,5 +29,14 @@ def wait_for_previous(_semantic: Any = None) -> None:
         cuda.gdc_launch_dependents(_semantic=_semantic)
 
 
+def is_blackwell(_semantic: Any = None) -> Any:
+    """Whether a kernel is compiled for sm_100 or newer; False in Triton's interpreter."""
+    if _semantic is None:
+        return False
+    number = str(getattr(_semantic.builder.options, "arch", "")).removeprefix("sm").removeprefix("_")
+    return triton.language.constexpr(number.isdigit() and int(number) >= 100)
+
+
 if triton is not None and not triton.knobs.runtime.interpret:
     wait_for_previous = triton.language.core.builtin(wait_for_previous)
+    is_blackwell = triton.language.core.builtin(is_blackwell)

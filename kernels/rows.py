@@ -112,7 +112,7 @@ def load_rows(base, tile, row_stride, row, exists, C, BLOCK_C: tl.constexpr, FUL
         start = row[:, None] * row_stride
         offset = tile.to(tl.int64) * (row.shape[0] * row_stride)  # by MAX_ROW_STRIDE, the product fits 32 bits
         if PAIRS == 2:
-            pairs = (base + offset).to(tl.pointer_type(tl.int32))
+            pairs = (base + offset).to(tl.pointer_type(tl.uint32))
             pointers = run_pointers(pairs, start // 2, column, VEC // 2)
         else:
             pointers = run_pointers(base + offset, start, column, VEC)
@@ -159,12 +159,12 @@ def load_tile(
 @jit
 def widened(tile, dtype: tl.constexpr):
     """What `load_rows` has read of a tensor of that dtype, as fp32 (ROWS, BLOCK_C)."""
-    if tile.dtype == tl.int32:
+    if tile.dtype == tl.uint32:
         if dtype == tl.bfloat16:
-            even, odd = (tile << 16).to(tl.float32, bitcast=True), (tile & -65536).to(tl.float32, bitcast=True)
+            even, odd = (tile << 16).to(tl.float32, bitcast=True), (tile & 0xFFFF0000).to(tl.float32, bitcast=True)
         else:
-            even = tile.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-            odd = (tile >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            even = tile.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+            odd = (tile >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
         wide = tl.reshape(tl.join(even, odd), (tile.shape[0], 2 * tile.shape[1]))
     else:
         wide = tile.to(tl.float32)

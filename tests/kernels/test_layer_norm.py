@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import layer_norm as kernels
 from detr_fast.kernels import rows
+from detr_fast.kernels.launch import launch
 from hypothesis import strategies as st
 
 from detr_fast.testing import assert_as_accurate_as_eager
@@ -272,6 +275,40 @@ def test_sums_over_rows_are_as_accurate_as_eager(interpreter, shape, arrange, dt
 )
 def test_tiles_are_shared_evenly_by_few_programs(tiles, programs):
     assert rows.persistent_programs(tiles, 132, 8) == programs
+
+
+# Six programs of tiles of 64 rows: a cut tile alone, one, one and a cut one, two for each, then three for some, and a cut one.
+@pytest.mark.parametrize("count", [3, 64, 70, 768, 1000])
+def test_reading_a_tile_ahead_changes_no_bit(interpreter, count):
+    x, dy, (weight, _) = torch.randn(count, 16).half(), torch.randn(count, 16).half(), parameters(16)
+    _, mean, rstd = kernels.layer_norm_forward(x, weight, None, 1e-5)
+    variant = kernels.backward_variant(16, *(x.dtype,) * 2, weight.dtype, True, True, True, 8)
+    assert variant.constants["AHEAD"]
+    programs = rows.backward_programs(variant, count, 0, 1)
+    results = []
+    for ahead in (True, False):
+        variant = dataclasses.replace(variant, constants={**variant.constants, "AHEAD": ahead})
+        dx, sums = torch.full_like(x, float("nan")), torch.full((2, programs, 16), float("nan"))
+        arguments = (dy, x, weight, mean, rstd, dx, *sums, 16, 16, count, 16)
+        launch(variant, (programs,), *arguments)
+        results.append((dx, sums))
+    assert all(torch.equal(one, same) for one, same in zip(*results))
+    assert bool(results[0][0].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("count", "programs"),
+    [
+        (0, 0),
+        (800, 100),  # a tile each
+        (6800, 425),  # two each, both on their way at once
+        (32_768, 683),  # six each, but for the last
+        (524_288, 790),  # 12 warps a multiprocessor, as registers allow
+    ],
+)
+def test_programs_that_read_ahead_are_as_many_as_registers_allow(count, programs):
+    variant = kernels.backward_variant(256, *(torch.bfloat16,) * 3, True, True, True, 8)
+    assert rows.backward_programs(variant, count, 1, 132) == programs
 
 
 def test_nan_and_inf_stay_in_their_row(interpreter):
