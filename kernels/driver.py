@@ -24,6 +24,7 @@ FUNCTIONS = (
 )
 SLOT = 8  # bytes for each parameter, of which a smaller one takes the first
 MAX_SHARED = 228 << 10  # bytes; with more, Triton's launcher sets a mode
+WAIT = "griddepcontrol.wait"  # what a kernel begins with that may start early (`kernels.overlap`)
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 POINTER, INT32 = "<Q", "<i"
 _FORMATS = {"i32": INT32, "i64": "<q", "fp32": "<f"}  # by Triton's types
@@ -98,7 +99,9 @@ def entry(kernel: Any, types: Sequence[str | None]) -> Entry | None:
 
 
 def overlap(kernel: Any, overlapping: bool) -> None:
-    """Let Triton's launcher launch a kernel so, from now on; the kernel's own code is the same."""
+    """Let Triton's launcher launch a kernel so, from now on; the kernel's own code is the same. One that is not seen to wait, such as
+    code for an older GPU (TRITON_OVERRIDE_ARCH), never overlaps: it would read what is not written yet."""
+    overlapping = overlapping and WAIT in kernel.asm.get("ptx", "")
     if getattr(kernel.run, "launch_pdl", overlapping) != overlapping:
         kernel.run.launch_pdl = overlapping
 

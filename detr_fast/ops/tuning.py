@@ -135,7 +135,7 @@ def _regime(name: str, device: torch.device, times: Mapping[bool, list[Timing]],
 def tune_overlap(groups: Iterable[Group], device: torch.device, progress: Progress = print) -> list[Regime]:
     """Whether launches are to overlap (`kernels.overlap`): in CUDA graphs, of every op the first group, at its smallest size, in training.
 
-    They are where that gains, takes no group longer, and changes no result by a bit.
+    They are where that gains over all, takes no op longer by what is no noise (`TOLERATED`), and changes no result by a bit.
     """
     if not overlap.is_able(_architecture(device)):
         return []

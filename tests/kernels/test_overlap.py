@@ -20,7 +20,7 @@ from detr_fast.ops import tuning
 KERNELS = {one.variant.name: one for one in reversed(CATALOG) if one.is_for("sm_90")}
 SUMS_BY_ATOMICS = "attention_backward_rows_kernel"  # its example's: they differ from call to call
 MEMORY = re.compile(r"^\s*(?:@\S+\s+)?(?:ld|st|atom|red|cp|tma|prefetch)\.(?!param|shared)\S*", re.MULTILINE)
-WAIT, LET = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+WAIT, LET = driver.WAIT, "griddepcontrol.launch_dependents"
 
 
 def test_every_kernel_waits_first():
@@ -59,13 +59,20 @@ def test_gpus_that_cannot_overlap_have_nothing_to_wait_for():
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_a_program_is_launched_as_its_device_is_said_to(overlapping, monkeypatch):
     run = SimpleNamespace(launch_pdl=not overlapping)
-    kernel = SimpleNamespace(run=run, function=1, packed_metadata=(), metadata=SimpleNamespace())
+    kernel = SimpleNamespace(run=run, asm={"ptx": WAIT}, function=1, packed_metadata=(), metadata=SimpleNamespace())
     launch.Program(kernel, (), (), overlapping)
     assert run.launch_pdl is overlapping
 
 
+@pytest.mark.parametrize("asm", [{"ptx": "ret;"}, {}])
+def test_a_kernel_that_is_not_seen_to_wait_does_not_overlap(asm):
+    kernel = SimpleNamespace(run=SimpleNamespace(launch_pdl=True), asm=asm)
+    driver.overlap(kernel, True)
+    assert kernel.run.launch_pdl is False
+
+
 def test_a_launcher_that_cannot_overlap_is_left_alone():
-    kernel = SimpleNamespace(run=SimpleNamespace())
+    kernel = SimpleNamespace(run=SimpleNamespace(), asm={"ptx": WAIT})
     driver.overlap(kernel, True)
     assert vars(kernel.run) == {}
 

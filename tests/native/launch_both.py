@@ -82,7 +82,7 @@ def main(folder: Path, overlapping: bool) -> None:
     def by_triton() -> None:
         run(*grid, stream, function, (4, 1, 5000), None, None, None, *values, 128)
 
-    kernel = SimpleNamespace(run=run, metadata=metadata, function=function)
+    kernel = SimpleNamespace(run=run, metadata=metadata, function=function, asm={"ptx": driver.WAIT})
     driver.overlap(kernel, overlapping)
     by_triton()
     print("triton", fake.fake_record().decode())

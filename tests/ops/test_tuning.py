@@ -263,3 +263,11 @@ def test_launches_overlap_on_the_very_architecture_where_they_were_measured_to_b
         monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
         assert launch.overlapped(device) is overlapped
     assert len(forgotten) == 3  # programs know how they are launched
+
+
+def test_what_the_user_measured_of_overlapping_launches_outranks_what_is_shipped(cache, monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    for own, shipped in ((NEVER, 0), (0, NEVER)):
+        monkeypatch.setattr(regimes, "SHIPPED", (Regime(regimes.OVERLAP, "sm_90", shipped, shipped, "a test"),))
+        regimes.save([Regime(regimes.OVERLAP, "sm_90", own, own, "a test")])
+        assert launch.overlapped(torch.device("cuda", 0)) is (own == 0)
