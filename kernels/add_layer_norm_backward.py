@@ -19,6 +19,7 @@ from .configs import ADD_LAYER_NORM_BACKWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
 from .overlap import wait_for_previous
+from .read_ahead import backward_constants, backward_programs, load_tile, widened
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -28,13 +29,10 @@ from .rows import (
     address_of,
     arriving_rows,
     as_rows,
-    backward_constants,
-    backward_programs,
     block_of,
     column_block,
     dtype_of,
     load_parameters,
-    load_tile,
     norm_gradient,
     packed,
     row_constants,
@@ -42,7 +40,6 @@ from .rows import (
     run_pointers,
     scaled_gradient,
     tile_range,
-    widened,
 )
 
 

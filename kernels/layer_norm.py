@@ -24,6 +24,7 @@ from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD, LAYER_NORM_FO
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, multiprocessors, pointer, tl
 from .overlap import is_blackwell, wait_for_previous
+from .read_ahead import backward_constants, backward_programs, load_tile, widened
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -33,13 +34,10 @@ from .rows import (
     address_of,
     arriving_rows,
     as_rows,
-    backward_constants,
-    backward_programs,
     block_of,
     column_block,
     dtype_of,
     load_parameters,
-    load_tile,
     norm_gradient,
     packed,
     row_constants,
@@ -50,7 +48,6 @@ from .rows import (
     sum_partials_variant,
     tile_elements,
     tile_range,
-    widened,
 )
 from .rows import MAX_COLUMNS as MAX_COLUMNS
 

@@ -99,79 +99,6 @@ def load_where(pointers, mask, MASKED: tl.constexpr):
 
 
 @jit
-def load_rows(base, tile, row_stride, row, exists, C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
-    """Rows first + row, as `widened` takes them: (ROWS, BLOCK_C), of 16-bit runs two elements in one (ROWS, BLOCK_C // 2).
-
-    exists: which rows there are, whose others are 0, or None for all. A stand-in where base is None.
-    """
-    found = tile  # for what is absent: loops carry no None
-    if base is not None:
-        # Carried through a loop as 16-bit elements, each would take a register of its own, and instructions to get there.
-        PAIRS: tl.constexpr = 2 if VEC > 1 and base.dtype.element_ty.primitive_bitwidth == 16 else 1
-        column = tl.arange(0, BLOCK_C // PAIRS)[None, :]
-        start = row[:, None] * row_stride
-        offset = tile.to(tl.int64) * (row.shape[0] * row_stride)  # by MAX_ROW_STRIDE, the product fits 32 bits
-        if PAIRS == 2:
-            pairs = (base + offset).to(tl.pointer_type(tl.uint32))
-            pointers = run_pointers(pairs, start // 2, column, VEC // 2)
-        else:
-            pointers = run_pointers(base + offset, start, column, VEC)
-        mask = None
-        if not FULL:
-            mask = column // (VEC // PAIRS) < C // VEC
-        if exists is not None:
-            mask = exists[:, None] if FULL else exists[:, None] & mask
-        found = load_where(pointers, mask, mask is not None)
-    return found
-
-
-@jit
-def load_statistic(base, tile, row, exists):
-    """A number of each of these rows, as `load_rows` has them."""
-    found = tile  # for what is absent: loops carry no None
-    if base is not None:
-        found = load_where(base + tile.to(tl.int64) * row.shape[0] + row, exists, exists is not None)
-    return found
-
-
-@jit
-def load_tile(
-    tensors,
-    strides,
-    statistics,
-    tile,
-    row,
-    exists,
-    C,
-    BLOCK_C: tl.constexpr,
-    FULL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """What a norm's backward reads of rows first + row: of dy, dsum, x and the residual by `load_rows`, mean and rstd."""
-    dy = load_rows(tensors[0], tile, strides[0], row, exists, C, BLOCK_C, FULL, VEC)
-    dsum = load_rows(tensors[1], tile, strides[1], row, exists, C, BLOCK_C, FULL, VEC)
-    x = load_rows(tensors[2], tile, strides[2], row, exists, C, BLOCK_C, FULL, VEC)
-    residual = load_rows(tensors[3], tile, strides[3], row, exists, C, BLOCK_C, FULL, VEC)
-    mean, rstd = load_statistic(statistics[0], tile, row, exists), load_statistic(statistics[1], tile, row, exists)
-    return dy, dsum, x, residual, mean, rstd
-
-
-@jit
-def widened(tile, dtype: tl.constexpr):
-    """What `load_rows` has read of a tensor of that dtype, as fp32 (ROWS, BLOCK_C)."""
-    if tile.dtype == tl.uint32:
-        if dtype == tl.bfloat16:
-            even, odd = (tile << 16).to(tl.float32, bitcast=True), (tile & 0xFFFF0000).to(tl.float32, bitcast=True)
-        else:
-            even = tile.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-            odd = (tile >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-        wide = tl.reshape(tl.join(even, odd), (tile.shape[0], 2 * tile.shape[1]))
-    else:
-        wide = tile.to(tl.float32)
-    return wide
-
-
-@jit
 def scaled_gradient(dy, rstd, weight):
     """dy * rstd * weight, rounded: the `g` of `norm_gradient`; weight is fp32, or None."""
     # The last product is an explicit multiply-add, which no subtraction swallows: that would leave the product's rounding
@@ -198,7 +125,7 @@ def norm_gradient(g, x, rstd, inverse_c):
 
 @jit
 def add_rows(total, tile, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.constexpr):
-    """total (GROUPS, BLOCK_C) plus the sum of each group of a tile's rows; see `backward_constants`."""
+    """total (GROUPS, BLOCK_C) plus the sum of each group of a tile's rows; see `read_ahead.backward_constants`."""
     return total + (tile if GROUPS == ROWS else tl.sum(tl.reshape(tile, (ROWS // GROUPS, GROUPS, BLOCK_C)), axis=0))
 
 
@@ -426,38 +353,16 @@ def row_constants(columns: int, config: RowConfig, vector: int) -> dict[str, int
     return {"ROWS": rows, "BLOCK_C": block, "FULL": columns == block, "VEC": vector}
 
 
-def backward_constants(
-    constants: dict[str, int | bool], num_warps: int, registers: int, read: Iterable[torch.dtype | None]
-) -> dict[str, int | bool]:
-    """What a norm's backward needs besides `row_constants`; read: the dtypes of the tensors that it reads."""
-    # The fewest sums of a tile's rows that need no exchange between threads: rows at this distance lie in one thread.
-    rows, block, vector = (int(constants[name]) for name in ("ROWS", "BLOCK_C", "VEC"))
-    groups = min(rows, max(1, num_warps * 32 * vector // block))
-    # In fp32, or with an address an element, a tile ahead would take twice the registers or more.
-    narrow = all(dtype is None or dtype.itemsize == 2 for dtype in read)
-    return {"GROUPS": groups, "AHEAD": registers > 0 and vector > 1 and narrow}
-
-
-def backward_programs(variant: Variant, rows: int, most: int, multiprocessors: int) -> int:
-    """How many programs of a norm's backward share the rows; most: a multiprocessor, where they do not read ahead."""
-    tiles = -(-rows // int(variant.constants["ROWS"]))
-    if not variant.constants["AHEAD"]:
-        return persistent_programs(tiles, multiprocessors, most)
-    # As many as registers allow, 512 a lane and scheduler: the loads of two tiles each hide what latency there is.
-    most = multiprocessors * (4 * (512 // variant.registers) // variant.num_warps)
-    return _evenly(tiles, max(min(tiles, multiprocessors), min(-(-tiles // 2), most)))
-
-
 def persistent_programs(tiles: int, multiprocessors: int, most: int) -> int:
     """How many programs share `tiles`, at most `most` a multiprocessor, or one where tiles are few.
 
     A program more means a row of partial sums more. So each takes two tiles, and eight before more than half of `most` run.
     """
     few, half, all_ = multiprocessors, multiprocessors * most // 2, multiprocessors * most
-    return _evenly(tiles, max(min(tiles, few), min(-(-tiles // 2), half), min(-(-tiles // 8), all_)))
+    return evenly(tiles, max(min(tiles, few), min(-(-tiles // 2), half), min(-(-tiles // 8), all_)))
 
 
-def _evenly(tiles: int, programs: int) -> int:
+def evenly(tiles: int, programs: int) -> int:
     """The fewest programs that are done as soon as so many: each takes as many tiles, or one less."""
     return -(-tiles // -(-tiles // programs)) if tiles else 0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import layer_norm as kernels
-from detr_fast.kernels import rows
+from detr_fast.kernels import read_ahead, rows
 from detr_fast.kernels.launch import launch
 from hypothesis import strategies as st
 
@@ -284,7 +284,7 @@ def test_reading_a_tile_ahead_changes_no_bit(interpreter, count):
     _, mean, rstd = kernels.layer_norm_forward(x, weight, None, 1e-5)
     variant = kernels.backward_variant(16, *(x.dtype,) * 2, weight.dtype, True, True, True, 8)
     assert variant.constants["AHEAD"]
-    programs = rows.backward_programs(variant, count, 0, 1)
+    programs = read_ahead.backward_programs(variant, count, 0, 1)
     results = []
     for ahead in (True, False):
         variant = dataclasses.replace(variant, constants={**variant.constants, "AHEAD": ahead})
@@ -308,7 +308,7 @@ def test_reading_a_tile_ahead_changes_no_bit(interpreter, count):
 )
 def test_programs_that_read_ahead_are_as_many_as_registers_allow(count, programs):
     variant = kernels.backward_variant(256, *(torch.bfloat16,) * 3, True, True, True, 8)
-    assert rows.backward_programs(variant, count, 1, 132) == programs
+    assert read_ahead.backward_programs(variant, count, 1, 132) == programs
 
 
 def test_nan_and_inf_stay_in_their_row(interpreter):
