@@ -78,8 +78,8 @@ def attention_backward_mask_kernel(
     which = tl.program_id(0) // (tiles_n * tiles_m)
     first_batch, first_head = which // mask_heads, which % mask_heads
     end_batch = tl.where(mask_batches == 1, batches, first_batch + 1)
-    end_row = L if SHARED_ROWS else first_row + 1
-    end_column = S if SHARED_COLUMNS else first_column + 1
+    end_row = L if SHARED_ROWS else tl.minimum(first_row + 1, L)
+    end_column = S if SHARED_COLUMNS else tl.minimum(first_column + 1, S)
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
 
     dmask = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
