@@ -14,6 +14,7 @@ from detr_fast.kernels.catalog import CATALOG
 from detr_fast.kernels.offline import compile_variant
 
 from benchmarks.hardware import DEVICE, sized
+from detr_fast import ops, use_backend
 from detr_fast.capture import beside_the_default_stream, capture
 from detr_fast.ops import tuning
 
@@ -81,15 +82,40 @@ def test_a_launcher_that_cannot_overlap_is_left_alone():
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != SUMS_BY_ATOMICS])
 def test_overlapping_launches_change_no_bit_of_any_replay(name):
     with beside_the_default_stream():
-        call = KERNELS[name].example(DEVICE)
-        graphs, results = [], []
-        for yes in (False, True):
-            with tuning.overlapping_launches(yes):
-                call()
-                graphs.append(torch.cuda.CUDAGraph())
-                with capture(graphs[-1]):
-                    results.append([t for _ in range(sized(4, 1)) for t in call()])
-        graphs[0].replay()
-        for _ in range(sized(25, 1)):
-            graphs[1].replay()
-            assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(*results))
+        assert_overlapping_changes_nothing(KERNELS[name].example(DEVICE))
+
+
+@pytest.mark.gpu
+def test_overlapping_launches_wait_for_other_streams_and_for_what_is_not_ours():
+    with beside_the_default_stream():
+        rows, columns = sized((4096, 1024), (5, 32))
+        x, factor = torch.randn(rows, columns, device=DEVICE), torch.randn(columns, columns, device=DEVICE)
+        side = torch.cuda.Stream()
+
+        def call():
+            here = torch.cuda.current_stream()
+            one = ops.layer_norm(x, (columns,))
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                other = ops.layer_norm(one * 2, (columns,))
+            product = ops.layer_norm(one @ factor, (columns,))
+            here.wait_stream(side)
+            return one, other, product, ops.add_layer_norm(other, product)
+
+        with use_backend(layer_norm="triton", add_layer_norm="triton"):
+            assert_overlapping_changes_nothing(call)
+
+
+def assert_overlapping_changes_nothing(call):
+    """To the bit, in replays of a graph of some calls."""
+    graphs, results = [], []
+    for yes in (False, True):
+        with tuning.overlapping_launches(yes):
+            call()
+            graphs.append(torch.cuda.CUDAGraph())
+            with capture(graphs[-1]):
+                results.append([t for _ in range(sized(4, 1)) for t in call()])
+    graphs[0].replay()
+    for _ in range(sized(25, 1)):
+        graphs[1].replay()
+        assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(*results))
