@@ -170,7 +170,8 @@ def _replayed(
         step()
 
         def kept() -> tuple[torch.Tensor, ...]:
-            found.extend(results := step())
+            results = tuple(t.detach() for t in step())
+            found.extend(results)
             return results
 
         replay = _captured(kept, _CALLS)

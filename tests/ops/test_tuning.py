@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,16 @@ def test_launches_overlap_where_that_gains_and_changes_no_bit(monkeypatch):
     assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.0000001,))).captured_minimum == NEVER
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_89")
     assert tuning.tune_overlap(groups, torch.device("cuda")) == []
+
+
+def test_results_that_are_compared_hold_no_graph_of_autograds(monkeypatch):
+    monkeypatch.setattr(tuning, "_captured", lambda step, calls: step() and (lambda: None))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    x = torch.ones(4, requires_grad=True)
+    case = tuning_cases.Case("four numbers", 4, lambda device, gradients: lambda: (x * 2).split(2))
+    group = tuning_cases.Group("layer_norm", (case,), kernel="eager")
+    _, found = tuning._replayed(group, case, torch.device("cpu"), overlapping=True)
+    assert [(t.tolist(), t.requires_grad) for t in found] == [([2.0, 2.0], False)] * 2
 
 
 def test_launches_overlap_on_the_very_architecture_where_they_were_measured_to_be_faster(cache, monkeypatch):
