@@ -23,8 +23,8 @@ from . import wide_rows
 from .configs import ADD_LAYER_NORM_BACKWARD, LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, RowConfig
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, multiprocessors, pointer, tl
-from .overlap import is_blackwell, wait_for_previous
-from .read_ahead import backward_constants, backward_programs, load_tile, widened
+from .overlap import wait_for_previous
+from .read_ahead import backward_constants, backward_programs, is_blackwell, load_tile, widened
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,

@@ -14,10 +14,15 @@ from typing import Any
 from .launch import triton
 
 
-def is_able(architecture: str) -> bool:
-    """Whether launches can overlap on a GPU of this architecture, such as "sm_90"."""
+def capability(architecture: str) -> int:
+    """NVIDIA's compute capability, times ten, of an architecture's name: 90 of "sm_90", and of Triton's "sm90"; 0 of another maker's."""
     number = architecture.removeprefix("sm").removeprefix("_")
-    return architecture[:2] == "sm" and number.isdigit() and int(number) >= 90
+    return int(number) if architecture[:2] == "sm" and number.isdigit() else 0
+
+
+def is_able(architecture: str) -> bool:
+    """Whether launches can overlap on a GPU of this architecture."""
+    return capability(architecture) >= 90
 
 
 def wait_for_previous(_semantic: Any = None) -> None:
@@ -29,14 +34,5 @@ def wait_for_previous(_semantic: Any = None) -> None:
         cuda.gdc_launch_dependents(_semantic=_semantic)
 
 
-def is_blackwell(_semantic: Any = None) -> Any:
-    """Whether a kernel is compiled for sm_100 or newer; False in Triton's interpreter."""
-    if _semantic is None:
-        return False
-    number = str(getattr(_semantic.builder.options, "arch", "")).removeprefix("sm").removeprefix("_")
-    return triton.language.constexpr(number.isdigit() and int(number) >= 100)
-
-
 if triton is not None and not triton.knobs.runtime.interpret:
     wait_for_previous = triton.language.core.builtin(wait_for_previous)
-    is_blackwell = triton.language.core.builtin(is_blackwell)

@@ -4,11 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from .launch import Variant, jit, tl
+from .launch import Variant, jit, tl, triton
+from .overlap import capability
 from .rows import evenly, load_where, persistent_programs, run_pointers
+
+
+def is_blackwell(_semantic: Any = None) -> Any:
+    """Whether a kernel is compiled for sm_100 or newer; False in Triton's interpreter."""
+    if _semantic is None:
+        return False
+    return triton.language.constexpr(capability(str(getattr(_semantic.builder.options, "arch", ""))) >= 100)
+
+
+if triton is not None and not triton.knobs.runtime.interpret:
+    is_blackwell = triton.language.core.builtin(is_blackwell)
 
 
 @jit

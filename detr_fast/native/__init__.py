@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -114,7 +114,8 @@ def _compile(output: Path) -> None:
     try:
         said = compiler.communicate(timeout=TIMEOUT)[1].splitlines()
     except BaseException as error:
-        os.killpg(compiler.pid, signal.SIGKILL)  # with those that it has started
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(compiler.pid, signal.SIGKILL)  # with those that it has started
         compiler.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise CompilationError(f"the compiler took more than {TIMEOUT} s") from None
