@@ -80,7 +80,8 @@ class Form:
         """
         if self.dtype.itemsize > 2 or (self.packed and not atomics):
             return False
-        return self.mask is not None or self.causal or self.partial or (self.packed and self.generation == "blackwell")
+        masked = self.mask is not None and atomics
+        return masked or self.causal or self.partial or (self.packed and self.generation == "blackwell")
 
     @property
     def vector(self) -> int:
