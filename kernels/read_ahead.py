@@ -26,7 +26,7 @@ if triton is not None and not triton.knobs.runtime.interpret:
 
 @jit
 def load_rows(base, tile, row_stride, row, exists, C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
-    """Rows first + row, as `widened` takes them: (ROWS, BLOCK_C), of 16-bit runs two elements in one (ROWS, BLOCK_C // 2).
+    """Rows of a tile, as `widened` takes them: (ROWS, BLOCK_C), of 16-bit runs two elements in one (ROWS, BLOCK_C // 2).
 
     exists: which rows there are, whose others are 0, or None for all. A stand-in where base is None.
     """
@@ -73,7 +73,7 @@ def load_tile(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """What a norm's backward reads of rows first + row: of dy, dsum, x and the residual by `load_rows`, mean and rstd."""
+    """What a norm's backward reads of the rows of a tile: of dy, dsum, x and the residual by `load_rows`, mean and rstd."""
     dy = load_rows(tensors[0], tile, strides[0], row, exists, C, BLOCK_C, FULL, VEC)
     dsum = load_rows(tensors[1], tile, strides[1], row, exists, C, BLOCK_C, FULL, VEC)
     x = load_rows(tensors[2], tile, strides[2], row, exists, C, BLOCK_C, FULL, VEC)

@@ -77,19 +77,9 @@ def run_backward(
 
 
 def _fake_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    with_mask: bool,
-    *options: Any,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, mask, _, _, _, with_mask, *_ = rest
     dmask = q.new_empty(0) if mask is None or not with_mask else mask.new_empty(mask.shape)
     return like_rows(q, q.shape[3]), like_rows(k, k.shape[3]), like_rows(v, v.shape[3]), dmask
 
@@ -184,17 +174,8 @@ def _run_weights(
     return weights_kernels.attention_weights(problem, lse, averaged, dtype)
 
 
-def _fake_weights(
-    q: Tensor,
-    k: Tensor,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    lse: Tensor,
-    averaged: bool,
-    dtype: torch.dtype,
-    *options: Any,
-) -> Tensor:
+def _fake_weights(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    _, _, _, _, averaged, dtype, *_ = rest
     heads = () if averaged else (q.shape[2],)
     return q.new_empty((q.shape[0], *heads, q.shape[1], k.shape[1]), dtype=dtype)
 
