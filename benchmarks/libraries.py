@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import NotInstalled
@@ -70,7 +71,18 @@ def cut_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return library("cut_cross_entropy").linear_cross_entropy(x, weight, target)
 
 
-CROSS_ENTROPIES = {"liger": liger_cross_entropy, "cut_cross_entropy": cut_cross_entropy}
+def chunked_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """PyTorch's own, in chunks."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotInstalled(f"torch {torch.__version__} has no linear_cross_entropy")
+    return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
+
+
+CROSS_ENTROPIES = {
+    "liger": liger_cross_entropy,
+    "cut_cross_entropy": cut_cross_entropy,
+    "F.linear_cross_entropy": chunked_cross_entropy,
+}
 
 
 class Padded:

@@ -1,7 +1,7 @@
 """`from detr_fast import nn` instead of `from torch import nn`: the same names, faster.
 
-LayerNorm, MultiheadAttention and the Transformer classes subclass their originals, so constructors, state_dicts, repr and
-isinstance are torch's own. What a transformer needs beside torch.nn's parts is here too: embeddings, positions, decoder
+LayerNorm, MultiheadAttention, the Transformer classes and (where PyTorch has it) LinearCrossEntropyLoss subclass their originals, so
+constructors, state_dicts, repr and isinstance are torch's own. What a transformer needs beside torch.nn's parts is here too: embeddings, positions, decoder
 inputs and a head. Every other name is torch.nn's.
 """
 
@@ -27,6 +27,9 @@ from detr_fast.nn.transformer import TransformerDecoder as TransformerDecoder
 from detr_fast.nn.transformer import TransformerDecoderLayer as TransformerDecoderLayer
 from detr_fast.nn.transformer import TransformerEncoder as TransformerEncoder
 from detr_fast.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
+
+if hasattr(_torch_nn, "LinearCrossEntropyLoss"):
+    from detr_fast.nn.loss import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 
 if TYPE_CHECKING:
     from torch.nn import *  # type: ignore[assignment]  # noqa: F403

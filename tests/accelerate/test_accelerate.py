@@ -71,7 +71,8 @@ def test_only_classes_change_and_restore_changes_them_back():
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     after = model.state_dict(keep_vars=True)
     assert all(id(after[n]) == i and torch.equal(after[n], t) for n, (i, t) in tensors.items())
-    assert {one.now for one in report.switched} == {f"torch.nn.{o.__name__}" for o in REPLACEMENTS}
+    of_transformers = {f"torch.nn.{o.__name__}" for o in REPLACEMENTS if o.__name__ != "LinearCrossEntropyLoss"}
+    assert {one.now for one in report.switched} == of_transformers
 
 
 def test_it_is_idempotent():
