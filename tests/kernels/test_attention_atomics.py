@@ -111,10 +111,11 @@ def test_any_layout_of_inputs_and_gradients_is_read(interpreter, layout, dtype):
 
 # A hidden key's zero row would score 0 where the row's log-sum-exp is -1e4: an infinite weight, and NaN in dq.
 @pytest.mark.parametrize(("offset", "dtype"), [(-1e4, FP32), (1e4, FP32), (-1e4, FP16), (1e4, BF16)])
-def test_hidden_keys_weigh_nothing_whatever_the_logits_are(interpreter, offset, dtype):
+def test_hidden_keys_weigh_nothing_whatever_the_logits_are(offset, dtype):
     q, k, v = qkv(1, 10, 70, 1, 16)
     q[..., 0], k[..., 0] = 100.0, offset / 100.0
-    check(dtype, (q, k, v), padded("scattered", 1, 70), scale=1.0)
+    with checked_interpreter(ordered=dtype == FP32):  # with the BLAS of some CPUs backward's scores are not forward's
+        check(dtype, (q, k, v), padded("scattered", 1, 70), scale=1.0)
 
 
 def test_hidden_keys_weigh_nothing_whatever_a_float_mask_adds_to_them(interpreter):
