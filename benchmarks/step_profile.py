@@ -93,14 +93,15 @@ def parts(pair: Pair) -> dict[str, float]:
 
         return now
 
-    optimizer = captured.optimizer
+    optimizer, criterion = captured.optimizer, captured.criterion
+    assert isinstance(criterion, torch.nn.Module)
     handles = [
         model.register_forward_pre_hook(mark("the step before")),
         model.backbone.register_forward_hook(mark("backbone")),
         model.transformer.encoder.register_forward_hook(mark("encoder")),
         model.transformer.decoder.register_forward_hook(mark("decoder")),
         model.register_forward_hook(mark("heads")),
-        captured.criterion.register_forward_hook(mark("matcher and losses")),
+        criterion.register_forward_hook(mark("matcher and losses")),
         optimizer.register_step_pre_hook(mark("backward and clipping")),
         optimizer.register_step_post_hook(mark("optimizer")),
     ]

@@ -60,6 +60,8 @@ def training_step(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         "auto": "detr-fast, as it is run: a CUDA graph",
         "auto, packed": "the same, padding left out of the encoder",
         "uncaptured": "detr-fast, launched eagerly",
+        "auto, Hugging Face's": "Hugging Face's, accelerated, in a CUDA graph",
+        "auto, Hugging Face's, uncaptured": "Hugging Face's, accelerated, launched eagerly",
         "huggingface": "Hugging Face's, eager",
         "torch.compile": "Hugging Face's, torch.compile",
     }

@@ -3,11 +3,13 @@
     python -m pytest benchmarks/test_step.py          # needs a GPU
 
 Forward in bf16 autocast, auxiliary losses and dropout on, matching, backward, clipping, AdamW; 4 images of 800×1066 with 8
-objects each. "auto" is what `detr-fast train` runs: our model in a captured step; "packed": its encoder skips padding. Both start from the same random weights.
+objects each. "auto" is what `detr-fast train` runs: our model in a captured step; "packed": its encoder skips padding; "Hugging Face's": theirs,
+accelerated, in a captured step or launched eagerly. All start from the same random weights.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import detr_fast
 from benchmarks.hardware import NEEDS_GPU, REHEARSAL, sized
 from benchmarks.libraries import library
 from benchmarks.timing import CHECK_ONLY, Claim, NotInstalled, compare, record
@@ -31,7 +34,11 @@ pytestmark = NEEDS_GPU
 
 CLASSES, BATCH = 91, 4
 PEERS = sized(("auto", "auto, packed", "uncaptured", "huggingface"), ("auto", "auto, packed"))
-COMPILED = sized((*PEERS, "torch.compile"), ("torch.compile",))  # which takes some minutes to compile
+# What `accelerate` makes of theirs: with our loss in place of theirs, which makes the host wait, it can be captured.
+ACCELERATED = ("auto, Hugging Face's", "auto, Hugging Face's, uncaptured")
+COMPILED = sized(
+    (*PEERS, *ACCELERATED, "torch.compile"), (*ACCELERATED, "torch.compile")
+)  # which takes some minutes to compile
 
 
 class Pair:
@@ -100,14 +107,19 @@ class Pair:
 
     def step(self, which: str) -> Callable[[], Tensor]:
         """A call that takes one training step and returns the loss, on the device."""
-        if which not in ("huggingface", "torch.compile"):
+        if which not in ("huggingface", "torch.compile", *ACCELERATED):
             return self.step_of(self.captured_step(which != "uncaptured", packed=which == "auto, packed"))
         module = self.peer
+        if which in ACCELERATED:
+            module = copy.deepcopy(module)
+            detr_fast.accelerate(module)
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         called = torch.compile(module) if which == "torch.compile" else module
         labels = [{"class_labels": c, "boxes": b} for c, b in zip(self.labels, self.boxes)]
         visible = (~self.mask).long()
+        if which in ACCELERATED:
+            return self.accelerated_step(module, optimizer, visible, labels, capture="uncaptured" not in which)
 
         def step() -> Tensor:
             with self.autocast():
@@ -119,6 +131,19 @@ class Pair:
             return loss
 
         return step
+
+    def accelerated_step(
+        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, visible: Tensor, labels: Any, capture: bool
+    ) -> Callable[[], Tensor]:
+        loss_of: Callable[[Any, Any], Tensor] = lambda outputs, _: outputs.loss  # noqa: E731
+        step = CapturedStep(module, loss_of, optimizer, clip_norm=0.1, autocast=self.autocast, capture=capture)
+
+        def run() -> Tensor:
+            loss = step({"pixel_values": self.images, "pixel_mask": visible, "labels": labels})["loss"]
+            assert step.reason is None or not capture, f"Hugging Face's accelerated step: {step.reason}"
+            return loss
+
+        return run
 
 
 def trained(model: torch.nn.Module) -> int:
@@ -169,6 +194,9 @@ def test_training_step(peers: Sequence[str]) -> None:
     claims = [
         Claim("training step: over Hugging Face's, torch.compile", ("torch.compile",), 2.0),
         Claim("training step: over Hugging Face's, eager", ("huggingface",), 2.0),
+        Claim(
+            "Hugging Face's training step, accelerated and captured: over itself", ("huggingface",), 2.0, ACCELERATED[0]
+        ),
     ]
     compare(case, steps, claims=claims, images=BATCH, is_graph=True)
     if not CHECK_ONLY:

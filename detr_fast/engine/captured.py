@@ -1,4 +1,4 @@
-"""A training step that never waits for the host, in one CUDA graph per shape; and inference likewise.
+"""A training step that never waits for the host, in one CUDA graph per shape; and inference likewise. Of DETR, or of any model.
 
 Forward, losses, backward, clipping, optimizer, scaler and moving average are one graph. What changes from step to step
 lies in tensors: inputs, learning rates, the step's number, the scaler's factor, and the generator's state, so that
@@ -8,7 +8,7 @@ dropout is new on each replay.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,14 +27,16 @@ from detr_fast.models.structures import NestedTensor
 
 
 class CapturedStep:
-    """One training step: `step(images, targets)` returns the losses as device tensors, which hold until the next step.
+    """One training step: `step(inputs, targets)` returns the losses as device tensors, which hold until the next step.
 
-    The first two steps of each shape run eagerly; they train like all others. Schedulers go on writing numbers to the
+    `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
+    first two steps of each shape run eagerly; they train like all others. Schedulers go on writing numbers to the
     optimizer's groups. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
 
     Args:
         model: in train mode; on one device.
-        criterion: gives the losses, and their weighted sum.
+        criterion: takes the model's outputs and the targets: DETR's gives losses and their weighted sum; any other function
+            gives the loss to minimise, a tensor without dimensions, under the model's autocast.
         optimizer: with a `capturable` setting where steps are to be captured, such as AdamW(fused=True).
         clip_norm: the gradients' largest norm; 0 for no clipping.
         ema: follows `averaged` after each step.
@@ -49,7 +51,7 @@ class CapturedStep:
     def __init__(
         self,
         model: nn.Module,
-        criterion: SetCriterion,
+        criterion: SetCriterion | Callable[[Any, Any], Tensor],
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float = 0.0,
@@ -97,18 +99,17 @@ class CapturedStep:
     def __str__(self) -> str:
         return f"the training step: {self._step}"
 
-    def __call__(self, images: Any, targets: Any) -> dict[str, Tensor]:
+    def __call__(self, inputs: Any, targets: Any = None) -> dict[str, Tensor]:
         self.taken += 1
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             if not isinstance(group["lr"], Tensor):
                 rate.fill_(group["lr"])
-        return self._step(images if self.reason else _for_a_graph(self.averaged, images), targets)
+        if isinstance(inputs, Mapping):
+            inputs = dict(inputs)  # of any class: a graph finds tensors in dictionaries
+        return self._step(inputs if self.reason else _for_a_graph(self.averaged, inputs), targets)
 
-    def _run(self, images: Any, targets: Any) -> dict[str, Tensor]:
-        with self.autocast():
-            outputs = self.model(images)
-        losses = self.criterion(outputs, targets)
-        total = self.criterion.weighted_sum(losses)
+    def _run(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
+        total, losses = self._losses(inputs, targets)
         # On this thread: one of autograd's own for the GPU is woken first, and finds nothing in its core's caches.
         with torch.autograd.set_multithreading_enabled(False):
             (total if self.scaler is None else self.scaler.scale(total)).backward()
@@ -130,6 +131,15 @@ class CapturedStep:
         if self.metrics is not None:
             self.metrics.add(results)
         return results
+
+    def _losses(self, inputs: Any, targets: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What is minimised, and its parts by name."""
+        with self.autocast():
+            outputs = _called(self.model, inputs)
+            if not isinstance(self.criterion, SetCriterion):
+                return self.criterion(outputs, targets), {}
+        losses = self.criterion(outputs, targets)
+        return self.criterion.weighted_sum(losses), losses
 
     def _forget_gradients(self) -> None:
         # In a graph, backward then writes gradients anew on each replay, and adds to none.
@@ -157,7 +167,7 @@ class CapturedStep:
 
 
 class CapturedInference:
-    """`model(images)` without gradients, from a CUDA graph per shape: `inference(images)`; outputs hold until the next call.
+    """The model without gradients, from a CUDA graph per shape: `inference(…)` takes what it does; outputs hold until the next call.
 
     Args:
         model: is put into eval mode.
@@ -192,20 +202,28 @@ class CapturedInference:
     def __str__(self) -> str:
         return f"inference: {self._forward}"
 
-    def __call__(self, images: Any) -> Any:
-        return self._forward(images if self.reason else _for_a_graph(self.model, images))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.reason is None:
+            args = tuple(_for_a_graph(self.model, one) for one in args)
+        return self._forward(args, kwargs)
 
-    def _run(self, images: Any) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), self.autocast():
-            return self.model(images)
+            return self.model(*args, **kwargs)
 
 
-def _for_a_graph(model: nn.Module, images: Any) -> Any:
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _for_a_graph(model: nn.Module, inputs: Any) -> Any:
     """Without each image's size, which would tell apart batches of one shape; what packing takes of it lies in tensors."""
-    if not isinstance(images, NestedTensor):
-        return images
+    if not isinstance(inputs, NestedTensor):
+        return inputs
     bare = _unwrapped(model)
-    return bare.with_packing(images) if isinstance(bare, Detr) else replace(images, sizes=None)
+    return bare.with_packing(inputs) if isinstance(bare, Detr) else replace(inputs, sizes=None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import hardware, report, step_profile, test_step, timing
-from benchmarks.test_step import Pair, check
+from benchmarks.test_step import ACCELERATED, Pair, check
 from tests.stub_cuda import stubs
 
 
@@ -18,9 +18,8 @@ def test_both_sides_of_the_step_benchmark_are_the_same_model_drop_as_much_and_tr
     check(pair)
     config = pair.peer.config
     assert {config.dropout, config.attention_dropout, config.activation_dropout} == {pair.config.dropout} == {0.1}
-    for which in ("uncaptured", "auto", "huggingface"):
-        loss = pair.step(which)()
-        assert torch.isfinite(loss)
+    losses = {which: pair.step(which)() for which in ("uncaptured", "auto", "huggingface", *ACCELERATED[1:])}
+    assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_a_wrong_model_is_not_timed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import UserDict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import detr_fast
 from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
 from detr_fast.engine import captured, graphs
@@ -136,6 +138,56 @@ def test_replayed_steps_train_as_eager_ones_do(emulated):
     assert one.optimizer.param_groups[0]["capturable"] is False
     assert emulated[0].mode == "thread_local"
     assert str(one.step) == "the training step: 1 CUDA graphs for 1 shapes"
+
+
+CALLED = {
+    "one tensor": lambda src, tgt: src,
+    "arguments": lambda src, tgt: (src, tgt),
+    "arguments by name": lambda src, tgt: UserDict(src=src, tgt=tgt),
+}
+
+
+@pytest.mark.parametrize("called", CALLED)
+def test_any_models_step_is_captured_with_any_loss(emulated, called):
+    def train(capture):
+        torch.manual_seed(0)
+        layer = {"d_model": 8, "nhead": 2, "dim_feedforward": 8, "dropout": 0.0, "batch_first": True}
+        one = called == "one tensor"
+        model = nn.TransformerEncoderLayer(**layer) if one else nn.Transformer(8, 2, 1, 1, 8, 0.0, batch_first=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        loss = nn.CrossEntropyLoss()
+        step = CapturedStep(model, lambda y, labels: loss(y.flatten(0, 1), labels), optimizer, capture=capture)
+        losses = []
+        for _ in range(5):
+            inputs = CALLED[called](torch.randn(2, 3, 8), torch.randn(2, 3, 8))
+            results = step(inputs, torch.randint(8, (6,)))
+            assert list(results) == ["loss"]
+            losses.append(float(results["loss"]))
+        return losses, step
+
+    (expected, _), (found, step) = train(False), train(True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert step.graphs == len(emulated) == 1
+
+
+def test_an_accelerated_hugging_face_detector_is_replayed(emulated):
+    transformers = pytest.importorskip("transformers")
+    resnet = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], out_features=["stage2"])
+    sizes = {"d_model": 16, "num_queries": 6, "encoder_layers": 1, "decoder_layers": 1, "use_timm_backbone": False}
+    sizes |= {f"{kind}_{name}": 2 for kind in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    model = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=resnet, **sizes)).eval()
+    detr_fast.accelerate(model)
+    inference = CapturedInference(model)
+    mask = torch.ones(2, 32, 32, dtype=torch.long)
+    mask[1, 20:] = 0
+    for _ in range(4):
+        images = torch.rand(2, 3, 32, 32)
+        found = inference(pixel_values=images, pixel_mask=mask)
+        with torch.no_grad():
+            expected = model(pixel_values=images, pixel_mask=mask)
+        torch.testing.assert_close(found.logits, expected.logits)
+        torch.testing.assert_close(found.pred_boxes, expected.pred_boxes)
+    assert inference.graphs == 1, inference.reason
 
 
 def test_the_optimizer_takes_large_parameters_first_and_keeps_its_order(emulated):
