@@ -33,10 +33,12 @@ def predict(
     from detr_fast.cli.progress import progress_bar
     from detr_fast.data.words import counted
     from detr_fast.engine.errors import PredictionError
-    from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, write_predictions
+    from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, require_apart, write_predictions
     from detr_fast.engine.trained import load_trained_model
 
     paths = find_images(images)
+    if pictures:
+        require_apart(paths, out)
     trained = load_trained_model(model, pick_device(device))
     unreadable: list[PredictionError] = []
     with progress_bar(Console(stderr=True), "predicting") as progress:

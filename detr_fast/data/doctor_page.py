@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)  # borders of the box-size histogram, in pixels; 32 and 96 are COCO's
 _COLUMNS, _ROWS = 4, 3  # of pictures on the page, at most
 _CHARTS = 4.5  # inches of height; a picture is 4 wide
+_LITERAL: dict[str, Any] = {"parse_math": False}  # a $ in the name of a class or file begins no formula
 
 
 def report_text(report: Report) -> str:
@@ -96,7 +97,9 @@ def draw_report(report: Report, path: Path) -> None:
     pictures = rows * (0.6 + 4 * float(np.clip(np.median(shapes), 0.4, 1.6) if shapes else 0.75))
     figure = Figure(figsize=(16, _CHARTS + pictures), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no window system, no state left behind
-    figure.suptitle(f"{report.folder}: " + ("healthy" if report.healthy else "not fit for training"), fontsize=16)
+    figure.suptitle(
+        f"{report.folder}: " + ("healthy" if report.healthy else "not fit for training"), fontsize=16, **_LITERAL
+    )
     above, below = figure.subfigures(2, 1, height_ratios=[_CHARTS, pictures], squeeze=False).flat
     classes, sides, numbers = above.subplots(1, 3)
     _draw_classes(classes, report)
@@ -136,7 +139,7 @@ def _draw_classes(axes: Axes, report: Report) -> None:
         counts = np.array([part.boxes_by_class.get(name, 0) for name in shown])
         axes.barh(range(len(shown)), counts, left=left, label=part.name)
         left += counts
-    axes.set_yticks(range(len(shown)), shown)
+    axes.set_yticks(range(len(shown)), shown, **_LITERAL)
     axes.invert_yaxis()
     more = f" (30 of {len(totals)})" if len(totals) > len(shown) else ""
     axes.set(title=f"Boxes by class{more}", xlabel="boxes")
@@ -186,13 +189,19 @@ def _draw_image(axes: Axes, scan: SplitScan, image: ImageScan, boxes: list[BoxSc
                 min(x + w, width) if right else max(x, 0),
                 min(max(y, 0.05 * height), height),
             )  # if it overhangs, too
-            style: dict[str, Any] = {"ha": "right" if right else "left", "backgroundcolor": colour, "clip_on": True}
+            style: dict[str, Any] = {
+                "ha": "right" if right else "left",
+                "backgroundcolor": colour,
+                "clip_on": True,
+                **_LITERAL,
+            }
             axes.text(*place, label, fontsize=7, color="white", **style)
     problems = ", ".join(image.problems)
     axes.set_title(
         f"{scan.files.name}: {image.record['file_name']}" + (f"\n{problems}" if problems else ""),
         fontsize=9,
         color="red" if problems else "black",
+        **_LITERAL,
     )
 
 

@@ -131,7 +131,9 @@ def write_yolo(records: Records, folder: Path) -> None:
     for split, images in records.splits.items():
         copies = ImageCopies(folder / "images" / split)
         for image in images:
-            name = copies.add(image.path, image.file_name)
+            *folders, last = image.file_name.replace("\\", "/").split("/")
+            # Readers put "labels" for the last folder called images, which is to be the split's (Label Studio has images/a.jpg).
+            name = copies.add(image.path, "/".join([*(part for part in folders if part != "images"), last]))
             labels = (folder / "labels" / split / name).with_suffix(".txt")
             labels.parent.mkdir(parents=True, exist_ok=True)
             labels.write_text("".join(_line(box, image) for box in image.boxes))

@@ -56,7 +56,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, title: str = "") 
     for axes in (total, parts, precision, rate):  # the same steps in all, also where there is one evaluation yet
         axes.set_xlim(0, 1.02 * max((r["step"] for r in records), default=1))
     if title:
-        figure.suptitle(title, color=INK, fontsize=15)
+        figure.suptitle(title, color=INK, fontsize=15, parse_math=False)  # a $ in a folder's name is no formula
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     atomic_write(path, lambda file: file.write(buffer.getvalue()))

@@ -6,6 +6,7 @@ import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -53,9 +54,18 @@ def colour(label: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own letters, which are ASCII's alone; for other texts DejaVu Sans, which comes with matplotlib."""
+    return _font(size, text.isascii())
+
+
 @lru_cache(maxsize=32)
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    if ascii_only:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def draw_boxes(picture: Picture, names: Sequence[str], longest_side: int | None = None) -> Image.Image:
@@ -77,9 +87,9 @@ def draw_boxes(picture: Picture, names: Sequence[str], longest_side: int | None 
     for box in picture.predicted:
         draw.rectangle(_outline(_scaled(box.xyxy, scale), image.size), outline=colour(box.label), width=width)
     tabs: list[Rectangle] = []
-    letters = font(max(11, round(11 * unit)))
     for box in sorted(picture.predicted, key=lambda b: -(b.score or 0)):
         text = names[box.label] if box.score is None else f"{names[box.label]} {box.score:.2f}"
+        letters = font(max(11, round(11 * unit)), text)
         tabs.append(_tab(draw, _scaled(box.xyxy, scale), text, colour(box.label), letters, image.size, tabs))
     return image
 
@@ -99,7 +109,7 @@ def draw_grid(
     heights = [max(i.height for i in row) + caption for row in rows]
     page = Image.new("RGB", (width, top + sum(heights) + gap * max(0, len(rows) - 1) + margin), PAPER)
     draw = ImageDraw.Draw(page, "RGBA")
-    draw.text((margin, margin - 6), title, INK, font(27))
+    draw.text((margin, margin - 6), title, INK, font(27, title))
     _draw_legend(draw, legend, margin, margin + 44)
     y = top
     for r, row in enumerate(rows):
@@ -107,7 +117,7 @@ def draw_grid(
             x = margin + c * (cell + gap)
             page.paste(image, (x + (cell - image.width) // 2, y))
             text = pictures[r * columns + c].caption
-            draw.text((x + cell / 2, y + heights[r] - caption + 5), text, QUIET, font(14), anchor="ma")
+            draw.text((x + cell / 2, y + heights[r] - caption + 5), text, QUIET, font(14, text), anchor="ma")
         y += heights[r] + gap
     return page
 
@@ -184,7 +194,7 @@ def _legend_lines(classes: Sequence[Entry], width: int) -> list[list[Entry]]:
     lines: list[list[Entry]] = [[]]
     used = 0.0
     for entry in (("predicted", QUIET), ("true", QUIET), *classes):
-        needed = 36 + font(16).getlength(entry[0]) + 24
+        needed = 36 + font(16, entry[0]).getlength(entry[0]) + 24
         if lines[-1] and used + needed > width:
             lines.append([])
             used = 0.0
@@ -205,5 +215,5 @@ def _draw_legend(draw: ImageDraw.ImageDraw, lines: Sequence[Sequence[Entry]], le
                 _dashed(draw, swatch, ink, 2, 3)
             else:
                 draw.rectangle(swatch, fill=ink)
-            draw.text((x + 32, y), name, INK, font(16))
-            x += 36 + font(16).getlength(name) + 24
+            draw.text((x + 32, y), name, INK, font(16, name))
+            x += 36 + font(16, name).getlength(name) + 24

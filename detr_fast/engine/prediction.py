@@ -79,6 +79,16 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def require_apart(paths: Sequence[Path], out: Path) -> None:
+    """Raise PredictionError where `out` is the folder of one of the images: a picture would replace photo.png, or the mask beside photo.jpg."""
+    for path in paths:
+        if path.resolve().parent == out.resolve():
+            raise PredictionError(
+                f"{out} is the folder of {path}; pictures written there would replace images of the same name: "
+                "give another --out, or --no-pictures"
+            )
+
+
 def predict_images(
     trained: TrainedModel,
     paths: Sequence[str | Path],

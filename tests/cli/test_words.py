@@ -132,11 +132,14 @@ def test_brackets_in_names_are_printed_as_they_are(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are no markup, which would vanish from a path that is to be pasted, or end in a traceback."""
-    data, run = tmp_path / "[v2] set", tmp_path / "[/b] run"
+    data, run = (
+        tmp_path / "[v2] $_$ set",
+        tmp_path / "[/b] run",
+    )  # "$_$" is no formula either, which it would be to matplotlib
     shutil.copytree(scenes, data)
     (data / "instances_val.json").unlink()
     raw = json.loads((data / "instances_train.json").read_text())
-    raw["categories"][0]["name"] = "[/x] [bold]cell"
+    raw["categories"][0]["name"] = "[/x] [bold]cell $^$"
     (data / "instances_train.json").write_text(json.dumps(raw))
     assert status("train", "--data", data, "--run", run, *SMALL, "--epochs", "1") == 0
     printed = capsys.readouterr().out
@@ -145,7 +148,7 @@ def test_brackets_in_names_are_printed_as_they_are(
     assert status("evaluate", run, "--split", "train", "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert f"{run}/checkpoint.pt on {data}, train: 8 images" in printed
-    assert "\n[/x] [bold]cell " in printed
+    assert "\n[/x] [bold]cell $^$ " in printed
 
 
 def test_ctrl_c_is_answered_at_once() -> None:
@@ -192,6 +195,21 @@ def test_predict_turns_pictures_as_cameras_meant_them(trained: Path, tmp_path: P
     Image.new("RGB", (50, 30)).save(tmp_path / "phone.jpg", exif=exif)
     assert status("predict", trained, tmp_path / "phone.jpg", "--out", tmp_path / "out", "--device", "cpu") == 0
     assert Image.open(tmp_path / "out" / "phone.png").size == (30, 50)
+
+
+def test_predict_never_draws_over_the_photos_themselves(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "here").symlink_to(tmp_path / "photos")
+    Image.new("RGB", (50, 30)).save(tmp_path / "photos" / "a.png")
+    before = (tmp_path / "photos" / "a.png").read_bytes()
+    call = ("predict", trained, tmp_path / "photos" / "a.png", "--out", tmp_path / "here", "--device", "cpu")
+    assert status(*call) == 2
+    assert "give another --out, or --no-pictures" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.png"]
+    assert status(*call, "--no-pictures") == 0
+    assert (tmp_path / "photos" / "a.png").read_bytes() == before
 
 
 def test_a_run_folder_is_a_place_to_take_weights_from(trained: Path, tmp_path: Path) -> None:

@@ -57,11 +57,13 @@ def test_coco_keeps_crowds_and_the_others_say_how_many_they_dropped(write_coco, 
     assert (dropped.images, dropped.boxes, dropped.crowds_dropped) == ({"train": 3}, {"train": 3}, 1)
 
 
+@pytest.mark.parametrize("file_name", ["sub\\wide.png", "images/wide.png"], ids=["windows", "label-studio"])
 @pytest.mark.parametrize("name", ["yolo", "voc"])
-def test_images_in_folders_of_windows_come_through(write_coco, tmp_path, name):
-    folder = write_coco(edit=lambda raw: raw["images"][0].update(file_name="sub\\wide.png"))
-    (folder / "images" / "sub").mkdir()
-    (folder / "images" / "wide.png").rename(folder / "images" / "sub" / "wide.png")
+def test_images_in_folders_of_any_tool_come_through(write_coco, tmp_path, name, file_name):
+    folder = write_coco(edit=lambda raw: raw["images"][0].update(file_name=file_name))
+    place = folder / "images" / file_name.replace("\\", "/")
+    place.parent.mkdir()
+    (folder / "images" / "wide.png").rename(place)
     convert(folder, tmp_path / "there", "coco", name)
     assert convert(tmp_path / "there", tmp_path / "back", name, "coco").boxes == {"train": 3}
 

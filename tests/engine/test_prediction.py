@@ -13,6 +13,7 @@ from PIL import Image
 from detr_fast.data.coco import CocoFolder
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.demo import compare_with_torch, use_torch_layers
+from detr_fast.engine.drawing import Box, Picture, draw_boxes
 from detr_fast.engine.errors import PredictionError
 from detr_fast.engine.prediction import find_images, predict_images, write_predictions
 from detr_fast.engine.trained import TrainedModel
@@ -69,6 +70,12 @@ def test_pictures_of_large_photos_are_reduced_while_boxes_stay_in_the_files_pixe
     assert Image.open(tmp_path / "out" / "photo.png").size == (1600, 400)
     assert (record["width"], record["height"]) == (3200, 800)
     assert max(d["bbox"][0] + d["bbox"][2] for d in record["detections"]) > 1600
+
+
+def test_class_names_are_drawn_in_their_own_letters() -> None:
+    """Pillow's own font has the same empty box for all of these."""
+    picture = Picture(Image.new("RGB", (80, 60)), [Box(0, (5, 20, 70, 55))])
+    assert len({draw_boxes(picture, [name]).tobytes() for name in "öéłкλ"}) == 5
 
 
 def test_what_is_no_image_is_named(tmp_path: Path, trained: TrainedModel) -> None:
