@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from detr_fast.kernels import launch
 
+from .quick_interpreter import quick_interpreter
+
 INT32_LIMIT = 1 << 14
 
 
@@ -89,6 +91,7 @@ def checked_interpreter(
     if ordered:
         patches["create_dot"] = _ordered_dot
     with ExitStack() as stack:
+        stack.enter_context(quick_interpreter())
         for name, patch in patches.items():
             original = getattr(module.InterpreterBuilder, name)
             stack.enter_context(mock.patch.object(module.InterpreterBuilder, name, patch(original)))
@@ -145,7 +148,7 @@ def _arithmetic_patches(checks: InterpreterChecks) -> dict[str, Patch]:
         def compute(builder: Any, *operands: Any) -> Any:
             result = original(builder, *operands)
             if result.data.dtype == np.int32 and result.data.size:
-                largest = int(np.abs(result.data.astype(np.int64)).max())
+                largest = max(int(result.data.max()), -int(result.data.min()))
                 if largest > checks.int32_limit:
                     raise Overflow32(
                         f"32-bit arithmetic reached {largest} (limit {checks.int32_limit}) in {_name(checks)}: "
@@ -237,9 +240,11 @@ def _check_addresses(checks: InterpreterChecks, verb: str, addresses: np.ndarray
     tensors = {name: tensor for name, reference in checks.tensors.items() if (tensor := reference()) is not None}
     remaining = addresses
     for tensor in tensors.values():
-        if remaining.size == 0:
+        belongs = _belongs(remaining, tensor)
+        if belongs.all():
             return
-        remaining = remaining[~_belongs(remaining, tensor)]
+        if belongs.any():
+            remaining = remaining[~belongs]
     if remaining.size:
         raise OutsideTensors(
             f"{_name(checks)} {verb} {remaining.size} elements outside its tensors, the first {_place(remaining[0], tensors)}"
@@ -250,11 +255,15 @@ def _belongs(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
     """Which addresses are those of the tensor's elements; its strides are taken to be non-overlapping, or 0."""
     if tensor.numel() == 0:
         return np.zeros(addresses.shape, bool)
-    offsets, misaligned = np.divmod(addresses.astype(np.int64) - tensor.data_ptr(), tensor.element_size())
-    inside = (misaligned == 0) & (offsets >= 0)
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape), reverse=True):
+    distances = addresses.astype(np.int64) - tensor.data_ptr()
+    size = tensor.element_size()  # a power of 2
+    if tensor.is_contiguous():
+        inside = (distances >= 0) & (distances < tensor.numel() * size)
+        return inside & (distances & (size - 1) == 0) if size > 1 else inside
+    inside, offsets = (distances >= 0) & (distances & (size - 1) == 0), distances // size
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape), reverse=True):
         if stride > 0:
-            offsets = offsets - np.clip(offsets // stride, 0, size - 1) * stride
+            offsets = offsets - np.clip(offsets // stride, 0, length - 1) * stride
     return inside & (offsets == 0)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton.language as tl
 from detr_fast.kernels import launch
 from detr_fast.kernels.launch import Variant, pointer
 
+from detr_fast.testing import interpreter as interpreter_module
 from detr_fast.testing.interpreter import checked_interpreter
 
 pytestmark = pytest.mark.interpreter
@@ -128,11 +131,45 @@ def round_kernel(source_ptr, target_ptr):
 
 @pytest.mark.interpreter(None)
 def test_everything_is_as_before_outside_the_block():
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter as module
 
-    before = dict(vars(InterpreterBuilder))
+    replaced = (module, module.InterpreterBuilder, module.interpreter_builder, tl.core.tensor, tl.core.block_type, tl)
+    before = [dict(vars(one)) for one in replaced]
     with checked_interpreter():
-        assert dict(vars(InterpreterBuilder)) != before
-    assert dict(vars(InterpreterBuilder)) == before
+        assert all(dict(vars(one)) != then for one, then in zip(replaced, before))
+    assert [dict(vars(one)) for one in replaced] == before
     assert launch.observers == []
     assert not launch.empty((3,), torch.bool, torch.device("cpu")).is_floating_point()
+
+
+@launch.jit
+def normalised(values):
+    return values - tl.sum(values, axis=0) / 8
+
+
+@launch.jit
+def many_types_kernel(source_ptr, target_ptr, places_ptr, rows: tl.int32, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    tile = row * BLOCK + columns[None, :] + tl.zeros((2, 1), tl.int32)
+    values = tl.load(source_ptr + tile, mask=tile < rows * BLOCK - 3, other=2.5)
+    largest, place = tl.max(values, axis=1, return_indices=True)
+    tl.store(places_ptr + row * 2 + tl.arange(0, 2), place.to(tl.int64) << 40 | (row - 1))
+    product = tl.dot(tl.trans(values).to(tl.float16), values.to(tl.float16))
+    column = normalised(tl.exp2(tl.sum(product, axis=0) - tl.max(largest, axis=0))).to(tl.bfloat16)
+    tl.store(target_ptr + row * BLOCK + columns, column.to(tl.float32) * (row & 1 | 2))
+
+
+@pytest.mark.interpreter(None)
+def test_what_is_left_out_of_tritons_interpreter_changes_no_bit(monkeypatch):
+    def outputs():
+        target, places = torch.zeros(3, 16), torch.zeros(3, 2, dtype=torch.int64)
+        types = pointer(torch.float32), pointer(target.dtype), pointer(places.dtype), "i32"
+        variant = Variant(many_types_kernel, types, {"BLOCK": 16})
+        with checked_interpreter():
+            launch.launch(variant, (3,), torch.linspace(-1, 1, 48).sin(), target, places, 3)
+        return target, places
+
+    target, places = outputs()
+    assert target.isfinite().all()
+    monkeypatch.setattr(interpreter_module, "quick_interpreter", nullcontext)
+    torch.testing.assert_close((target, places), outputs(), rtol=0, atol=0)
