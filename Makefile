@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q -n 2 --timeout 600
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --timeout 600
 WITHOUT_THREADS := OMP_NUM_THREADS=1
 
 .PHONY: help setup demo test test-oldest lint gpu clean
@@ -24,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 demo: setup ## train a small DETR on generated scenes, evaluate it and draw its predictions (QUICK=1: about a minute)
 	$(BIN)/detr-fast demo $(if $(QUICK),--quick)
 
-test: setup ## the whole test suite: kernels in Triton's interpreter, then everything else
+test: setup ## the whole test suite: kernels in Triton's interpreter, then everything else, JOBS processes each
 	$(WITHOUT_THREADS) TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not gpu'
 	$(WITHOUT_THREADS) $(PYTEST) -m 'not interpreter and not gpu'
 
