@@ -55,7 +55,7 @@ def _remembered_dtype(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return numpys
 
 
-def _remembered_type(original: Callable[..., None], constexpr: type) -> Callable[..., None]:
+def _remembered_type(original: Callable[..., None], constexpr: Any) -> Callable[..., None]:
     known: dict[tuple[int, ...], tuple[Any, Any, str]] = {}
 
     def initialise(self: Any, element_type: Any, shape: Any) -> None:

@@ -16,6 +16,7 @@ from detr_fast import nn, ops, use_backend
 from detr_fast.ops import host_native, host_program
 from detr_fast.ops.dropout import shared_seed
 from detr_fast.ops.layer_norm import LAYER_NORM
+from detr_fast.testing.quick_interpreter import quick_interpreter
 from tests.seen import Seen, nodes
 
 pytestmark = pytest.mark.interpreter(None)
@@ -25,7 +26,7 @@ PROGRAM = "OpProgramBackward"
 @pytest.fixture(autouse=True)
 def _triton(host):
     host_native.unrepeatable.clear()
-    with use_backend("triton"):
+    with use_backend("triton"), quick_interpreter():
         yield
 
 
