@@ -179,7 +179,14 @@ def forward_variant(
     tensors = (x_dtype, residual_dtype, weight_dtype, bias_dtype, torch.int64 if dropout else None, out_dtype, total)
     types = (*map(pointer, (*tensors, torch.float32, torch.float32)), "i32", "i32", "i64", "i32", "fp32")
     constants = row_constants(columns, config, vector)
-    return Variant(add_layer_norm_forward_kernel, (*types, "i32", "i32", "fp32"), constants, config.num_warps)
+    types = (*types, "i32", "i32", "fp32")
+    # With dropout and masks of columns, 64 elements a lane take 128 to 154 registers on sm_80, where ptxas would spill 24 bytes
+    # for 16 warps a multiprocessor. 12 have 96 KB on their way, beside what DRAM needs, about 22. Over 256 columns, whose weight
+    # and bias take more of a lane, 168 would be too few.
+    narrow = vector == 8 and x_dtype is residual_dtype
+    crowded = dropout and narrow and 16 < columns < constants["BLOCK_C"] <= 256
+    registers = 168 if crowded else 0
+    return Variant(add_layer_norm_forward_kernel, types, constants, config.num_warps, registers=registers)
 
 
 def catalog_entries() -> Iterator[Entry]:
