@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 import pytest
@@ -16,6 +14,7 @@ from detr_fast import dispatch
 from detr_fast import ops as ops  # registers them
 from detr_fast.dispatch import BackendError, Call, Implementation, Op, use_backend
 from detr_fast.explanation import explaining
+from tests.forked import status_of
 
 
 class Doubling(Implementation):
@@ -316,15 +315,7 @@ def test_a_process_forked_while_another_thread_decides_is_not_held_up():
         with use_backend("eager"):
             os._exit(0)
     try:
-        for _ in range(600):
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                break
-            time.sleep(0.1)
-        else:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        assert status_of(child) == 0
     finally:
         done.set()
         thread.join()
-    assert (found, status) == (child, 0)

@@ -150,6 +150,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="detr-fast-assignment")
 
 
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 def _on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
     import numpy as np
     from scipy.optimize import linear_sum_assignment

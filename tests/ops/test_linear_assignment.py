@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.testing import count
+from tests.forked import status_of
 
 pytest.importorskip("scipy")
 
@@ -87,6 +90,23 @@ def test_costs_that_are_no_numbers_come_last(backend):
         query = ops.linear_assignment(cost)[0]
     assert sorted(query.tolist()) == [3, 4, 5]
     assert query[1] == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    module = sys.modules["detr_fast.ops.linear_assignment"]
+    monkeypatch.setattr(module, "_threads", lambda: 2)
+    both = threading.Barrier(2)
+    list(module._pool(2).map(lambda _: both.wait(), range(2)))  # now there are as many as there can be
+    child = os.fork()
+    if child == 0:
+        try:
+            with use_backend(linear_assignment="threads"):
+                ops.linear_assignment(torch.rand(4, 3, 5))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert status_of(child, 10.0) == 0
 
 
 def test_the_cpu_solves_small_batches_at_once_and_large_ones_in_threads(monkeypatch):
