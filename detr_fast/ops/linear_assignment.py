@@ -24,9 +24,9 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     Shapes: cost (..., B, N, Q), N targets and Q queries; counts (B,) int64, how many of an image's N rows take part (all
     where None). Returns (..., B, N) int64, the column of each row; -1 where it has none, because it takes no part or
     because there are more rows than columns. Of several assignments of one total, any may come out.
-    NaN and infinite costs count as the largest fp32 number (-inf as its negative): such pairs come last. There is no
-    gradient. Totals equal `scipy.optimize.linear_sum_assignment`'s. Raises ValueError where the shapes do not fit,
-    TypeError where counts are no integers (others than int64 are converted).
+    NaN and infinite costs outweigh all others, -inf the other way: as few such pairs as possible are made, and the others at
+    the least total. Totals of numbers equal `scipy.optimize.linear_sum_assignment`'s. There is no gradient. Raises ValueError
+    where the shapes do not fit, TypeError where counts are no integers (others than int64 are converted).
     Sources: Jonker and Volgenant, 1987, Computing 38; Crouse, 2016, IEEE TAES 52(4).
     """
     if cost.ndim < 2 or (counts is not None and (cost.ndim < 3 or tuple(counts.shape) != (cost.shape[-3],))):
@@ -154,14 +154,23 @@ if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def _as_finite(cost: Any) -> Any:
+    """Costs (N, Q), a NumPy array, with a number in place of those that are none: as the kernel's `_over_all`."""
+    import numpy as np
+
+    finite = np.isfinite(cost)
+    if finite.all():
+        return cost
+    limit = np.abs(cost[finite]).max(initial=0.0) * (2 * min(cost.shape) + 1) or 1.0
+    return np.nan_to_num(cost, nan=limit, posinf=limit, neginf=-limit)
+
+
 def _on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
     import numpy as np
     from scipy.optimize import linear_sum_assignment
 
-    limit = float(np.finfo(np.float32).max)
     host = torch.cat((cost.flatten().double(), counts.double())).cpu()  # one transfer
     problems = host[: cost.numel()].reshape(cost.shape[:-2].numel(), *cost.shape[-2:])
-    problems = problems.nan_to_num(limit, limit, -limit)
     rows = host[cost.numel() :].long().clamp(0, cost.shape[-2])
     rows = rows.repeat(problems.shape[0] // max(1, rows.numel()))
     result = np.full(problems.shape[:2], -1, dtype=np.int64)
@@ -170,7 +179,7 @@ def _on_host(cost: Tensor, counts: Tensor, threads: int) -> Tensor:
     def solve(part: list[Any]) -> None:
         for problem, count, own in part:
             if count:
-                row, column = linear_sum_assignment(problem[:count])
+                row, column = linear_sum_assignment(_as_finite(problem[:count]))
                 own[row] = column
 
     if threads == 1:

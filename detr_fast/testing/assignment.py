@@ -13,12 +13,15 @@ Array = np.ndarray
 def solve_assignments(cost: Array, counts: Array) -> Array:
     """What `kernels.assignment.linear_assignment` returns: cost (P, N, Q), counts (P,) -> (P, N) int64, -1 for none."""
     problems, targets, queries = cost.shape
-    limit = float(np.finfo(np.float32).max)
-    cost = np.clip(np.nan_to_num(cost.astype(np.float64), nan=limit), -limit, limit)
     query = np.full((problems, targets), -1, np.int64)
     if query.size == 0 or queries == 0:
         return query
     counts = np.clip(counts, 0, targets)
+    taking_part = np.arange(targets)[:, None] < counts[:, None, None]
+    sizes = np.where(np.isfinite(cost) & taking_part, np.abs(cost), 0.0).max(axis=(1, 2))
+    limits = sizes * (2 * np.minimum(counts, queries) + 1).astype(np.float32)
+    limits = np.where(sizes > 0, np.minimum(limits, np.float32(3.3e38)), 1.0)[:, None, None]
+    cost = np.clip(np.where(np.isnan(cost), limits, cost), -limits, limits).astype(np.float64)
     for flipped in (False, True):
         which = np.flatnonzero((counts > queries) == flipped)
         costs = cost[which].transpose(0, 2, 1) if flipped else cost[which]

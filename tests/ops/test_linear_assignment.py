@@ -92,6 +92,18 @@ def test_costs_that_are_no_numbers_come_last(backend):
     assert query[1] == 4
 
 
+@pytest.mark.parametrize("backend", [*HOST, pytest.param("triton", marks=interpreter)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_beside_pairs_that_have_to_be_infinite_the_others_have_the_least_total(backend, turned):
+    cost = torch.randn(6, 4, 5)
+    cost[..., 2:], cost[..., 3] = torch.inf, torch.nan  # two of four rows get a number
+    cost = cost.transpose(1, 2) if turned else cost
+    with use_backend(linear_assignment=backend):
+        query = ops.linear_assignment(cost)
+    for one, columns in zip(cost.double().nan_to_num(100, 100), query):
+        assert_least_total(one, columns)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_has_threads_of_its_own(monkeypatch):
     module = sys.modules["detr_fast.ops.linear_assignment"]
