@@ -6,6 +6,7 @@ To add a command: write `cli/<name>.py` with a function of that name, and list i
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import typer
@@ -52,6 +53,8 @@ for _name in COMMANDS:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit: 0, 2 for errors of the user's, 130 or 143 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a "–" or "×" is no reason to lose the figures of a long evaluation
+        sys.stdout.reconfigure(errors="replace")
     try:
         app(args, prog_name="detr-fast")
     except Exception as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 _START, _RECIPE, _MACHINE = "Start", "Recipe", "Machine"
+_RESUMABLE = ("--resume", "--epochs", "--data", "--device", "--workers")  # what is not the recipe's may change
 
 
 def train(
@@ -25,7 +26,7 @@ def train(
         Path | None,
         typer.Option(
             "--resume",
-            help="Go on with this run folder, where it stopped; --data only if it was moved.",
+            help="Go on with this run folder, where it stopped; with --epochs, --device or --workers, and --data if it was moved.",
             rich_help_panel=_START,
         ),
     ] = None,
@@ -184,13 +185,13 @@ def train(
     if resume is not None:
         sources = {p.opts[0]: context.get_parameter_source(p.name or "") for p in context.command.params}
         given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-        surplus = [option for option in given if option not in ("--resume", "--epochs", "--data")]
+        surplus = [option for option in given if option not in _RESUMABLE]
         if surplus:
             raise ConfigError(
-                f"{', '.join(surplus)} cannot change in mid-run; only --epochs goes with --resume, and --data where it was moved"
+                f"{', '.join(surplus)} cannot change in mid-run; with --resume go only --epochs, --device, --workers, and --data where it was moved"
             )
         with ProgressReporter(console) as reporter:
-            result = trainer.resume(resume, epochs=epochs, data=data, reporter=reporter)
+            result = trainer.resume(resume, epochs=epochs, data=data, device=device, workers=workers, reporter=reporter)
     else:
         assert data is not None
         config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)

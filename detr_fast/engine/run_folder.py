@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 CURVES = "curves.png"
 PREDICTIONS = "predictions.png"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any],
 
 
 class RunFolder:
-    """The files of one run. `create` refuses a folder that already holds a run, `open` one that holds none."""
+    """The files of one run. `create` refuses a folder that already holds a run, `claim` one that another process trains in."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -66,6 +68,7 @@ class RunFolder:
         self.config = self.path / CONFIG
         self.curves = self.path / CURVES
         self.predictions = self.path / PREDICTIONS
+        self._claim: BinaryIO | None = None
 
     @property
     def how_to_go_on(self) -> str:
@@ -76,8 +79,11 @@ class RunFolder:
         run = cls(path)
         with explained(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
+        run.claim()
+        with explained(run.path):
             occupied = [p for p in (run.checkpoint, run.best, run.metrics) if p.exists()]
             if occupied and not overwrite:
+                run.release()
                 saved = f"; go on with '{run.how_to_go_on}'," if run.checkpoint.exists() else " without a checkpoint;"
                 raise RunFolderError(
                     f"{run.path} already holds a run ({occupied[0].name}){saved} replace it with --overwrite, or choose another --run"
@@ -87,6 +93,39 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=run.path):  # found now rather than after the first epoch
                 pass
         return run
+
+    def claim(self) -> None:
+        """Keep other processes from training here, until `release` or the end of this one, however it ends.
+
+        Raises RunFolderError where another process does: both would write the same checkpoint and metrics.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        with explained(self.path):
+            self._claim = open(self.path / LOCK, "a+b")  # noqa: SIM115  # held until `release`
+        weakref.finalize(self, self._claim.close)
+        try:
+            fcntl.lockf(
+                self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of the process alone: forked workers don't hold it
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system that knows no locks
+                return
+            self._claim.close()
+            self._claim = None
+            raise RunFolderError(
+                f"another process trains in {self.path}; wait for its end or stop it, or choose another --run"
+            ) from None
+
+    def release(self) -> None:
+        """The inverse of `claim`."""
+        if self._claim is not None:
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+            self._claim.close()
+            self._claim = None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. A line that a crash left unfinished stays alone on its line."""

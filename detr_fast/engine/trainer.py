@@ -73,7 +73,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | 
     """Train from the start, and leave checkpoint, metrics, curves and pictures in `config.run`.
 
     Raises:
-        RunFolderError: the folder holds a run already, unless `overwrite`; or it can't be written.
+        RunFolderError: the folder holds a run already, unless `overwrite`; another process trains in it; or it can't be written.
         DataError, ConfigError, WeightsError: the data, the settings or the weights to start from can't be used.
         Interrupted: Ctrl-C or SIGTERM came; the checkpoint is saved.
         TrainingDiverged: the loss or a weight is not finite.
@@ -82,19 +82,23 @@ def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | 
 
 
 def resume(
-    run: str | Path, *, epochs: int | None = None, data: str | Path | None = None, reporter: Reporter | None = None
+    run: str | Path,
+    *,
+    epochs: int | None = None,
+    data: str | Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    reporter: Reporter | None = None,
 ) -> TrainResult:
     """Go on with the run in folder `run` as if it had not been interrupted; raises as `train`.
 
-    `epochs` changes how far; `data` is where the data set lies now, if it was moved.
+    `epochs` changes how far; `data` is where the data set lies now, if it was moved; `device` and `workers` suit another machine.
     """
     folder, state = latest_run(run)
     config = TrainConfig.from_dict(state["config"] | {"run": str(folder.path)})
-    if epochs is not None:
-        config = dataclasses.replace(config, epochs=epochs)
-    if data is not None:
-        config = dataclasses.replace(config, data=str(data))
-    return Trainer(config, reporter or Reporter(), state=state).run_all()
+    given = {"epochs": epochs, "data": data, "device": device, "workers": workers}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Trainer(dataclasses.replace(config, **changes), reporter or Reporter(), state=state).run_all()
 
 
 class Trainer:
@@ -133,8 +137,10 @@ class Trainer:
             require_same_classes(state["names"], self.data.names, config)
         self._build(state)
         self.folder = RunFolder(config.run)
-        if state is None and self.main:
-            RunFolder.create(config.run, overwrite)
+        if state is not None and self.main:
+            self.folder.claim()
+        elif self.main:
+            self.folder = RunFolder.create(config.run, overwrite)
             text = json.dumps(self.config.to_dict(), indent=1) + "\n"
             atomic_write(self.folder.config, lambda file: file.write(text.encode()))
         self.accelerator.wait_for_everyone()
@@ -249,6 +255,7 @@ class Trainer:
             raise Interrupted(stop.signum, advice) from None
         finally:
             self.data.stop_workers()
+            self.folder.release()
         self._draw()
         return TrainResult(
             run=self.folder,

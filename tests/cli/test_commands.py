@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -47,6 +48,14 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 def test_help_answers_without_importing_torch() -> None:
     code = "import sys; from detr_fast.cli import app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_terminal_has_no_letters_for_ends_no_command(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert status("doctor", str(scenes)) == 0
+    terminal.flush()
+    assert b"?" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,9 +212,21 @@ def test_a_step_that_is_not_finite_never_replaces_a_checkpoint(tiny: Tiny) -> No
     assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
-def test_a_resumed_run_can_be_made_longer(tiny: Tiny) -> None:
-    first = train(tiny(epochs=1))
-    assert resume(first.run.path, epochs=2).steps == 6
+def test_a_resumed_run_can_be_made_longer_and_go_on_with_another_number_of_workers(tiny: Tiny) -> None:
+    first = train(tiny(epochs=1, workers=1))
+    longer = resume(first.run.path, epochs=2, workers=0)
+    assert (longer.steps, longer.config.workers) == (6, 0)
+
+
+def test_a_run_from_a_gpu_goes_on_where_there_is_none(tiny: Tiny) -> None:
+    run = train(tiny(epochs=1)).run
+    state = torch.load(run.checkpoint)
+    state["config"]["device"] = "cuda"
+    torch.save(state, run.checkpoint)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="use --device cpu or auto"):
+            resume(run.path, epochs=2)
+    assert resume(run.path, epochs=2, device="cpu").steps == 6
 
 
 def test_a_run_is_resumed_from_another_folder_and_with_data_that_were_moved(
@@ -266,6 +278,22 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(tiny: Tiny) -> None:
     with pytest.raises(RunFolderError, match=r"already holds a run.*--resume"):
         train(tiny(epochs=1))
     assert train(tiny(epochs=1), overwrite=True).steps == 3
+
+
+def test_a_folder_that_another_process_trains_in_is_refused_until_that_ends_however_it_does(tiny: Tiny) -> None:
+    run = train(tiny(epochs=1)).run
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, run.path / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunFolderError, match="another process trains in"):
+            resume(run.path, epochs=2)
+        with pytest.raises(RunFolderError, match="another process trains in"):
+            train(tiny(epochs=1), overwrite=True)
+        other.kill()
+    assert resume(run.path, epochs=2).steps == 6
+    assert not (run.path / ".lock").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(tiny: Tiny) -> None:
