@@ -37,6 +37,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = F
                 picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip all above 255 to white
                 picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if picture.mode == "F" and (values := np.asarray(picture)).max() <= 1:  # from 0 to 1: black to Pillow
+                picture = Image.fromarray((values * 255).clip(0, 255).astype(np.uint8))
             if picture.mode == "P" and "transparency" in picture.info:
                 picture = picture.convert(
                     "RGBA"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from detr_fast.data.transforms import TransformConfig
 from detr_fast.engine.checkpoints import checked, is_checkpoint, load_weights
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError
@@ -35,7 +36,7 @@ class TrainedModel:
 
     Attributes:
         names, category_ids: by label.
-        published: it comes from no run of ours: `config` says nothing of data, and images are prepared as for COCO.
+        published: it comes from no run folder: `config` says nothing of data, and images have COCO's sizes unless the file says others.
         named: the file itself names the labels; published weights may leave it open what their labels, category ids in
             the original repository, are called.
     """
@@ -109,7 +110,11 @@ def _published(weights: convert.Weights, path: Path) -> TrainedModel:
     else:
         names, named = tuple(f"category {number}" for number in range(config.num_classes)), False
     ids = tuple(range(config.num_classes))
-    return TrainedModel(model, TrainConfig("", "", config), names, ids, path, published=True, named=named)
+    transforms = TransformConfig()
+    if weights.size is not None:
+        transforms = replace(transforms, eval_size=weights.size[0], max_size=weights.size[1])
+    about = TrainConfig("", "", config, transforms)
+    return TrainedModel(model, about, names, ids, path, published=True, named=named)
 
 
 def match_labels(

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ Format = Literal["original", "huggingface", "safetensors"]
 FORMATS: tuple[Format, ...] = ("original", "huggingface", "safetensors")
 NOT_FETCHED = "addresses and names of a hub are not downloaded"
 RUN_FILES = ("best.pt", "checkpoint.pt")  # of a folder of our runs, likewise
+PROCESSOR = "preprocessor_config.json"  # of a Hugging Face folder, beside them
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, the first that is there
 
 
@@ -47,12 +48,14 @@ class Weights:
         settings: the ModelConfig entries that the file states; the others follow from the weights' shapes.
         names: of the classes by label, if the file has them.
         source: where they come from, for messages.
+        size: pixels of the shorter side that images are resized to, and the most of the longer, if the file has them.
     """
 
     state: StateDict = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
     source: str = "the state_dict"
+    size: tuple[int, int] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -160,7 +163,7 @@ def convert_weights(
     """
     weights = read_weights(source)
     if config is not None:
-        weights = Weights(weights.state, config.to_dict(), weights.names, weights.source)
+        weights = replace(weights, settings=config.to_dict())
     write_weights(weights, destination, format)
     return weights
 
@@ -189,8 +192,9 @@ def read_weights(path: str | Path) -> Weights:
 def _weights(state: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> Weights:
     if is_huggingface(state):
         state = from_huggingface(state)
-    names = about.get("names")
-    return Weights(dict(state), about.get("config") or {}, tuple(names) if names else None, str(path))
+    names, size = about.get("names"), about.get("size")
+    settings = about.get("config") or {}
+    return Weights(dict(state), settings, tuple(names) if names else None, str(path), tuple(size) if size else None)
 
 
 def _is_huggingface_config(file: Path) -> bool:
@@ -226,7 +230,15 @@ def _read_folder(folder: Path) -> Weights:
     settings["dropout"] = config.get("dropout", 0.1)
     labels = {int(label): name for label, name in (config.get("id2label") or {}).items()}
     names = [labels[label] for label in sorted(labels)]
-    return _weights(state, {"config": settings, "names": names}, folder)
+    return _weights(state, {"config": settings, "names": names, "size": _huggingface_size(folder)}, folder)
+
+
+def _huggingface_size(folder: Path) -> tuple[int, int] | None:
+    """What the folder's image processor resizes to, where that is a shorter and a longest side."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        size = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))["size"]
+        return int(size["shortest_edge"]), int(size["longest_edge"])
+    return None
 
 
 def weights_in(content: Any, path: Path) -> Weights:
@@ -237,7 +249,8 @@ def weights_in(content: Any, path: Path) -> Weights:
         state = content["model"]
         if content.get("format") == "detr-fast":
             state = content.get("ema") or state
-            about = {"config": content["config"]["model"], "names": content.get("names")}
+            size = [content["config"]["transforms"][name] for name in ("eval_size", "max_size")]
+            about = {"config": content["config"]["model"], "names": content.get("names"), "size": size}
         elif CONFIG_KEY in content:
             about = content[CONFIG_KEY]
         else:
@@ -274,7 +287,7 @@ def write_weights(weights: Weights, destination: str | Path, format: Format) -> 
     if destination.exists():
         raise WeightsError(f"{destination} exists already; choose another place or remove it")
     config = weights.config
-    about = {"config": config.to_dict(), "names": weights.names and list(weights.names)}
+    about = {"config": config.to_dict(), "names": weights.names and list(weights.names), "size": weights.size}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.state.items()}
     # Under another name until it is complete.
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
@@ -290,6 +303,13 @@ def write_weights(weights: Weights, destination: str | Path, format: Format) -> 
             write_safetensors(to_huggingface(state), partial / "model.safetensors", {})
             text = json.dumps(_huggingface_config(config, weights.names), indent=2)
             (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+            if weights.size is not None:
+                shorter, longest = weights.size
+                processor = {
+                    "image_processor_type": "DetrImageProcessor",
+                    "size": {"shortest_edge": shorter, "longest_edge": longest},
+                }
+                (partial / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
         partial.replace(destination)
     except OSError as error:
         reason = error.strerror or error

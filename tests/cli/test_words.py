@@ -25,6 +25,7 @@ from detr_fast.cli.progress import ProgressReporter, duration, speed
 from detr_fast.data.scenes import generate_scenes
 from detr_fast.engine import trainer
 from detr_fast.engine.errors import Interrupted
+from detr_fast.engine.trained import load_trained_model
 from detr_fast.models import convert
 
 SMALL = ["--model", "small", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
@@ -216,6 +217,8 @@ def test_a_run_folder_is_a_place_to_take_weights_from(trained: Path, tmp_path: P
     assert status("convert-weights", trained, tmp_path / "w.safetensors") == 0
     best, written = (convert.read_weights(path).state for path in (trained / "best.pt", tmp_path / "w.safetensors"))
     assert best.keys() == written.keys()
+    sizes = [load_trained_model(path).config.transforms.eval_size for path in (trained, tmp_path / "w.safetensors")]
+    assert sizes == [32, 32]
     assert all(written[name].equal(best[name]) for name in best)
 
 

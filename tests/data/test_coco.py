@@ -258,11 +258,13 @@ def test_a_palette_with_transparency_is_read_without_a_warning(write_coco):
     assert image[:, 0, 0].tolist() == [10, 20, 30]
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "F", "F from 0 to 1"])
 def test_pictures_of_any_mode_become_rgb(write_coco, mode):
     folder = write_coco(edit=lambda raw: raw["images"][0].update(file_name="other.tif"))
     if mode == "I;16":
         picture = Image.fromarray(np.full((30, 60), 128 * 256, dtype=np.uint16))
+    elif mode == "F from 0 to 1":
+        picture = Image.fromarray(np.full((30, 60), 0.5, dtype=np.float32))
     else:
         picture = Image.new("RGB", (60, 30), (128, 128, 128)).convert(mode)
     picture.save(folder / "images" / "other.tif")
