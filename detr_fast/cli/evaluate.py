@@ -19,8 +19,9 @@ def evaluate(
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that load images.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON, and nothing else.")] = False,
 ) -> None:
-    """Evaluate a trained model: COCO's average precision, overall and for each class."""
+    """Evaluate a trained model: COCO's average precision, overall and for each class, and the best threshold for predict."""
     import json
+    import math
     import os
 
     from rich.console import Console
@@ -62,7 +63,16 @@ def evaluate(
     overall.add_row("AP75", figure(figures["AP75"]))
     overall.add_row("AR, 100 boxes", *(figure(figures[k]) for k in ("AR100", "ARs", "ARm", "ARl")))
     console.print(overall)
-    by_class = Table("class", "AP", "AP50", box=None, padding=(0, 2, 0, 0))
+    columns = ("AP", "AP50", "precision", "recall")
+    by_class = Table("class", *columns, box=None, padding=(0, 2, 0, 0))
     for name in evaluator.names:
-        by_class.add_row(name, figure(figures[f"AP/{name}"]), figure(figures[f"AP50/{name}"]))
+        by_class.add_row(name, *(figure(figures[f"{column}/{name}"]) for column in columns))
+    by_class.add_row("all", *(figure(figures[column]) for column in columns))
     console.print(by_class)
+    if figures["threshold"] >= 0:
+        threshold = math.floor(1000 * figures["threshold"]) / 1000  # rounded up, it would leave a box out
+        console.print(
+            f"precision and recall are at IoU 0.5 and --threshold {threshold:.3f}, where F1 is highest on these images",
+            highlight=False,
+            soft_wrap=True,
+        )

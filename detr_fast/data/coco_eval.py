@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,12 @@ class CocoEvaluator:
             self.predictions[int(image_id)] = arrays
 
     def summarize(self) -> dict[str, float]:
-        """COCO's twelve figures and each class's AP.
+        """COCO's twelve figures, each class's AP, and precision and recall at one threshold.
 
         Keys: AP (mean over IoU 0.50 to 0.95), AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and
         AP/<name>, AP50/<name> for each class. Figures are from 0 to 1; -1 where the images have no such object
-        (pycocotools' convention).
+        (pycocotools' convention). threshold is the score that gives the highest F1 of all classes' boxes at IoU 0.5;
+        precision, recall, precision/<name> and recall/<name> are of the boxes that score at least that.
         """
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self._to_coco(self._truth_records()), self._to_coco(self._detections()), "bbox")
@@ -85,7 +86,7 @@ class CocoEvaluator:
         for label, name in enumerate(self.names):
             results[f"AP/{name}"] = _mean(precision[:, :, label, 0, -1])
             results[f"AP50/{name}"] = _mean(precision[0, :, label, 0, -1])
-        return results
+        return results | _at_best_threshold(evaluation, self.names)
 
     def _truth_records(self) -> list[dict[str, Any]]:
         return [record for image_id in self.predictions for record in self._truth[image_id]]
@@ -109,6 +110,35 @@ class CocoEvaluator:
         }
         coco.createIndex()
         return coco
+
+
+def _at_best_threshold(evaluation: COCOeval, names: Sequence[str]) -> dict[str, float]:
+    """The score with the highest F1 at IoU 0.5, and precision and recall there, of all classes and of each; -1 for a share of nothing."""
+    images = [image for image in evaluation.evalImgs if image and image["aRng"] == evaluation.params.areaRng[0]]
+    rows = [
+        (score, matched > 0, image["category_id"])
+        for image in images
+        for score, matched, ignored in zip(image["dtScores"], image["dtMatches"][0], image["dtIgnore"][0])
+        if not ignored
+    ]
+    scores, hits, labels = np.array(sorted(rows, reverse=True), dtype=np.float64).reshape(-1, 3).T
+    true = np.zeros(len(names))
+    for image in images:
+        true[image["category_id"]] += np.count_nonzero(np.asarray(image["gtIgnore"]) == 0)
+    threshold = -1.0
+    if hits.any():
+        f1 = 2 * hits.cumsum() / (np.arange(1, len(hits) + 1) + true.sum())
+        ends = np.append(np.diff(scores) != 0, True)  # boxes of one score are taken together
+        threshold = float(scores[np.argmax(np.where(ends, f1, 0))])
+    taken = scores >= threshold
+    results = {"threshold": threshold}
+    for suffix, own, objects in [("", taken, true.sum())] + [
+        (f"/{name}", taken & (labels == label), true[label]) for label, name in enumerate(names)
+    ]:
+        found = float(hits[own].sum())
+        results[f"precision{suffix}"] = found / int(own.sum()) if own.any() else -1.0
+        results[f"recall{suffix}"] = found / float(objects) if objects else -1.0
+    return results
 
 
 def unique_names(dataset: CocoDetection) -> tuple[str, ...]:

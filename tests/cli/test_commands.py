@@ -162,7 +162,9 @@ def test_a_trained_model_is_evaluated(trained: Path, capsys: pytest.CaptureFixtu
     assert status("evaluate", trained, "--json", "--device", "cpu", "--workers", "0") == 0
     assert json.loads(capsys.readouterr().out) == figures
     assert status("evaluate", trained, "--split", "train", "--device", "cpu") == 0
-    assert "ring" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ring" in printed
+    assert "recall" in printed
 
 
 def test_predict_writes_json_and_pictures(trained: Path, scenes: Path, tmp_path: Path) -> None:

@@ -102,6 +102,26 @@ def test_one_image_without_predictions_among_others_is_counted(dataset):
     assert 0.2 < evaluate(dataset, predictions)["AR100"] < 0.8
 
 
+def test_precision_and_recall_are_at_the_score_that_balances_them_best(dataset):
+    predictions = truth(dataset)
+    first = next(iter(predictions.values()))
+    first["scores"] = torch.full_like(first["scores"], 0.25)  # found, but below the false alarms
+    sure = evaluate(dataset, predictions)
+    assert [sure[key] for key in ("threshold", "precision", "recall")] == [0.25, 1.0, 1.0]
+    for entry in predictions.values():
+        entry["scores"] = torch.cat([entry["scores"], torch.tensor([0.5])])
+        entry["labels"] = torch.cat([entry["labels"], torch.tensor([0])])
+        entry["boxes"] = torch.cat([entry["boxes"], torch.tensor([[0.0, 0, 1, 1]])])
+    figures = evaluate(dataset, predictions)
+    labels = [entry["labels"][:-1] for entry in predictions.values()]
+    every = torch.cat(labels).bincount(minlength=6)
+    found = every - labels[0].bincount(minlength=6)
+    assert (figures["threshold"], figures["precision"]) == (1.0, 1.0)
+    assert figures["recall"] == pytest.approx(float(found.sum() / every.sum()))
+    per_class = [figures[f"recall/{name}"] for name in dataset.names]
+    assert per_class == pytest.approx((found / every).tolist())
+
+
 def test_nothing_is_printed(dataset, capfd):
     evaluate(dataset, noisy(dataset))
     assert capfd.readouterr() == ("", "")
