@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dis
+import hashlib
 import inspect
+import textwrap
 from abc import ABC, ABCMeta, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -61,6 +64,11 @@ class Scriptable(Module):
     def __prepare_scriptable__(self) -> Module:
         mark = self.__dict__.get(MARK)
         return self if mark is None else as_class(self, mark.original)
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        """What a class has that is joined with this one: what is found in the original's code, where no compiler traces."""
+        return {}
 
 
 def public_name(kind: type) -> str:
@@ -150,6 +158,33 @@ def reads(function: Any) -> tuple[str, str]:
     return " ".join(code.co_varnames[: code.co_argcount]), " ".join(code.co_names)
 
 
+def fingerprint(function: Any) -> str | None:
+    """A digest of what a function's code says, whatever its annotations, docstring, comments and name; None where there is no source.
+
+    It is the same on all versions of Python.
+    """
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    body = definition.body[ast.get_docstring(definition) is not None :]
+    return hashlib.sha256(repr(_said([definition.args, *body])).encode()).hexdigest()[:16]
+
+
+_UNSAID = ("annotation", "type_comment", "ctx", "kind")
+
+
+def _said(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_said(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if name not in _UNSAID and value not in (None, []))
+    return [type(node).__name__, *((name, _said(value)) for name, value in fields)]
+
+
 class _Unannounced:
     """Before classes whose __init_subclass__ is to hear of classes that users define, as registries do, not of ours."""
 
@@ -172,6 +207,8 @@ def joined(first: type[Module], second: type[Module], original: type[Module]) ->
     made = _JOINED.get((first, second, original))
     if made is None:
         body: dict[str, Any] = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        if issubclass(first, Scriptable):
+            body |= first.attributes_for(original)
         if original.__reduce__ is object.__reduce__ and original.__reduce_ex__ is object.__reduce_ex__:
             body["__reduce_ex__"] = reduce
         kinds = type(first), type(second)

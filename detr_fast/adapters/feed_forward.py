@@ -1,10 +1,11 @@
-"""Feed-forward blocks that are a module of their own: Hugging Face's, timm's and torchvision's, by name.
+"""Feed-forward blocks that are a module of their own: timm's and torchvision's by name, Hugging Face's by their code.
 
 Two linear layers with an activation and dropout between; the original's forward runs where a part is not plainly that.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters.base import (
-    MARK,
     Adapter,
     Scriptable,
+    fingerprint,
     joined,
     kind_of,
     public_name,
@@ -36,18 +37,27 @@ class _Names(NamedTuple):
     output_dropout: str | None
 
 
-_DETR = _Names("fc1", "activation_fn", "activation_dropout", "fc2", "dropout")
 _KNOWN = {
-    "transformers.models.detr.modeling_detr.DetrMLP": _DETR,
-    "transformers.models.conditional_detr.modeling_conditional_detr.ConditionalDetrMLP": _DETR,
-    "transformers.models.vit.modeling_vit.ViTMLP": _Names("fc1", "activation_fn", None, "fc2", None),
     "timm.layers.mlp.Mlp": _Names("fc1", "act", "drop1", "fc2", "drop2"),
     "torchvision.models.vision_transformer.MLPBlock": _Names("0", "1", "2", "3", "4"),
+}
+# Of transformers, whose models copy their blocks from each other: by the fingerprint of their forward.
+_CODE = {
+    "27bd2fbf4c9a2aaa": _Names("fc1", "activation_fn", "activation_dropout", "fc2", "dropout"),  # DetrMLP
+    "be6be78ac7ccecf8": _Names("fc1", "activation_fn", None, "fc2", None),  # CLIPMLP
+    "0c7c54402a16d5b0": _Names("fc1", "act", "drop", "fc2", "drop"),  # VitDetMlp
+    "0fd144a0805b31fc": _Names("layers.0", "act", None, "layers.1", None),  # DFineMLP
 }
 
 
 class FeedForward(Scriptable):
     """The forward of a block; everything else is the class's that this is mixed into."""
+
+    detr_fast_names: _Names  # of the attributes that hold the block's parts
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        return {"detr_fast_names": _names(original)}
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's, which runs for CPU tensors and where a part was wrapped or hooked since."""
@@ -62,8 +72,10 @@ def parts_of(block: Any) -> FeedForwardParts | None:
     """The parts of a switched block; None where it has to be called."""
     if not isinstance(block, FeedForward) or not all(map(is_bare, block.children())):
         return None
-    names = names_of(block)
-    first, second = getattr(block, names.first), getattr(block, names.second)
+    if not _has_two_layers(block):
+        return None
+    names = block.detr_fast_names
+    first, second = block.get_submodule(names.first), block.get_submodule(names.second)
     activation = activation_name(getattr(block, names.activation))
     if activation is None or not (is_plain(first) and is_plain(second)):
         return None
@@ -74,20 +86,31 @@ def parts_of(block: Any) -> FeedForwardParts | None:
     return FeedForwardParts(first, activation, inner, second, outer)
 
 
-def names_of(block: Module) -> _Names:
-    """The attributes that hold the parts of a switched block."""
-    kind = block.__dict__[MARK].original
-    return _KNOWN[f"{kind.__module__}.{kind.__qualname__}"]
+def _names(kind: type[Module]) -> _Names | None:
+    """The attributes that hold the parts of such a block; None of a class that is none."""
+    if kind.__module__.startswith("transformers."):
+        return _names_by_code(kind.forward)
+    return _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+@cache
+def _names_by_code(forward: Any) -> _Names | None:
+    return _CODE.get(fingerprint(forward) or "")
+
+
+def _has_two_layers(block: Any) -> bool:
+    """D-FINE's blocks may have another number."""
+    return getattr(block, "num_layers", 2) == 2
 
 
 class FeedForwardBlocks(Adapter):
-    """Exactly the classes in the table above; timm's may also normalise in between, which is left alone."""
+    """Exactly the classes and the code in the tables above; timm's may also normalise in between, which is left alone."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
         kind = kind_of(module)
-        parts = _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}")
-        if parts is None or isinstance(module, FeedForward):
+        parts = _names(kind)
+        if parts is None or isinstance(module, FeedForward) or not _has_two_layers(module):
             return None
         expected: dict[str, tuple[type[Module], ...]] = dict.fromkeys((parts.first, parts.second), (nn.Linear,))
         if (reason := why_not_switch(module) or why_not_fuse(module, expected)) is not None:

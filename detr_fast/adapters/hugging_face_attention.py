@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.adapters.hugging_face import split
-from detr_fast.nn.blocks import norm_of_sum
+from detr_fast.nn.blocks import norm_of_sum, sum_first
 from detr_fast.nn.casts import cast_of
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.attention_packed import run_packed, unpacked
@@ -42,20 +42,40 @@ def _fused(
     encoder_position_embeddings: Tensor | None = None,
 ) -> Any:
     """The same of an attention whose contents are known (see `detr_layer`); None where no kernel does it."""
-    weights = _parameters(attention.o_proj)
-    behind = (norm.weight, norm.bias, norm.eps, p, False)
-    fused = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x, *behind)
-    if fused is None:
-        return None
-    if key_value_states is None:
-        packs, x = _own(attention, x, position_embeddings)
-    else:
-        packs, x = _cross(attention, x, position_embeddings, key_value_states, encoder_position_embeddings)
-    width = attention.o_proj.in_features
-    heads = [pack.unflatten(-1, (-1, width // attention.head_dim, attention.head_dim)) for pack in packs]
     options = (*split(attention_mask), False, attention.attention_dropout if attention.training else 0.0)
+    sources = (x, position_embeddings, key_value_states, encoder_position_embeddings)
+    return fused(attention, attention.o_proj, norm, p, sources, options)
+
+
+def fused(
+    attention: Any,
+    projection: Any,
+    norm: Any,
+    p: float,
+    sources: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    options: tuple[Any, ...],
+    residual: Tensor | None = None,
+) -> Any:
+    """norm(x + dropout(projection(attention of x))); None where no kernel does it.
+
+    sources: x, its position, the memory and its position, None in place of x itself. options: what `ops.attention` is given
+    behind the heads, from the padding to the dropout. residual: in x's place, for (the sum, its norm).
+    """
+    x, position, memory, memory_position = sources
+    weights = _parameters(projection)
+    behind = (norm.weight, norm.bias, norm.eps, p, residual is not None)
+    kernel = LINEAR_ADD_LAYER_NORM.kernel(x, *weights, x if residual is None else residual, *behind)
+    if kernel is None:
+        return None
+    if memory is None:
+        packs, x = _own(attention, x, position)
+    else:
+        packs, x = _cross(attention, x, position, memory, memory_position)
+    width = projection.in_features
+    heads = [pack.unflatten(-1, (-1, width // attention.head_dim, attention.head_dim)) for pack in packs]
     implementation = ATTENTION.choose(*unpacked(heads), *options, None, False, False, None)
-    return fused.run(run_packed(implementation, heads, *options).flatten(2), *weights, x, *behind)
+    y = run_packed(implementation, heads, *options).flatten(2)
+    return sum_first(kernel.run(y, *weights, x if residual is None else residual, *behind))
 
 
 def _own(attention: Any, x: Tensor, position: Tensor | None) -> tuple[list[Tensor], Tensor]:

@@ -9,11 +9,21 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, joined, joined_of, kind_of, reads, why_not_fuse, why_not_switch
+from detr_fast.adapters import hugging_face_deformable as deformable
+from detr_fast.adapters.base import (
+    Adapter,
+    Scriptable,
+    fingerprint,
+    joined,
+    joined_of,
+    kind_of,
+    reads,
+    why_not_fuse,
+    why_not_switch,
+)
 from detr_fast.adapters.blocks import (
     activation_name,
     comes_apart,
@@ -22,12 +32,12 @@ from detr_fast.adapters.blocks import (
     is_norm,
     linear_add_norm,
 )
-from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.adapters.hugging_face import padding_of, with_padding
 from detr_fast.adapters.hugging_face_attention import attend_add_norm
+from detr_fast.adapters.hugging_face_blocks import block_add_norm, decode, decoder_comes_apart, finite
 from detr_fast.adapters.hugging_face_contents import detr_layer
 from detr_fast.nn.bare import is_bare
-from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability, sum_and_norm
+from detr_fast.nn.blocks import FeedForwardParts, probability, sum_and_norm
 from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.dropout import shared_seed
 from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
@@ -59,7 +69,7 @@ class BertLayer(Scriptable):
 
 
 class DetrEncoderLayer(Scriptable):
-    """DETR's and Conditional DETR's encoder layer."""
+    """The encoder layer of DETR, Conditional DETR and RT-DETR, and of the models that copied them."""
 
     def forward(
         self: Any,
@@ -68,7 +78,8 @@ class DetrEncoderLayer(Scriptable):
         spatial_position_embeddings: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if not comes_apart(hidden_states, self.self_attn_layer_norm, self.final_layer_norm):
+        before = getattr(self, "normalize_before", False)  # RT-DETR's, where it is asked for
+        if before or not comes_apart(hidden_states, self.self_attn_layer_norm, self.final_layer_norm):
             return super().forward(hidden_states, attention_mask, spatial_position_embeddings, **kwargs)  # type: ignore[misc]
         tensors = (hidden_states, attention_mask, padding_of(attention_mask), spatial_position_embeddings)
         with shared_seed():
@@ -80,9 +91,7 @@ class DetrEncoderLayer(Scriptable):
         own = {"attention_mask": with_padding(mask, padding), "position_embeddings": position, **kwargs}
         p = probability(self.dropout, self.training)
         y = attend_add_norm(self.self_attn, self.self_attn_layer_norm, p, x, own)
-        x = _block_add_norm(self.mlp, y, self.final_layer_norm)
-        # What the original clamps can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight.
-        return clamped(x) if self.training and x.dtype == torch.float16 else x
+        return finite(self, block_add_norm(self.mlp, y, self.final_layer_norm))
 
 
 class DetrDecoderLayer(Scriptable):
@@ -99,7 +108,7 @@ class DetrDecoderLayer(Scriptable):
         **kwargs: Any,
     ) -> Tensor:
         positions = (spatial_position_embeddings, object_queries_position_embeddings)
-        if not _decoder_comes_apart(self, hidden_states):
+        if not decoder_comes_apart(self, hidden_states):
             masks = (encoder_hidden_states, encoder_attention_mask)
             return super().forward(hidden_states, attention_mask, *positions, *masks, **kwargs)  # type: ignore[misc]
         memory = (encoder_hidden_states, encoder_attention_mask, padding_of(encoder_attention_mask))
@@ -129,7 +138,7 @@ class DetrDecoderLayer(Scriptable):
             "encoder_position_embeddings": position,
             **kwargs,
         }
-        return _decode(self, x, own, None if memory is None else cross)
+        return decode(self, x, own, None if memory is None else cross)
 
 
 class ConditionalDetrDecoderLayer(Scriptable):
@@ -148,7 +157,7 @@ class ConditionalDetrDecoderLayer(Scriptable):
         **kwargs: Any,
     ) -> Tensor:
         positions = (spatial_position_embeddings, query_position_embeddings, query_sine_embed)
-        if not _decoder_comes_apart(self, hidden_states):
+        if not decoder_comes_apart(self, hidden_states):
             rest = (encoder_hidden_states, encoder_attention_mask, is_first)
             return super().forward(hidden_states, attention_mask, *positions, *rest, **kwargs)  # type: ignore[misc]
         own = {"attention_mask": attention_mask, "query_position_embeddings": positions[1], **kwargs}
@@ -161,7 +170,7 @@ class ConditionalDetrDecoderLayer(Scriptable):
             **kwargs,
         }
         with shared_seed():
-            return _decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
+            return decode(self, hidden_states, own, None if encoder_hidden_states is None else cross)
 
 
 class ViTLayer(Scriptable):
@@ -177,28 +186,30 @@ class ViTLayer(Scriptable):
             return x + self.dropout(self.mlp(y))
 
 
-def clamped(x: Tensor) -> Tensor:
-    """As the originals do in training where not all is finite, but without asking."""
-    limit = torch.finfo(x.dtype).max - 1000  # which only fp16 can tell from its largest number
-    inside = x.clamp(min=-limit, max=limit)
-    return inside if x.dtype != torch.float16 else torch.where(torch.isfinite(x).all(), x, inside)
+class CLIPLayer(Scriptable):
+    """CLIP's layer, which normalises first and drops nothing, and its many copies."""
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        if not comes_apart(hidden_states, self.layer_norm2):
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+        with shared_seed():
+            y = self.layer_norm1(hidden_states)
+            y = self.self_attn(hidden_states=y, attention_mask=attention_mask, **kwargs)[0]
+            x, y = sum_and_norm(y, hidden_states, self.layer_norm2)
+            return x + self.mlp(y)
 
 
-def _decoder_comes_apart(layer: Any, x: Tensor) -> bool:
-    return comes_apart(x, layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
+class YolosLayer(Scriptable):
+    """The layer of YOLOS, DPT and VideoMAE, which normalises first; its feed-forward block is two modules."""
 
-
-def _decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | None) -> Tensor:
-    p = probability(layer.dropout, layer.training)
-    x = attend_add_norm(layer.self_attn, layer.self_attn_layer_norm, p, x, own)
-    if cross is not None:
-        x = attend_add_norm(layer.encoder_attn, layer.encoder_attn_layer_norm, p, x, cross)
-    return _block_add_norm(layer.mlp, x, layer.final_layer_norm)
-
-
-def _block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
-    parts = parts_of(block) if is_bare(block) else None
-    return norm_of_sum(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not comes_apart(hidden_states, self.layernorm_after):
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        with shared_seed():
+            y = self.attention(self.layernorm_before(hidden_states), **kwargs)
+            x, y = sum_and_norm(y, hidden_states, self.layernorm_after)
+            y = self.output(self.intermediate(y), x)
+        return y
 
 
 def _bert_activation(first: Any, last: Any) -> str | None:
@@ -223,6 +234,11 @@ _FORWARDS: dict[tuple[str, str], type[Module]] = {
     ("self hidden_states input_tensor", "dense dropout LayerNorm"): BertOutput,
     (_SPATIAL, _ENCODER): DetrEncoderLayer,
     (
+        _SPATIAL,
+        "normalize_before self_attn_layer_norm self_attn nn functional dropout training final_layer_norm mlp "
+        "torch isfinite all finfo dtype max clamp",
+    ): DetrEncoderLayer,
+    (
         f"{_SPATIAL} object_queries_position_embeddings encoder_hidden_states encoder_attention_mask",
         _DECODER,
     ): DetrDecoderLayer,
@@ -234,6 +250,17 @@ _FORWARDS: dict[tuple[str, str], type[Module]] = {
         "self hidden_states attention_mask",
         "layernorm_before attention dropout layernorm_after mlp",
     ): ViTLayer,
+}
+# By the fingerprint of their forward, where layers that read the same differ in what they give their attentions.
+_CODE: dict[str, type[Module]] = {
+    "dd4bc88d4660ab80": CLIPLayer,
+    "b848d305993786c4": CLIPLayer,  # the same, written otherwise
+    "32b1fc0bc1074b80": YolosLayer,
+    "9278631b8dca2c19": deformable.DeformableDetrEncoderLayer,
+    "6ee73d4b111d5079": deformable.DeformableDetrDecoderLayer,
+    "6e62030a3f3af3d1": deformable.RTDetrDecoderLayer,
+    "bd39da64d9d088bf": deformable.LwDetrDecoderLayer,
+    "70e9ff27ea699a31": deformable.LwDetrMLP,
 }
 _CHUNK = ("self attention_output", "intermediate output")
 _PARTS: dict[str, tuple[type[Module], ...]] = {"dense": (nn.Linear,), "dropout": (nn.Dropout,)}
@@ -267,4 +294,9 @@ def _ours(kind: type[Module]) -> type[Module] | None:
     chunk = getattr(kind, "feed_forward_chunk", None)
     if chunk is not None:
         return BertLayer if reads(chunk) == _CHUNK else None
-    return _FORWARDS.get(reads(kind.forward))
+    return _FORWARDS.get(reads(kind.forward)) or _by_code(kind.forward)
+
+
+@cache
+def _by_code(forward: Any) -> type[Module] | None:
+    return _CODE.get(fingerprint(forward) or "")

@@ -16,13 +16,20 @@ from transformers.models.table_transformer import modeling_table_transformer as 
 
 from detr_fast import dispatch
 from detr_fast.adapters import hugging_face
-from detr_fast.adapters.base import Adapter, Scriptable, kind_of, names, names_used, why_not_switch
-from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_sum, is_plain
-from detr_fast.adapters.hugging_face import padding_of
-from detr_fast.adapters.hugging_face_layers import clamped
+from detr_fast.adapters.base import MARK, Adapter, Scriptable, kind_of, names, names_used, why_not_switch
+from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_sum, is_norm, is_plain
+from detr_fast.adapters.hugging_face import padding_of, with_padding
+from detr_fast.adapters.hugging_face_attention import fused
+from detr_fast.adapters.hugging_face_blocks import clamped
+from detr_fast.adapters.hugging_face_contents import are_numbers, watch_linear, watch_norm
+from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, probability, sum_and_norm
+from detr_fast.nn.layer_contents import Contents
+from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.layers import DECODER_LAYER, ENCODER_LAYER
+from detr_fast.situation import in_layer
 
 NAME = "detr_fast_table"
 
@@ -94,12 +101,22 @@ class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer, Scriptab
         if parts is None:
             return super().forward(hidden_states, attention_mask, object_queries, output_attentions)  # type: ignore[arg-type]
         with shared_seed():
+            if not output_attentions:
+                tensors = (hidden_states, attention_mask, padding_of(attention_mask), object_queries)
+                return (whole(ENCODER_LAYER, self, self._fused, tensors, describe=table_layer),)
             y = self.self_attn_layer_norm(hidden_states)
-            y, *weights = self.self_attn(y, attention_mask, object_queries, output_attentions=output_attentions)
+            y, weights = self.self_attn(y, attention_mask, object_queries, output_attentions=True)  # type: ignore[misc]
             x, y = sum_and_norm(y, hidden_states, self.final_layer_norm, parts.output_dropout_p)
             x = feed_forward_sum(y, parts, x)
-        x = clamped(x) if self.training else x
-        return (x, *weights) if output_attentions else (x,)
+        return clamped(x) if self.training else x, weights  # type: ignore[return-value]
+
+    def _fused(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, position: Tensor | None) -> Tensor:
+        parts: Any = _parts(self)
+        given = (with_padding(mask, padding), position)
+        n, p = self.self_attn_layer_norm(x), parts.output_dropout_p
+        x, n = _attend_sum_norm(self.self_attn, self.final_layer_norm, p, n, x, *given)
+        x = feed_forward_sum(n, parts, x)
+        return clamped(x) if self.training else x
 
 
 class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer, Scriptable):
@@ -123,15 +140,86 @@ class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer, Scriptab
             memory = (encoder_hidden_states, encoder_attention_mask)
             return super().forward(hidden_states, attention_mask, *positions, *memory, output_attentions)
         queries, p = query_position_embeddings, parts.output_dropout_p
-        weigh = {"output_attentions": bool(output_attentions)}
+        masks = (attention_mask, padding_of(attention_mask), encoder_attention_mask, padding_of(encoder_attention_mask))
         with shared_seed():
+            if not output_attentions:
+                tensors = (hidden_states, queries, encoder_hidden_states, object_queries, *masks)
+                return (whole(DECODER_LAYER, self, self._fused, tensors, describe=table_layer),)
+            weigh = {"output_attentions": True}
             y, own = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, queries, **weigh)
             x, y = sum_and_norm(y, hidden_states, norms[0], p)
             memory = (encoder_hidden_states, object_queries)
             y, cross = self.encoder_attn(y, encoder_attention_mask, queries, *memory, **weigh)
             x, y = sum_and_norm(y, x, norms[1], p)
-            x = feed_forward_sum(y, parts, x)
-        return (x, own, cross) if output_attentions else (x,)
+            return feed_forward_sum(y, parts, x), own, cross
+
+    def _fused(
+        self,
+        x: Tensor,
+        queries: Tensor | None,
+        memory: Tensor,
+        position: Tensor | None,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        memory_mask: Tensor | None,
+        memory_padding: Tensor | None,
+    ) -> Tensor:
+        parts: Any = _parts(self)
+        n, p = self.self_attn_layer_norm(x), parts.output_dropout_p
+        own = (with_padding(mask, padding), queries)
+        x, n = _attend_sum_norm(self.self_attn, self.encoder_attn_layer_norm, p, n, x, *own)
+        cross = (with_padding(memory_mask, memory_padding), queries, memory, position)
+        x, n = _attend_sum_norm(self.encoder_attn, self.final_layer_norm, p, n, x, *cross)
+        return feed_forward_sum(n, parts, x)
+
+
+def _attend_sum_norm(
+    attention: Any,
+    norm: Any,
+    p: float,
+    n: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    position: Tensor | None,
+    memory: Tensor | None = None,
+    memory_position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + dropout(attention(n, ...)) and its norm; in few launches where the attention may be taken apart."""
+    padding = padding_of(mask)
+    if in_layer() and (mask is None or padding is not None):
+        options = (padding, None, False, attention.dropout if attention.training else 0.0)
+        sources = (n, position, memory, memory_position)
+        found = fused(attention, attention.out_proj, norm, p, sources, options, residual=x)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    return sum_and_norm(attention(n, mask, position, memory, memory_position)[0], x, norm, p)
+
+
+def table_layer(found: Contents, layer: Any) -> bool:
+    """What an encoder or decoder layer computes from (see `nn.whole_layer`)."""
+    activation = activation_name(layer.activation_fn)
+    if activation is None or not are_numbers(layer, "dropout", "activation_dropout"):
+        return False
+    found.note(layer, "training", drops=("dropout", "activation_dropout"))
+    found.keep(layer, "activation_fn")
+    found.settings.append(activation)
+    found.hidden = layer.fc1.out_features
+    for name, part in layer._modules.items():
+        if not is_bare(part):
+            return False
+        if name == "activation_fn":
+            found.watch(part, name)
+            found.keep(part, "approximate", "act")
+        elif isinstance(part, TableTransformerAttention):
+            if part.scaling != part.head_dim**-0.5 or not are_numbers(part, "dropout"):
+                return False
+            found.watch(part, name, "num_heads", "head_dim", drops=("dropout",))
+            found.keep(part, "scaling", MARK)
+            if not all(watch_linear(found, f"{name}.{child}", one) for child, one in part._modules.items()):
+                return False
+        elif not (watch_norm if is_norm(part) else watch_linear)(found, name, part):
+            return False
+    return True
 
 
 def _parts(layer: Any) -> FeedForwardParts | None:

@@ -353,7 +353,7 @@ def test_a_decoder_layer_in_training_launches_16_instead_of_25():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [1.0, float("inf"), float("-inf"), float("nan"), "largest"])
 def test_what_is_not_finite_is_clamped_as_transformers_does(dtype, value):
-    from detr_fast.adapters.hugging_face_layers import clamped
+    from detr_fast.adapters.hugging_face_blocks import clamped
 
     x = torch.tensor([0.5, torch.finfo(dtype).max if value == "largest" else value]).to(dtype)
     expected = x

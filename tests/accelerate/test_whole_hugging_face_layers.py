@@ -64,19 +64,30 @@ def config(width=16, **options):
 
 def made(kind, width=16, **options):
     """An accelerated layer in training, and a step's arguments: with padding, and positions that want gradients."""
-    from detr_fast.adapters.hugging_face import mask
+    from detr_fast.adapters import hugging_face, table_transformer
 
     torch.manual_seed(1)
-    classes = transformers.models.detr.modeling_detr
-    layer = {"encoder": classes.DetrEncoderLayer, "decoder": classes.DetrDecoderLayer}[kind](
-        config(width, **options)
-    ).train()
+    models = transformers.models
+    table = models.table_transformer.modeling_table_transformer
+    layers = {
+        "encoder": models.detr.modeling_detr.DetrEncoderLayer,
+        "decoder": models.detr.modeling_detr.DetrDecoderLayer,
+        "Conditional DETR's encoder": models.conditional_detr.modeling_conditional_detr.ConditionalDetrEncoderLayer,
+        "Table Transformer's encoder": table.TableTransformerEncoderLayer,
+        "Table Transformer's decoder": table.TableTransformerDecoderLayer,
+        "RT-DETR's encoder": models.rt_detr.modeling_rt_detr.RTDetrEncoderLayer,
+    }
+    settings = config(width, **options)
+    settings.encoder_hidden_dim, settings.num_attention_heads = width, 2  # as RT-DETR's calls them
+    settings.normalize_before, settings.layer_norm_eps, settings.encoder_activation_function = False, 1e-5, "silu"
+    layer = layers[kind](settings).train()
     detr_fast.accelerate(layer)
     x, queries, memory, positions = (torch.randn(2, n, width, requires_grad=True) for n in (3, 3, 4, 4))
     visible = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    length = 4 if kind == "encoder" else 3
+    length = 3 if "decoder" in kind else 4
+    mask = table_transformer.mask if "Table" in kind else hugging_face.mask
     padded = mask(2, length, 4, mask_function=bidirectional_mask_function, attention_mask=visible)
-    if kind == "encoder":
+    if "encoder" in kind:
         return layer, (memory, padded, positions)
     return layer, (x, None, positions, queries, memory, padded)
 
@@ -85,6 +96,7 @@ def step(layer, arguments, seed=3, **context):
     torch.manual_seed(seed)
     with torch.autocast("cpu", torch.bfloat16, enabled=context.pop("autocast", False)), use_backend("triton"):
         y = layer(*arguments, **context)
+    y = y[0] if isinstance(y, tuple) else y  # as Table Transformer's gives it
     dy = torch.linspace(-1, 1, y.numel()).view_as(y)
     leaves = [t for t in (*arguments, *layer.parameters()) if t is not None and t.requires_grad]
     found = torch.autograd.grad(y, leaves, dy, allow_unused=True)
@@ -96,7 +108,14 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [("encoder", "compiled"), ("encoder", "autocast"), ("decoder", "from Python")]
+    ("kind", "way"),
+    [
+        ("Conditional DETR's encoder", "compiled"),
+        ("RT-DETR's encoder", "autocast"),
+        ("decoder", "from Python"),
+        ("Table Transformer's encoder", "from Python"),
+        ("Table Transformer's decoder", "compiled"),
+    ],
 )
 def test_a_layer_is_one_node_that_launches_and_gives_what_its_parts_do_to_the_bit(kind, way, request, interpreter):
     native.use(request.getfixturevalue("host") if way == "compiled" else None)
@@ -111,7 +130,7 @@ def test_a_layer_is_one_node_that_launches_and_gives_what_its_parts_do_to_the_bi
     assert launches[2] == launches[0] != {}
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "Table Transformer's decoder"])
 def test_a_layer_in_parts_of_kernels_is_as_accurate_as_transformers_own(kind, interpreter):
     """At a width whose position is added inside the projection."""
     layer, arguments = made(kind, 64, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
@@ -123,6 +142,7 @@ def test_a_layer_in_parts_of_kernels_is_as_accurate_as_transformers_own(kind, in
             detr_fast.restore(twin)
         with use_backend(backend):
             y = twin(*given)
+        y = y[0] if isinstance(y, tuple) else y
         leaves = {str(i): t for i, t in enumerate(given) if t is not None and t.requires_grad}
         leaves |= dict(twin.named_parameters())
         dy = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
@@ -130,17 +150,25 @@ def test_a_layer_in_parts_of_kernels_is_as_accurate_as_transformers_own(kind, in
 
     truth, eager = results(torch.float64), results(torch.float32)
     ours = results(torch.float32, "triton")
-    assert interpreter.counts()["linear_norm_kernel"] == {"encoder": 2, "decoder": 3}[kind]
+    assert interpreter.counts()["linear_norm_kernel"] == {"encoder": 2}.get(kind, 3)
     for name, expected in truth.items():
         if expected.abs().max() > 1e-9:  # keys' biases cancel in softmax: their gradient is rounding
             assert_close_to_truth(name, ours[name], eager[name], expected)
 
 
+TABLE = "Table Transformer's encoder"
+
+
+def block_of(layer):
+    """The module that holds the parts of the feed-forward block: Table Transformer's layers do themselves."""
+    return getattr(layer, "mlp", layer)
+
+
 def change(layer, what):
-    if what in ("dropout", "attention_dropout", "activation_dropout"):
-        setattr(
-            {"dropout": layer, "attention_dropout": layer.self_attn, "activation_dropout": layer.mlp}[what], what, 0.5
-        )
+    if what in ("dropout", "activation_dropout"):
+        setattr({"dropout": layer, "activation_dropout": block_of(layer)}[what], what, 0.5)
+    elif what == "attention_dropout":
+        setattr(layer.self_attn, what if hasattr(layer.self_attn, what) else "dropout", 0.5)
     elif what == "output dropout":
         layer.mlp.dropout = 0.5
     elif what == "eps":
@@ -150,9 +178,9 @@ def change(layer, what):
     elif what == "the block's mode":
         layer.mlp.eval()
     elif what == "frozen":
-        layer.mlp.fc1.weight.requires_grad_(False)
+        block_of(layer).fc1.weight.requires_grad_(False)
     else:
-        layer.mlp.activation_fn = torch.nn.GELU()
+        block_of(layer).activation_fn = torch.nn.GELU()
 
 
 CHANGES = [
@@ -175,10 +203,13 @@ def launches_of(launched, layer, arguments):
     return name, ([one[:3] for one in launched], len(found))
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_layer_that_changed_gets_a_program_of_its_own(what, launched):
+IN_TABLE = ("dropout", "attention_dropout", "activation_dropout", "eps", "activation")
+
+
+@pytest.mark.parametrize(("kind", "what"), [*(("encoder", w) for w in CHANGES), *((TABLE, w) for w in IN_TABLE)])
+def test_a_layer_that_changed_gets_a_program_of_its_own(kind, what, launched):
     native.use(None)
-    layer, arguments = made("encoder")
+    layer, arguments = made(kind)
     before = [launches_of(launched, layer, arguments) for _ in range(3)][2]
     change(layer, what)
     steps = [launches_of(launched, layer, arguments) for _ in range(3)]
@@ -203,7 +234,7 @@ def disturb(layer, what, monkeypatch):
     if what == "a hook":
         attention.register_forward_hook(lambda *_: None)
     elif what == "a product's hook":
-        layer.mlp.fc2.register_forward_pre_hook(lambda *_: None)
+        block_of(layer).fc2.register_forward_pre_hook(lambda *_: None)
     elif what == "LoRA":
         attention.v_proj.__class__ = type("LoraLinear", (torch.nn.Linear,), {})
     elif what == "a forward":
@@ -240,11 +271,16 @@ LOOKS = [
 ]
 
 
-@pytest.mark.parametrize("what", LOOKS)
+AT_TABLE = ("a hook", "a product's hook", "LoRA", "a forward", "another scale")
+
+
+@pytest.mark.parametrize(("kind", "what"), [*(("encoder", w) for w in LOOKS), *((TABLE, w) for w in AT_TABLE)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_layer_whose_parts_somebody_looks_at_or_replaces_runs_them(what, compiled, request, monkeypatch, launched):
+def test_a_layer_whose_parts_somebody_looks_at_or_replaces_runs_them(
+    kind, what, compiled, request, monkeypatch, launched
+):
     native.use(request.getfixturevalue("host") if compiled else None)
-    layer, arguments = made("encoder")
+    layer, arguments = made(kind)
     for _ in range(3):
         name, _ = step(layer, arguments)
     assert name == ONE

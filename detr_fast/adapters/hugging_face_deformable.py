@@ -1,0 +1,158 @@
+"""Layers of transformers' detectors with deformable attention: all that is around that attention, which stays theirs.
+
+Known by all of their code (`base.fingerprint`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from detr_fast.adapters.base import Scriptable
+from detr_fast.adapters.blocks import (
+    activation_name,
+    comes_apart,
+    feed_forward_add_norm,
+    feed_forward_sum,
+    is_dispatched,
+    is_plain,
+)
+from detr_fast.adapters.hugging_face_blocks import block_add_norm, decode, decoder_comes_apart, finite
+from detr_fast.nn.bare import is_bare
+from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
+from detr_fast.ops.dropout import shared_seed
+
+Given = dict[str, Any]  # what an attention is given by name
+_LEVELS = ("reference_points", "spatial_shapes", "spatial_shapes_list", "level_start_index")  # of deformable attention
+
+
+class DeformableDetrEncoderLayer(Scriptable):
+    """Deformable DETR's encoder layer: all but its attention."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        spatial_position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        levels = (reference_points, spatial_shapes, spatial_shapes_list, level_start_index)
+        if not comes_apart(hidden_states, self.self_attn_layer_norm, self.final_layer_norm):
+            given = (hidden_states, attention_mask, spatial_position_embeddings, *levels)
+            return super().forward(*given, **kwargs)  # type: ignore[misc]
+        with shared_seed():
+            y = self.self_attn(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                encoder_hidden_states=hidden_states,
+                encoder_attention_mask=attention_mask,
+                position_embeddings=spatial_position_embeddings,
+                **dict(zip(_LEVELS, levels)),
+            )[0]
+            p = probability(self.dropout, self.training)
+            x = norm_of_sum(y, hidden_states, self.self_attn_layer_norm, p)
+            return finite(self, block_add_norm(self.mlp, x, self.final_layer_norm))
+
+
+class DeformableDetrDecoderLayer(Scriptable):
+    """Deformable DETR's decoder layer: all but its attention to the memory."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        object_queries_position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        position = object_queries_position_embeddings
+        levels = (reference_points, spatial_shapes, spatial_shapes_list, level_start_index)
+        memory = (encoder_hidden_states, encoder_attention_mask)
+        if not decoder_comes_apart(self, hidden_states):
+            return super().forward(hidden_states, position, *levels, *memory, **kwargs)  # type: ignore[misc]
+        own, cross = self._options(encoder_attention_mask, kwargs)
+        cross = {"encoder_hidden_states": encoder_hidden_states, **cross}
+        with shared_seed():
+            return decode(
+                self,
+                hidden_states,
+                {"position_embeddings": position, **own},
+                {"position_embeddings": position, **dict(zip(_LEVELS, levels)), **cross},
+            )
+
+    @staticmethod
+    def _options(mask: Tensor | None, more: Given) -> tuple[Given, Given]:
+        """What else the two attentions are given, by name."""
+        return more, {"attention_mask": mask, "encoder_attention_mask": mask}
+
+
+class RTDetrDecoderLayer(DeformableDetrDecoderLayer):
+    """RT-DETR's decoder layer, which gives its attentions other masks than Deformable DETR's does."""
+
+    @staticmethod
+    def _options(mask: Tensor | None, more: Given) -> tuple[Given, Given]:
+        return {"attention_mask": mask, **more}, more
+
+
+class LwDetrDecoderLayer(Scriptable):
+    """The decoder layer of LW-DETR and RF-DETR: all but its attention to the memory."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        levels = (reference_points, spatial_shapes, spatial_shapes_list, level_start_index)
+        memory = (encoder_hidden_states, encoder_attention_mask)
+        if not comes_apart(hidden_states, self.self_attn_layer_norm, self.cross_attn_layer_norm, self.layer_norm):
+            return super().forward(hidden_states, position_embeddings, *levels, *memory, **kwargs)  # type: ignore[misc]
+        p = probability(self.dropout, self.training)
+        with shared_seed():
+            y = self.self_attn(hidden_states, position_embeddings=position_embeddings, **kwargs)[0]
+            x = norm_of_sum(y, hidden_states, self.self_attn_layer_norm, p)
+            y = self.cross_attn(
+                hidden_states=x,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                position_embeddings=position_embeddings,
+                **dict(zip(_LEVELS, levels)),
+                **kwargs,
+            )[0]
+            x = norm_of_sum(y, x, self.cross_attn_layer_norm, p)
+            parts = self.mlp.parts() if isinstance(self.mlp, LwDetrMLP) else None
+            return self.layer_norm(self.mlp(x)) if parts is None else feed_forward_add_norm(x, parts, self.layer_norm)
+
+
+class LwDetrMLP(Scriptable):
+    """The feed-forward block of LW-DETR and RF-DETR, which adds its input."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        parts = self.parts() if is_dispatched(hidden_states) else None
+        if parts is None:
+            return super().forward(hidden_states)  # type: ignore[misc]
+        return feed_forward_sum(hidden_states, parts, hidden_states)
+
+    def parts(self: Any) -> FeedForwardParts | None:
+        """None where it has to be called."""
+        activation = activation_name(self.activation_fn)
+        if activation is None or not (is_bare(self) and is_plain(self.fc1) and is_plain(self.fc2)):
+            return None
+        p = probability(self.dropout, self.training)
+        return FeedForwardParts(self.fc1, activation, p, self.fc2, p)
