@@ -114,8 +114,7 @@ def test_training_lowers_the_loss(tiny: Tiny) -> None:
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 4])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("stop_at", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny: Tiny, stop_at: int, signum: int) -> None:
     whole = train(tiny("whole", workers=0))
     with pytest.raises(Interrupted, match=f"step {stop_at} of 6 is saved; go on with 'detr-fast train --resume"):
