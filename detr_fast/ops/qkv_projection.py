@@ -232,8 +232,9 @@ class _Projection(torch.autograd.Function):
             dw = _weight_gradient(rows, x, position, ctx.columns)
         if wants_position and ctx.columns:
             period = prod(position.shape[:-1])
-            seen = rows[:, : ctx.columns]
-            seen = seen if period == len(rows) else seen.unflatten(0, (-1, period)).sum(0)
+            # By views that a batch of gradients knows: not `unflatten`, nor a slice of all there is.
+            seen = rows if ctx.columns == rows.shape[1] else rows[:, : ctx.columns]
+            seen = seen if period == len(rows) else seen.reshape(-1, period, ctx.columns).sum(0)
             dposition = torch.mm(seen, weight[: ctx.columns]).view(position.shape)
         if wants_bias:
             db = sum_rows(rows) if ctx.fused and not goes_by_eager_ops(rows) else rows.sum(0)

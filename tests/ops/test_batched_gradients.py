@@ -27,6 +27,10 @@ CASES = {
     "attention, dropped out": (lambda q, k, v: ops.attention(q, k, v, dropout_p=0.2), [(1, 3, 2, 8)] * 3),
     "linear_cross_entropy": (lambda *x: ops.linear_cross_entropy(*x, TARGET), [(3, 8), (5, 8), (5,)]),
     "qkv_projection": (lambda *x: ops.qkv_projection(*x), [(1, 3, 8), (192, 8), (192,), (1, 3, 8)]),
+    "a position in all columns, the same for each image": (
+        lambda *x: ops.qkv_projection(*x, 192),
+        [(2, 3, 8), (192, 8), (192,), (1, 3, 8)],
+    ),
     "a projection whose input goes on": (tapped_projection, [(1, 3, 8), (192, 8), (192,), (1, 3, 8)]),
 }
 
