@@ -314,6 +314,9 @@ def backward_variant(
     constants = row_constants(columns, config, vector)
     constants |= backward_constants(constants, config.num_warps, config.registers, (dy_dtype, x_dtype))
     registers = config.registers if constants["AHEAD"] else 0
+    if config is ADD_LAYER_NORM_BACKWARD[2048]:
+        # As many as its four programs a multiprocessor have anyway; for more programs ptxas would spill 8 bytes on sm_80.
+        registers = 128
     return Variant(layer_norm_backward_kernel, types, constants, config.num_warps, registers=registers)
 
 

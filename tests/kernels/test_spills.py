@@ -35,6 +35,10 @@ VARIANTS = {
         "sm_80",
         add_layer_norm.forward_variant(24, BF16, BF16, None, FP32, BF16, True, True, 8),
     ),  # 24
+    "layer_norm_backward_autocast": (
+        "sm_80",
+        layer_norm.backward_variant(2048, FP32, FP16, FP16, True, False, True, 8),
+    ),  # 8
     "layer_norm_backward": ("sm_80", layer_norm.backward_variant(4104, BF16, BF16, BF16, True, True, True, 1)),  # 16
 }
 
