@@ -180,5 +180,6 @@ def mask_variant(form: Form, shared_rows: bool, shared_columns: bool) -> Variant
     tensors = (*(form.dtype,) * 4, form.mask, torch.float32, *form.masks(), *form.ends())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, "i32", "i32", "i32")
     shared = {"SHARED_ROWS": shared_rows, "SHARED_COLUMNS": shared_columns}
-    constants = {**shared, "BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
-    return Variant(attention_backward_mask_kernel, types, constants, config.num_warps, config.num_stages)
+    constants = {**shared, "BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), "PAIRED": form.paired}
+    tile = config.num_warps, config.num_stages, config.registers
+    return Variant(attention_backward_mask_kernel, types, constants, *tile)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .attention_program import at, mask_end, own_sequence, shared_head
-from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
+from .attention_tiles import deferred, dot, drawn, dropped, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
 from .overlap import wait_for_previous
 
@@ -63,6 +63,7 @@ def attention_backward_mask_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """One program for one tile of dmask, (mask_batches, mask_heads, 1 or L, 1 or S), over all that the mask is shared by.
 
@@ -83,13 +84,13 @@ def attention_backward_mask_kernel(
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
 
     dmask = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Of the heads of a batch element, those that share the mask: all, or one.
+    step = tl.where(mask_heads == 1, 1, heads)
     end = end_batch * heads
-    for index in range(first_batch * heads, end):
+    for index in range(first_batch * heads + first_head, end, step):
         batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
         place, first_q, own_L, first_k, own_S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
-        # Of the heads of a batch element, those that share the mask.
-        last_row = tl.where((mask_heads == 1) | (head == first_head), end_row, first_row)
-        last_column = end_column
+        last_row, last_column = end_row, end_column
         if ends_q_ptr is not None:
             last_row, last_column = tl.minimum(last_row, own_L), tl.minimum(last_column, own_S)
         hiding = (
@@ -119,6 +120,8 @@ def attention_backward_mask_kernel(
             lse = tl.load(statistics_ptr + rows, mask=exists, other=float("inf"))
             all_rows = tl.cast(batches, tl.int64) * heads * L
             delta = tl.load(statistics_ptr + all_rows + rows, mask=exists, other=0.0)
+            if seed_ptr is not None:
+                delta = delta * (1.0 / deferred(rescale))
             for column_start in range(first_column, last_column, BLOCK_N):
                 visible = visible_keys(hiding, column_start, own_S, BLOCK_N)
                 k_here = k_base + tl.cast(column_start, tl.int64) * k_row
@@ -132,10 +135,12 @@ def attention_backward_mask_kernel(
                 weights = tl.exp2(scores - lse[:, None])
                 dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 if seed_ptr is not None:
-                    keep = kept(drop, row_start, column_start, BLOCK_M, BLOCK_N)
-                    dweights = tl.where(keep, dweights * rescale, 0.0)
+                    draws = drawn(drop, row_start, column_start, BLOCK_M, BLOCK_N)
+                    dweights = dropped(dweights, drop, draws, PAIRED)
                 dmask += weights * (dweights - delta[:, None])
 
+    if seed_ptr is not None:
+        dmask *= deferred(rescale)
     rows = 1 if SHARED_ROWS else L
     columns = 1 if SHARED_COLUMNS else S
     # Said anew, from the loop's end: kept over the loop, it would be spilled.

@@ -105,12 +105,16 @@ ASSIGNMENT_WARPS = {32: 1, 64: 1, 128: 1, 256: 1, 512: 2, 1024: 4}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How an attention kernel lies on the machine: queries and keys a tile, warps a program, stages of its pipeline."""
+    """How an attention kernel lies on the machine: queries and keys a tile, warps a program, stages of its pipeline.
+
+    registers: the most that a thread may take on NVIDIA's GPUs; 0: the compiler decides.
+    """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
 
 # Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two. At most 99 KB of shared
@@ -212,9 +216,10 @@ ATTENTION_ATOMICS = {
 }
 # The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .238 on
 # sm_80, and on sm_90, where tensor cores take 64 rows, .162 for .250. Narrower where rows share the mask, as its tiles are few then.
+# Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
 ATTENTION_MASK = {
-    16: TileConfig(64, 32, 4, 1),
-    32: TileConfig(64, 32, 4, 1),
+    16: TileConfig(64, 32, 4, 1, registers=168),
+    32: TileConfig(64, 32, 4, 1, registers=168),
     64: TileConfig(32, 64, 8, 1),
 }
 ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
@@ -251,7 +256,10 @@ def attention_config(
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
-            return (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
+            config = (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
+            if block <= 32 and (dropout or causal) and (padding or packed):  # 198 to 228 on sm_80: 168 spill 8 bytes
+                config = replace(config, registers=255)
+            return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
             return ATTENTION_SHARED_MASK
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)

@@ -105,6 +105,13 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 128, "queries", {"causal": True}),
         ("sm_90", 64, "mask", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 32, "mask", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 32, "mask", {"dropout": True, "mask": torch.float32, "mask_vector": 4}),
+        (
+            "sm_80",
+            24,
+            "mask",
+            {"packed": True, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4},
+        ),
         ("sm_80", 24, "atomics", {}),
         ("sm_80", 24, "atomics", {"padding": True}),
         ("sm_80", 24, "atomics", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
