@@ -65,6 +65,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, title: str = "") 
 def _line(axes: Axes, records: Sequence[dict[str, Any]], key: str, colour: str, label: str, **style: Any) -> None:
     points = [(r["step"], r[key]) for r in records if key in r]
     if points:
+        style = {"marker": _marker(points)} | style
         axes.plot(*zip(*points), color=colour, label=label, linewidth=2, markersize=4, **style)
 
 
@@ -80,7 +81,12 @@ def _smoothed(axes: Axes, records: Sequence[dict[str, Any]], key: str, colour: s
         for i in range(len(values))
     ]
     axes.plot(steps, values, color=colour, alpha=0.22, linewidth=1)
-    axes.plot(steps, means, color=colour, label=label, linewidth=2)
+    axes.plot(steps, means, color=colour, label=label, linewidth=2, markersize=4, marker=_marker(points))
+
+
+def _marker(points: Sequence[Any]) -> str:
+    """A single point is no line, and would not be seen."""
+    return "o" if len(points) == 1 else ""
 
 
 def _style(axes: Axes, title: str) -> None:

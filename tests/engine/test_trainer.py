@@ -18,6 +18,7 @@ from PIL import Image
 from detr_fast.data import DataError
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
+from detr_fast.engine.curves import draw_curves
 from detr_fast.engine.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingDiverged
 from detr_fast.engine.reporter import Reporter
 from detr_fast.engine.run_folder import RunFolder
@@ -100,6 +101,17 @@ def test_a_run_leaves_checkpoint_metrics_and_pictures(tiny: Tiny) -> None:
     assert json.loads(run.config.read_text())["model"]["num_classes"] == 6
     best = load_checkpoint(run.best)
     assert best["evaluated"] == best["step"] in (3, 6)
+
+
+def test_curves_show_a_run_of_which_the_losses_were_read_once(tmp_path: Path) -> None:
+    draw_curves([{"kind": "train", "step": 10, "loss": 2.0, "lr": 1e-4, "lr_backbone": 1e-5}], tmp_path / "curves.png")
+    page = Image.open(tmp_path / "curves.png").convert("RGB")
+    width, height = page.size
+    ends = [
+        page.crop((width * 3 // 7, 0, width // 2, height // 2)),
+        page.crop((width * 13 // 14, height // 2, width, height)),
+    ]
+    assert all((0x1F, 0x77, 0xD2) in {colour for _, colour in part.getcolors(10**6)} for part in ends)
 
 
 def test_settings_hold_paths_as_text_so_that_they_can_be_saved(tmp_path: Path) -> None:
