@@ -161,11 +161,11 @@ def reads(function: Any) -> tuple[str, str]:
 def fingerprint(function: Any) -> str | None:
     """A digest of what a function's code says, whatever its annotations, docstring, comments and name; None where there is no source.
 
-    It is the same on all versions of Python.
+    It is the same on Python 3.10 to 3.13.
     """
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, ValueError, SyntaxError):  # no source, or more on its lines than the function
         return None
     if not isinstance(definition, ast.FunctionDef):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from detr_fast.dispatch import BackendError
@@ -49,6 +50,7 @@ class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss):
             return f"out_features {self.out_features}"
         if target.is_floating_point():
             return "class probabilities"
-        if input.ndim not in (1, 2) or input.shape[-1] != self.linear.in_features or target.shape != input.shape[:-1]:
-            return f"input {tuple(input.shape)} and target {tuple(target.shape)}"  # the original says what is wrong
+        fits = input.ndim in (1, 2) and input.shape[-1] == self.linear.in_features and target.shape == input.shape[:-1]
+        if not fits or target.dtype != torch.int64:  # the original says what is wrong
+            return f"input {tuple(input.shape)} and target {tuple(target.shape)} of {target.dtype}"
         return None

@@ -190,6 +190,7 @@ def test_a_fingerprint_is_of_what_code_says():
     assert len({fingerprint(f) for f in (one, another, other_default)}) == 3
     assert fingerprint(len) is None
     assert fingerprint(eval("lambda self: self")) is None
+    two = lambda self: self; assert fingerprint(two) is None  # fmt: skip  # noqa: E702, E731
 
 
 # Each fingerprint is of a class that transformers has: where it changes, ours has to be looked at again.

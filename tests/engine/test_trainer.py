@@ -252,7 +252,7 @@ def test_a_run_is_resumed_from_another_folder_and_with_data_that_were_moved(
     (tmp_path / "set").rename("moved")
     with pytest.raises(DataError, match="set: does not exist"):
         resume(run.path, epochs=3)
-    assert resume(run.path, epochs=3, data="moved").steps == 9
+    assert resume(run.path, epochs=3, data=Path("moved")).steps == 9
     assert load_trained_model(run.checkpoint).config.data == str(tmp_path / "elsewhere" / "moved")
 
 

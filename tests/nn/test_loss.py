@@ -73,9 +73,14 @@ def test_what_only_torch_nns_forward_takes_runs_there_unless_a_kernel_is_asked_f
 
 @pytest.mark.parametrize(
     ("x", "target"),
-    [(torch.randn(5, 6), TARGET[:4]), (torch.randn(5, 7), TARGET), (torch.randn(1, 5, 6), TARGET[None])],
+    [
+        (torch.randn(5, 6), TARGET[:4]),
+        (torch.randn(5, 7), TARGET),
+        (torch.randn(1, 5, 6), TARGET[None]),
+        (torch.randn(5, 6), TARGET.clamp(min=0).int()),
+    ],
 )
-def test_wrong_shapes_are_torch_nns_errors(x, target, twins):
+def test_wrong_shapes_and_labels_are_torch_nns_errors(x, target, twins):
     ours, original = twins("LinearCrossEntropyLoss", 6, 12, dtype=torch.float32)
     with pytest.raises((RuntimeError, ValueError)) as theirs:
         original(x, target)
