@@ -8,30 +8,19 @@ fill no power of two, which are short of registers, come first. tests/kernels/te
 
 from __future__ import annotations
 
-import csv
-import os
-import random
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import torch
 from detr_fast.kernels.attention import forward_variant
 from detr_fast.kernels.attention_backward import keys_variant, mask_variant, queries_variant
 from detr_fast.kernels.attention_backward_atomics import rows_variant
-from detr_fast.kernels.attention_catalog import GENERATIONS
 from detr_fast.kernels.attention_copies import copy_variant
 from detr_fast.kernels.attention_problem import Form
 from detr_fast.kernels.attention_split import combine_variant
 from detr_fast.kernels.attention_weights import weights_variant
 from detr_fast.kernels.launch import Variant
-from detr_fast.kernels.offline import compile_variant
 
-Case = dict[str, Any]
+from benchmarks.spills import Case, Kernels, Options, main
 
 DTYPES = torch.bfloat16, torch.float16
 DIMS = (8, 16, 24, 32, 40, 48, 64, 96, 128)  # with atomics up to 64
@@ -41,7 +30,7 @@ BOOL, FP32 = torch.bool, torch.float32
 BOOLS = (BOOL, 1), (BOOL, 4), (BOOL, 16)
 FLOATS = (None, 1), (None, 2), (None, 8), (FP32, 1), (FP32, 2), (FP32, 4)
 SWITCH = (False, True)
-COMMON: dict[str, tuple[Any, ...]] = {
+COMMON: Options = {
     "dtype": DTYPES,
     "dim": DIMS,
     "value_dim": ("same", "less", "more"),
@@ -50,7 +39,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "causal": SWITCH,
     "dropout": SWITCH,
 }
-SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
+SPACE: dict[str, Options] = {
     "keys": COMMON,
     "keys with atomics": COMMON | {"dim": ATOMIC_DIMS},
     "mask": COMMON | {"mask": FLOATS, "shared": ("no", "rows", "columns", "both")},
@@ -128,58 +117,9 @@ def pressure(case: Case) -> int:
     return sum((odd, different, case.get("keys", "plain") != "plain", *named))
 
 
-def cover(kernel: str, generation: str) -> Iterator[Case]:
-    """Cases that hold every two values of two features that a call may have together, at least once."""
-    options = SPACE[kernel] | ({"few": SWITCH} if generation == "hopper" and kernel in FEW else {})
-    dice = random.Random(f"{kernel} {generation}")
-    missing = {((a, v), (b, w)) for a, b in combinations(options, 2) for v in options[a] for w in options[b]}
-    in_vain = 0
-    while missing and in_vain < 60:
-        order = sorted(missing, key=repr)  # of a set it is another in each process
-        drawn: list[Case] = []
-        while len(drawn) < 60:
-            case = {name: dice.choice(values) for name, values in options.items()}
-            case |= dict(dice.choice(order)) if dice.random() < 0.7 else {}
-            if is_reached(kernel, case):
-                drawn.append(case)
-        best = max(drawn, key=lambda one: (len(missing.intersection(combinations(one.items(), 2))), pressure(one)))
-        found = missing.intersection(combinations(best.items(), 2))
-        in_vain = 0 if found else in_vain + 1
-        missing -= found
-        if found:
-            yield best
-
-
-def programs(targets: list[str]) -> Iterator[tuple[str, str, Variant]]:
-    """(name, target, variant), kernels and targets by turns."""
-    sources = [(kernel, target, cover(kernel, GENERATIONS[target])) for kernel in SPACE for target in targets]
-    seen: set[tuple[Variant, str]] = set()
-    while sources:
-        for source in list(sources):
-            kernel, target, cases = source
-            case = next(cases, None)
-            if case is None:
-                sources.remove(source)
-                continue
-            variant = variant_of(kernel, case, GENERATIONS[target])
-            if (variant, target) not in seen:
-                seen.add((variant, target))
-                features = " ".join(f"{name}={value}".replace("torch.", "") for name, value in case.items())
-                yield f"{kernel} {features}", target, variant
-
-
-def main(targets: list[str], path: Path) -> None:
-    known = {tuple(row[:2]) for row in csv.reader(path.open())} if path.exists() else set()
-    with path.open("a", buffering=1) as file, tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for name, target, variant in programs(targets):
-            if (name, target) not in known:
-                resources = compile_variant(variant, target)[2]
-                csv.writer(file).writerow((name, target, resources.registers, resources.spills))
-                if resources.spills:
-                    print(f"{target} {name}: {resources.spills} bytes a thread")
-            shutil.rmtree(cache, ignore_errors=True)
+def options(kernel: str, generation: str) -> Options:
+    return SPACE[kernel] | ({"few": SWITCH} if generation == "hopper" and kernel in FEW else {})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), Path(sys.argv[2]))
+    main(Kernels(tuple(SPACE), options, is_reached, variant_of, pressure), *sys.argv[1:3])

@@ -11,6 +11,7 @@ from detr_fast.kernels import launch
 from detr_fast.kernels.catalog import CATALOG
 from detr_fast.kernels.offline import compile_variant, older_compiler
 
+from benchmarks.spills import cover
 from detr_fast import ops, use_backend
 from detr_fast.testing import count
 
@@ -141,16 +142,6 @@ CALLS = (
 PROGRAMS = 64  # half a second each
 
 
-def covering(options, dice):
-    """Cases that hold each two values of two options together, of random ones those that cover most that is missing."""
-    missing = {((a, v), (b, w)) for a, b in combinations(options, 2) for v in options[a] for w in options[b]}
-    while missing:
-        drawn = [{name: dice.choice(values) for name, values in options.items()} for _ in range(40)]
-        best = max(drawn, key=lambda case: len(missing.intersection(combinations(case.items(), 2))))
-        missing.difference_update(combinations(best.items(), 2))
-        yield best
-
-
 def launched(call, backend, case):
     """Forward and backward, which launch nothing on meta tensors, and are told to observers."""
     with use_backend(**{call.__name__: backend}):
@@ -166,7 +157,7 @@ def reached():
     launch.observers.append(lambda one: seen.setdefault(one.variant))
     try:
         for call, backend, options in CALLS:
-            for case in covering(options, dice):
+            for case in cover(options, dice):
                 count(lambda call=call, backend=backend, case=case: launched(call, backend, case))
     finally:
         launch.observers.pop()
