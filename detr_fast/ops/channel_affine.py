@@ -156,7 +156,7 @@ def _eager(
         y = torch.addcmul(y, residual.to(dtype), residual_scale.to(dtype)[:, None, None])
     elif residual is not None:
         y = y + residual
-    return y.relu().to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(y.relu(), x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +170,11 @@ def _rows(x: Tensor | None) -> Any:
 
 def _images(rows: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
+
+
+def channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images in `dtype`, channels last, also inside vmap, where no memory format of four dimensions may be asked for."""
+    return _images(_rows(images).to(dtype, memory_format=torch.contiguous_format).contiguous())
 
 
 def _run_forward(

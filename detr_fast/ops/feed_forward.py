@@ -293,8 +293,8 @@ class TritonOneKernelFeedForward(TritonRecomputingFeedForward):
     one_kernel = True
 
     def why_not(self, call: FeedForwardCall) -> str | None:
-        if max(call.width, call.columns) > MAX_COLUMNS:
-            return f"{call.width} columns in and {call.columns} out: rows of up to {MAX_COLUMNS} fit a tile"
+        if not all(1 <= width <= MAX_COLUMNS for width in (call.width, call.columns)):
+            return f"{call.width} columns in and {call.columns} out: rows of 1 to {MAX_COLUMNS} fit a tile"
         if call.computed_dtype.itemsize == 2:
             # Element by element, up to 56 bytes a thread spill, and a hidden unit takes 50 to 290 instructions.
             for width in (call.width, call.hidden, call.columns):

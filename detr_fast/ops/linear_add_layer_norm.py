@@ -135,8 +135,8 @@ def _describe(
 
 def norm_misfit(x: Tensor, products: Any, residual: Tensor, norms: Any) -> str | None:
     """What dtypes the fused rows do not take: products in x's, residual and norms in theirs or, under autocast, fp32."""
-    if residual.shape[-1] > kernels.MAX_COLUMNS:
-        return f"{residual.shape[-1]} columns: whole rows of up to {kernels.MAX_COLUMNS} fit a tile"
+    if not 1 <= residual.shape[-1] <= kernels.MAX_COLUMNS:
+        return f"{residual.shape[-1]} columns: whole rows of 1 to {kernels.MAX_COLUMNS} fit a tile"
     if autocast_dtype(x) is not None:
         given = [residual, *norms]
         return next((f"{t.dtype} beside autocast" for t in given if t is not None and t.dtype not in _AUTOCAST), None)

@@ -13,7 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import stem as kernels
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, on_one_device, wants_grad
-from detr_fast.ops.channel_affine import channel_affine
+from detr_fast.ops.channel_affine import channel_affine, channels_last
 
 
 def resnet_stem(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -118,8 +118,7 @@ RESNET_STEM = Op(
 
 
 def _eager(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    x = images.to(weight.dtype, memory_format=torch.channels_last)
-    x = F.conv2d(x, weight, stride=2, padding=3)
+    x = F.conv2d(channels_last(images, weight.dtype), weight, stride=2, padding=3)
     return F.max_pool2d(channel_affine(x, scale, shift), 3, stride=2, padding=1)
 
 

@@ -80,6 +80,23 @@ def test_results_are_channels_last_and_only_y_is_kept(triton):
     assert {t.data_ptr() for t in kept} == {y.data_ptr(), scale.data_ptr(), residual_scale.data_ptr()}
 
 
+@pytest.mark.parametrize("mapped", ["images", "scales", "gradients"])
+def test_vmap_gives_each_samples_images_channels_last(mapped):
+    x, residual, scale, shift, residual_scale = make_case((6, 24, 3, 5))
+
+    def one(x, scale):
+        if mapped == "gradients":
+            return torch.func.grad(lambda x: ops.channel_affine(x, scale, shift).sum())(x)
+        return ops.channel_affine(x, scale, shift, residual[:2], residual_scale)
+
+    inputs = (x[:2], torch.randn(3, 24)) if mapped == "scales" else (x.unflatten(0, (3, 2)), scale)
+    dims = (None, 0) if mapped == "scales" else (0, None)
+    for i, found in enumerate(torch.vmap(one, dims)(*inputs)):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        expected = one(*(t if dim is None else t[i] for t, dim in zip(inputs, dims)))
+        torch.testing.assert_close(found, expected)
+
+
 @interpreter
 def test_a_residual_that_does_not_train_gets_no_gradient(triton):
     x, residual, scale, shift, residual_scale = make_case()

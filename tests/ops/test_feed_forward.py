@@ -42,7 +42,7 @@ def eager(activation, norm):
 
 def tensors(rows=(2, 5), width=16, hidden=40, norm=True, grad=False, dtype=torch.float32):
     shapes = [(*rows, width), (hidden, width), (hidden,), (width, hidden), (width,), (width,), (width,)]
-    scales = [1, width**-0.5, 1, hidden**-0.5, 1, 1, 1]
+    scales = [1, max(width, 1) ** -0.5, 1, hidden**-0.5, 1, 1, 1]
     made = [torch.randn(s, dtype=dtype) * scale for s, scale in zip(shapes, scales)]
     return [t.requires_grad_(grad) for t in made[: 7 if norm else 5]]
 
@@ -297,6 +297,15 @@ def test_what_does_not_fit_is_refused_in_words(kernel):
             ops.feed_forward(x, w1, b1, torch.empty(16, 41, device="cuda"), b2)
     with pytest.raises(ValueError, match="got activation 'tanh'; expected one of relu, gelu, gelu_tanh, silu"):
         ops.feed_forward(x, w1, b1, w2, b2, "tanh")
+
+
+def test_a_norm_over_no_columns_is_left_to_torch(kernel):
+    with FakeTensorMode():
+        inputs = [t.cuda() for t in tensors(width=0)]
+        with pytest.raises(BackendError, match=r"0 columns.*: (whole )?rows of 1 to 256 fit a tile"):
+            ops.feed_forward_add_layer_norm(*inputs)
+        with use_backend(feed_forward="auto"):
+            assert ops.feed_forward_add_layer_norm(*inputs).shape == (2, 5, 0)
 
 
 @pytest.mark.parametrize(("width", "hidden", "odd"), [(100, 40, 100), (104, 41, 41)])

@@ -216,9 +216,10 @@ def test_what_does_not_fit_is_refused_in_words(triton, change, reason):
             ops.linear_add_layer_norm(*inputs)
 
 
-def test_rows_too_wide_for_a_tile_are_refused(triton):
-    with FakeTensorMode(), pytest.raises(BackendError, match="512 columns: whole rows of up to 256 fit a tile"):
-        ops.linear_add_layer_norm(*[t.cuda() for t in tensors((4,), 16, 512)])
+@pytest.mark.parametrize("columns", [0, 512])
+def test_rows_that_no_tile_holds_are_refused(triton, columns):
+    with FakeTensorMode(), pytest.raises(BackendError, match=f"{columns} columns: whole rows of 1 to 256 fit a tile"):
+        ops.linear_add_layer_norm(*[t.cuda() for t in tensors((4,), 16, columns)])
 
 
 @pytest.mark.gpu

@@ -85,6 +85,13 @@ def test_a_stem_that_trains_and_one_on_a_cpu_run_eagerly():
     assert reasons[0] == "the stem or its images need a gradient: only eager gives one"
 
 
+def test_vmap_takes_each_samples_images():
+    images, *rest = make_case(batch=4)
+    found = torch.vmap(lambda one: ops.resnet_stem(one, *rest))(images.unflatten(0, (2, 2)))
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.flatten(0, 1), ops.resnet_stem(images, *rest))
+
+
 def test_a_gpu_takes_two_kernels_of_ours():
     with FakeTensorMode():
         case = make_case(device="cuda")
