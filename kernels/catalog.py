@@ -14,6 +14,7 @@ from . import (
     attention_catalog,
     channel_affine,
     cross_entropy,
+    deformable_attention,
     detection_losses,
     feed_forward,
     layer_norm,
@@ -39,6 +40,7 @@ FAMILIES = (
     channel_affine,
     stem,
     attention_catalog,
+    deformable_attention,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())
 

@@ -412,3 +412,17 @@ FEED_FORWARD = {
     (4, False): TileConfig(rows=16, columns=16, num_warps=4, num_stages=1),
     (4, True): TileConfig(rows=16, columns=16, num_warps=4, num_stages=1),
 }
+
+# Queries of all heads and images under which a block of 32 for each 4 warps would leave some of 132 multiprocessors with fewer than 16.
+DEFORMABLE_FEW = 32 * 4 * 132
+
+
+def deformable_config(channels: int, vector: int, few: bool) -> BlockConfig:
+    """Of deformable attention: queries a program, channels of a head rounded up to a power of two, and warps.
+
+    Eight channels a lane, which are one load of 16 bits: a warp reads a corner of as many queries as fill it. few: one warp a program.
+    """
+    block = max(16, 1 << (channels - 1).bit_length())
+    warps = 1 if few else 4
+    rows = max(1, warps * 32 * 8 // block)
+    return BlockConfig(rows=rows if vector > 1 else max(1, rows // 2), columns=block, num_warps=warps)

@@ -107,7 +107,7 @@ def _tune() -> int:
 def _first_case(group):
     """The group with one tiny case, on the CPU."""
     layer = {"encoder_layer": (1, 6), "decoder_layer": (1, 6)}
-    sizes = {"matching_cost": (1, 2, 5), "linear_cross_entropy": (6, 16)} | layer
+    sizes = {"matching_cost": (1, 2, 5), "linear_cross_entropy": (6, 16), "deformable_attention": (1, 2)} | layer
 
     def tiny(make):
         function, size = make.args

@@ -21,6 +21,7 @@ from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.attention import attention
 from detr_fast.ops.attention_atomics import measured_with_atomics
 from detr_fast.ops.attention_varlen import attention_varlen
+from detr_fast.ops.deformable_attention import deformable_attention
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import layer_norm
@@ -222,6 +223,31 @@ def detection_losses_step(device: torch.device, images: int, gradients: bool = T
     return step_of(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], (logits, boxes), gradients)
 
 
+# An image of 800 x 1066 at strides of 8 to 64, as Deformable DETR's four levels.
+PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
+PIXELS = sum(height * width for height, width in PYRAMID)
+
+
+def deformable_attention_step(device: torch.device, images: int, queries: int, gradients: bool = True) -> Step:
+    """Four points of each level of PYRAMID, near the query's own place, as offsets begin."""
+    value = draw(device, images, PIXELS, HEADS, WIDTH // HEADS)
+    weights = torch.rand(images, queries, HEADS, 4, 4, device=device).to(torch.bfloat16).requires_grad_()
+    near = torch.rand(images, queries, 1, 1, 1, 2, device=device)
+    locations = (near + 0.05 * torch.randn(images, queries, HEADS, 4, 4, 2, device=device)).requires_grad_()
+    leaves = (value, locations, weights)
+    return step_of(lambda value, *rest: deformable_attention(value, PYRAMID, *rest), leaves, gradients)
+
+
+def _deformable_attention() -> Iterator[Group]:
+    cases = []
+    for images, queries in ((1, 300), (4, 300), (16, 300), (1, PIXELS)):
+        size = images * queries * WIDTH * 16 * 2
+        step = partial(call_step, deformable_attention_step, (images, queries))
+        cases.append(Case(f"({images}, {queries}) of {PIXELS}", size, step))
+    group = Group("deformable_attention", tuple(cases))
+    return iter((group, replace(group, gradients=False)))
+
+
 def _norm(device: torch.device) -> tuple[Tensor, Tensor]:
     return draw(device, WIDTH), draw(device, WIDTH)
 
@@ -324,6 +350,7 @@ GROUPS = (
         ),
     ),
     *_by_rows("add_layer_norm", add_layer_norm_step, MANY),
+    *_deformable_attention(),
     *_attentions(),
     _packed_attention(),
     *_by_rows("feed_forward", feed_forward_step),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -81,6 +81,14 @@ def matching_cost(focal, dtype):
     return ops.matching_cost(new(2, 9, 5, dtype=dtype), new(2, 9, 4, dtype=FP32), *targets, focal=focal)
 
 
+def deformable_attention(levels, channels, value, location, weight, learns):
+    shapes, k = [(3, 4)] * levels, 2 * levels
+    given = (2, 12 * levels, 2, channels), (2, 9, 2, k, 2), (2, 9, 2, k)
+    kinds = zip(given, (value, location, weight), learns)
+    values, locations, weights = (new(*shape, dtype=dtype, grad=grad) for shape, dtype, grad in kinds)
+    return ops.deformable_attention(values, shapes, locations, weights, [2] * levels)
+
+
 def detection_losses(focal, dtype, boxes):
     targets = (
         new(1, 2, 3, dtype=INT64),
@@ -136,6 +144,18 @@ CALLS = (
         {"columns": WIDTHS, "weighted": NO_YES, "label_smoothing": (0.0, 0.1), "learns": NO_YES},
     ),
     (channel_affine, "triton", {"columns": WIDTHS, "residual": ("nothing", "plain", "scaled")}),
+    (
+        deformable_attention,
+        "triton",
+        {
+            "levels": (1, 3, 4, 6),
+            "channels": (8, 16, 30, 32, 64, 128, 256),
+            "value": (BF16, FP32),
+            "location": (BF16, FP32),
+            "weight": (BF16, FP32),
+            "learns": tuple(product(NO_YES, repeat=3)),
+        },
+    ),
     (matching_cost, "triton", {"focal": NO_YES, "dtype": (BF16, FP32)}),
     (detection_losses, "triton", {"focal": NO_YES, "dtype": (BF16, FP32), "boxes": NO_YES}),
 )

@@ -15,6 +15,7 @@ CASES = {
     "channel_affine": [torch.zeros(1, 8, 4, 4), torch.zeros(8), torch.zeros(8)],
     "resnet_stem": [torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 7, 7), torch.zeros(16), torch.zeros(16)],
     "linear_assignment": [torch.zeros(2, 3, 5), TRUE[2]],
+    "deformable_attention": [torch.zeros(1, 6, 2, 8), torch.zeros(1, 5, 2, 1, 3, 2), torch.zeros(1, 5, 2, 1, 3)],
     "matching_cost": [SCORES, BOXES, *TRUE],
     "detection_losses": [SCORES[None], BOXES[None], *MATCHED],
     "linear_cross_entropy": [
@@ -34,6 +35,8 @@ def call(op, *tensors):
         return ops.linear_cross_entropy(*tensors[:4], class_weight=tensors[4])
     if op == "attention":
         return ops.attention(*tensors[:3], key_padding_mask=tensors[3], attn_mask=tensors[4])
+    if op == "deformable_attention":
+        return ops.deformable_attention(tensors[0], [(2, 3)], *tensors[1:])
     if op == "attention_varlen":
         ends = torch.tensor([0, 6], dtype=torch.int32, device="cuda")
         return ops.attention_varlen(*tensors[:3], ends, ends, 6, 6, attn_mask=tensors[3])

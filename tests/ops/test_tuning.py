@@ -207,6 +207,7 @@ def test_times_in_a_graph_are_those_of_one_of_its_calls(monkeypatch):
     [
         ("layer_norm", "eager", lambda device: tuning_cases.layer_norm_step(device, 3)),
         ("matching_cost", "eager", lambda device: tuning_cases.matching_cost_step(device, 1, 3, 9)),
+        ("deformable_attention", "eager", lambda device: tuning_cases.deformable_attention_step(device, 1, 2)),
         ("linear_assignment", "threads", lambda device: tuning.assignment_step(device, 2, 3, 9)),
         ("add_layer_norm", "eager", lambda device: tuning_cases.add_layer_norm_step(device, 3)),
         ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 4, 5, 8, True)),
@@ -218,7 +219,8 @@ def test_times_in_a_graph_are_those_of_one_of_its_calls(monkeypatch):
     ],
 )
 def test_what_tune_times_is_checked_first(op, alternative, step, monkeypatch):
-    monkeypatch.setattr(tuning_cases, "HIDDEN", 64)
+    for name, value in {"HIDDEN": 64, "PYRAMID": ((2, 3), (1, 2), (1, 1), (1, 1)), "PIXELS": 10}.items():
+        monkeypatch.setattr(tuning_cases, name, value)
     run = step(torch.device("cpu"))
     assert tuning.agree(run, op, alternative, "triton")
     wrong = iter(range(2))

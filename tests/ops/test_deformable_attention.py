@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.hardware import DEVICE, sized
+from detr_fast import dispatch, ops
+from detr_fast.dispatch import BackendError, use_backend
+from detr_fast.ops.deformable_attention import _by_indexing
+from detr_fast.testing import assert_as_accurate_as_eager, count
+from detr_fast.testing.interpreter import checked_interpreter
+
+interpreter = pytest.mark.interpreter
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(3, 5), (2, 3), (1, 1)]
+
+
+@pytest.fixture
+def triton():
+    with checked_interpreter(), use_backend(deformable_attention="triton"):
+        yield
+
+
+def make_case(batch=2, queries=11, heads=2, channels=32, points=(2, 2, 2), shapes=SHAPES, device="cpu"):
+    """value, locations, some of them outside, and weights: one dimension for the points of all levels."""
+    pixels, total = sum(h * w for h, w in shapes), sum(points)
+    value = torch.randn(batch, pixels, heads, channels, device=device)
+    locations = torch.rand(batch, queries, heads, total, 2, device=device) * 1.6 - 0.3
+    return value, locations, torch.rand(batch, queries, heads, total, device=device)
+
+
+def by_hand(value, locations, weights, points=(2, 2, 2), shapes=SHAPES):
+    """One sample after the other, of one image, query and head: the paper's formula, and bilinear interpolation in words."""
+    out, first, k = torch.zeros(value.shape[-1], dtype=value.dtype), 0, 0
+    for (height, width), n in zip(shapes, points):
+        for _ in range(n):
+            x, y = (locations[k] * torch.tensor([width, height]) - 0.5).tolist()
+            for row in range(height):
+                for column in range(width):
+                    share = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
+                    out += weights[k] * share * value[first + row * width + column]
+            k += 1
+        first += height * width
+    return out
+
+
+def by_points(points, shapes=SHAPES):
+    return lambda value, locations, weights: ops.deformable_attention(value, shapes, locations, weights, points)
+
+
+def assert_right(case, dtype, points=(2, 2, 2), shapes=SHAPES, **settings):
+    def eager(*tensors):
+        with use_backend(deformable_attention="eager"):
+            return by_points(points, shapes)(*tensors)
+
+    assert_as_accurate_as_eager(by_points(points, shapes), reference=eager, inputs=case, dtype=dtype, **settings)
+
+
+def test_it_is_the_papers_formula_sample_by_sample():
+    value, locations, weights = (t.double() for t in make_case(queries=3, channels=4))
+    out = ops.deformable_attention(value, SHAPES, locations, weights, points=(2, 2, 2))
+    for b, q, h in [(0, 0, 0), (0, 2, 1), (1, 1, 0), (1, 2, 1)]:
+        torch.testing.assert_close(out[b, q, h], by_hand(value[b, :, h], locations[b, q, h], weights[b, q, h]))
+
+
+def test_levels_with_as_many_points_need_no_list_of_them():
+    value, locations, weights = make_case()
+    apart = locations.unflatten(3, (3, 2)), weights.unflatten(3, (3, 2))
+    expected = ops.deformable_attention(value, SHAPES, locations, weights, points=(2, 2, 2))
+    assert torch.equal(ops.deformable_attention(value, SHAPES, *apart), expected)
+
+
+# no query, one, no multiple of a block; heads that fill no power of two, no runs of 16 bytes, several lanes; levels of no point
+@interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "heads", "channels", "points"),
+    [(0, 2, 32, (2, 2, 2)), (1, 1, 16, (1, 0, 2)), (9, 2, 32, (2, 1, 3)), (5, 3, 24, (1, 1, 1)), (3, 1, 5, (2, 1, 1))],
+)
+def test_it_is_as_accurate_as_eager(triton, queries, heads, channels, points, dtype):
+    assert_right(make_case(2, queries, heads, channels, points), dtype, points)
+
+
+@interpreter
+@pytest.mark.parametrize("shapes", [[(4, 7)], [(2, 2), (1, 3), (3, 1), (1, 1), (2, 1), (1, 2)]])
+def test_one_level_and_the_most_are_as_accurate_as_eager(triton, shapes):
+    points = (2,) * len(shapes)
+    assert_right(make_case(1, 3, 1, 16, points, shapes), torch.float32, points, shapes)
+
+
+@interpreter
+def test_values_of_16_bits_go_with_locations_and_weights_of_32(triton):
+    assert_right(make_case(), (torch.bfloat16, torch.float32, torch.float32))
+
+
+@interpreter
+def test_large_values_and_gradients_of_any_layout_are_as_accurate_as_eager(triton):
+    value, locations, weights = make_case(queries=6, channels=8)
+    value = (value * 1e4).transpose(1, 2).contiguous().transpose(1, 2)
+    locations = locations.transpose(1, 3).contiguous().transpose(1, 3)
+    assert_right((value, locations, weights), torch.float32, upstream=lambda y: torch.randn(2, 6, 1, 8).expand(y.shape))
+
+
+@interpreter
+def test_wide_heads_and_many_queries_are_as_accurate_as_eager(triton):
+    assert_right(make_case(1, 3, 1, 200, (1, 1, 0)), torch.float32, (1, 1, 0))
+    with torch.no_grad():  # more than one block of queries, and blocks of four warps
+        case = make_case(1, 600, 2, 8, (1, 0, 0))
+        assert_right(case, torch.bfloat16, (1, 0, 0), grad=False)
+
+
+@interpreter
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_the_gradients_that_are_wanted_are_computed(triton, wanted):
+    case = [t.requires_grad_(want) for t, want in zip(make_case(1, 5, 1, 16), wanted)]
+    leaf = next(t for t in case if t.requires_grad)
+    found = torch.autograd.grad(by_points((2, 2, 2))(*case).square().sum(), leaf)
+    with use_backend(deformable_attention="eager"):
+        expected = torch.autograd.grad(by_points((2, 2, 2))(*case).square().sum(), leaf)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
+@pytest.mark.parametrize(("shapes", "points"), [([(0, 3), (2, 2)], (1, 0)), ([(0, 3)], (2,)), ([(2, 2)], (0,))])
+def test_levels_without_pixels_or_points_give_zero(backend, shapes, points):
+    case = [t.requires_grad_() for t in make_case(1, 3, 1, 8, points, shapes)]
+    with use_backend(deformable_attention=backend):
+        out = by_points(points, shapes)(*case)
+        gradients = torch.autograd.grad(out.sum(), case)
+    assert out.shape == (1, 3, 1, 8)
+    assert not out.any()
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
+def test_what_lies_far_outside_is_zero_and_nan_stays_nan(backend):
+    value, locations, weights = make_case(1, 4, 1, 8)
+    locations[0, 0, 0], locations[0, 1, 0, :, 0] = 1e30, -1e30
+    locations[0, 2, 0, 1, 1] = float("nan")
+    with use_backend(deformable_attention=backend):
+        out = by_points((2, 2, 2))(value, locations, weights)
+    assert (out[0, :2] == 0).all()
+    assert out[0, 2].isnan().all()
+    assert out[0, 3].isfinite().all()
+
+
+@interpreter
+def test_the_double_backward_is_right(triton):
+    case = [t.double().requires_grad_() for t in make_case(1, 2, 1, 3, (1, 1, 1))]
+    single = [t.detach().float().requires_grad_() for t in case]
+
+    def penalty(tensors, backend):
+        with use_backend(deformable_attention=backend):
+            out = by_points((1, 1, 1))(*tensors)
+            first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    levels = tuple((h, w, 1) for h, w in SHAPES)
+    out = _by_indexing(*case, levels)
+    first = torch.autograd.grad(out.square().sum(), case, create_graph=True)
+    expected = torch.autograd.grad(sum(g.square().sum() for g in first), case)
+    for found, truth in zip(penalty(single, "triton"), expected):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-3, atol=1e-3)
+
+
+def test_indexing_gives_what_grid_sample_gives_and_its_gradients():
+    case = [t.double().requires_grad_() for t in make_case()]
+    levels = tuple((h, w, 2) for h, w in SHAPES)
+    out, expected = _by_indexing(*case, levels), by_points((2, 2, 2))(*case)
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, case, dout), torch.autograd.grad(expected, case, dout))
+
+
+@interpreter
+def test_opcheck_accepts_both_ops():
+    value, locations, weights = (t.requires_grad_() for t in make_case(1, 3, 1, 8))
+    sizes = [n for (height, width) in SHAPES for n in (height, width, 2)]
+    forward, backward = torch.ops.detr_fast.deformable_attention, torch.ops.detr_fast.deformable_attention_backward
+    torch.library.opcheck(forward.default, (value, locations, weights, sizes))
+    dout = torch.randn(1, 3, 1, 8).requires_grad_()
+    torch.library.opcheck(backward.default, (dout, value, locations, weights, sizes, [True, True, False]))
+
+
+@interpreter
+def test_a_compiled_model_has_no_graph_break_and_equal_gradients(triton):
+    case = [t.requires_grad_() for t in make_case(1, 3, 1, 8)]
+
+    def step(*tensors):
+        return by_points((2, 2, 2))(*tensors).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(run(*case), case) for run in (compiled, step))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_gpu_takes_one_kernel_and_waits_for_nothing():
+    with FakeTensorMode():
+        case = make_case(device="cuda")
+        counts = count(lambda: by_points((2, 2, 2))(*case))
+    assert counts.launches == {"deformable_attention_kernel": 1}
+    assert counts.total_synchronisations == 0
+
+
+def test_what_no_kernel_takes_is_left_to_eager_with_a_reason(monkeypatch):
+    reasons = []
+    with FakeTensorMode(), dispatch.recording(lambda op, decision: reasons.append(decision.reasons.get("triton"))):
+        value, locations, weights = make_case(device="cuda", shapes=[(1, 1)] * 7, points=(1,) * 7)
+        ops.deformable_attention(value, [(1, 1)] * 7, locations, weights, [1] * 7)
+        value, locations, weights = make_case(device="cuda")
+        by_points((2, 2, 2))(value, locations.double(), weights)
+        by_points((2, 2, 2))(value.expand(-1, -1, -1, 32).repeat(1, 1, 1, 9), locations, weights)
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        by_points((2, 2, 2))(value.requires_grad_(), locations, weights)
+    assert reasons[0] == "7 levels: it takes 1 to 6"
+    assert "torch.float64" in reasons[1]
+    assert reasons[2] == "head dimension 288: it takes 1 to 256"
+    assert "use_deterministic_algorithms" in reasons[3]
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    value, locations, weights = make_case()
+    with pytest.raises(
+        ValueError, match=r"got value \(2, 22, 2, 32\), levels \[\(3, 5\), \(2, 3\)\].*expected \(B, S, H, E\)"
+    ):
+        ops.deformable_attention(value, SHAPES[:2], locations, weights, (3, 3))
+    with pytest.raises(ValueError, match=r"\[2, 2, 1\] points"):
+        ops.deformable_attention(value, SHAPES, locations, weights, (2, 2, 1))
+    with pytest.raises(ValueError, match="points of each level"):  # six points of three levels: which are whose?
+        ops.deformable_attention(value, SHAPES, locations, weights)
+    for wrong in (
+        (value[:1], locations, weights),
+        (value, locations[:, :5], weights),
+        (value[:, :, :1], locations, weights),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            by_points((2, 2, 2))(*wrong)
+
+
+@interpreter
+def test_what_was_asked_for_by_name_and_cannot_be_is_an_error(triton):
+    with pytest.raises(BackendError, match="float64 inputs: it takes bfloat16, float16, float32"):
+        by_points((2, 2, 2))(*(t.double() for t in make_case()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [16, 32, 30, 64])
+def test_on_a_gpu_it_is_as_accurate_as_eager(channels, dtype):
+    shapes = sized([(25, 34), (13, 17), (7, 9), (4, 5)], [(3, 4), (2, 2), (1, 2), (1, 1)])
+    points = (4,) * 4
+    case = make_case(2, sized(300, 3), sized(8, 1), channels, points, shapes, DEVICE)
+    with use_backend(deformable_attention="triton"):
+        assert_right(case, (dtype, torch.float32, dtype), points, shapes)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_deterministic_backward_is_the_same_twice():
+    case = [t.requires_grad_() for t in make_case(2, 50, 2, 32, device=DEVICE)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [torch.autograd.grad(by_points((2, 2, 2))(*case).square().sum(), case) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, *runs))
