@@ -118,6 +118,9 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         share = sigmoid(x)
         y, slope = x * share, share + x * share * (1.0 - share)
+    if ACTIVATION == "quick_gelu":
+        share = sigmoid(1.702 * x)
+        y, slope = x * share, share + 1.702 * x * share * (1.0 - share)
     return y, slope
 
 

@@ -43,6 +43,8 @@ def is_norm(part: Any) -> bool:
 # Others' activation modules, by the class itself: a user's own may have the same name.
 _ACTIVATIONS = {
     "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",  # the same, written out
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
     "transformers.activations.SiLUActivation": "silu",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",

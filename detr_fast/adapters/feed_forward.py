@@ -47,6 +47,26 @@ _CODE = {
     "be6be78ac7ccecf8": _Names("fc1", "activation_fn", None, "fc2", None),  # CLIPMLP
     "0c7c54402a16d5b0": _Names("fc1", "act", "drop", "fc2", "drop"),  # VitDetMlp
     "0fd144a0805b31fc": _Names("layers.0", "act", None, "layers.1", None),  # DFineMLP
+    # Wav2Vec2FeedForward
+    "1c2c23b21527109b": _Names(
+        "intermediate_dense", "intermediate_act_fn", "intermediate_dropout", "output_dense", "output_dropout"
+    ),
+    "a633c94862c8b322": _Names("lin1", "act", None, "lin2", None),  # SamMLPBlock
+    "152f12f397876a65": _Names("up_proj", "act_fn", None, "down_proj", None),  # DINOv3ViTMLP
+    "1c4cd04a68a7f1f5": _Names("linear_fc1", "act_fn", None, "linear_fc2", None),  # Qwen3VLVisionMLP
+    "db26261f66ca73e2": _Names("fc1", "act", None, "fc2", None),  # Qwen2-VL's VisionMlp
+    "837133055a5f7055": _Names("linear_1", "act", None, "linear_2", None),  # LlavaMultiModalProjector
+    "c8a6d21008121fff": _Names("linear_1", "act", None, "linear_2", None),  # VoxtralMultiModalProjector
+    "8fd692b28fb4d7f4": _Names("c_fc", "act", None, "c_proj", "dropout"),  # GPTNeoMLP
+    "694bef80e0a63f00": _Names("fc_in", "act", None, "fc_out", "dropout"),  # GPTJMLP
+    "425f2a9f50a12c28": _Names("dense_h_to_4h", "act", None, "dense_4h_to_h", None),  # GPTNeoXMLP
+    "5bef2687e7826108": _Names("fc1", "activation", "drop", "fc2", "drop"),  # FocalNetMlp
+    "bb5a5853af1d22cb": _Names(
+        "linear1", "activation", "activation_dropout", "linear2", None
+    ),  # ParakeetEncoderFeedForward
+    "128ab49c886a85dd": _Names("fc1", "activation", None, "fc2", None),  # VitPoseBackboneMLP
+    "7077407459cd7e65": _Names("wi", "act", "dropout", "wo", None),  # T5DenseActDense
+    "7f6e062925602053": _Names("fc1", "act", "dropout", "fc2", None),  # NllbMoeDenseActDense
 }
 
 
@@ -59,8 +79,10 @@ class FeedForward(Scriptable):
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
         return {"detr_fast_names": _names(original)}
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor | None = None, **named: Tensor) -> Tensor:
         """As the original's, which runs for CPU tensors and where a part was wrapped or hooked since."""
+        if x is None:  # by the name that the original has for it
+            (x,) = named.values()
         parts = parts_of(self) if is_dispatched(x) else None
         if parts is None:
             return super().forward(x)  # type: ignore[misc]
@@ -78,6 +100,8 @@ def parts_of(block: Any) -> FeedForwardParts | None:
     first, second = block.get_submodule(names.first), block.get_submodule(names.second)
     activation = activation_name(getattr(block, names.activation))
     if activation is None or not (is_plain(first) and is_plain(second)):
+        return None
+    if first.weight.dtype != second.weight.dtype:  # as T5 has it in fp16; its block casts in between
         return None
     inner, outer = (
         0.0 if name is None else probability(getattr(block, name), block.training)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detr_fast.adapters.blocks import comes_apart, feed_forward_add_norm
+from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_plain
 from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.adapters.hugging_face_attention import attend_add_norm
 from detr_fast.nn.bare import is_bare
-from detr_fast.nn.blocks import norm_of_sum, probability
+from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
 
 
 def finite(layer: Any, x: Tensor) -> Tensor:
@@ -41,3 +41,12 @@ def decode(layer: Any, x: Tensor, own: dict[str, Any], cross: dict[str, Any] | N
 def block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
     parts = parts_of(block) if is_bare(block) else None
     return norm_of_sum(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
+
+
+def parts_of_layer(layer: Any) -> FeedForwardParts | None:
+    """The feed-forward block of a layer that holds its parts itself; None where it has to be called."""
+    activation = activation_name(layer.activation_fn)
+    if activation is None or not (is_plain(layer.fc1) and is_plain(layer.fc2)):
+        return None
+    inner, outer = (probability(p, layer.training) for p in (layer.activation_dropout, layer.dropout))
+    return FeedForwardParts(layer.fc1, activation, inner, layer.fc2, outer)

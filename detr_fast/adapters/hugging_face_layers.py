@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Module
 
+from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_deformable as deformable
 from detr_fast.adapters.base import (
     Adapter,
@@ -256,6 +257,11 @@ _CODE: dict[str, type[Module]] = {
     "dd4bc88d4660ab80": CLIPLayer,
     "b848d305993786c4": CLIPLayer,  # the same, written otherwise
     "32b1fc0bc1074b80": YolosLayer,
+    "9fd96d42e17718c0": bart.BartEncoderLayer,
+    "3961d117bf89f69c": bart.MBartEncoderLayer,
+    "b6d4da1ec6ec5a49": bart.BartDecoderLayer,
+    "9bb4b405c16addab": bart.MBartDecoderLayer,
+    "ffdc60d9d45a4be3": bart.WhisperDecoderLayer,
     "9278631b8dca2c19": deformable.DeformableDetrEncoderLayer,
     "6ee73d4b111d5079": deformable.DeformableDetrDecoderLayer,
     "6e62030a3f3af3d1": deformable.RTDetrDecoderLayer,

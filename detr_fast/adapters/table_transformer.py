@@ -17,13 +17,13 @@ from transformers.models.table_transformer import modeling_table_transformer as 
 from detr_fast import dispatch
 from detr_fast.adapters import hugging_face
 from detr_fast.adapters.base import MARK, Adapter, Scriptable, kind_of, names, names_used, why_not_switch
-from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_sum, is_norm, is_plain
+from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_sum, is_norm
 from detr_fast.adapters.hugging_face import padding_of, with_padding
 from detr_fast.adapters.hugging_face_attention import fused
-from detr_fast.adapters.hugging_face_blocks import clamped
+from detr_fast.adapters.hugging_face_blocks import clamped, parts_of_layer
 from detr_fast.adapters.hugging_face_contents import are_numbers, watch_linear, watch_norm
 from detr_fast.nn.bare import is_bare
-from detr_fast.nn.blocks import FeedForwardParts, probability, sum_and_norm
+from detr_fast.nn.blocks import sum_and_norm
 from detr_fast.nn.layer_contents import Contents
 from detr_fast.nn.whole_layer import whole
 from detr_fast.ops.attention import ATTENTION
@@ -97,7 +97,7 @@ class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer, Scriptab
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
         """As transformers'."""
-        parts = _parts(self) if comes_apart(hidden_states, self.final_layer_norm) else None
+        parts = parts_of_layer(self) if comes_apart(hidden_states, self.final_layer_norm) else None
         if parts is None:
             return super().forward(hidden_states, attention_mask, object_queries, output_attentions)  # type: ignore[arg-type]
         with shared_seed():
@@ -111,7 +111,7 @@ class TableTransformerEncoderLayer(theirs.TableTransformerEncoderLayer, Scriptab
         return clamped(x) if self.training else x, weights  # type: ignore[return-value]
 
     def _fused(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, position: Tensor | None) -> Tensor:
-        parts: Any = _parts(self)
+        parts: Any = parts_of_layer(self)
         given = (with_padding(mask, padding), position)
         n, p = self.self_attn_layer_norm(x), parts.output_dropout_p
         x, n = _attend_sum_norm(self.self_attn, self.final_layer_norm, p, n, x, *given)
@@ -134,7 +134,9 @@ class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer, Scriptab
     ) -> tuple[Tensor | None, ...]:
         """As transformers'. Without an encoder's output, where transformers' adds up otherwise, the original runs."""
         norms = (self.encoder_attn_layer_norm, self.final_layer_norm)
-        parts = _parts(self) if encoder_hidden_states is not None and comes_apart(hidden_states, *norms) else None
+        parts = (
+            parts_of_layer(self) if encoder_hidden_states is not None and comes_apart(hidden_states, *norms) else None
+        )
         if parts is None:
             positions = (object_queries, query_position_embeddings)
             memory = (encoder_hidden_states, encoder_attention_mask)
@@ -164,7 +166,7 @@ class TableTransformerDecoderLayer(theirs.TableTransformerDecoderLayer, Scriptab
         memory_mask: Tensor | None,
         memory_padding: Tensor | None,
     ) -> Tensor:
-        parts: Any = _parts(self)
+        parts: Any = parts_of_layer(self)
         n, p = self.self_attn_layer_norm(x), parts.output_dropout_p
         own = (with_padding(mask, padding), queries)
         x, n = _attend_sum_norm(self.self_attn, self.encoder_attn_layer_norm, p, n, x, *own)
@@ -220,14 +222,6 @@ def table_layer(found: Contents, layer: Any) -> bool:
         elif not (watch_norm if is_norm(part) else watch_linear)(found, name, part):
             return False
     return True
-
-
-def _parts(layer: Any) -> FeedForwardParts | None:
-    activation = activation_name(layer.activation_fn)
-    if activation is None or not (is_plain(layer.fc1) and is_plain(layer.fc2)):
-        return None
-    inner, outer = (probability(p, layer.training) for p in (layer.activation_dropout, layer.dropout))
-    return FeedForwardParts(layer.fc1, activation, inner, layer.fc2, outer)
 
 
 def mask(batch_size: int, q_length: int, kv_length: int, *rest: Any, **options: Any) -> Tensor | None:

@@ -46,7 +46,8 @@ def feed_forward(
     """dropout(activation(x @ w1^T + b1)) @ w2^T + b2; with a residual its sum with dropout of that, by output_dropout_p.
 
     Shapes: x (..., C), w1 (F, C), b1 (F,), w2 (D, F), b2 (D,), residual (..., D); the result is (..., D) in x's dtype
-    (autocast's under autocast), promoted with the residual's. activation: relu, gelu (exact), gelu_tanh or silu.
+    (autocast's under autocast), promoted with the residual's. activation: relu, gelu (exact), gelu_tanh, silu or quick_gelu
+    (x sigmoid(1.702 x), CLIP's).
     Raises ValueError for another activation or a probability outside [0, 1], RuntimeError where shapes do not fit, with
     torch's own message; BackendError as `use_backend` says.
     Source: Vaswani et al., 2017, arXiv:1706.03762, section 3.3.

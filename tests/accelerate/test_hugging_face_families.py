@@ -118,6 +118,48 @@ def vision(kind, **options):
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**{**VISION, **options}))
 
 
+SPEECH = {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 8}
+SEQ2SEQ = {
+    "vocab_size": 20,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 16,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+
+
+def seq2seq(kind, use="Model", **options):
+    return getattr(transformers, f"{kind}{use}")(getattr(transformers, f"{kind}Config")(**SEQ2SEQ, **options))
+
+
+def source(model):
+    """Two sentences, the second one padded, or two recordings."""
+    if model.main_input_name == "input_features":
+        features = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        return {"input_features": features.to(next(model.parameters()).dtype)}
+    return {
+        "input_ids": torch.arange(3, 15).view(2, 6),
+        "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]]),
+    }
+
+
+def translate(model):
+    target = {"decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])}
+    if model.main_input_name == "input_ids":
+        target["decoder_attention_mask"] = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    return [model(**source(model), **target).last_hidden_state]
+
+
 # What makes a model and calls it, and how often each op is taken in a forward.
 MODELS = {
     "RTDetr": (rt_detr, detect, {"attention": 3, "add_layer_norm": 8, "feed_forward": 3}),
@@ -137,6 +179,19 @@ MODELS = {
         {"attention": 2, "add_layer_norm": 2},
     ),
     "VitDet": (lambda: vision("VitDet"), look, {"feed_forward": 2}),
+    "CLIPVision": (lambda: vision("CLIPVision"), look, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
+    "DINOv3ViT": (
+        lambda: vision("DINOv3ViT", pos_embed_rescale=None, num_register_tokens=1),
+        look,
+        {"attention": 2, "feed_forward": 2},
+    ),
+    "Bart": (lambda: seq2seq("Bart"), translate, {"attention": 5, "add_layer_norm": 8, "feed_forward": 3}),
+    "MBart": (lambda: seq2seq("MBart"), translate, {"attention": 5, "add_layer_norm": 5, "feed_forward": 3}),
+    "Whisper": (
+        lambda: seq2seq("Whisper", **SPEECH),
+        translate,
+        {"attention": 5, "add_layer_norm": 5, "feed_forward": 3},
+    ),
 }
 
 
@@ -158,6 +213,61 @@ def test_copied_layers_are_as_before_and_run_on_our_ops(name, assert_unchanged):
     assert {op: taken[op] for op in ops} == ops
     detr_fast.restore(model)
     assert not any("detr_fast" in type(module).__module__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "use"), [("Bart", "ForConditionalGeneration"), ("Whisper", "ForConditionalGeneration")]
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_generated_stays_the_same_with_and_without_a_cache(kind, use, cached):
+    torch.manual_seed(1)
+    model = seq2seq(kind, use, **(SPEECH if kind == "Whisper" else {})).double().eval()
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "use_cache": cached}
+    expected = model.generate(**source(model), **options)
+    detr_fast.accelerate(model)
+    with explaining(model) as records:
+        assert torch.equal(model.generate(**source(model), **options), expected)
+    assert any(one.op == "add_layer_norm" for one in records)
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Whisper"])
+def test_a_layers_dropout_draws_what_it_drew(kind):
+    model = seq2seq(kind, activation_dropout=0.2, attention_dropout=0.2, **(SPEECH if kind == "Whisper" else {}))
+    model.config.dropout = 0.2
+    for module in model.modules():
+        if isinstance(getattr(module, "activation_dropout", None), float):
+            module.dropout = 0.2
+    torch.manual_seed(4)
+    (expected,) = translate(model.double().train())
+    detr_fast.accelerate(model)
+    torch.manual_seed(4)
+    with use_backend(attention="sdpa"):
+        torch.testing.assert_close(translate(model)[0], expected)
+
+
+def test_a_block_takes_its_input_by_the_name_that_it_had():
+    block = vision("CLIPVision").encoder.layers[0].mlp
+    x = torch.randn(2, 3, 32)
+    expected = block(hidden_states=x)
+    detr_fast.accelerate(block)
+    with explaining(block) as records:
+        torch.testing.assert_close(block(hidden_states=x), expected)
+    assert [one.op for one in records] == ["feed_forward"]
+
+
+def test_a_block_whose_layers_differ_in_dtype_is_called():
+    """T5's second layer stays in fp32 where the model is in fp16."""
+    config = transformers.T5Config(d_model=16, d_ff=24, dropout_rate=0.0, feed_forward_proj="relu")
+    block = transformers.models.t5.modeling_t5.T5DenseActDense(config).half()
+    block.wo.float()
+    x = torch.randn(2, 3, 16, dtype=torch.float16)
+    expected = block(x)
+    detr_fast.accelerate(block)
+    with explaining(block) as records:
+        assert torch.equal(block(x), expected)
+        block.wo.half()
+        block(x)
+    assert [one.op for one in records] == ["feed_forward"]
 
 
 def test_layers_that_read_the_same_are_told_apart_by_what_they_give_their_attentions():
@@ -199,9 +309,29 @@ KNOWN = {
     "detr.DetrMLP": feed_forward,
     "d_fine.DFineMLP": feed_forward,
     "vitdet.VitDetMlp": feed_forward,
+    "wav2vec2.Wav2Vec2FeedForward": feed_forward,
+    "sam.SamMLPBlock": feed_forward,
+    "dinov3_vit.DINOv3ViTMLP": feed_forward,
+    "qwen3_vl.Qwen3VLVisionMLP": feed_forward,
+    "qwen2_vl.VisionMlp": feed_forward,
+    "llava.LlavaMultiModalProjector": feed_forward,
+    "voxtral.VoxtralMultiModalProjector": feed_forward,
+    "gpt_neo.GPTNeoMLP": feed_forward,
+    "gptj.GPTJMLP": feed_forward,
+    "gpt_neox.GPTNeoXMLP": feed_forward,
+    "focalnet.FocalNetMlp": feed_forward,
+    "parakeet.ParakeetEncoderFeedForward": feed_forward,
+    "vitpose_backbone.VitPoseBackboneMLP": feed_forward,
+    "t5.T5DenseActDense": feed_forward,
+    "nllb_moe.NllbMoeDenseActDense": feed_forward,
     "clip.CLIPEncoderLayer": hugging_face_layers,
     "pp_ocrv5_mobile_rec.PPOCRV5MobileRecBlock": hugging_face_layers,
     "yolos.YolosLayer": hugging_face_layers,
+    "bart.BartEncoderLayer": hugging_face_layers,
+    "mbart.MBartEncoderLayer": hugging_face_layers,
+    "bart.BartDecoderLayer": hugging_face_layers,
+    "mbart.MBartDecoderLayer": hugging_face_layers,
+    "whisper.WhisperDecoderLayer": hugging_face_layers,
     "deformable_detr.DeformableDetrEncoderLayer": hugging_face_layers,
     "deformable_detr.DeformableDetrDecoderLayer": hugging_face_layers,
     "rt_detr.RTDetrDecoderLayer": hugging_face_layers,

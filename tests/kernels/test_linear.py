@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -140,7 +141,7 @@ def test_the_bias_gradient_is_the_sum_of_rows_in_any_order_of_programs(activatio
 
 
 @pytest.mark.parametrize("dropout", [None, Dropout(torch.tensor([7]), 3, 0.25)], ids=["", "dropout"])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "quick_gelu"])
 @pytest.mark.parametrize(("rows", "hidden", "width", "outputs"), [(1, 8, 8, 8), (37, 20, 9, 16), (70, 136, 24, 8)])
 def test_a_backward_that_computes_pre_again_is_the_one_that_read_it(
     interpreter, activation, rows, hidden, width, outputs, dropout

@@ -158,6 +158,7 @@ CALLS = (
     ),
     (matching_cost, "triton", {"focal": NO_YES, "dtype": (BF16, FP32)}),
     (detection_losses, "triton", {"focal": NO_YES, "dtype": (BF16, FP32), "boxes": NO_YES}),
+    (feed_forward, "triton", FEED_FORWARD | {"activation": ("quick_gelu",)}),
 )
 PROGRAMS = 64  # half a second each
 

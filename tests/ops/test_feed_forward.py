@@ -295,7 +295,9 @@ def test_what_does_not_fit_is_refused_in_words(kernel):
         x, w1, b1, w2, b2 = (t.cuda() for t in tensors(norm=False))
         with pytest.raises(BackendError, match=r"w2 has shape \(16, 41\); expected \(16, 40\)"):
             ops.feed_forward(x, w1, b1, torch.empty(16, 41, device="cuda"), b2)
-    with pytest.raises(ValueError, match="got activation 'tanh'; expected one of relu, gelu, gelu_tanh, silu"):
+    with pytest.raises(
+        ValueError, match="got activation 'tanh'; expected one of relu, gelu, gelu_tanh, silu, quick_gelu"
+    ):
         ops.feed_forward(x, w1, b1, w2, b2, "tanh")
 
 
