@@ -105,7 +105,7 @@ def accelerate(
 ) -> Report:
     """Switch the class of each module that we can run faster, in place, and say what was switched and what not.
 
-    Known are torch.nn's LayerNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, layers,
+    Known are torch.nn's LayerNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, deformable too, layers,
     feed-forward blocks and detection losses, the original DETR repository's layers, and the attention, blocks, feed-forward blocks and norms
     of timm's and torchvision's vision transformers. The model computes what it did, within rounding; parameters, buffers,
     hooks, optimizers, wrappers such as DDP and references to modules stay valid.

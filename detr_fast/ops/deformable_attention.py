@@ -42,21 +42,23 @@ def deformable_attention(
     Raises ValueError where the shapes do not fit; BackendError as `use_backend` says.
     Source: arXiv:2010.04159, section 4.1.
     """
-    levels = _levels(value, shapes, locations, weights, points)
-    locations, weights = locations.flatten(3, -2), weights.flatten(3)
+    arguments = arguments_of(value, shapes, locations, weights, points)
     if not (dispatch.intervening or value.is_cuda):
-        return _eager(value, locations, weights, levels)
-    return DEFORMABLE_ATTENTION(value, locations, weights, levels)
+        return _eager(*arguments)
+    return DEFORMABLE_ATTENTION(*arguments)  # type: ignore[no-any-return]
 
 
-def _levels(
+def arguments_of(
     value: Tensor,
     shapes: Sequence[tuple[int, int]],
     locations: Tensor,
     weights: Tensor,
     points: Sequence[int] | None,
-) -> Levels:
-    """Height, width and points of each level. Raises ValueError where the shapes do not fit."""
+) -> tuple[Tensor, Tensor, Tensor, Levels]:
+    """What implementations take: value, locations (B, Q, H, K, 2), weights (B, Q, H, K), and height, width and points of each level.
+
+    Raises ValueError where the shapes do not fit.
+    """
     if points is None and weights.ndim == 5 and weights.shape[3] == len(shapes):
         points = [weights.shape[4]] * len(shapes)
     levels = tuple((int(height), int(width), int(n)) for (height, width), n in zip(shapes, points or ()))
@@ -77,7 +79,7 @@ def _levels(
             f"and weights {tuple(weights.shape)}; expected (B, S, H, E) with S = Σ height · width, (B, Q, H, L, P, 2) and "
             "(B, Q, H, L, P) for L levels, or (B, Q, H, K, 2) and (B, Q, H, K) with points of each level, K in all"
         )
-    return levels
+    return value, locations.flatten(3, -2), weights.flatten(3), levels
 
 
 @dataclass(frozen=True)

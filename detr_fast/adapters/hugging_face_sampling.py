@@ -1,0 +1,193 @@
+"""Multi-scale deformable attention of transformers' models: where their own code samples, the kernel does, if one takes the call.
+
+What is around it, projections, offsets and softmax, stays theirs. Their sampling is a module of its own in some models, a function in
+others; both are known by all of their code (`base.fingerprint`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
+from detr_fast.adapters.blocks import is_dispatched
+from detr_fast.dispatch import TritonImplementation
+from detr_fast.ops.deformable_attention import DEFORMABLE_ATTENTION, arguments_of
+
+Sampling = Callable[..., Tensor]
+
+
+def sampled(
+    value: Tensor, shapes: Any, locations: Tensor, weights: Tensor, points: Sequence[int] | None = None
+) -> Tensor | None:
+    """`ops.deformable_attention` as (B, Q, H · E); None where PyTorch's operations are to run: theirs do."""
+    if not is_dispatched(value) or isinstance(shapes, Tensor):  # to read a tensor's numbers the host would wait
+        return None
+    try:
+        arguments = arguments_of(value, shapes, locations, weights, points)
+    except ValueError:  # of other shapes than we know: theirs says what is wrong, if anything is
+        return None
+    chosen = DEFORMABLE_ATTENTION.choose(*arguments)
+    return chosen.run(*arguments).flatten(2) if isinstance(chosen, TritonImplementation) else None
+
+
+class MultiScaleDeformableAttention(Scriptable):
+    """The module that samples, of Deformable DETR and nine models that copied it."""
+
+    def forward(
+        self: Any,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: Any,
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        found = sampled(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+        if found is not None:
+            return found
+        places = value_spatial_shapes, value_spatial_shapes_list, level_start_index, sampling_locations
+        return super().forward(value, *places, attention_weights, im2col_step)  # type: ignore[misc,no-any-return]
+
+
+def _by_levels(
+    theirs: Sampling, value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """In place of the function of Mask2Former and OneFormer."""
+    found = sampled(value, value_spatial_shapes, sampling_locations, attention_weights)
+    if found is not None:
+        return found
+    return theirs(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+def _by_points(
+    theirs: Sampling,
+    value: Tensor,
+    value_spatial_shapes: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: Sequence[int],
+    method: str = "default",
+) -> Tensor:
+    """In place of the function of RT-DETR v2, D-FINE and DEIMv2; its other method reads the nearest pixel, which stays theirs."""
+    found = None
+    if method == "default":
+        found = sampled(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list)
+    if found is not None:
+        return found
+    given = sampling_locations, attention_weights, num_points_list, method
+    return theirs(value, value_spatial_shapes, *given)
+
+
+_MODULE = "af9a3b827beed9b4"
+# By the fingerprint of a function: what takes its place, given it.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "11701a81af4f08d9": _by_levels,
+    "bad4d09c4f7ecbdd": _by_points,
+}
+_NAMES = ("multi_scale_deformable_attention", "multi_scale_deformable_attention_v2")  # of such functions
+_HELD = "ms_deformable_attn_core"  # the attribute of D-FINE's modules that holds one
+
+
+class DeformableAttention(Scriptable):
+    """A module whose forward calls such a function: its own code, which finds another under the function's name."""
+
+    _detr_fast_forward: Callable[..., Any]
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        return {"_detr_fast_forward": _with_function(original)}
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._detr_fast_forward(*args, **kwargs)
+
+
+class HeldDeformableAttention(Scriptable):
+    """A module that holds such a function, of its own Python module: D-FINE's and DEIMv2's."""
+
+    _detr_fast_functions: tuple[Sampling, Sampling]  # theirs, and what takes its place
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        theirs = _function_of(original)
+        place = _place_of(theirs)
+        return {"_detr_fast_functions": (theirs, theirs if place is None else partial(place, theirs))}
+
+    @property
+    def ms_deformable_attn_core(self) -> Sampling:
+        """Before what the instance holds under that name."""
+        held: Sampling = self.__dict__[_HELD]
+        theirs, place = self._detr_fast_functions
+        return place if held is theirs else held
+
+
+def _function_of(kind: type[Module]) -> Any:
+    names = vars(sys.modules[kind.__module__])
+    return next((names[name] for name in _NAMES if name in names), None)
+
+
+def _with_function(kind: type[Module]) -> Callable[..., Any]:
+    """The class's forward among the globals of its own module, but for the function."""
+    forward: Any = inspect.unwrap(kind.forward)
+    name = _name_used(forward)
+    assert name is not None
+    theirs = forward.__globals__[name]
+    place = _place_of(theirs)
+    assert place is not None
+    names = {**forward.__globals__, name: partial(place, theirs)}
+    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def _name_used(forward: Any) -> str | None:
+    """Under which name a function's code calls such a function."""
+    code = getattr(forward, "__code__", None)
+    return next((name for name in _NAMES if code is not None and name in code.co_names), None)
+
+
+@cache
+def _place_of(function: Any) -> Callable[..., Tensor] | None:
+    return _FUNCTIONS.get(fingerprint(function) or "")
+
+
+def _ours(module: Module) -> type[Module] | None:
+    kind = kind_of(module)
+    if not kind.__module__.startswith("transformers."):
+        return None
+    forward: Any = inspect.unwrap(kind.forward)
+    if (name := _name_used(forward)) is not None and _place_of(forward.__globals__.get(name)) is not None:
+        return DeformableAttention
+    held = module.__dict__.get(_HELD)
+    if held is not None and held is _function_of(kind) and _place_of(held) is not None:
+        return HeldDeformableAttention
+    return MultiScaleDeformableAttention if _is_module(kind.forward) else None
+
+
+@cache
+def _is_module(forward: Any) -> bool:
+    return fingerprint(forward) == _MODULE
+
+
+class HuggingFaceSampling(Adapter):
+    """Modules that sample, by code that is known."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        ours = _ours(module)
+        if ours is None or isinstance(module, ours):
+            return None
+        kind = kind_of(module)
+        return why_not_switch(module) or joined(ours, kind, kind)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return f"detr_fast.ops.deformable_attention ({joined_of(replacement).__name__})"

@@ -1,0 +1,167 @@
+"""Deformable attention of transformers' models: known by its code, samples by our op, and all else stays theirs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import detr_fast
+from detr_fast import dispatch, use_backend
+from detr_fast.adapters import hugging_face_sampling as sampling
+from detr_fast.adapters.base import fingerprint
+from detr_fast.testing import count
+from detr_fast.testing.interpreter import checked_interpreter
+
+transformers = pytest.importorskip("transformers")
+interpreter = pytest.mark.interpreter
+
+SHAPES = [(3, 4), (2, 2), (1, 2)]
+PIXELS = sum(h * w for h, w in SHAPES)
+WIDTH, QUERIES = 16, 5
+
+
+def modeling(model):
+    return importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+
+
+def config(**more):
+    rest = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_n_points": 2, "encoder_n_points": 2}
+    levels = {"num_feature_levels": 3, "decoder_n_levels": 3, "decoder_offset_scale": 0.5, "decoder_method": "default"}
+    return SimpleNamespace(d_model=WIDTH, disable_custom_kernels=True, **{**rest, **levels, **more})
+
+
+def pixel_decoder(model, name):
+    return lambda: getattr(modeling(model), name)(embed_dim=WIDTH, num_heads=2, n_levels=3, n_points=2)
+
+
+# Each way in which transformers' models sample: what makes such a module.
+MODULES = {
+    "RT-DETR": lambda: modeling("rt_detr").RTDetrMultiscaleDeformableAttention(config(), 2, 2),
+    "Grounding DINO": lambda: modeling("grounding_dino").GroundingDinoMultiscaleDeformableAttention(config(), 2, 2),
+    "RT-DETR v2": lambda: modeling("rt_detr_v2").RTDetrV2MultiscaleDeformableAttention(config()),
+    "D-FINE": lambda: modeling("d_fine").DFineMultiscaleDeformableAttention(config(decoder_n_points=[1, 3, 2])),
+    "DEIMv2": lambda: modeling("deimv2").Deimv2MultiscaleDeformableAttention(config()),
+    "Mask2Former": pixel_decoder("mask2former", "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention"),
+    "OneFormer": pixel_decoder("oneformer", "OneFormerPixelDecoderEncoderMultiscaleDeformableAttention"),
+}
+
+
+def call(module, masked=False):
+    generator = torch.Generator().manual_seed(3)
+    x, memory = (torch.randn(2, n, WIDTH, generator=generator) for n in (QUERIES, PIXELS))
+    boxes = torch.rand(2, QUERIES, 1, 4, generator=generator) * 0.5 + 0.2
+    mask = torch.rand(2, PIXELS, generator=generator) < 0.7 if masked else None
+    start = torch.tensor([0, 12, 16])
+    found = module(
+        hidden_states=x,
+        attention_mask=mask,
+        encoder_hidden_states=memory,
+        reference_points=boxes,
+        spatial_shapes_list=SHAPES,
+        **({} if "Mask2Former" in repr(module) else {"spatial_shapes": torch.tensor(SHAPES)}),
+        level_start_index=start,
+    )
+    return found[0]
+
+
+def with_gradients(module, masked=False):
+    module.zero_grad()
+    out = call(module, masked)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in module.parameters())]
+
+
+def made(name):
+    torch.manual_seed(0)
+    module = MODULES[name]()
+    for parameter in module.parameters():  # all heads and queries sample the same places at first
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+# D-FINE's own code takes no mask of this shape.
+@interpreter
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [(name, masked) for name in MODULES for masked in (False, True) if not (masked and name in ("D-FINE", "DEIMv2"))],
+)
+def test_the_kernel_samples_what_transformers_does(name, masked):
+    module = made(name)
+    expected = with_gradients(module, masked)
+    report = detr_fast.accelerate(module)
+    assert len(report.switched) == 1
+    seen = []
+    with (
+        checked_interpreter(),
+        use_backend(deformable_attention="triton"),
+        dispatch.recording(lambda op, d: seen.append((op, d.implementation.name))),
+    ):
+        found = with_gradients(module, masked)
+    assert seen == [("deformable_attention", "triton")]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    detr_fast.restore(module)
+    assert all(torch.equal(*pair) for pair in zip(with_gradients(module, masked), expected))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_where_no_kernel_runs_theirs_does_to_the_bit_also_in_a_copy_and_under_compile(name):
+    module = made(name).eval()
+    expected = with_gradients(module)
+    detr_fast.accelerate(module)
+    for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert all(torch.equal(*pair) for pair in zip(with_gradients(one), expected, strict=True))
+    torch.compiler.reset()
+    with use_backend(deformable_attention="eager"), torch.no_grad():
+        compiled = call(torch.compile(module, fullgraph=True, backend="eager"))
+        assert torch.equal(call(module), expected[0])
+    torch.testing.assert_close(compiled, expected[0])
+
+
+def test_a_gpu_launches_once_where_transformers_launches_19_operations():
+    module = modeling("deformable_detr").MultiScaleDeformableAttention()
+    shapes = [(8, 11), (4, 6), (2, 3), (1, 2)]
+    pixels = sum(h * w for h, w in shapes)
+
+    def launches():
+        with FakeTensorMode():
+            value, locations, weights = (
+                torch.empty(2, pixels, 8, *rest, device="cuda") for rest in ((32,), (4, 4, 2), (4, 4))
+            )
+            return count(lambda: module(value, None, shapes, None, locations, weights, 64)).total_launches
+
+    before = launches()
+    detr_fast.accelerate(module)
+    assert (before, launches()) == (19, 1)
+
+
+def test_the_nearest_pixel_and_shapes_on_the_device_are_left_to_transformers():
+    torch.manual_seed(0)
+    module = modeling("rt_detr_v2").RTDetrV2MultiscaleDeformableAttention(config(decoder_method="discrete"))
+    expected = call(module)
+    detr_fast.accelerate(module)
+    with use_backend(deformable_attention="eager"), dispatch.recording(lambda *_: pytest.fail("was asked")):
+        assert torch.equal(call(module), expected)
+        assert sampling.sampled(torch.zeros(1, 6, 1, 8), torch.tensor([[2, 3]]), None, None) is None
+
+
+def test_a_function_that_is_not_transformers_own_is_left_alone(monkeypatch):
+    module = made("Mask2Former")
+    monkeypatch.setattr(modeling("mask2former"), "multi_scale_deformable_attention", lambda *_: None)
+    assert not detr_fast.accelerate(module).switched
+    fine = made("D-FINE")
+    fine.ms_deformable_attn_core = lambda *given: given[0]
+    assert not detr_fast.accelerate(fine).switched
+
+
+def test_all_code_that_is_known_is_transformers():
+    assert fingerprint(modeling("lw_detr").MultiScaleDeformableAttention.forward) == sampling._MODULE
+    functions = [modeling(model).multi_scale_deformable_attention for model in ("mask2former", "oneformer")]
+    functions += [modeling(model).multi_scale_deformable_attention_v2 for model in ("rt_detr_v2", "d_fine", "deimv2")]
+    assert {fingerprint(one) for one in functions} == set(sampling._FUNCTIONS)
