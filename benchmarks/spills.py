@@ -1,4 +1,4 @@
-"""What `attention_spills` and `layer_spills` share: cases of a kernel's features in pairs, and compiling their programs into a file."""
+"""What `attention_spills` and `layer_spills` share: cases of a kernel's features together, and compiling their programs into a file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ def cover(
     dice: random.Random,
     is_reached: Callable[[Case], bool] = lambda case: True,
     pressure: Callable[[Case], int] = lambda case: 0,
+    together: int = 2,
 ) -> Iterator[Case]:
-    """Cases that hold every two values of two features that a call may have together, at least once.
+    """Cases that hold every two values of two features (or so many, together) that a call may have, at least once.
 
     Of random ones those that cover most that is missing, and of these those under most pressure.
     """
-    missing = {((a, v), (b, w)) for a, b in combinations(options, 2) for v in options[a] for w in options[b]}
+    together = min(together, len(options))
+    single = {name: [(name, value) for value in values] for name, values in options.items()}
+    missing = {one for names in combinations(single, together) for one in product(*(single[name] for name in names))}
     in_vain = 0
     while missing and in_vain < 60:
         order = sorted(missing, key=repr)  # of a set it is another in each process
@@ -41,12 +45,16 @@ def cover(
             case |= dict(dice.choice(order)) if dice.random() < 0.7 else {}
             if is_reached(case):
                 drawn.append(case)
-        best = max(drawn, key=lambda one: (len(missing.intersection(combinations(one.items(), 2))), pressure(one)))
-        found = missing.intersection(combinations(best.items(), 2))
+        best = max(drawn, key=lambda one: (len(_covered(one, missing, together)), pressure(one)))
+        found = _covered(best, missing, together)
         in_vain = 0 if found else in_vain + 1
         missing -= found
         if found:
             yield best
+
+
+def _covered(case: Case, missing: set[Any], together: int) -> set[Any]:
+    return missing.intersection(combinations(case.items(), together))
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Kernels:
     """Kernels by name, for a generation of GPUs (see `launch.generation`).
 
     options: of a kernel's features. is_reached: whether a call may have these together. variant_of: their program. pressure: how
-    likely registers are short.
+    likely registers are short. together: how many features of a kernel are covered together, where not two.
     """
 
     names: tuple[str, ...]
@@ -62,6 +70,7 @@ class Kernels:
     is_reached: Callable[[str, Case], bool]
     variant_of: Callable[[str, Case, str], Variant]
     pressure: Callable[[Case], int]
+    together: Mapping[str, int] = field(default_factory=dict)
 
     def programs(self, targets: list[str]) -> Iterator[tuple[str, str, Variant]]:
         """(name, target, variant), kernels and targets by turns."""
@@ -83,7 +92,8 @@ class Kernels:
     def _cases(self, kernel: str, target: str) -> Iterator[Case]:
         generation = GENERATIONS[target]
         dice = random.Random(f"{kernel} {generation}")
-        return cover(self.options(kernel, generation), dice, lambda case: self.is_reached(kernel, case), self.pressure)
+        reached = partial(self.is_reached, kernel)
+        return cover(self.options(kernel, generation), dice, reached, self.pressure, self.together.get(kernel, 2))
 
 
 def main(kernels: Kernels, targets: str, file: str) -> None:

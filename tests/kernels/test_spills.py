@@ -31,6 +31,10 @@ VARIANTS = {
         "sm_90",
         backward_variant(20, BackwardForm((BF16, BF16, BF16, None, BF16, BF16, BF16), True, True, True, True), 1),
     ),  # 8
+    "add_layer_norm_backward_of_8192": (
+        "sm_90",
+        backward_variant(8192, BackwardForm((BF16, None, BF16, BF16, BF16, BF16, BF16), True, True, True), 8),
+    ),  # 24
     "add_layer_norm_of_24": (
         "sm_80",
         add_layer_norm.forward_variant(24, BF16, BF16, None, FP32, BF16, True, True, 8),
