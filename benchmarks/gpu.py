@@ -102,6 +102,7 @@ def sections(out: Path) -> list[Section]:
         "layer_norm",
         "attention_forms",
         "losses",
+        "deformable_attention",
         "criterion",
         "hugging_face_layers",
         "backbone",

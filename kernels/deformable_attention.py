@@ -21,16 +21,14 @@ import torch
 from torch import Tensor
 
 from .configs import DEFORMABLE_FEW, deformable_config
-from .entry import TARGETS, Budget, Entry
-from .launch import Variant, empty, generation, jit, launch, pointer, tl
+from .entry import Budget, Entry
+from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
-from .rows import MAX_PLANS, Plan, address_of, arriving_rows, run_length, run_pointers
+from .rows import MAX_PLANS, Plan, address_of, arriving_rows, column_block, run_length, run_pointers
 
 MAX_LEVELS = 6
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = (1 << 31) - 1  # of one image's values and locations: offsets within an image are 32 bits
-
-RUNS_ADDED = ("sm_90", "sm_100", "sm_120")  # targets on which an atomic adds 16 bytes at once
 
 Level = tuple[int, int, int]  # height, width, points
 
@@ -67,6 +65,7 @@ def deformable_attention_kernel(
     LEVELS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    FULL: tl.constexpr,
     VEC: tl.constexpr,
 ):
     """value (B, rows, heads, channels), location (B, queries, heads, points, 2), weight (B, queries, heads, points) -> out (B, queries, heads, channels)."""
@@ -74,17 +73,18 @@ def deformable_attention_kernel(
     heights = (height_0, height_1, height_2, height_3, height_4, height_5)
     widths = (width_0, width_1, width_2, width_3, width_4, width_5)
     counts = (points_0, points_1, points_2, points_3, points_4, points_5)
-    image, head, query, exists, column, inside = _place(queries, heads, channels, BLOCK_Q, BLOCK_E, VEC)
+    image, head, query, exists, column, inside = _place(queries, heads, channels, BLOCK_Q, BLOCK_E, FULL, VEC)
     row_size = heads * channels
     value_ptr += image * rows * row_size + head * channels
     location_ptr += image * queries * heads * points * 2
     weight_ptr += image * queries * heads * points
-    point = (query * heads + head) * points
+    base = (query * heads + head) * points
     total = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
-    first = 0
+    first, begun = 0, 0
     for level in tl.static_range(LEVELS):
         height, width = heights[level], widths[level]
-        for _ in range(counts[level]):
+        for k in range(begun, begun + counts[level]):
+            point = base + k
             x, y, weight = _load_point(location_ptr, weight_ptr, point, exists)
             x0, right = _cell(x, width)
             y0, below = _cell(y, height)
@@ -96,8 +96,8 @@ def deformable_attention_kernel(
                 pointers = run_pointers(value_ptr, start[:, None], column, VEC)
                 found = tl.load(pointers, mask=there[:, None] & inside, other=0.0).to(tl.float32)
                 total += (weight * share)[:, None] * found
-            point += 1
         first += height * width
+        begun += counts[level]
     start = (query * heads + head) * channels
     pointers = run_pointers(out_ptr + image * queries * row_size, start[:, None], column, VEC)
     tl.store(pointers, total.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside)
@@ -138,15 +138,15 @@ def deformable_attention_backward_kernel(
     LEVELS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    FULL: tl.constexpr,
     VEC: tl.constexpr,
-    ADD_VEC: tl.constexpr,
 ):
     """dout (B, queries, heads, channels) -> dvalue, fp32, added to; dlocation and dweight; each may be left out."""
     wait_for_previous()
     heights = (height_0, height_1, height_2, height_3, height_4, height_5)
     widths = (width_0, width_1, width_2, width_3, width_4, width_5)
     counts = (points_0, points_1, points_2, points_3, points_4, points_5)
-    image, head, query, exists, column, inside = _place(queries, heads, channels, BLOCK_Q, BLOCK_E, VEC)
+    image, head, query, exists, column, inside = _place(queries, heads, channels, BLOCK_Q, BLOCK_E, FULL, VEC)
     row_size = heads * channels
     values = image * rows * row_size + head * channels
     place = image * queries * heads * points
@@ -155,11 +155,12 @@ def deformable_attention_backward_kernel(
     start = (query * heads + head) * channels
     arriving = run_pointers(dout_ptr + image * queries * row_size, start[:, None], column, VEC)
     dout = tl.load(arriving, mask=exists[:, None] & inside, other=0.0).to(tl.float32)
-    point = (query * heads + head) * points
-    first = 0
+    base = (query * heads + head) * points
+    first, begun = 0, 0
     for level in tl.static_range(LEVELS):
         height, width = heights[level], widths[level]
-        for _ in range(counts[level]):
+        for k in range(begun, begun + counts[level]):
+            point = base + k
             x, y, weight = _load_point(location_ptr, weight_ptr, point, exists)
             x0, right = _cell(x, width)
             y0, below = _cell(y, height)
@@ -174,7 +175,7 @@ def deformable_attention_backward_kernel(
                 begin = ((row + (corner // 2) * width + corner % 2) * row_size)[:, None]
                 if dvalue_ptr is not None:
                     grown = (weight * across * down)[:, None] * dout
-                    pointers = run_pointers(dvalue_ptr + values, begin, column, ADD_VEC)
+                    pointers = run_pointers(dvalue_ptr + values, begin, column, VEC)
                     tl.atomic_add(pointers, grown, mask=there, sem="relaxed")
                 if dweight_ptr is not None or dlocation_ptr is not None:
                     found = tl.load(run_pointers(value_ptr + values, begin, column, VEC), mask=there, other=0.0)
@@ -189,18 +190,19 @@ def deformable_attention_backward_kernel(
                 element = dlocation_ptr.dtype.element_ty
                 tl.store(coordinate, (dx * weight * width).to(element), mask=exists)
                 tl.store(coordinate + 1, (dy * weight * height).to(element), mask=exists)
-            point += 1
         first += height * width
+        begun += counts[level]
 
 
 @jit
-def _place(queries, heads, channels, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr, VEC: tl.constexpr):
+def _place(
+    queries, heads, channels, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr
+):
     """A program's image (int64) and head; its queries, and which exist; channels, and which exist."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     problem, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    column = tl.arange(0, BLOCK_E)[None, :]
-    inside = column // VEC < channels // VEC
+    column, inside, _ = column_block(channels, BLOCK_E, FULL, VEC)
     return (problem // heads).to(tl.int64), problem % heads, query, query < queries, column, inside
 
 
@@ -258,12 +260,8 @@ def deformable_attention_backward(
     weight: Tensor,
     levels: tuple[Level, ...],
     wanted: tuple[bool, bool, bool],
-    in_runs: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for value, location and weight, in their dtypes, those that are wanted; the value's not deterministic.
-
-    in_runs: see `adds_runs`.
-    """
+    """Gradients for value, location and weight, in their dtypes, those that are wanted; the value's not deterministic."""
     dout, value, location, weight = (t.contiguous() for t in (dout, value, location, weight))
     dout, _ = arriving_rows(dout)
     dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device) if wanted[0] else None
@@ -274,7 +272,7 @@ def deformable_attention_backward(
         dtypes = dout.dtype, value.dtype, location.dtype, weight.dtype
         sizes = location.shape[0], *value.shape[1:], location.shape[1]
         addresses = (address_of(dout) | address_of(value) | address_of(dvalue)) % 16
-        plan = _plan_backward(sizes, levels, dtypes, wanted, in_runs, addresses)
+        plan = _plan_backward(sizes, levels, dtypes, wanted, addresses)
         launch(plan.variant, plan.grid, dout, value, location, weight, dvalue, dlocation, dweight, *plan.sizes)
     return None if dvalue is None else dvalue.to(value.dtype), dlocation, dweight
 
@@ -296,17 +294,11 @@ def _plan_backward(
     levels: tuple[Level, ...],
     dtypes: tuple[torch.dtype, ...],
     wanted: tuple[bool, bool, bool],
-    in_runs: bool,
     offset: int,
 ) -> Plan:
     channels = sizes[3]
     vector = run_length(min(dtypes[0].itemsize, dtypes[1].itemsize), channels, offset)
-    return _plan(backward_variant(len(levels), channels, dtypes, wanted, vector, in_runs), sizes, levels)
-
-
-def adds_runs(device: torch.device) -> bool:
-    """Whether an atomic adds 16 bytes at once there: on `RUNS_ADDED`."""
-    return generation(device) in ("hopper", "blackwell")
+    return _plan(backward_variant(len(levels), channels, dtypes, wanted, vector), sizes, levels)
 
 
 def _plan(variant: Variant, sizes: Sizes, levels: tuple[Level, ...]) -> Plan:
@@ -332,16 +324,12 @@ def backward_variant(
     dtypes: tuple[torch.dtype, ...],
     wanted: tuple[bool, bool, bool],
     vector: int,
-    in_runs: bool,
 ) -> Variant:
-    """The program of the backward; dtypes: of dout, value, location and weight; in_runs: see `adds_runs`."""
+    """The program of the backward; dtypes: of dout, value, location and weight."""
     results = (torch.float32, *dtypes[2:])
     tensors = (*dtypes, *(dtype if want else None for dtype, want in zip(results, wanted)))
-    vector = min(
-        vector, 4
-    )  # channels a lane, as many as an atomic adds: programs of two layouts take three times as many shuffles
-    adding = {"ADD_VEC": vector if in_runs else 1}  # 1: neighbouring lanes add neighbouring channels
-    return _variant(deformable_attention_backward_kernel, levels, channels, tensors, vector, True, adding)
+    # Four channels a lane, 16 bytes of what is added, and one warp: programs of two layouts, or of more warps, exchange more.
+    return _variant(deformable_attention_backward_kernel, levels, channels, tensors, min(vector, 4), True)
 
 
 def _variant(
@@ -351,37 +339,33 @@ def _variant(
     tensors: tuple[torch.dtype | None, ...],
     vector: int,
     few: bool,
-    more: dict[str, int] | None = None,
 ) -> Variant:
     config = deformable_config(channels, vector, few)
     sizes = ["i32"] * (5 + 3 * MAX_LEVELS)
-    constants = {"LEVELS": levels, "BLOCK_Q": config.rows, "BLOCK_E": config.columns, "VEC": vector, **(more or {})}
+    shape = {"BLOCK_Q": config.rows, "BLOCK_E": config.columns, "FULL": config.columns == channels, "VEC": vector}
+    constants = {"LEVELS": levels, **shape}
     return Variant(kernel, (*map(pointer, tensors), *sizes), constants, config.num_warps)
 
 
 def catalog_entries() -> Iterator[Entry]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    op, given = "deformable_attention", (bf16, bf16, fp32, bf16)
+    op, given, example = "deformable_attention", (bf16, bf16, fp32, bf16), partial(_example, bf16)
     forward = forward_variant(4, 32, (bf16, fp32, bf16, bf16), 8, True)
-    yield Entry(op, f"{op}_forward", forward, 8 * 32, Budget(72, 0, 64, 0), partial(_example, True))
-    for in_runs, name in ((True, "backward"), (False, "backward_scattered")):
-        backward = backward_variant(4, 32, given, (True, True, True), 8, in_runs)
-        targets = tuple(target for target in TARGETS if (target in RUNS_ADDED) == in_runs)
-        budget = Budget(168, 1024, 96, 1024)
-        yield Entry(op, f"{op}_{name}", backward, 8 * 32, budget, partial(_example, in_runs), targets)
+    yield Entry(op, f"{op}_forward", forward, 8 * 32, Budget(72, 0, 64, 0), example)
+    backward = backward_variant(4, 32, given, (True, True, True), 8)
+    yield Entry(op, f"{op}_backward", backward, 8 * 32, Budget(168, 1024, 96, 1024), example)
 
 
-def _example(in_runs: bool, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+def _example(dtype: torch.dtype, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
     """Two images, two heads of 32 channels, four levels of 2 points; queries in two blocks, some of their points outside."""
     levels = ((3, 5, 2), (2, 3, 2), (2, 2, 2), (1, 1, 2))
-    dtype = torch.bfloat16
     value, dout = (torch.randn(2, n, 2, 32, device=device).to(dtype) for n in (26, 11))
     location = torch.rand(2, 11, 2, 8, 2, device=device) * 1.4 - 0.2
     weight = torch.rand(2, 11, 2, 8, device=device).to(dtype)
 
     def call() -> tuple[Tensor, ...]:
         out = deformable_attention_forward(value, location, weight, levels, dtype)
-        found = deformable_attention_backward(dout, value, location, weight, levels, (True, True, True), in_runs)
+        found = deformable_attention_backward(dout, value, location, weight, levels, (True, True, True))
         return (out, *(t for t in found if t is not None))
 
     return call

@@ -160,8 +160,7 @@ class TritonDeformableAttention(TritonImplementation):
         value, locations, weights = rehearsed(call.layouts)
         out = kernels.deformable_attention_forward(value, locations, weights, call.levels, _result(value, weights))
         if call.needs_grad:
-            in_runs = kernels.adds_runs(call.device)
-            kernels.deformable_attention_backward(out, value, locations, weights, call.levels, call.wanted, in_runs)
+            kernels.deformable_attention_backward(out, value, locations, weights, call.levels, call.wanted)
 
     def run(self, value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
         return _forward(value, locations, weights, [n for level in levels for n in level])
@@ -264,7 +263,7 @@ def _fake_forward(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequ
 def _run_backward(
     dout: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int], wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    given = _triples(sizes), (wanted[0], wanted[1], wanted[2]), kernels.adds_runs(dout.device)
+    given = _triples(sizes), (wanted[0], wanted[1], wanted[2])
     found = kernels.deformable_attention_backward(dout, value, locations, weights, *given)
     dvalue, dlocations, dweights = (
         t.new_empty(0) if g is None else g for g, t in zip(found, (value, locations, weights))

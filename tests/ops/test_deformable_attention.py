@@ -27,6 +27,10 @@ def make_case(batch=2, queries=11, heads=2, channels=32, points=(2, 2, 2), shape
     pixels, total = sum(h * w for h, w in shapes), sum(points)
     value = torch.randn(batch, pixels, heads, channels, device=device)
     locations = torch.rand(batch, queries, heads, total, 2, device=device) * 1.6 - 0.3
+    # At a pixel's center gradients jump, and rounding decides for one side: not so near.
+    size = torch.tensor([(w, h) for (h, w), n in zip(shapes, points) for _ in range(n)], device=device).view(-1, 2)
+    pixel = (locations * size - 0.5).floor()
+    locations = (pixel + 0.5 + (locations * size - 0.5 - pixel).clamp(0.01, 0.99)) / size.clamp(min=1)
     return value, locations, torch.rand(batch, queries, heads, total, device=device)
 
 
