@@ -69,6 +69,21 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (F.dropout(scores.softmax(-1), P) @ v).transpose(1, 2)
 
 
+LEVELS = [(2, 2), (1, 2), (1, 1), (1, 1)]  # of 8 pixels
+
+
+def grid_sampling(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """As models that have no kernel for deformable attention do it."""
+    grid = 2 * locations - 1
+    samples = []
+    for level, (one, (height, width)) in enumerate(zip(value.split([4, 2, 1, 1], 1), LEVELS)):
+        image = one.flatten(2).transpose(1, 2).reshape(HEADS, DIM, height, width)
+        places = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        samples.append(F.grid_sample(image, places, align_corners=False))
+    share = weights.transpose(1, 2).reshape(HEADS, 1, LENGTH, 16)
+    return (torch.stack(samples, -2).flatten(-2) * share).sum(-1).view(1, HEADS * DIM, LENGTH).transpose(1, 2)
+
+
 Case = tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]
 ROW, SQUARE, LINE = (ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH,)
 CASES: dict[str, Case] = {
@@ -106,6 +121,11 @@ CASES: dict[str, Case] = {
         lambda q, k, v: ops.attention_varlen(q, k, v, ENDS, ENDS, LENGTH, LENGTH),
         lambda q, k, v: sdpa(q[None], k[None], v[None])[0],
         [(LENGTH, HEADS, DIM)] * 3,
+    ),
+    "deformable_attention": (
+        lambda value, *rest: ops.deformable_attention(value, LEVELS, *rest),
+        grid_sampling,
+        [(1, 8, HEADS, DIM), (1, LENGTH, HEADS, 4, 4, 2), (1, LENGTH, HEADS, 4, 4)],
     ),
     "qkv_projection": (ops.qkv_projection, eager_qkv, [ROW, (3 * WIDTH, WIDTH), (3 * WIDTH,), ROW]),
 }

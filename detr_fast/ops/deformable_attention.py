@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplem
 from detr_fast.kernels import deformable_attention as kernels
 from detr_fast.kernels.deformable_attention import MAX_ELEMENTS, MAX_HEAD_DIM, MAX_LEVELS, Level
 from detr_fast.kernels.launch import compile_launches
+from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, on_one_device, wants_grad
 from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
@@ -59,27 +61,53 @@ def arguments_of(
 
     Raises ValueError where the shapes do not fit.
     """
-    if points is None and weights.ndim == 5 and weights.shape[3] == len(shapes):
-        points = [weights.shape[4]] * len(shapes)
+    given = (
+        value.shape,
+        tuple(map(tuple, shapes)),
+        locations.shape,
+        weights.shape,
+        None if points is None else tuple(points),
+    )
+    if torch.compiler.is_compiling():  # where sizes may be symbols
+        levels = _levels(*given)
+    else:
+        levels = _known_levels(*given)
+    if weights.ndim > 4:
+        locations, weights = locations.flatten(3, -2), weights.flatten(3)
+    return value, locations, weights, levels
+
+
+def _levels(
+    value: torch.Size,
+    shapes: tuple[Any, ...],
+    locations: torch.Size,
+    weights: torch.Size,
+    points: tuple[int, ...] | None,
+) -> Levels:
+    if points is None and len(weights) == 5 and weights[3] == len(shapes):
+        points = (weights[4],) * len(shapes)
     levels = tuple((int(height), int(width), int(n)) for (height, width), n in zip(shapes, points or ()))
-    images, pixels, heads = value.shape[:3] if value.ndim == 4 else (-1, -1, -1)
+    images, pixels, heads = value[:3] if len(value) == 4 else (-1, -1, -1)
     if (
         points is None
         or not levels
         or not len(points) == len(shapes) == len(levels)
         or min(map(min, levels)) < 0
         or pixels != sum(height * width for height, width, _ in levels)
-        or locations.shape != (*weights.shape, 2)
-        or (weights.shape[:1], weights.shape[2:3], weights.shape[3:].numel())
-        != ((images,), (heads,), sum(n for _, _, n in levels))
+        or locations != (*weights, 2)
+        or len(weights) < 4
+        or (weights[0], weights[2], weights[3:].numel()) != (images, heads, sum(n for _, _, n in levels))
     ):
-        given = "" if points is None else f" and {list(points)} points"
+        named = "" if points is None else f" and {list(points)} points"
         raise ValueError(
-            f"got value {tuple(value.shape)}, levels {[tuple(shape) for shape in shapes]}{given}, locations {tuple(locations.shape)} "
-            f"and weights {tuple(weights.shape)}; expected (B, S, H, E) with S = Σ height · width, (B, Q, H, L, P, 2) and "
-            "(B, Q, H, L, P) for L levels, or (B, Q, H, K, 2) and (B, Q, H, K) with points of each level, K in all"
+            f"got value {tuple(value)}, levels {list(shapes)}{named}, locations {tuple(locations)} and weights {tuple(weights)}; "
+            "expected (B, S, H, E) with S = Σ height · width, (B, Q, H, L, P, 2) and (B, Q, H, L, P) for L levels, or "
+            "(B, Q, H, K, 2) and (B, Q, H, K) with points of each level, K in all"
         )
-    return value, locations.flatten(3, -2), weights.flatten(3), levels
+    return levels
+
+
+_known_levels = lru_cache(maxsize=MAX_PLANS)(_levels)  # which takes 10 µs
 
 
 @dataclass(frozen=True)

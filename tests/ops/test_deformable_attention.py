@@ -237,6 +237,7 @@ def test_shapes_that_do_not_fit_are_refused():
         (value[:1], locations, weights),
         (value, locations[:, :5], weights),
         (value[:, :, :1], locations, weights),
+        (value, locations[..., 0, :], weights[..., 0]),
     ):
         with pytest.raises(ValueError, match="expected"):
             by_points((2, 2, 2))(*wrong)
