@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_deformable as deformable
+from detr_fast.adapters import hugging_face_others as others
 from detr_fast.adapters.base import (
     Adapter,
     Scriptable,
@@ -262,6 +263,13 @@ _CODE: dict[str, type[Module]] = {
     "b6d4da1ec6ec5a49": bart.BartDecoderLayer,
     "9bb4b405c16addab": bart.MBartDecoderLayer,
     "ffdc60d9d45a4be3": bart.WhisperDecoderLayer,
+    "df6d9f6c00890bc5": others.Wav2Vec2Layer,
+    "7eec59dfaf329172": others.Wav2Vec2StableLayer,
+    "e39953f8878ed779": others.BlipLayer,
+    "50cf7113ad791a59": others.Dinov2Layer,
+    "393c6687d98e38a7": others.GPT2Block,
+    "a68daa09164a6f07": others.DistilBertLayer,
+    "84dac4fc13a20256": others.SamTwoWayBlock,
     "9278631b8dca2c19": deformable.DeformableDetrEncoderLayer,
     "6ee73d4b111d5079": deformable.DeformableDetrDecoderLayer,
     "6e62030a3f3af3d1": deformable.RTDetrDecoderLayer,

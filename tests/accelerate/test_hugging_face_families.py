@@ -160,6 +160,45 @@ def translate(model):
     return [model(**source(model), **target).last_hidden_state]
 
 
+def read(model):
+    return [model(**source(model)).last_hidden_state]
+
+
+def distil_bert():
+    sizes = {"vocab_size": 20, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 8}
+    return transformers.DistilBertModel(transformers.DistilBertConfig(**sizes, dropout=0.0, attention_dropout=0.0))
+
+
+def hubert(stable):
+    zeros = "hidden_dropout activation_dropout attention_dropout feat_proj_dropout layerdrop mask_time_prob"
+    sizes = {"vocab_size": 20, "conv_dim": [8], "conv_stride": [2], "conv_kernel": [3], "num_conv_pos_embeddings": 4}
+    layers = {name: VISION[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    options = {"num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": stable, **dict.fromkeys(zeros.split(), 0.0)}
+    return transformers.HubertModel(transformers.HubertConfig(**sizes, **layers, intermediate_size=48, **options))
+
+
+def hear(model):
+    sound = torch.randn(2, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+    return [model(sound, attention_mask=mask).last_hidden_state]
+
+
+def two_way_block():
+    config = transformers.SamMaskDecoderConfig(hidden_size=32, num_attention_heads=4, mlp_dim=48)
+    config._attn_implementation = "sdpa"
+    return transformers.models.sam.modeling_sam.SamTwoWayAttentionBlock(config)
+
+
+def point(block):
+    generator = torch.Generator().manual_seed(2)
+    queries, keys, *positions = torch.randn(4, 1, 2, 5, 32, generator=generator, dtype=torch.float64)
+    found = []
+    for block.skip_first_layer_pe in (False, True):
+        found += block(queries, keys, *positions, None)
+    return found
+
+
 # What makes a model and calls it, and how often each op is taken in a forward.
 MODELS = {
     "RTDetr": (rt_detr, detect, {"attention": 3, "deformable_attention": 2, "add_layer_norm": 8, "feed_forward": 3}),
@@ -180,7 +219,12 @@ MODELS = {
         look,
         {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
     ),
-    "Dinov2": (lambda: vision("Dinov2"), look, {"attention": 2, "feed_forward": 2}),
+    "Dinov2": (lambda: vision("Dinov2"), look, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
+    "BlipVision": (lambda: vision("BlipVision"), look, {"add_layer_norm": 2, "feed_forward": 2}),
+    "DistilBert": (distil_bert, read, {"attention": 1, "add_layer_norm": 2, "feed_forward": 1}),
+    "Hubert": (lambda: hubert(False), hear, {"attention": 2, "add_layer_norm": 4, "feed_forward": 2}),
+    "Hubert, normalised first": (lambda: hubert(True), hear, {"add_layer_norm": 2, "feed_forward": 2}),
+    "Sam": (two_way_block, point, {"add_layer_norm": 7, "layer_norm": 1}),
     "Yolos": (
         lambda: vision("Yolos", image_size=[32, 32], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         look,
@@ -223,13 +267,22 @@ def test_copied_layers_are_as_before_and_run_on_our_ops(name, assert_unchanged):
     assert not any("detr_fast" in type(module).__module__ for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("kind", "use"), [("Bart", "ForConditionalGeneration"), ("Whisper", "ForConditionalGeneration")]
-)
+GENERATORS = {
+    "Bart": lambda: seq2seq("Bart", "ForConditionalGeneration"),
+    "Whisper": lambda: seq2seq("Whisper", "ForConditionalGeneration", **SPEECH),
+    "GPT2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=20, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("cached", [True, False])
-def test_what_is_generated_stays_the_same_with_and_without_a_cache(kind, use, cached):
+def test_what_is_generated_stays_the_same_with_and_without_a_cache(name, cached):
     torch.manual_seed(1)
-    model = seq2seq(kind, use, **(SPEECH if kind == "Whisper" else {})).double().eval()
+    model = GENERATORS[name]().double().eval()
     options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "use_cache": cached}
     expected = model.generate(**source(model), **options)
     detr_fast.accelerate(model)
@@ -340,6 +393,13 @@ KNOWN = {
     "bart.BartDecoderLayer": hugging_face_layers,
     "mbart.MBartDecoderLayer": hugging_face_layers,
     "whisper.WhisperDecoderLayer": hugging_face_layers,
+    "wav2vec2.Wav2Vec2EncoderLayer": hugging_face_layers,
+    "wav2vec2.Wav2Vec2EncoderLayerStableLayerNorm": hugging_face_layers,
+    "blip.BlipEncoderLayer": hugging_face_layers,
+    "dinov2.Dinov2Layer": hugging_face_layers,
+    "gpt2.GPT2Block": hugging_face_layers,
+    "distilbert.TransformerBlock": hugging_face_layers,
+    "sam.SamTwoWayAttentionBlock": hugging_face_layers,
     "deformable_detr.DeformableDetrEncoderLayer": hugging_face_layers,
     "deformable_detr.DeformableDetrDecoderLayer": hugging_face_layers,
     "rt_detr.RTDetrDecoderLayer": hugging_face_layers,
