@@ -46,7 +46,12 @@ class Pair:
 
     def __init__(self, device: str, size: tuple[int, int] = (800, 1066), batch: int = BATCH, **smaller: int) -> None:
         layers = smaller.get("layers", 6)
-        self.config = ModelConfig(num_classes=CLASSES, encoder_layers=layers, decoder_layers=layers)
+        self.config = ModelConfig(
+            num_classes=CLASSES,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            feedforward=smaller.get("feedforward", 2048),
+        )
         torch.manual_seed(0)
         self.ours = build_model(self.config).to(device)
         self.device = torch.device(device)
@@ -70,6 +75,8 @@ class Pair:
             auxiliary_loss=True,
             encoder_layers=self.config.encoder_layers,
             decoder_layers=self.config.decoder_layers,
+            encoder_ffn_dim=self.config.feedforward,
+            decoder_ffn_dim=self.config.feedforward,
         )
         peer = transformers.DetrForObjectDetection(config).to(self.device)
         # transformers 5 means to train them, as the original does, but looks for "stage.1" where its ResNet says "stages.1",
@@ -162,7 +169,7 @@ def check(pair: Pair) -> None:
 
 
 def checked_pair() -> Pair:
-    pair = sized(partial(Pair, "cuda"), partial(Pair, "cpu", size=(32, 64), batch=2, layers=1))()
+    pair = sized(partial(Pair, "cuda"), partial(Pair, "cpu", size=(32, 64), batch=2, layers=1, feedforward=64))()
     with suppress(NotInstalled):  # then ours is all that is timed, with nothing here to hold it against
         check(pair)
     return pair

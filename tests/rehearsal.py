@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stub_cuda import stubs
+from tests.stub_cuda import conv2d, stubs
 
 
 def pytest_configure(config):
@@ -38,6 +38,7 @@ def _in_place_of_cuda():
     for name, value in stubs().items():
         setattr(torch.cuda, name, value)
     torch.compile = lambda function=None, **options: function
+    torch.nn.functional.conv2d = conv2d
     captured.why_no_graph = lambda *_: None
     timing._wall = lambda call, repeats: 1.0  # a call saved: another is timed as the GPU's
 

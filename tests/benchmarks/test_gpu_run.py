@@ -281,7 +281,7 @@ def test_a_call_that_waits_for_the_host_fails_and_the_others_go_on(calls, capsys
     ]
 
 
-@pytest.mark.timeout(1800)  # two minutes on an idle core
+@pytest.mark.timeout(1800)  # five minutes of CPU
 def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsys):
     """Every section runs its own code, with the CPU in the GPU's place (tests/rehearsal.py); nothing is timed."""
     tools, out, prefix = (tmp_path / name for name in ("bin", "out", "prefix"))

@@ -9,12 +9,17 @@ import torch
 
 from benchmarks import hardware, report, step_profile, test_step, timing
 from benchmarks.test_step import ACCELERATED, Pair, check
-from tests.stub_cuda import stubs
+from tests.stub_cuda import conv2d, stubs
+
+
+@pytest.fixture(autouse=True)
+def _quick_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
 
 
 def test_both_sides_of_the_step_benchmark_are_the_same_model_drop_as_much_and_train():
     pytest.importorskip("transformers")
-    pair = Pair("cpu", size=(64, 96), batch=2, layers=1)
+    pair = Pair("cpu", size=(32, 64), batch=2, layers=1, feedforward=64)
     check(pair)
     config = pair.peer.config
     assert {config.dropout, config.attention_dropout, config.activation_dropout} == {pair.config.dropout} == {0.1}
@@ -24,7 +29,7 @@ def test_both_sides_of_the_step_benchmark_are_the_same_model_drop_as_much_and_tr
 
 def test_a_wrong_model_is_not_timed():
     pytest.importorskip("transformers")
-    pair = Pair("cpu", size=(64, 64), batch=1, layers=1)
+    pair = Pair("cpu", size=(32, 32), batch=1, layers=1, feedforward=64)
     check(pair)
     with torch.no_grad():
         pair.ours.class_embed.weight.mul_(1.1)
@@ -34,10 +39,10 @@ def test_a_wrong_model_is_not_timed():
 
 def test_a_model_that_trains_less_is_not_timed():
     pytest.importorskip("transformers")
-    pair = Pair("cpu", size=(64, 64), batch=1, layers=1)
+    pair = Pair("cpu", size=(32, 32), batch=1, layers=1, feedforward=64)
     pair.peer.model.backbone.requires_grad_(False)
     with pytest.raises(
-        AssertionError, match=r"we train 26,833,248 numbers, and Hugging Face's model 3,\d{3},\d{3}: not"
+        AssertionError, match=r"we train 24,\d{3},\d{3} numbers, and Hugging Face's model 1,\d{3},\d{3}: not"
     ):
         check(pair)
 
