@@ -43,10 +43,10 @@ def block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
     return norm_of_sum(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
 
 
-def parts_of_layer(layer: Any) -> FeedForwardParts | None:
-    """The feed-forward block of a layer that holds its parts itself; None where it has to be called."""
+def parts_of_layer(layer: Any, inner: str = "activation_dropout") -> FeedForwardParts | None:
+    """The feed-forward block of a layer that holds its parts itself; None where it has to be called. inner: its first dropout's name."""
     activation = activation_name(layer.activation_fn)
     if activation is None or not (is_plain(layer.fc1) and is_plain(layer.fc2)):
         return None
-    inner, outer = (probability(p, layer.training) for p in (layer.activation_dropout, layer.dropout))
-    return FeedForwardParts(layer.fc1, activation, inner, layer.fc2, outer)
+    first, last = (probability(getattr(layer, name), layer.training) for name in (inner, "dropout"))
+    return FeedForwardParts(layer.fc1, activation, first, layer.fc2, last)

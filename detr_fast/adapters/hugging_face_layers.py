@@ -15,6 +15,7 @@ from torch.nn import Module
 from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_deformable as deformable
 from detr_fast.adapters import hugging_face_others as others
+from detr_fast.adapters import hugging_face_weighing as weighing
 from detr_fast.adapters.base import (
     Adapter,
     Scriptable,
@@ -270,6 +271,13 @@ _CODE: dict[str, type[Module]] = {
     "393c6687d98e38a7": others.GPT2Block,
     "a68daa09164a6f07": others.DistilBertLayer,
     "84dac4fc13a20256": others.SamTwoWayBlock,
+    "af7d325842f6ce8d": weighing.DabDetrEncoderAttention,
+    "5178a8bf129c9457": weighing.DabDetrAttention,
+    "d4b88ef31ee8a3dc": weighing.DabDetrSelfAttention,
+    "db2268f47b161154": weighing.DabDetrFeedForward,
+    "6c729d86f05cb62a": weighing.DabDetrEncoderLayer,
+    "7de50f447265321b": weighing.GroundingDinoAttention,
+    "5ea513003bcebe5c": weighing.GroundingDinoDecoderLayer,
     "9278631b8dca2c19": deformable.DeformableDetrEncoderLayer,
     "6ee73d4b111d5079": deformable.DeformableDetrDecoderLayer,
     "6e62030a3f3af3d1": deformable.RTDetrDecoderLayer,
