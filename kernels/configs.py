@@ -257,15 +257,22 @@ def attention_config(
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
             config = (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
-            if block <= 32 and (dropout or causal) and (padding or packed):  # 198 to 228 on sm_80: 168 spill 8 bytes
+            # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
+            if block <= 32 and (sum((dropout, causal, padding or packed)) >= 2 or (scattered and partial)):
                 config = replace(config, registers=255)
             return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
             return ATTENTION_SHARED_MASK
-        return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1)
+        # ptxas alone takes 96 or 128 there, for more programs a multiprocessor, and spills 8 to 32 bytes (.814 a score for .795).
+        limit = 255 if kernel == "shared_mask" and itemsize == 2 and block == 64 and generation == "hopper" else 0
+        return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1, registers=limit)
     if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
         side = 64 if itemsize == 2 and block <= 128 else 32
-        return TileConfig(side, side, 8 if side == 64 and generation == "blackwell" else 4, 1)
+        # With 4 warps 16 to 40 bytes spill (on sm_80 .387 to .237 a score; with 8 .382 to .247). Others take up to a fifth more with 8.
+        wide = padding and block == 128 and masked and (dropout or mask_size == 4)
+        crowded = wide or (dropout and causal and (masked or padding))
+        crowded = generation == "blackwell" or (block >= 64 and crowded)
+        return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1)
     if scattered and itemsize == 2 and block <= 128:
         return ATTENTION_SCATTERED
     if generation == "hopper" and itemsize == 2 and not masked:
@@ -305,22 +312,30 @@ def attention_config(
             return replace(config, columns=32)
         if block == 128 and causal:
             return replace(config, rows=64, num_warps=4)
-    if kernel == "keys" and itemsize == 2 and block == 128 and causal and generation == "blackwell":
-        config = replace(config, columns=64)
+    if kernel == "keys" and itemsize == 2 and block == 128 and (heavy or causal) and generation:
+        # Where keys are fewer than columns of dk or dv, Triton lays warps along queries, of which 16 are too few, so that all warps compute the
+        # same scores: of 64 keys 1.25 a score on sm_80, for .50. See docs/attention.md for what spills.
+        return config if not heavy and generation != "blackwell" else replace(config, num_stages=1)
     if heavy and kernel == "keys":
         # Of 128 keys a thread of four warps has four that share dropout's calls: .14 a score, where 64 take .21.
         shared = generation == "ampere" and itemsize == 2 and block <= 32
         if shared and not (masked or causal):
             return replace(config, num_stages=2)
         config = replace(config, columns=max(16, config.columns // 2))
-        if dropout and mask_size == 4 and itemsize == 2 and block <= 32 and generation:
-            # .240 a score, where 3 stages spill and take .298
+        if dropout and mask_size in (1, 4) and itemsize == 2 and block <= 32 and generation:
+            # .240 a score of a float32 mask, where 3 stages spill and take .298; .311 for .363 of a bool one in causal order
             config = replace(config, num_stages=1)
     if itemsize == 2 and block <= 64:
         config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
-        if kernel == "forward" and masked and dropout and block == 64 and generation == "ampere":
+        if (
+            kernel == "forward"
+            and dropout
+            and (masked or (causal and packed))
+            and block == 64
+            and generation == "ampere"
+        ):
             # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a bool one 32 with padding (.243 for .226), of a
-            # 16-bit one 8 in 3 stages (.179 for .175).
+            # 16-bit one, or of a packed batch in causal order, 8 in 3 stages (.179 for .175; .115 for .109).
             wide = mask_size == 4 or (mask_size == 1 and padding)
             return replace(config, num_warps=8) if wide else replace(config, num_stages=2)
     return config
@@ -337,8 +352,9 @@ def _of_64_columns(
 ) -> TileConfig:
     """What 16 bits and head dimensions up to 64 need not to spill, beyond that; heavy: dropout or an attn_mask."""
     if kernel == "keys":
-        if causal and not heavy and block <= 32:  # two loops; on sm_90 .091 a score, where 32 rows take .111
-            config = replace(config, rows=64 if generation == "hopper" else 32, columns=64)
+        if causal and not heavy and (block <= 32 or generation == "hopper"):
+            # Two loops. On sm_90 .091 a score at 32, where 32 rows take .111, and .165 and .125 at 64, where 32 keys take .195.
+            config = replace(config, rows=64 if generation == "hopper" and block <= 32 else 32, columns=64)
         if mask_run <= 4:
             rows = 16 if generation == "blackwell" and block <= 32 else config.rows
             config = replace(config, rows=rows, num_stages=2)
@@ -362,6 +378,10 @@ def _atomics_config(itemsize: int, block: int, dropout: bool, masked: bool, gene
     if itemsize > 2:
         return replace(config, columns=16)
     if block == 64 and dropout and masked:
+        if generation in ("ampere", "hopper"):
+            # .58 to .82 a score on sm_80, where 32 by 32 in 8 warps take .91 to 1.25, and .28 to .46 on sm_90, for 1.19. Of 32 rows .39 to .45 and
+            # .31 to .35, but up to 48 bytes spill.
+            return replace(config, rows=16, num_stages=1)
         return replace(config, columns=32, num_warps=8, num_stages=1)
     if block <= 32 and dropout and masked and generation in ("ampere", "blackwell"):
         # On sm_80 .320 a score for a head dimension of 24, where 16 rows in 2 stages spill and take .547.

@@ -95,6 +95,7 @@ def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, m
         (FP16, (1, 129, 257, 1, 32), None, False, False),
         (FP16, (1, 140, 140, 1, 20), None, True, True),
         (BF16, (1, 65, 129, 1, 64), "end", False, False),
+        (FP16, (1, 65, 70, 1, 64), None, True, False),
         (FP16, (1, 33, 130, 1, 128), None, False, False),
     ],
 )
@@ -258,11 +259,13 @@ def test_logits_of_ten_thousand_are_exact_enough(offset, dtype):
 
 
 @pytest.mark.parametrize(
-    ("transposed", "generation"), [(False, ""), (True, ""), (False, "hopper")], ids=["rows", "sequence first", "hopper"]
+    ("transposed", "generation", "heads", "dim"),
+    [(False, "", 2, 16), (True, "", 2, 16), (False, "hopper", 2, 16), (False, "ampere", 1, 128)],
+    ids=["rows", "sequence first", "hopper", "wide"],
 )
-def test_dropout_is_the_twins(interpreter, transposed, generation):
+def test_dropout_is_the_twins(interpreter, transposed, generation, heads, dim):
     """On hopper, rows of the keys' kernel hold keys in an order of their own."""
-    q, k, v = (t.half() for t in qkv(1, 40, 70, 2, 16))
+    q, k, v = (t.half() for t in qkv(1, 40, 70, heads, dim))
     if transposed:
         q, k, v = (LAYOUTS["sequence first"](t) for t in (q, k, v))
     seed, p = torch.tensor([1234567890123]), 0.25
@@ -272,7 +275,7 @@ def test_dropout_is_the_twins(interpreter, transposed, generation):
     dout = torch.randn_like(out)
     found = (out, *attention_backward.attention_backward(problem, out, lse, dout))
 
-    keep = keep_mask(seed, 3, p, 2, 40, 70, tiles=True)[None]
+    keep = keep_mask(seed, 3, p, heads, 40, 70, tiles=True)[None]
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     weights = attention_weights(*exact[:2], padding, None, False, None) * keep * dropout.scale(p)
     expected = torch.einsum("bhls,bshe->blhe", weights, exact[2])

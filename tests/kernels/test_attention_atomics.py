@@ -141,16 +141,19 @@ def test_nan_and_inf_in_padded_keys_never_leak(interpreter, kind, value):
         assert not any(t.any() for t in results[1])
 
 
-def test_dropout_is_the_twins(interpreter):
-    q, k, v = (t.half() for t in qkv(1, 40, 70, 2, 16))
+@pytest.mark.parametrize(
+    ("dim", "causal", "generation"), [(16, False, "hopper"), (64, True, "hopper"), (64, True, "ampere")]
+)
+def test_dropout_is_the_twins(interpreter, dim, causal, generation):
+    q, k, v = (t.half() for t in qkv(1, 40, 70, 2, dim))
     seed, p = torch.tensor([1234567890123]), 0.25
     padding = padded("scattered", 1, 70)
-    problem = Problem(q, k, v, padding, dropout_p=p, seed=seed, offset=3, generation="hopper")
+    problem = Problem(q, k, v, padding, causal=causal, dropout_p=p, seed=seed, offset=3, generation=generation)
     out, lse = attention_forward(problem)
     dout = torch.randn_like(out)
     keep = keep_mask(seed, 3, p, 2, 40, 70, tiles=True)[None]
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    weights = attention_weights(*exact[:2], padding, None, False, None) * keep * dropout.scale(p)
+    weights = attention_weights(*exact[:2], padding, None, causal, None) * keep * dropout.scale(p)
     expected = torch.einsum("bhls,bshe->blhe", weights, exact[2])
     found = attention_backward_atomics(problem, out, lse, dout)
     for ours, truth in zip(found, torch.autograd.grad(expected, exact, dout.double())):

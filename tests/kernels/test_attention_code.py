@@ -12,6 +12,7 @@ from detr_fast.kernels.attention import forward_variant, forward_variants
 from detr_fast.kernels.attention_backward import backward_variants, keys_variant, mask_variant, queries_variant
 from detr_fast.kernels.attention_catalog import GENERATIONS
 from detr_fast.kernels.attention_problem import Form, Problem
+from detr_fast.kernels.attention_weights import weights_variant
 from detr_fast.kernels.offline import compile_variant, older_compiler
 
 VARIANTS = {
@@ -20,6 +21,8 @@ VARIANTS = {
     "keys": keys_variant,
     "atomics": partial(keys_variant, atomics=True),
     "mask": partial(mask_variant, shared_rows=False, shared_columns=False),
+    "shared mask": partial(mask_variant, shared_rows=True, shared_columns=False),
+    "weights": partial(weights_variant, averaged=True, dtype=torch.float32, run=4),
 }
 
 
@@ -121,10 +124,29 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_80", 24, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "mask_vector": 16}),
         ("sm_120", 24, "keys", {"padding": True}),
         ("sm_120", 24, "keys", {"packed": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_90", 32, "keys", {"value_dim": 48, "packed": True, "causal": True}),
+        (
+            "sm_90",
+            32,
+            "atomics",
+            {"value_dim": 48, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4},
+        ),
+        (
+            "sm_90",
+            64,
+            "shared mask",
+            {"padding": True, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 1},
+        ),
+        (
+            "sm_80",
+            64,
+            "weights",
+            {"padding": True, "dropout": True, "causal": True, "mask": torch.bool, "mask_vector": 1},
+        ),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
-    form = Form(torch.bfloat16, dim, dim, **features, generation=GENERATIONS.get(target, ""))
+    form = Form(torch.bfloat16, dim, **{"value_dim": dim, **features}, generation=GENERATIONS.get(target, ""))
     _, _, resources = compile_variant(VARIANTS[kernel](form), target)
     # Triton 3.6 spills up to 24 bytes in some of these, and 120 in causal keys at a head dimension of 32 on sm_90.
     most = 120 if (target, features) == ("sm_90", {"causal": True}) else 24
