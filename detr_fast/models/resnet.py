@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from detr_fast import nn, ops
 from detr_fast.models.casting import autocast_dtype, cast_together
 from detr_fast.models.weight_files import WeightsError, list_problems, read_safetensors, unpickle
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.frozen_norms import scales_and_shifts
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE
 from detr_fast.situation import situation
@@ -62,16 +62,6 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
-
-
-def scales_and_shifts(norms: Sequence[FrozenBatchNorm2d]) -> tuple[list[Tensor], list[Tensor]]:
-    """Of all these norms, as each one's `scale_and_shift`, in few launches."""
-    weights, biases, means, variances = zip(*((n.weight, n.bias, n.running_mean, n.running_var) for n in norms))
-    scales = torch._foreach_add(variances, [norm.eps for norm in norms])
-    torch._foreach_rsqrt_(scales)
-    torch._foreach_mul_(scales, weights)
-    shifts = torch._foreach_sub(biases, torch._foreach_mul(means, scales))
-    return list(scales), list(shifts)
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
@@ -204,7 +194,7 @@ class ResNetBody(nn.Module):
         """Convolutions as tensor cores want them, and between two of them one pass over the features."""
         stages = [[self.conv1, self.bn1], *([*stage] for stage in self._stages())]
         norms = [part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)]
-        affine = dict(zip(norms, zip(*scales_and_shifts(norms))))
+        affine = dict(zip(norms, zip(*scales_and_shifts(norms, [norm.eps for norm in norms]))))
         weights: dict[nn.Module, Tensor] = {}
         for stage in stages:  # one by one, that gradients of the last need not wait for the first
             convs = [conv for part in stage for conv in part.modules() if isinstance(conv, nn.Conv2d)]
