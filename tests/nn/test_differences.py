@@ -160,6 +160,20 @@ def refused_targets(twins):
         assert hugging_face_loss.object_detection_loss(*arguments)[0].isnan()
 
 
+def features_of_16_bits(twins):
+    torchvision = pytest.importorskip("torchvision")
+    norm = torchvision.ops.FrozenBatchNorm2d
+    block = torchvision.models.resnet.BasicBlock(8, 8, norm_layer=norm)
+    x = torch.randn(1, 8, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs = block(x)
+        detr_fast.accelerate(block)
+        with use_backend(channel_affine="eager"):  # as on a GPU
+            mine = block(x)
+    assert (theirs.dtype, mine.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(mine.float(), theirs, rtol=0.02, atol=0.02)
+
+
 DIFFERENCES = {
     "Queries that see no key": a_query_that_sees_no_key,
     "NaN and infinity in keys that are hidden": nan_in_hidden_keys,
@@ -170,6 +184,7 @@ DIFFERENCES = {
     "Attention weights inside the original DETR's layers": weights_of_the_original_detr,
     "Table Transformer's attention without positions": table_positions,
     "Labels and boxes that transformers' detection loss refuses": refused_targets,
+    "Features of ResNets with frozen norms under autocast": features_of_16_bits,
 }
 
 
