@@ -16,6 +16,7 @@ from detr_fast.kernels import (
     assignment,
     channel_affine,
     cross_entropy,
+    deformable_attention,
     detection_losses,
     feed_forward,
     layer_norm,
@@ -63,6 +64,8 @@ PRODUCT: Options = {
     "keep": SWITCH,
 }
 PREDICTIONS: Options = {"dtype": DTYPES, "boxes": DTYPES, "focal": SWITCH}
+SAMPLES: Options = {"dtype": HALVES, "location": ("same", "fp32"), "weight": ("same", "fp32"), "levels": (1, 3, 4, 6)}
+SAMPLES |= {"channels": (8, 20, 24, 32, 48, 64, 100, 128, 256), "runs": SWITCH}
 SPACE: dict[str, Options] = {
     "linear": PRODUCT | {"activation": ("none", *ACTIVATIONS), "position": SWITCH},
     "linear backward": PRODUCT | {"dbias": SWITCH},
@@ -76,6 +79,8 @@ SPACE: dict[str, Options] = {
     | {"hidden": (40, 512), "few": SWITCH, "hidden_dropout": SWITCH, "hidden_bias": SWITCH, "adds": SWITCH},
     "cross entropy": {"dtype": HALVES, "classes": (2, 100, 128, 200, 500, 512, 1000, 2000, 4000, 8000, 32000, 50257)}
     | {"weighted": SWITCH, "learns": SWITCH, "smoothed": SWITCH},
+    "deformable attention": SAMPLES | {"few": SWITCH},
+    "deformable attention backward": SAMPLES | {"dvalue": SWITCH, "dlocation": SWITCH, "dweight": SWITCH},
     "detection losses": PREDICTIONS,
     "detection losses' sum": {"focal": SWITCH},
     "detection losses backward": PREDICTIONS | {"dlogits": SWITCH, "dboxes": SWITCH},
@@ -98,12 +103,13 @@ SPACE: dict[str, Options] = {
     | {"dw": SWITCH, "db": SWITCH},
 }
 
-TOGETHER = dict.fromkeys(("linear", "linear backward", "linear norm"), 3)  # the others' features in pairs
+TOGETHER = dict.fromkeys(("linear", "linear backward"), 3)  # the others' features in pairs
 
 
 def is_reached(kernel: str, case: Case) -> bool:
     """Whether a call may have these features together."""
-    if case.get("runs") and case.get("columns", 8) % 8:
+    width = case.get("columns") or case.get("channels") or 8
+    if case.get("runs") and width % 8:
         return False
     if "sum" in case and kernel.endswith("backward") and not case["sum"] and case.get("dsum"):
         return False
@@ -144,6 +150,7 @@ RULES: dict[str, Callable[[Case], bool]] = {
     "linear norm's end": _is_end,
     "residual norm backward": lambda case: case["autocast"] or case["residual"] == "same",
     "feed forward": _is_block,
+    "deformable attention backward": lambda case: case["dvalue"] or case["dlocation"] or case["dweight"],
     "detection losses backward": lambda case: case["dlogits"] or case["dboxes"],
     "channel affine backward": lambda case: case["dresidual"] or (case["dx"] and not case["scaled"]),
     "layer norm backward": _gives_gradients,
@@ -305,6 +312,25 @@ def _channel_affine_backward(case: Case) -> Variant:
     return channel_affine.backward_variant(columns, dtype, dtype, *given, _run(case, dtype))
 
 
+def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...]]:
+    dtype = case["dtype"]
+    read = (FP32 if case[name] == "fp32" else dtype for name in ("location", "weight"))
+    return case["levels"], case["channels"], (dtype, *read)
+
+
+def _deformable_forward(case: Case) -> Variant:
+    levels, channels, read = _deformable(case)
+    dtypes = *read, case["dtype"]
+    return deformable_attention.forward_variant(levels, channels, dtypes, _run(case, case["dtype"]), case["few"])
+
+
+def _deformable_backward(case: Case) -> Variant:
+    levels, channels, read = _deformable(case)
+    wanted = case["dvalue"], case["dlocation"], case["dweight"]
+    dtypes, run = (case["dtype"], *read), _run(case, case["dtype"])
+    return deformable_attention.backward_variant(levels, channels, dtypes, wanted, run, case["adds runs"])
+
+
 BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "linear": _linear,
     "linear backward": _linear_backward,
@@ -316,6 +342,8 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "cross entropy": lambda case: cross_entropy.cross_entropy_variant(
         *(case[n] for n in ("classes", "dtype", "weighted", "learns", "smoothed"))
     ),
+    "deformable attention": _deformable_forward,
+    "deformable attention backward": _deformable_backward,
     "detection losses": lambda case: detection_losses.forward_variant(*case.values()),
     "detection losses' sum": lambda case: detection_losses.sum_variant(case["focal"]),
     "detection losses backward": lambda case: losses_backward_variant(*case.values()),
@@ -337,12 +365,13 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
 
 
 def variant_of(kernel: str, case: Case, generation: str) -> Variant:
-    """The program, which is all generations'."""
+    """The program, which the generation has no part in but by the case."""
     return BUILDERS[kernel](case)
 
 
 def options(kernel: str, generation: str) -> Options:
-    return SPACE[kernel]
+    adds_runs = {"adds runs": (generation in ("hopper", "blackwell"),)}  # see `deformable_attention.adds_runs`
+    return SPACE[kernel] | (adds_runs if kernel == "deformable attention backward" else {})
 
 
 def pressure(case: Case) -> int:
@@ -353,5 +382,7 @@ def pressure(case: Case) -> int:
     return 2 * (case.get("runs") is False) + odd + sum(bool(case.get(name)) for name in named)
 
 
+KERNELS = Kernels(tuple(SPACE), options, is_reached, variant_of, pressure, TOGETHER)
+
 if __name__ == "__main__":
-    main(Kernels(tuple(SPACE), options, is_reached, variant_of, pressure, TOGETHER), *sys.argv[1:3])
+    main(KERNELS, *sys.argv[1:3])

@@ -260,7 +260,8 @@ def _sums_variant(
     # one round, 16 bytes a load. 16-bit rows share no sector of 32 bytes between programs.
     block = 64 if columns > 4096 else 16 if columns > 1024 or min(dtype.itemsize for dtype in read) == 2 else 8
     constants = {"BLOCK_C": block, "LOADS": min(block, 16), "LANES": 256, "ALIGNED": aligned}
-    return Variant(sum_partials_kernel, types, constants, num_warps=8)
+    # Of 8 columns a program there are at most 128. For six on one multiprocessor ptxas would spill 8 bytes on sm_90; with 64 it takes 56.
+    return Variant(sum_partials_kernel, types, constants, num_warps=8, registers=64 if block == 8 else 0)
 
 
 class ParameterSums:

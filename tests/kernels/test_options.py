@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations, product
+from itertools import combinations, islice, product
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from detr_fast.kernels import launch
 from detr_fast.kernels.catalog import CATALOG
 from detr_fast.kernels.offline import compile_variant, older_compiler
 
+from benchmarks.layer_spills import KERNELS
 from benchmarks.spills import cover
 from detr_fast import ops, use_backend
 from detr_fast.testing import count
@@ -218,3 +219,10 @@ def test_programs_of_options_in_pairs_compile_and_spill_nothing():
             if resources.spills and not older_compiler():
                 failed.append((variant, f"{resources.spills} bytes a thread spill"))
     assert failed == []
+
+
+def test_the_script_that_looks_for_spills_knows_the_kernels_of_all_ops_but_attention():
+    first = islice(KERNELS.programs(["sm_90"]), len(KERNELS.names))
+    found = {variant.name for _, _, variant in first}
+    missing = {one.variant.name for one in CATALOG if not one.op.startswith("attention")} - found
+    assert missing == set()

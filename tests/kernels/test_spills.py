@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detr_fast.kernels import add_layer_norm, layer_norm, linear, linear_norm
+from detr_fast.kernels import add_layer_norm, layer_norm, linear, linear_norm, rows
 from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
 from detr_fast.kernels.offline import compile_variant, older_compiler
 from detr_fast.kernels.product_tiles import Form
@@ -43,6 +43,7 @@ VARIANTS = {
         "sm_80",
         layer_norm.backward_variant(2048, FP32, FP16, FP16, True, False, True, 8),
     ),  # 8
+    "partial_sums": ("sm_90", rows.sum_partials_variant(256, BF16, BF16)),  # 8
     "layer_norm_backward": ("sm_80", layer_norm.backward_variant(4104, BF16, BF16, BF16, True, True, True, 1)),  # 16
 }
 
