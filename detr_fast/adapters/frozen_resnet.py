@@ -2,7 +2,8 @@
 convolutions one pass over the features (`ops.channel_affine`) for norm, residual sum and ReLU.
 
 Under autocast the originals multiply 16-bit features by fp32 scales, so that all between two convolutions is fp32. Blocks are those of
-transformers (DETR-like and RT-DETR), timm and torchvision, and norms theirs, both known by their code (`base.fingerprint`).
+transformers (DETR-like and RT-DETR), timm and torchvision, norms theirs and the original repositories', both known by their code
+(`base.fingerprint`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ _BLOCKS: dict[str, _Names | None] = {
 _NORMS: dict[str, float | None] = {
     "92472a7d6b248f08": 1e-5,  # DetrFrozenBatchNorm2d, and its copies in 13 models
     "d4088fbe4de5ef35": None,  # torchvision's
+    "00c23b5991a5ed00": 1e-5,  # of the repositories of DETR, Conditional DETR, DINO, …
+    "76c3a0f9249ced6f": None,  # and of Deformable DETR
 }
 _CONVOLUTION = "82085fbdac0669ce"  # transformers' ResNetConvLayer
 _SHORTCUT = "005830e033a0ece9"  # its ResNetShortCut
@@ -167,16 +170,16 @@ def _layered(block: Any) -> Found:
 
 def _is_pair(pair: Any) -> bool:
     conv, norm = pair
-    return type(conv) is nn.Conv2d and conv.bias is None and _print_of(type(norm)) in _NORMS
+    return type(conv) is nn.Conv2d and conv.bias is None and _by_code(type(norm).forward) in _NORMS
 
 
 def _epsilon(norm: Any) -> float:
-    known = _NORMS[_print_of(type(norm))]
+    known = _NORMS[_by_code(type(norm).forward)]
     return float(norm.eps) if known is None else known
 
 
 def _print_of(kind: type[Module]) -> str:
-    """The fingerprint of a class's forward; of what is no library's, an empty one."""
+    """The fingerprint of a class's forward; of what is none of these libraries', an empty one."""
     return _by_code(kind.forward) if kind.__module__.startswith(("transformers.", "timm.", "torchvision.")) else ""
 
 
@@ -193,7 +196,7 @@ class FrozenResNets(Adapter):
         kind = kind_of(module)
         if isinstance(module, FrozenResidualBlock) or _print_of(kind) not in _BLOCKS:
             return None
-        if not any(_print_of(type(part)) in _NORMS for part in module.modules()):
+        if not any(_by_code(type(part).forward) in _NORMS for part in module.modules()):
             return None  # whose norms learn
         return why_not_switch(module) or joined(FrozenResidualBlock, kind, kind)
 
