@@ -277,6 +277,7 @@ _CODE: dict[str, type[Module]] = {
     "db2268f47b161154": weighing.DabDetrFeedForward,
     "6c729d86f05cb62a": weighing.DabDetrEncoderLayer,
     "7de50f447265321b": weighing.GroundingDinoAttention,
+    "ff89f20391901c6f": weighing.Mask2FormerAttention,
     "5ea513003bcebe5c": weighing.GroundingDinoDecoderLayer,
     "9278631b8dca2c19": deformable.DeformableDetrEncoderLayer,
     "6ee73d4b111d5079": deformable.DeformableDetrDecoderLayer,

@@ -1,4 +1,4 @@
-"""Attentions of transformers' detectors that write out their scores (DAB-DETR, Grounding DINO), and the layers around them.
+"""Attentions of transformers' detectors that write out their scores (DAB-DETR, Grounding DINO, Mask2Former), and the layers around them.
 
 The scores stay inside `ops.attention` where nobody asks for weights; some of these layers always ask, and then drop them.
 Known by all of their code (`base.fingerprint`).
@@ -209,3 +209,29 @@ class GroundingDinoDecoderLayer(Scriptable):
             y = self.encoder_attn(hidden_states=x, encoder_hidden_states=image, **image_masks, **levels)[0]
             x = norm_of_sum(y, x, norms[2], p)
             return (feed_forward_add_norm(x, parts, self.final_layer_norm),)
+
+
+class Mask2FormerAttention(Scriptable):
+    """What Mask2Former's and OneFormer's queries attend to each other with: sequence first; its mask (batch times heads, L, S)."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        key_value_position_embeddings: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        own = key_value_states is None and position_embeddings is not None
+        mask = attention_mask
+        if not own or not _takes(hidden_states, mask, output_attentions):
+            memory = (key_value_states, key_value_position_embeddings)
+            return super().forward(hidden_states, mask, position_embeddings, *memory, output_attentions)  # type: ignore[misc]
+        x = hidden_states.transpose(0, 1)
+        keys = x + position_embeddings.transpose(0, 1)  # type: ignore[union-attr]
+        if mask is not None:
+            mask = mask.view(x.shape[0], self.num_heads, x.shape[1], x.shape[1])
+        p = probability(self.dropout, self.training)
+        q, k, v = self.q_proj(keys), self.k_proj(keys), self.v_proj(x)
+        return self.out_proj(_attend(q, k, v, self.num_heads, mask, p, self.scaling)).transpose(0, 1), None

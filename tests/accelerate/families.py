@@ -221,6 +221,18 @@ def ground(layer, weights=False):
     return [*layer(queries, position, *levels, **given, output_attentions=weights)]
 
 
+def mask2former_attention():
+    return transformers.models.mask2former.modeling_mask2former.Mask2FormerAttention(32, 4)
+
+
+def attend_to_each_other(attention, weights=False):
+    """Sequence first, with and without a mask."""
+    x, position = torch.randn(2, 5, 2, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.randn(8, 5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = [attention(x, one, position, output_attentions=weights) for one in (None, mask)]
+    return [y for pair in found for y in pair if y is not None]
+
+
 def two_way_block():
     config = transformers.SamMaskDecoderConfig(hidden_size=32, num_attention_heads=4, mlp_dim=48)
     config._attn_implementation = "sdpa"
@@ -264,6 +276,7 @@ MODELS = {
     "DabDetr's encoder": (lambda: dab_detr_layer("Encoder"), attend, {"attention": 1, "add_layer_norm": 2}),
     "DabDetr's decoder": (lambda: dab_detr_layer("Decoder"), attend, {"attention": 2, "add_layer_norm": 2}),
     "GroundingDino": (grounding_dino_layer, ground, {"attention": 2, "add_layer_norm": 4, "feed_forward": 1}),
+    "Mask2Former": (mask2former_attention, attend_to_each_other, {"attention": 2}),
     "Sam": (two_way_block, point, {"add_layer_norm": 7, "layer_norm": 1}),
     "Yolos": (
         lambda: vision("Yolos", image_size=[32, 32], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),

@@ -39,7 +39,7 @@ def test_copied_layers_are_as_before_and_run_on_our_ops(name, assert_unchanged):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("DabDetr's encoder", 1), ("DabDetr's decoder", 2), ("GroundingDino", 3)]
+    ("name", "weights"), [("DabDetr's encoder", 1), ("DabDetr's decoder", 2), ("GroundingDino", 3), ("Mask2Former", 3)]
 )
 def test_weights_that_are_asked_for_are_theirs(name, weights):
     make, call, _ = MODELS[name]
@@ -192,6 +192,7 @@ KNOWN = {
     "dab_detr.DabDetrDecoderLayerFFN": hugging_face_layers,
     "dab_detr.DabDetrEncoderLayer": hugging_face_layers,
     "grounding_dino.GroundingDinoMultiheadAttention": hugging_face_layers,
+    "mask2former.Mask2FormerAttention": hugging_face_layers,
     "grounding_dino.GroundingDinoDecoderLayer": hugging_face_layers,
     "deformable_detr.DeformableDetrEncoderLayer": hugging_face_layers,
     "deformable_detr.DeformableDetrDecoderLayer": hugging_face_layers,
