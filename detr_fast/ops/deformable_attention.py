@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
@@ -18,7 +20,7 @@ from detr_fast.kernels.deformable_attention import MAX_ELEMENTS, MAX_HEAD_DIM, M
 from detr_fast.kernels.launch import compile_launches
 from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.ops import regimes
-from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, on_one_device, wants_grad
+from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, followed, on_one_device, wants_grad
 from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 Levels = tuple[Level, ...]
@@ -39,8 +41,9 @@ def deformable_attention(
     Shapes: value (B, S, H, E), the levels' pixels row by row and level after level; shapes (height, width) of each level, with
     S = Σ height · width; locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), or, with `points` for each level,
     (B, Q, H, K, 2) and (B, Q, H, K), where K = Σ points. Weights are taken as they are: a softmax is the caller's.
-    Returns (B, Q, H, E) in the dtype that value and weights promote to. Computed in fp32 (fp64 for fp64). The value's gradient is
-    added up in no fixed order on a GPU; under `torch.use_deterministic_algorithms(True)` PyTorch's indexing does it.
+    Returns (B, Q, H, E) in the dtype that value and weights promote to. The kernel computes in fp32, PyTorch in the dtype that all
+    promote to. The value's gradient is added up in no fixed order on a GPU; under `torch.use_deterministic_algorithms(True)`
+    PyTorch's indexing does it.
     Raises ValueError where the shapes do not fit; BackendError as `use_backend` says.
     Source: arXiv:2010.04159, section 4.1.
     """
@@ -63,18 +66,23 @@ def arguments_of(
     """
     given = (
         value.shape,
-        tuple(map(tuple, shapes)),
+        tuple((_whole(height), _whole(width)) for height, width in shapes),
         locations.shape,
         weights.shape,
-        None if points is None else tuple(points),
+        None if points is None else tuple(map(_whole, points)),
     )
-    if torch.compiler.is_compiling():  # where sizes may be symbols
+    if followed():  # where sizes may be symbols
         levels = _levels(*given)
     else:
         levels = _known_levels(*given)
     if weights.ndim > 4:
         locations, weights = locations.flatten(3, -2), weights.flatten(3)
     return value, locations, weights, levels
+
+
+def _whole(size: Any) -> int:
+    """A number of what may be NumPy's or a tensor, which may be written to later; a compiler's symbol stays one."""
+    return size if isinstance(size, (int, torch.SymInt)) else int(size)  # type: ignore[return-value]
 
 
 def _levels(
@@ -86,7 +94,7 @@ def _levels(
 ) -> Levels:
     if points is None and len(weights) == 5 and weights[3] == len(shapes):
         points = (weights[4],) * len(shapes)
-    levels = tuple((int(height), int(width), int(n)) for (height, width), n in zip(shapes, points or ()))
+    levels = tuple((height, width, n) for (height, width), n in zip(shapes, points or ()))
     images, pixels, heads = value[:3] if len(value) == 4 else (-1, -1, -1)
     if (
         points is None
@@ -220,12 +228,13 @@ def _result(value: Tensor, weights: Tensor) -> torch.dtype:
 
 
 def _eager(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
-    """By PyTorch's grid_sample; where that has no deterministic backward, by indexing."""
-    if value.is_cuda and torch.are_deterministic_algorithms_enabled() and wants_grad(value, locations, weights):
+    """By PyTorch's grid_sample; where that has no deterministic backward, or no forward-mode derivative, by indexing."""
+    deterministic = value.is_cuda and torch.are_deterministic_algorithms_enabled()
+    if (deterministic and wants_grad(value, locations, weights)) or forward_ad._current_level >= 0:
         return _by_indexing(value, locations, weights, levels)
     if not (value.numel() and weights.numel()):  # which grid_sample refuses
-        nothing = weights.sum(-1, keepdim=True) + locations.sum() + value.sum()
-        return (0 * nothing).expand(*weights.shape[:3], value.shape[-1]).to(_result(value, weights)).contiguous()
+        nothing = sum(t.flatten()[:0].sum() for t in (value, locations, weights))  # 0, whatever they hold
+        return nothing.expand(*weights.shape[:3], value.shape[-1]).to(_result(value, weights)).contiguous()  # type: ignore[union-attr]
     images, _, heads = weights.shape[:3]
     dtype = torch.promote_types(value.dtype, locations.dtype)
     planes = value.permute(0, 2, 3, 1).flatten(0, 1).to(dtype)  # (B · H, E, S)
@@ -249,12 +258,17 @@ def _by_indexing(value: Tensor, locations: Tensor, weights: Tensor, levels: Leve
     """The same by indexing, whose backward is deterministic, and has a backward of its own."""
     dtype = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
     images, _, heads, _ = value.shape
-    numbers = locations.new_tensor
-    per_point = [level[:2] for level in levels for _ in range(level[2])]
-    firsts = [sum(h * w for h, w, _ in levels[:i]) for i, level in enumerate(levels) for _ in range(level[2])]
-    size = numbers([(width, height) for height, width in per_point], dtype=dtype).view(-1, 2)
-    first = numbers(firsts, dtype=torch.int64)
-    position = locations.to(dtype) * size - 0.5
+
+    def per_point(numbers: Iterable[int], kind: torch.dtype) -> Tensor:
+        """One number of each level, as often as it has points; written by the device, so that a CUDA graph may hold it."""
+        pairs = zip(numbers, levels)
+        return torch.cat([torch.full((n,), number, dtype=kind, device=value.device) for number, (*_, n) in pairs])
+
+    heights, widths = zip(*(level[:2] for level in levels))
+    first = per_point(accumulate((h * w for h, w, _ in levels[:-1]), initial=0), torch.int64)
+    size = torch.stack([per_point(widths, dtype), per_point(heights, dtype)], -1)
+    # As far outside as any: what is farther, infinitely, would be NaN.
+    position = (locations.to(dtype) * size - 0.5).clamp(min=-2.0).minimum(size + 1.0)
     pixel = position.detach().floor()
     way = position - pixel
     image = torch.arange(images, device=value.device)[:, None, None, None]
@@ -262,7 +276,7 @@ def _by_indexing(value: Tensor, locations: Tensor, weights: Tensor, levels: Leve
     out: Any = 0
     for right in (0, 1):
         for below in (0, 1):
-            corner = pixel + numbers([right, below], dtype=dtype)
+            corner = torch.stack([pixel[..., 0] + right, pixel[..., 1] + below], -1)
             there = ((corner >= 0) & (corner < size)).all(-1)
             x, y = torch.where(there[..., None], corner, 0.0).long().unbind(-1)
             row = torch.where(there, first + y * size[:, 0].long() + x, 0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
@@ -14,6 +15,7 @@ from detr_fast.testing.interpreter import checked_interpreter
 interpreter = pytest.mark.interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 5), (2, 3), (1, 1)]
+LEVELS = tuple((h, w, 2) for h, w in SHAPES)
 
 
 @pytest.fixture
@@ -128,7 +130,8 @@ def test_only_the_gradients_that_are_wanted_are_computed(triton, wanted):
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
 @pytest.mark.parametrize(("shapes", "points"), [([(0, 3), (2, 2)], (1, 0)), ([(0, 3)], (2,)), ([(2, 2)], (0,))])
 def test_levels_without_pixels_or_points_give_zero(backend, shapes, points):
-    case = [t.requires_grad_() for t in make_case(1, 3, 1, 8, points, shapes)]
+    value, *rest = make_case(1, 3, 1, 8, points, shapes)
+    case = [t.requires_grad_() for t in (value.fill_(float("inf")), *rest)]  # which nothing reads
     with use_backend(deformable_attention=backend):
         out = by_points(points, shapes)(*case)
         gradients = torch.autograd.grad(out.sum(), case)
@@ -147,6 +150,53 @@ def test_what_lies_far_outside_is_zero_and_nan_stays_nan(backend):
     assert (out[0, :2] == 0).all()
     assert out[0, 2].isnan().all()
     assert out[0, 3].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "indexing"])
+def test_infinitely_far_is_outside(backend):
+    value, locations, weights = case = make_case(1, 2, 1, 8)
+    expected = by_points((2, 2, 2))(
+        value, locations.clone(), torch.cat([weights[:, :, :, :1] * 0, weights[..., 1:]], 3)
+    )
+    locations[0, 0, 0, 0], locations[0, 1, 0, 0, 0] = float("inf"), -float("inf")
+    case = [t.requires_grad_() for t in case]
+    with use_backend(deformable_attention="triton" if backend == "triton" else "eager"):
+        out = by_points((2, 2, 2))(*case) if backend == "triton" else _by_indexing(*case, LEVELS)
+    torch.testing.assert_close(out, expected)
+    assert torch.autograd.grad(out.sum(), value)[0].isfinite().all()
+
+
+def test_forward_mode_gives_what_the_backward_says():
+    case = [t.double() for t in make_case(1, 3, 1, 4)]
+    tangents, dout = [torch.randn_like(t) for t in case], torch.randn(1, 3, 1, 4).double()
+    out, tangent = torch.func.jvp(by_points((2, 2, 2)), tuple(case), tuple(tangents))
+    gradients = torch.func.vjp(by_points((2, 2, 2)), *case)[1](dout)
+    torch.testing.assert_close(out, by_points((2, 2, 2))(*case))
+    torch.testing.assert_close((tangent * dout).sum(), sum((g * t).sum() for g, t in zip(gradients, tangents)))
+
+
+def test_sizes_that_are_symbols_stay_so():
+    def sample(image, locations, weights):
+        value = image.flatten(2).transpose(1, 2)[:, :, None]
+        return ops.deformable_attention(value, [image.shape[-2:]], locations, weights, [2])
+
+    def inputs(height, width):
+        return torch.randn(1, 4, height, width), torch.rand(1, 3, 1, 2, 2), torch.rand(1, 3, 1, 2)
+
+    traced = make_fx(sample, tracing_mode="symbolic")(*inputs(4, 6))
+    other = inputs(5, 3)
+    torch.testing.assert_close(traced(*other), sample(*other))
+
+
+def test_sizes_that_are_tensors_count_as_they_are_at_the_call():
+    value, locations, weights = make_case(1, 3, 1, 4, (2,), [(2, 3)])
+    sizes = torch.tensor([[2, 3]])
+    rows = [tuple(sizes[0])]  # each a view of the tensor
+    for height, width in [(2, 3), (3, 2)]:
+        sizes.copy_(torch.tensor([[height, width]]))
+        expected = ops.deformable_attention(value, [(height, width)], locations, weights, (2,))
+        for given in (sizes, rows):
+            assert torch.equal(ops.deformable_attention(value, given, locations, weights, (2,)), expected)
 
 
 @interpreter
@@ -170,8 +220,7 @@ def test_the_double_backward_is_right(triton):
 
 def test_indexing_gives_what_grid_sample_gives_and_its_gradients():
     case = [t.double().requires_grad_() for t in make_case()]
-    levels = tuple((h, w, 2) for h, w in SHAPES)
-    out, expected = _by_indexing(*case, levels), by_points((2, 2, 2))(*case)
+    out, expected = _by_indexing(*case, LEVELS), by_points((2, 2, 2))(*case)
     dout = torch.randn_like(out)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out, case, dout), torch.autograd.grad(expected, case, dout))
@@ -205,6 +254,14 @@ def test_a_gpu_takes_one_kernel_and_waits_for_nothing():
         counts = count(lambda: by_points((2, 2, 2))(*case))
     assert counts.launches == {"deformable_attention_kernel": 1}
     assert counts.total_synchronisations == 0
+
+
+def test_the_deterministic_form_copies_nothing_to_a_gpu_so_that_a_cuda_graph_may_hold_it():
+    with FakeTensorMode():
+        case = make_case(device="cuda")
+        traced = make_fx(lambda *tensors: _by_indexing(*tensors, LEVELS), _allow_non_fake_inputs=True)(*case)
+    made = [node.meta["val"] for node in traced.graph.nodes if node.op != "output"]
+    assert {value.device.type for value in made if isinstance(value, torch.Tensor)} == {"cuda"}
 
 
 def test_what_no_kernel_takes_is_left_to_eager_with_a_reason(monkeypatch):
