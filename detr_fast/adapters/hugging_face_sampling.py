@@ -128,6 +128,10 @@ class HeldDeformableAttention(Scriptable):
         theirs, place = self._detr_fast_functions
         return place if held is theirs else held
 
+    @ms_deformable_attn_core.setter
+    def ms_deformable_attn_core(self, held: Sampling) -> None:
+        self.__dict__[_HELD] = held
+
 
 def _function_of(kind: type[Module]) -> Any:
     names = vars(sys.modules[kind.__module__])

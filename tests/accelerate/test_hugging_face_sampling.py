@@ -160,6 +160,16 @@ def test_a_function_that_is_not_transformers_own_is_left_alone(monkeypatch):
     assert not detr_fast.accelerate(fine).switched
 
 
+@pytest.mark.parametrize("name", ["D-FINE", "DEIMv2"])
+def test_a_function_that_is_held_may_be_set_to_another_afterwards(name):
+    module = made(name)
+    detr_fast.accelerate(module)
+    module.ms_deformable_attn_core = mine = lambda value, *given: value.new_full((2, QUERIES, WIDTH), 3.0)
+    assert module.ms_deformable_attn_core is mine
+    detr_fast.restore(module)
+    assert module.ms_deformable_attn_core is mine
+
+
 def test_all_code_that_is_known_is_transformers():
     assert fingerprint(modeling("lw_detr").MultiScaleDeformableAttention.forward) == sampling._MODULE
     functions = [modeling(model).multi_scale_deformable_attention for model in ("mask2former", "oneformer")]
