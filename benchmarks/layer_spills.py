@@ -328,7 +328,7 @@ def _deformable_backward(case: Case) -> Variant:
     levels, channels, read = _deformable(case)
     wanted = case["dvalue"], case["dlocation"], case["dweight"]
     dtypes, run = (case["dtype"], *read), _run(case, case["dtype"])
-    return deformable_attention.backward_variant(levels, channels, dtypes, wanted, run, case["adds runs"])
+    return deformable_attention.backward_variant(levels, channels, dtypes, wanted, run)
 
 
 BUILDERS: dict[str, Callable[[Case], Variant]] = {
@@ -365,13 +365,12 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
 
 
 def variant_of(kernel: str, case: Case, generation: str) -> Variant:
-    """The program, which the generation has no part in but by the case."""
+    """The program, which is all generations'."""
     return BUILDERS[kernel](case)
 
 
 def options(kernel: str, generation: str) -> Options:
-    adds_runs = {"adds runs": (generation in ("hopper", "blackwell"),)}  # see `deformable_attention.adds_runs`
-    return SPACE[kernel] | (adds_runs if kernel == "deformable attention backward" else {})
+    return SPACE[kernel]
 
 
 def pressure(case: Case) -> int:
