@@ -5,6 +5,7 @@ Two linear layers with an activation and dropout between; the original's forward
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -74,15 +75,19 @@ class FeedForward(Scriptable):
     """The forward of a block; everything else is the class's that this is mixed into."""
 
     detr_fast_names: _Names  # of the attributes that hold the block's parts
+    detr_fast_argument: str  # the name that the original has for its input
 
     @classmethod
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
-        return {"detr_fast_names": _names(original)}
+        argument = list(inspect.signature(original.forward).parameters)[1]
+        return {"detr_fast_names": _names(original), "detr_fast_argument": argument}
 
-    def forward(self: Any, x: Tensor | None = None, **named: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor | None = None, /, **named: Tensor) -> Tensor:
         """As the original's, which runs for CPU tensors and where a part was wrapped or hooked since."""
-        if x is None:  # by the name that the original has for it
-            (x,) = named.values()
+        if x is None and set(named) == {self.detr_fast_argument}:
+            x = named.pop(self.detr_fast_argument)
+        if x is None or named:  # which the original refuses
+            return super().forward(*(() if x is None else (x,)), **named)  # type: ignore[misc]
         parts = parts_of(self) if is_dispatched(x) else None
         if parts is None:
             return super().forward(x)  # type: ignore[misc]

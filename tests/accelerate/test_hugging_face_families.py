@@ -99,6 +99,9 @@ def test_a_block_takes_its_input_by_the_name_that_it_had():
     detr_fast.accelerate(block)
     with explaining(block) as records:
         torch.testing.assert_close(block(hidden_states=x), expected)
+        for wrong in ({}, {"x": x}, {"hidden_states": x, "more": x}):
+            with pytest.raises(TypeError):
+                block(**wrong)
     assert [one.op for one in records] == ["feed_forward"]
 
 
