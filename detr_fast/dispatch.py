@@ -184,8 +184,9 @@ class Op:
         _ops[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        known = self._known
-        if known is not None and not torch.compiler.is_dynamo_compiling():
+        # A compiler is not to read the table: it would be bound to what there is, and that comes from another thread.
+        known = None if torch.compiler.is_dynamo_compiling() else self._known
+        if known is not None:
             found = known.get(_thread.in_layer, *args)
             if found is not None:
                 return found.run(*args)
@@ -193,8 +194,8 @@ class Op:
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation for a call with these arguments. Raises BackendError (see `use_backend`)."""
-        known = self._known
-        if known is None or torch.compiler.is_dynamo_compiling():
+        known = None if torch.compiler.is_dynamo_compiling() else self._known
+        if known is None:
             return self._choose(args)
         return _found(known, self._choose, args)
 
@@ -211,8 +212,8 @@ class Op:
 
         Asking for all ops by name asks for the parts' kernels where this op has none; asking for this op insists on it.
         """
-        known = self._known_kernels
-        if known is None or torch.compiler.is_dynamo_compiling():
+        known = None if torch.compiler.is_dynamo_compiling() else self._known_kernels
+        if known is None:
             return self._kernel(args)
         found = _found(known, lambda args: self._kernel(args) or PARTS, args)
         return None if found is PARTS else found

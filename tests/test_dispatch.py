@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import detr_fast
-from detr_fast import dispatch
-from detr_fast import ops as ops  # registers them
+from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, Call, Implementation, Op, use_backend
 from detr_fast.explanation import explaining
 from tests.forked import status_of
@@ -319,3 +318,27 @@ def test_a_process_forked_while_another_thread_decides_is_not_held_up():
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "linear_cross_entropy"])
+def test_a_table_that_comes_while_a_compiler_traces_is_no_obstacle(name, monkeypatch):
+    """The part in C++ brings it, whenever it is compiled."""
+    tensors = {"layer_norm": ((2, 4), (4,)), "linear_cross_entropy": ((2, 4), (5, 4))}[name]
+    x, weight = map(torch.ones, tensors)
+    rest = (None, torch.tensor([1, 2])) if name == "linear_cross_entropy" else ()
+    found = dispatch._ops[name]
+
+    def backend(graph, _):
+        for table in ("_known", "_known_kernels"):
+            monkeypatch.setattr(found, table, object())
+        return graph.forward
+
+    def call(x, weight):
+        return getattr(ops, name)(x, *(((4,),) if name == "layer_norm" else ()), weight, *rest)
+
+    for table in ("_known", "_known_kernels"):
+        monkeypatch.setattr(found, table, None)
+    torch.compiler.reset()
+    with use_backend(**{name: "eager"}):
+        expected = call(x, weight)
+        torch.testing.assert_close(torch.compile(call, backend=backend, fullgraph=True)(x, weight), expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -294,8 +294,13 @@ def _triples(sizes: Sequence[int]) -> Levels:
     return tuple((sizes[i], sizes[i + 1], sizes[i + 2]) for i in range(0, len(sizes), 3))
 
 
+_promoted = cache(torch.promote_types)  # which is an operation: launchers that call none are repeated at less cost
+
+
 def _run_forward(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    return kernels.deformable_attention_forward(value, locations, weights, _triples(sizes), _result(value, weights))
+    return kernels.deformable_attention_forward(
+        value, locations, weights, _triples(sizes), _promoted(value.dtype, weights.dtype)
+    )
 
 
 def _fake_forward(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
