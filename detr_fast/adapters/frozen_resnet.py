@@ -113,7 +113,7 @@ def _dtype(block: Any, x: Any) -> torch.dtype | None:
 
 def _parts(block: Any) -> _Parts | None:
     """None where the block's parts are not exactly what is known, or have to be called."""
-    if not all(map(is_bare, block.modules())):
+    if not _is_bare_throughout(block):
         return None
     names = block.detr_fast_names
     main, pool, shortcut = _layered(block) if names is None else _attributes(block, names)
@@ -123,6 +123,11 @@ def _parts(block: Any) -> _Parts | None:
     if pool is not None and type(pool) is not nn.AvgPool2d:
         return None
     return _Parts(main, pool, shortcut)
+
+
+def _is_bare_throughout(module: Module) -> bool:
+    """`is_bare` of it and all below it; `Module.modules` takes twice as long, and this is asked in every forward."""
+    return is_bare(module) and all(part is None or _is_bare_throughout(part) for part in module._modules.values())
 
 
 Found = tuple[Any, Any, Any]  # main, pool and shortcut; None, None, None where it is another block
@@ -170,12 +175,16 @@ def _layered(block: Any) -> Found:
 
 def _is_pair(pair: Any) -> bool:
     conv, norm = pair
-    return type(conv) is nn.Conv2d and conv.bias is None and _by_code(type(norm).forward) in _NORMS
+    return type(conv) is nn.Conv2d and conv.bias is None and _is_norm(type(norm))
 
 
 def _epsilon(norm: Any) -> float:
     known = _NORMS[_by_code(type(norm).forward)]
     return float(norm.eps) if known is None else known
+
+
+def _is_norm(kind: type[Module]) -> bool:
+    return _by_code(kind.forward) in _NORMS
 
 
 def _print_of(kind: type[Module]) -> str:
@@ -196,7 +205,7 @@ class FrozenResNets(Adapter):
         kind = kind_of(module)
         if isinstance(module, FrozenResidualBlock) or _print_of(kind) not in _BLOCKS:
             return None
-        if not any(_by_code(type(part).forward) in _NORMS for part in module.modules()):
+        if not any(_is_norm(type(part)) for part in module.modules()):
             return None  # whose norms learn
         return why_not_switch(module) or joined(FrozenResidualBlock, kind, kind)
 
