@@ -32,7 +32,7 @@ def sampled(
         return None
     try:
         arguments = arguments_of(value, shapes, locations, weights, points)
-    except ValueError:  # of other shapes than we know: theirs says what is wrong, if anything is
+    except (TypeError, ValueError):  # of other shapes or dtypes than we know: theirs says what is wrong, if anything is
         return None
     chosen = DEFORMABLE_ATTENTION.choose(*arguments)
     return chosen.run(*arguments).flatten(2) if isinstance(chosen, TritonImplementation) else None

@@ -36,7 +36,8 @@ def deformable_attention(
     """What each query reads at a few points of each level of features: Σ weight · value at location, over all points.
 
     A location is (x, y), in units of its level's width and height: (0, 0) is the upper left corner of the first pixel, (1, 1) the
-    lower right one of the last, and values are interpolated between the centers of pixels. What lies outside is zero.
+    lower right one of the last, and values are interpolated between the centers of pixels. What lies outside is zero and has no
+    gradient, however far: infinitely, too, as the original's CUDA code has it, where `grid_sample` gives NaN. NaN stays NaN.
 
     Shapes: value (B, S, H, E), the levels' pixels row by row and level after level; shapes (height, width) of each level, with
     S = Σ height · width; locations (B, Q, H, L, P, 2) and weights (B, Q, H, L, P), or, with `points` for each level,
@@ -44,7 +45,7 @@ def deformable_attention(
     Returns (B, Q, H, E) in the dtype that value and weights promote to. The kernel computes in fp32, PyTorch in the dtype that all
     promote to. The value's gradient is added up in no fixed order on a GPU; under `torch.use_deterministic_algorithms(True)`
     PyTorch's indexing does it.
-    Raises ValueError where the shapes do not fit; BackendError as `use_backend` says.
+    Raises ValueError where the shapes do not fit, TypeError for integers; BackendError as `use_backend` says.
     Source: arXiv:2010.04159, section 4.1.
     """
     arguments = arguments_of(value, shapes, locations, weights, points)
@@ -62,8 +63,13 @@ def arguments_of(
 ) -> tuple[Tensor, Tensor, Tensor, Levels]:
     """What implementations take: value, locations (B, Q, H, K, 2), weights (B, Q, H, K), and height, width and points of each level.
 
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError where the shapes do not fit, and TypeError for integers, in which the result would be cut off.
     """
+    if not (value.is_floating_point() and locations.is_floating_point() and weights.is_floating_point()):
+        raise TypeError(
+            f"got value of {value.dtype}, locations of {locations.dtype} and weights of {weights.dtype}; "
+            "expected floating-point tensors: convert them first, as by value.float()"
+        )
     given = (
         value.shape,
         tuple((_whole(height), _whole(width)) for height, width in shapes),
@@ -238,7 +244,8 @@ def _eager(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) ->
     images, _, heads = weights.shape[:3]
     dtype = torch.promote_types(value.dtype, locations.dtype)
     planes = value.permute(0, 2, 3, 1).flatten(0, 1).to(dtype)  # (B · H, E, S)
-    grid = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)  # (B · H, Q, K, 2)
+    # Of an infinite place grid_sample makes 0 · inf. No pixel is read farther than half a level outside.
+    grid = (2 * locations.to(dtype) - 1).clamp(-3.0, 3.0).transpose(1, 2).flatten(0, 1)  # (B · H, Q, K, 2)
     sizes = [height * width for height, width, _ in levels]
     samples = []
     for plane, places, (height, width, n) in zip(

@@ -152,7 +152,7 @@ def test_what_lies_far_outside_is_zero_and_nan_stays_nan(backend):
     assert out[0, 3].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "indexing"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager", "indexing"])
 def test_infinitely_far_is_outside(backend):
     value, locations, weights = case = make_case(1, 2, 1, 8)
     expected = by_points((2, 2, 2))(
@@ -161,9 +161,12 @@ def test_infinitely_far_is_outside(backend):
     locations[0, 0, 0, 0], locations[0, 1, 0, 0, 0] = float("inf"), -float("inf")
     case = [t.requires_grad_() for t in case]
     with use_backend(deformable_attention="triton" if backend == "triton" else "eager"):
-        out = by_points((2, 2, 2))(*case) if backend == "triton" else _by_indexing(*case, LEVELS)
+        out = _by_indexing(*case, LEVELS) if backend == "indexing" else by_points((2, 2, 2))(*case)
+        gradients = torch.autograd.grad(out.sum(), case)
     torch.testing.assert_close(out, expected)
-    assert torch.autograd.grad(out.sum(), value)[0].isfinite().all()
+    assert all(g.isfinite().all() for g in gradients)
+    assert not gradients[1][0, 0, 0, 0].any()  # where there is nothing all around
+    assert not gradients[2][0, :, 0, 0].any()
 
 
 def test_forward_mode_gives_what_the_backward_says():
@@ -297,6 +300,19 @@ def test_shapes_that_do_not_fit_are_refused():
         (value, locations[..., 0, :], weights[..., 0]),
     ):
         with pytest.raises(ValueError, match="expected"):
+            by_points((2, 2, 2))(*wrong)
+
+
+def test_numbers_that_are_not_floating_point_are_refused():
+    value, locations, weights = make_case()
+    for wrong in (
+        (value.long(), locations, weights.long()),
+        (value, locations, weights.int()),
+        (value.bool(), locations, weights),
+    ):
+        with pytest.raises(
+            TypeError, match=r"expected floating-point tensors: convert them first, as by value\.float\(\)"
+        ):
             by_points((2, 2, 2))(*wrong)
 
 
