@@ -13,6 +13,7 @@ Source: Dao, 2023, arXiv:2307.08691.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -26,7 +27,12 @@ from .attention_backward_queries import attention_backward_queries_kernel
 from .attention_copies import copy_rows, copy_variants
 from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_split import Parts, combine_variant, key_parts
-from .launch import Variant, empty, launch, pointer
+from .launch import Variant, empty, launch, multiprocessors, pointer
+from .rows import sum_partials, sum_partials_variant
+
+LEAST_SHARED = (
+    8  # heads of batch elements that a program of the mask's gradient passes over, where several share a tile
+)
 
 
 def attention_backward(
@@ -108,20 +114,44 @@ def launch_keys(
 
 def _mask_gradient(problem: Problem, form: Form, statistics: Tensor, dout: Tensor) -> Tensor:
     assert problem.given_mask is not None
-    shape = problem.given_mask.shape
-    batches, heads, rows, columns = (1,) * (4 - len(shape)) + tuple(shape)
-    dmask = empty(shape, problem.given_mask.dtype, dout.device)
-    # A dimension of size 1 is not shared, but summing over it is the same.
-    variant = mask_variant(form, rows == 1, columns == 1)
-    tiles_m = 1 if rows == 1 else -(-rows // variant.constants["BLOCK_M"])
-    tiles_n = 1 if columns == 1 else -(-columns // variant.constants["BLOCK_N"])
+    shape, dtype = problem.given_mask.shape, problem.given_mask.dtype
+    variant, grid = _mask_launch(problem, form, shape, dout.device)
+    split = grid[1] > 1
+    dmask = empty((grid[1], shape.numel()) if split else shape, torch.float32 if split else dtype, dout.device)
     tensors = (problem.q, problem.k, problem.v, dout)
     strides = [stride for tensor in tensors for stride in places(tensor)]
-    grid = (tiles_m * tiles_n * batches * heads,)
-    sizes = (*problem.sizes(), problem.batch, batches, heads)
+    sizes = (*problem.sizes(), problem.batch, *_four(shape)[:2])
     packed, _ = problem.packed(problem.q)
     launch(variant, grid, *tensors, dmask, statistics, *problem.tensors(), *packed, *strides, *sizes)
-    return dmask
+    if split:
+        (dmask,) = sum_partials((dmask, dtype))  # type: ignore[assignment]
+    return dmask.view(shape)
+
+
+def _four(shape: Sequence[int]) -> tuple[int, ...]:
+    """A mask's batch elements, heads, rows and columns."""
+    return (1,) * (4 - len(shape)) + tuple(shape)
+
+
+def _mask_launch(
+    problem: Problem, form: Form, shape: Sequence[int], device: torch.device
+) -> tuple[Variant, tuple[int, int]]:
+    """The program that takes the gradient of a mask of that shape, and its grid: tiles, and programs that share each.
+
+    Several do where tiles are few and shared by many heads or batch elements: of the bias that all of Swin's windows share, there are
+    a few tiles for each head, whose programs would pass over thousands of windows one by one.
+    """
+    batches, heads, rows, columns = _four(shape)
+    # A dimension of size 1 is not shared, but summing over it is the same.
+    shared = rows == 1, columns == 1
+    variant = mask_variant(form, *shared)
+    tiles = batches * heads
+    for size, block in ((rows, "BLOCK_M"), (columns, "BLOCK_N")):
+        tiles *= 1 if size == 1 else -(-size // int(variant.constants[block]))
+    sharing = (1 if batches > 1 else problem.batch) * (1 if heads > 1 else problem.heads)
+    # Two of the three programs that a multiprocessor has room for.
+    parts = max(1, min(2 * multiprocessors(device) // max(1, tiles), sharing // LEAST_SHARED))
+    return variant if parts == 1 else mask_variant(form, *shared, split=True), (tiles, parts)
 
 
 def backward_variants(
@@ -173,11 +203,22 @@ def _variant(
     return Variant(kernel, types, constants, config.num_warps, config.num_stages)
 
 
+def mask_variants(problem: Problem, shape: Sequence[int], device: torch.device) -> list[Variant]:
+    """All that the gradient of a mask of that shape launches on `device`."""
+    form = problem.form()
+    variant, (_, parts) = _mask_launch(problem, form, shape, device)
+    if parts == 1:
+        return [variant]
+    assert form.mask is not None
+    return [variant, sum_partials_variant(math.prod(shape), form.mask)]
+
+
 @cache
-def mask_variant(form: Form, shared_rows: bool, shared_columns: bool) -> Variant:
-    """The program that takes the gradient of a float mask."""
+def mask_variant(form: Form, shared_rows: bool, shared_columns: bool, split: bool = False) -> Variant:
+    """The program that takes the gradient of a float mask; split: with parts of it as its result."""
     config = form.config("shared_mask" if shared_rows else "mask")
-    tensors = (*(form.dtype,) * 4, form.mask, torch.float32, *form.masks(), *form.ends())
+    result = torch.float32 if split else form.mask
+    tensors = (*(form.dtype,) * 4, result, torch.float32, *form.masks(), *form.ends())
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, "i32", "i32", "i32")
     shared = {"SHARED_ROWS": shared_rows, "SHARED_COLUMNS": shared_columns}
     constants = {**shared, "BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), "PAIRED": form.paired}

@@ -67,8 +67,9 @@ def attention_backward_mask_kernel(
 ):
     """One program for one tile of dmask, (mask_batches, mask_heads, 1 or L, 1 or S), over all that the mask is shared by.
 
-    Each element is written once, by sums in a fixed order, and no buffer larger than dmask is needed. Of a packed batch, L and S
-    are the largest lengths, and a batch element is a sequence.
+    Where several share a tile, along the grid's second axis, dmask has a part for each, and each takes a share of the batch
+    elements and heads. Each element is written once, by sums in a fixed order. Of a packed batch, L and S are the largest lengths,
+    and a batch element is a sequence.
     """
     wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC)
@@ -78,7 +79,6 @@ def attention_backward_mask_kernel(
     first_row = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
     which = tl.program_id(0) // (tiles_n * tiles_m)
     first_batch, first_head = which // mask_heads, which % mask_heads
-    end_batch = tl.where(mask_batches == 1, batches, first_batch + 1)
     end_row = L if SHARED_ROWS else tl.minimum(first_row + 1, L)
     end_column = S if SHARED_COLUMNS else tl.minimum(first_column + 1, S)
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -86,8 +86,11 @@ def attention_backward_mask_kernel(
     dmask = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Of the heads of a batch element, those that share the mask: all, or one.
     step = tl.where(mask_heads == 1, 1, heads)
-    end = end_batch * heads
-    for index in range(first_batch * heads + first_head, end, step):
+    shared = tl.where(mask_batches == 1, batches, 1) * tl.where(mask_heads == 1, heads, 1)
+    share = tl.cdiv(shared, tl.num_programs(1)) * step
+    first = first_batch * heads + first_head
+    end = tl.minimum((tl.program_id(1) + 1) * share, shared * step) + first
+    for index in range(first + tl.program_id(1) * share, end, step):
         batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
         place, first_q, own_L, first_k, own_S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
         last_row, last_column = end_row, end_column
@@ -144,7 +147,7 @@ def attention_backward_mask_kernel(
     rows = 1 if SHARED_ROWS else L
     columns = 1 if SHARED_COLUMNS else S
     # Said anew, from the loop's end: kept over the loop, it would be spilled.
-    which = tl.where(mask_batches == 1, 0, end // heads - 1) * mask_heads + first_head
+    which = tl.program_id(0) // (tiles_n * tiles_m) + tl.program_id(1) * mask_batches * mask_heads
     base = dmask_ptr + (tl.cast(which, tl.int64) * rows + first_row) * columns + first_column
     if SHARED_ROWS and SHARED_COLUMNS:
         tl.store(base, tl.sum(dmask).to(dmask_ptr.dtype.element_ty))

@@ -15,7 +15,7 @@ from detr_fast.kernels import attention_backward_atomics as atomics_kernels
 from detr_fast.kernels import attention_weights as weights_kernels
 from detr_fast.kernels.attention_copies import copy_variants
 from detr_fast.kernels.attention_problem import LOG2_E, MAX_HEAD_DIM, Problem
-from detr_fast.kernels.launch import Variant, compile_variant, generation
+from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_autograd import forward
 from detr_fast.ops.attention_autograd import weights as weights_of
@@ -117,7 +117,7 @@ class TritonAttention(TritonImplementation):
             wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
             variants += backward_kernels.backward_variants(problem, call.device, **wanted)
         if call.mask_grad:
-            variants.append(gradient_of_mask(problem, call.mask_shape))
+            variants += backward_kernels.mask_variants(problem, call.mask_shape, call.device)
         for variant in variants:
             compile_variant(variant, call.device)
         if call.weights is not None:
@@ -203,9 +203,3 @@ def rehearsed_mask(call: Any) -> Tensor | None:
     if call.attn_mask is None:
         return None
     return rehearsed(call.layouts[3:], computed_dtype(getattr(torch, call.attn_mask), call.situation.autocast))[0]
-
-
-def gradient_of_mask(problem: Problem, shape: tuple[int, ...]) -> Variant:
-    """The program that takes the gradient of a mask of that shape."""
-    rows, columns = (1, 1, *shape)[-2:]
-    return backward_kernels.mask_variant(problem.form(), rows == 1, columns == 1)

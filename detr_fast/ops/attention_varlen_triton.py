@@ -16,7 +16,7 @@ from detr_fast.kernels.launch import compile_variant, generation
 from detr_fast.ops import regimes
 from detr_fast.ops.attention_autograd import OPTIONS, like_rows, reference, run_backward
 from detr_fast.ops.attention_call import tf32
-from detr_fast.ops.attention_triton import autocast, autocast_dtype, drawn, gradient_of_mask, noted, rehearsed_mask
+from detr_fast.ops.attention_triton import autocast, autocast_dtype, drawn, noted, rehearsed_mask
 from detr_fast.ops.attention_varlen_call import VarlenCall
 from detr_fast.ops.attention_varlen_eager import padded
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, wants_grad
@@ -54,7 +54,7 @@ class TritonVarlen(TritonImplementation):
             wanted = {"with_dlse": call.return_lse, "with_mask": call.mask_grad}
             variants += backward_kernels.backward_variants(problem, call.device, **wanted)
         if call.mask_grad and problem.mask is not None:
-            variants.append(gradient_of_mask(problem, call.mask_shape))
+            variants += backward_kernels.mask_variants(problem, call.mask_shape, call.device)
         for variant in variants:
             compile_variant(variant, call.device)
 

@@ -123,6 +123,14 @@ def test_the_gradient_of_a_float_mask_is_summed_over_what_shares_it(interpreter,
     assert interpreter.counts()["attention_backward_mask_kernel"] == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "batch", "heads"), [((2, 11, 12), 17, 2), ((11, 12), 9, 2), ((2, 1, 11, 12), 2, 16), ((12,), 17, 1)]
+)
+def test_few_tiles_of_a_mask_are_shared_out_where_many_share_the_mask(interpreter, shape, batch, heads):
+    check(FP32, qkv(batch, 11, 12, heads, 16), None, torch.randn(shape))
+    assert interpreter.counts()["attention_backward_mask_kernel"] == interpreter.counts()["sum_partials_kernel"] == 1
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 40, 1), (1, 1)])
 def test_a_mask_that_all_keys_share_has_no_gradient(interpreter, shape):
     q, k, v = qkv(2, 40, 40, 1, 16)

@@ -167,6 +167,9 @@ CASES = {
     "attention, split keys": Case("attention", ops.attention, ((1, 8, 1, 16), (1, 400, 1, 16), (1, 400, 1, 16))),
     "attention, mask": Case("attention", masked, (*QKV, (2, 8, 16))),
     "attention, one row of a mask": Case("attention", masked, (*QKV, (16,))),
+    "attention, a mask that many share": Case(
+        "attention", lambda q, k, v, m: ops.attention(q, k, v, attn_mask=m), (*((33, 8, 1, 16),) * 3, (8, 8))
+    ),
     "attention, log-sum-exp": Case("attention", partial(ops.attention, return_lse=True), QKV, exact=False),
     "attention, weights": Case("attention", attention_with_weights, QKV),
     "attention, packed projections": Case("attention", packed, ((2, 16, 3, 2, 16),)),
