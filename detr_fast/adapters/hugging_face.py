@@ -33,9 +33,11 @@ from detr_fast.ops.attention import ATTENTION, Sdpa
 
 NAME = "detr_fast"
 _PADDING = "_detr_fast_padding"
-# Arguments besides those of `attention` that change nothing in what is computed here, and are passed by encoders.
+# Arguments besides those of `attention` that change nothing in what is computed here, and are passed by encoders, or that are known here.
 _HARMLESS = {"output_hidden_states", "use_cache", "return_dict", "position_ids", "cache_position", "num_items_in_batch"}
 _HARMLESS |= {"sliding_window"}  # which the mask has
+if "position_bias" in inspect.signature(sdpa_attention_forward).parameters:  # transformers 5.23 has it
+    _HARMLESS |= {"position_bias"}
 
 
 class HuggingFaceAttention(Adapter):
@@ -136,7 +138,10 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query, key, value (B, H, L, E), the result (B, L, H, E) and no weights."""
+    """transformers' attention function: query, key, value (B, H, L, E), the result (B, L, H, E) and no weights.
+
+    A `position_bias`, which broadcasts to (B, H, L, S), is added to the scores: T5's, say.
+    """
     arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
     if MARK not in module.__dict__ or not (dispatch.intervening or query.is_cuda):
         return sdpa_attention_forward(*arguments, **kwargs)
@@ -161,7 +166,26 @@ def attention(
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     padding, mask = split(attention_mask)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling, grouped).contiguous(), None
+    bias = kwargs.get("position_bias")
+    if bias is None:
+        return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling, grouped).contiguous(), None
+    if causal and k.shape[1] > q.shape[1]:  # what a static cache has no keys for yet
+        k, v, bias = k[:, : q.shape[1]], v[:, : q.shape[1]], bias[..., : q.shape[1]]
+    given = (q, k, v, padding, _biased(bias, mask, key.dtype), causal, dropout, scaling, grouped)
+    chosen = ATTENTION.choose(*given)
+    if isinstance(chosen, Sdpa):  # theirs then, to the bit
+        return sdpa_attention_forward(*arguments, **kwargs)
+    return chosen.run(*given).contiguous(), None
+
+
+def _biased(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The bias with what a mask (True = may attend, or numbers that are added) hides, as transformers' SDPA joins them.
+
+    Padding and causal order stay apart from it, so that nothing becomes larger than the bias is.
+    """
+    if mask is not None:
+        bias = torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else bias + mask
+    return bias if bias.stride(-1) == 1 else bias.contiguous()  # T5 looks its bias up with the heads last
 
 
 def _why_theirs(query: Tensor, key: Tensor, given: dict[str, Any]) -> str | None:

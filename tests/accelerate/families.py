@@ -135,6 +135,13 @@ def seq2seq(kind, use="Model", **options):
     return getattr(transformers, f"{kind}{use}")(getattr(transformers, f"{kind}Config")(**SEQ2SEQ, **options))
 
 
+def t5(kind="T5Model", **options):
+    sizes = {"vocab_size": 20, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = {"num_heads": 4, "relative_attention_num_buckets": 8, "dropout_rate": 0.0, **sizes, **tokens, **options}
+    return getattr(transformers, kind)(transformers.T5Config(**config))
+
+
 def source(model):
     """Two sentences, the second one padded, or two recordings."""
     if model.main_input_name == "input_features":
@@ -151,6 +158,12 @@ def translate(model):
     if model.main_input_name == "input_ids":
         target["decoder_attention_mask"] = torch.tensor([[1, 1, 1], [1, 1, 0]])
     return [model(**source(model), **target).last_hidden_state]
+
+
+def translate_all(model):
+    """The same of whole sentences, whose decoder has no mask but its order."""
+    target = {"decoder_input_ids": torch.tensor([[1, 5, 6, 4], [1, 7, 8, 9]])}
+    return [*translate(model), model(**source(model), **target).last_hidden_state]
 
 
 def read(model):
@@ -239,6 +252,23 @@ def two_way_block():
     return transformers.models.sam.modeling_sam.SamTwoWayAttentionBlock(config)
 
 
+def swin():
+    """Windows of 4 by 4, in the second layer of both stages shifted."""
+    sizes = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    config = transformers.SwinConfig(**sizes, image_size=24, mlp_ratio=2.0, drop_path_rate=0.0)
+    model = transformers.SwinModel(config, add_pooling_layer=False)
+    for name, parameter in model.named_parameters():
+        if "bias_table" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def look_at_windows(model):
+    """Of 24 by 20 pixels, in which 4 by 4 windows do not fit."""
+    images = torch.randn(2, 3, 24, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return [model(images.to(next(model.parameters()).dtype)).last_hidden_state]
+
+
 def point(block):
     generator = torch.Generator().manual_seed(2)
     queries, keys, *positions = torch.randn(4, 1, 2, 5, 32, generator=generator, dtype=torch.float64)
@@ -290,6 +320,8 @@ MODELS = {
         look,
         {"attention": 2, "feed_forward": 2},
     ),
+    "Swin": (swin, look_at_windows, {"attention": 4, "feed_forward": 4}),
+    "T5": (t5, translate_all, {"attention": 12, "feed_forward": 8}),
     "Bart": (lambda: seq2seq("Bart"), translate, {"attention": 5, "add_layer_norm": 8, "feed_forward": 3}),
     "MBart": (lambda: seq2seq("MBart"), translate, {"attention": 5, "add_layer_norm": 5, "feed_forward": 3}),
     "Whisper": (

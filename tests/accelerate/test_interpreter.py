@@ -28,8 +28,19 @@ def bert():
     return transformers.BertModel(transformers.BertConfig(vocab_size=5, **sizes, **quiet), add_pooling_layer=False)
 
 
-def read(model, x):
-    return model(inputs_embeds=x, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])).last_hidden_state
+def read(model, x, **rest):
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    return model(inputs_embeds=x, attention_mask=mask, **rest).last_hidden_state
+
+
+def t5():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "relative_attention_num_buckets": 6}
+    return transformers.T5Model(transformers.T5Config(vocab_size=5, **sizes, dropout_rate=0.0))
+
+
+def translate(model, x):
+    return read(model, x, decoder_inputs_embeds=x)
 
 
 def block():
@@ -40,7 +51,9 @@ def block():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("make", "call"), [(encoder, encode), (bert, read), (block, lambda model, x: model(x))])
+@pytest.mark.parametrize(
+    ("make", "call"), [(encoder, encode), (bert, read), (t5, translate), (block, lambda model, x: model(x))]
+)
 def test_an_accelerated_model_is_as_accurate_on_triton_as_it_was(make, call):
     torch.manual_seed(0)
     plain = make().train()
