@@ -66,6 +66,7 @@ PRODUCT: Options = {
 PREDICTIONS: Options = {"dtype": DTYPES, "boxes": DTYPES, "focal": SWITCH}
 SAMPLES: Options = {"dtype": HALVES, "location": ("same", "fp32"), "weight": ("same", "fp32"), "levels": (1, 3, 4, 6)}
 SAMPLES |= {"channels": (8, 20, 24, 32, 48, 64, 100, 128, 256), "runs": SWITCH}
+SAMPLES |= {"coordinates": (0, 2, 4), "reference": ("same", "fp32"), "sizes": SWITCH}  # sizes: on the device
 SPACE: dict[str, Options] = {
     "linear": PRODUCT | {"activation": ("none", *ACTIVATIONS), "position": SWITCH},
     "linear backward": PRODUCT | {"dbias": SWITCH},
@@ -80,7 +81,9 @@ SPACE: dict[str, Options] = {
     "cross entropy": {"dtype": HALVES, "classes": (2, 100, 128, 200, 500, 512, 1000, 2000, 4000, 8000, 32000, 50257)}
     | {"weighted": SWITCH, "learns": SWITCH, "smoothed": SWITCH},
     "deformable attention": SAMPLES | {"few": SWITCH},
-    "deformable attention backward": SAMPLES | {"dvalue": SWITCH, "dlocation": SWITCH, "dweight": SWITCH},
+    "deformable attention backward": SAMPLES
+    | {"dvalue": SWITCH, "dlocation": SWITCH, "dweight": SWITCH}
+    | {"dreference": SWITCH},
     "detection losses": PREDICTIONS,
     "detection losses' sum": {"focal": SWITCH},
     "detection losses backward": PREDICTIONS | {"dlogits": SWITCH, "dboxes": SWITCH},
@@ -143,6 +146,11 @@ def _gives_gradients(case: Case) -> bool:
     return any(case.get(name) for name in ("dx", "dresidual", "dw", "db")) and (case["weight"] or not case["dw"])
 
 
+def _has_reference(case: Case) -> bool:
+    """Or what is said of one is the first of all options."""
+    return case["coordinates"] > 0 or (case["reference"] == "same" and not case.get("dreference"))
+
+
 RULES: dict[str, Callable[[Case], bool]] = {
     "linear": _is_product,
     "linear backward": lambda case: case["bias"] or not case["dbias"],
@@ -150,7 +158,10 @@ RULES: dict[str, Callable[[Case], bool]] = {
     "linear norm's end": _is_end,
     "residual norm backward": lambda case: case["autocast"] or case["residual"] == "same",
     "feed forward": _is_block,
-    "deformable attention backward": lambda case: case["dvalue"] or case["dlocation"] or case["dweight"],
+    "deformable attention": _has_reference,
+    "deformable attention backward": lambda case: (
+        _has_reference(case) and any(case[n] for n in ("dvalue", "dlocation", "dweight", "dreference"))
+    ),
     "detection losses backward": lambda case: case["dlogits"] or case["dboxes"],
     "channel affine backward": lambda case: case["dresidual"] or (case["dx"] and not case["scaled"]),
     "layer norm backward": _gives_gradients,
@@ -312,23 +323,24 @@ def _channel_affine_backward(case: Case) -> Variant:
     return channel_affine.backward_variant(columns, dtype, dtype, *given, _run(case, dtype))
 
 
-def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...]]:
-    dtype = case["dtype"]
-    read = (FP32 if case[name] == "fp32" else dtype for name in ("location", "weight"))
-    return case["levels"], case["channels"], (dtype, *read)
+def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...], deformable_attention.Form]:
+    dtype, coordinates = case["dtype"], case["coordinates"]
+    read = tuple(FP32 if case[name] == "fp32" else dtype for name in ("location", "weight", "reference"))
+    form = deformable_attention.Form(coordinates, read[2] if coordinates else None, case["sizes"])
+    return case["levels"], case["channels"], (dtype, *read[:2]), form
 
 
 def _deformable_forward(case: Case) -> Variant:
-    levels, channels, read = _deformable(case)
+    levels, channels, read, form = _deformable(case)
     dtypes = *read, case["dtype"]
-    return deformable_attention.forward_variant(levels, channels, dtypes, _run(case, case["dtype"]), case["few"])
+    return deformable_attention.forward_variant(levels, channels, dtypes, _run(case, case["dtype"]), case["few"], form)
 
 
 def _deformable_backward(case: Case) -> Variant:
-    levels, channels, read = _deformable(case)
-    wanted = case["dvalue"], case["dlocation"], case["dweight"]
+    levels, channels, read, form = _deformable(case)
+    wanted = case["dvalue"], case["dlocation"], case["dweight"], case["dreference"]
     dtypes, run = (case["dtype"], *read), _run(case, case["dtype"])
-    return deformable_attention.backward_variant(levels, channels, dtypes, wanted, run)
+    return deformable_attention.backward_variant(levels, channels, dtypes, wanted, run, form)
 
 
 BUILDERS: dict[str, Callable[[Case], Variant]] = {

@@ -6,6 +6,9 @@
 A location is (x, y) in units of its level's width and height: pixel (column, row) lies at ((column + 1/2) / width, (row + 1/2) /
 height), between pixels values are interpolated linearly, and what lies outside of a level is zero.
 
+The same programs take what models compute locations and weights of: a reference point or box, offsets from it, and logits, whose
+softmax over a query's points they compute. Levels' sizes are numbers, or lie on the device, where the host need not know them.
+
 One program takes a block of queries of one image and head, and goes over their points. A corner's row, the channels of a head, is
 read at once. The backward reads the corners again, sums dout * corner over channels for the gradients of weights and locations,
 and adds to the corners' gradients by atomics, in fp32 and in no fixed order. Arithmetic is fp32.
@@ -16,21 +19,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configs import DEFORMABLE_FEW, deformable_config
+from .deformable_backward import deformable_attention_backward_kernel
+from .deformable_points import (
+    cell,
+    is_there,
+    level_size,
+    load_point,
+    load_reference,
+    peak_of,
+    place_of,
+    share_of,
+    softmax_share,
+)
 from .entry import Budget, Entry
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
-from .rows import MAX_PLANS, Plan, address_of, arriving_rows, column_block, run_length, run_pointers
+from .rows import MAX_PLANS, Plan, address_of, arriving_rows, run_length, run_pointers
 
 MAX_LEVELS = 6
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = (1 << 31) - 1  # of one image's values and locations: offsets within an image are 32 bits
 
 Level = tuple[int, int, int]  # height, width, points
+Wanted = tuple[bool, bool, bool, bool]  # gradients: value's, location's, weight's, reference's
+Sizes = tuple[int, ...]  # images, rows, heads, channels, queries
+
+
+class Form(NamedTuple):
+    """What beside values, locations and weights a program reads: a reference's coordinates and dtype, and levels' sizes."""
+
+    coordinates: int = 0
+    dtype: torch.dtype | None = None
+    shapes: bool = False
+
+
+PLAIN = Form()
 
 
 @jit
@@ -38,6 +67,8 @@ def deformable_attention_kernel(
     value_ptr,
     location_ptr,
     weight_ptr,
+    reference_ptr,
+    shapes_ptr,
     out_ptr,
     rows: tl.int32,
     queries: tl.int32,
@@ -62,194 +93,106 @@ def deformable_attention_kernel(
     height_5: tl.int32,
     width_5: tl.int32,
     points_5: tl.int32,
+    reference_image: tl.int64,
+    reference_query: tl.int64,
+    reference_level: tl.int64,
+    spread: tl.float32,
     LEVELS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_E: tl.constexpr,
     FULL: tl.constexpr,
     VEC: tl.constexpr,
+    COORDINATES: tl.constexpr,
 ):
-    """value (B, rows, heads, channels), location (B, queries, heads, points, 2), weight (B, queries, heads, points) -> out (B, queries, heads, channels)."""
+    """value (B, rows, heads, channels), location (B, queries, heads, points, 2), weight (B, queries, heads, points) -> out (B, queries, heads, channels).
+
+    With references (B, queries, levels, COORDINATES), what is called location are offsets from them, and what is called weight logits.
+    """
     wait_for_previous()
     heights = (height_0, height_1, height_2, height_3, height_4, height_5)
     widths = (width_0, width_1, width_2, width_3, width_4, width_5)
     counts = (points_0, points_1, points_2, points_3, points_4, points_5)
-    image, head, query, exists, column, inside = _place(queries, heads, channels, BLOCK_Q, BLOCK_E, FULL, VEC)
+    image, head, query, exists, column, inside = place_of(queries, heads, channels, BLOCK_Q, BLOCK_E, FULL, VEC)
     row_size = heads * channels
     value_ptr += image * rows * row_size + head * channels
     location_ptr += image * queries * heads * points * 2
     weight_ptr += image * queries * heads * points
     base = (query * heads + head) * points
+    if reference_ptr is not None:
+        reference_ptr += image * reference_image
+        peak = peak_of(weight_ptr, base, exists, points)
+        shares = tl.zeros((BLOCK_Q,), tl.float32)
     total = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
-    first, begun = 0, 0
+    first, begun, right = 0, 0, True
     for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
+        height, width, fits = level_size(shapes_ptr, level, heights[level], widths[level], rows - first)
+        right = right & fits
+        if reference_ptr is not None:
+            from_x, from_y, step_x, step_y = load_reference(
+                reference_ptr + query.to(tl.int64) * reference_query + level * reference_level,
+                exists,
+                height,
+                width,
+                spread / tl.maximum(counts[level], 1),
+                COORDINATES,
+            )
         for k in range(begun, begun + counts[level]):
             point = base + k
-            x, y, weight = _load_point(location_ptr, weight_ptr, point, exists)
-            x0, right = _cell(x, width)
-            y0, below = _cell(y, height)
+            x, y, weight = load_point(location_ptr, weight_ptr, point, exists)
+            if reference_ptr is not None:
+                x, y = from_x + x * step_x, from_y + y * step_y
+                weight = softmax_share(weight, peak)
+                shares += weight
+            else:
+                x, y = x * width - 0.5, y * height - 0.5
+            x0, ahead = cell(x, width)
+            y0, below = cell(y, height)
             row = first + y0 * width + x0
             for corner in tl.static_range(4):
-                there = _is_there(x0 + corner % 2, width) & _is_there(y0 + corner // 2, height)
-                share = _share(right, corner % 2) * _share(below, corner // 2)
+                there = is_there(x0 + corner % 2, width) & is_there(y0 + corner // 2, height)
+                share = share_of(ahead, corner % 2) * share_of(below, corner // 2)
                 start = (row + (corner // 2) * width + corner % 2) * row_size
                 pointers = run_pointers(value_ptr, start[:, None], column, VEC)
                 found = tl.load(pointers, mask=there[:, None] & inside, other=0.0).to(tl.float32)
                 total += (weight * share)[:, None] * found
         first += height * width
         begun += counts[level]
+    if reference_ptr is not None:
+        total /= tl.where(exists & (points > 0), shares, 1.0)[:, None]
+    if shapes_ptr is not None:
+        total = tl.where(right & (first == rows), total, float("nan"))
     start = (query * heads + head) * channels
     pointers = run_pointers(out_ptr + image * queries * row_size, start[:, None], column, VEC)
     tl.store(pointers, total.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside)
 
 
-@jit
-def deformable_attention_backward_kernel(
-    dout_ptr,
-    value_ptr,
-    location_ptr,
-    weight_ptr,
-    dvalue_ptr,
-    dlocation_ptr,
-    dweight_ptr,
-    rows: tl.int32,
-    queries: tl.int32,
-    heads: tl.int32,
-    channels: tl.int32,
-    points: tl.int32,
-    height_0: tl.int32,
-    width_0: tl.int32,
-    points_0: tl.int32,
-    height_1: tl.int32,
-    width_1: tl.int32,
-    points_1: tl.int32,
-    height_2: tl.int32,
-    width_2: tl.int32,
-    points_2: tl.int32,
-    height_3: tl.int32,
-    width_3: tl.int32,
-    points_3: tl.int32,
-    height_4: tl.int32,
-    width_4: tl.int32,
-    points_4: tl.int32,
-    height_5: tl.int32,
-    width_5: tl.int32,
-    points_5: tl.int32,
-    LEVELS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    FULL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """dout (B, queries, heads, channels) -> dvalue, fp32, added to; dlocation and dweight; each may be left out."""
-    wait_for_previous()
-    heights = (height_0, height_1, height_2, height_3, height_4, height_5)
-    widths = (width_0, width_1, width_2, width_3, width_4, width_5)
-    counts = (points_0, points_1, points_2, points_3, points_4, points_5)
-    image, head, query, exists, column, inside = _place(queries, heads, channels, BLOCK_Q, BLOCK_E, FULL, VEC)
-    row_size = heads * channels
-    values = image * rows * row_size + head * channels
-    place = image * queries * heads * points
-    location_ptr += place * 2
-    weight_ptr += place
-    start = (query * heads + head) * channels
-    arriving = run_pointers(dout_ptr + image * queries * row_size, start[:, None], column, VEC)
-    dout = tl.load(arriving, mask=exists[:, None] & inside, other=0.0).to(tl.float32)
-    base = (query * heads + head) * points
-    first, begun = 0, 0
-    for level in tl.static_range(LEVELS):
-        height, width = heights[level], widths[level]
-        for k in range(begun, begun + counts[level]):
-            point = base + k
-            x, y, weight = _load_point(location_ptr, weight_ptr, point, exists)
-            x0, right = _cell(x, width)
-            y0, below = _cell(y, height)
-            row = first + y0 * width + x0
-            dx = tl.zeros((BLOCK_Q,), tl.float32)
-            dy = tl.zeros((BLOCK_Q,), tl.float32)
-            dweight = tl.zeros((BLOCK_Q,), tl.float32)
-            for corner in tl.static_range(4):
-                there = _is_there(x0 + corner % 2, width) & _is_there(y0 + corner // 2, height)
-                there = there[:, None] & inside
-                across, down = _share(right, corner % 2), _share(below, corner // 2)
-                begin = ((row + (corner // 2) * width + corner % 2) * row_size)[:, None]
-                if dvalue_ptr is not None:
-                    grown = (weight * across * down)[:, None] * dout
-                    pointers = run_pointers(dvalue_ptr + values, begin, column, VEC)
-                    tl.atomic_add(pointers, grown, mask=there, sem="relaxed")
-                if dweight_ptr is not None or dlocation_ptr is not None:
-                    found = tl.load(run_pointers(value_ptr + values, begin, column, VEC), mask=there, other=0.0)
-                    product = tl.sum(found.to(tl.float32) * dout, axis=1)
-                    dweight += across * down * product
-                    dx += (down if corner % 2 == 1 else -down) * product
-                    dy += (across if corner // 2 == 1 else -across) * product
-            if dweight_ptr is not None:
-                tl.store(dweight_ptr + place + point, dweight.to(dweight_ptr.dtype.element_ty), mask=exists)
-            if dlocation_ptr is not None:
-                coordinate = dlocation_ptr + place * 2 + point * 2
-                element = dlocation_ptr.dtype.element_ty
-                tl.store(coordinate, (dx * weight * width).to(element), mask=exists)
-                tl.store(coordinate + 1, (dy * weight * height).to(element), mask=exists)
-        first += height * width
-        begun += counts[level]
-
-
-@jit
-def _place(
-    queries, heads, channels, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr
-):
-    """A program's image (int64) and head; its queries, and which exist; channels, and which exist."""
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    problem, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    column, inside, _ = column_block(channels, BLOCK_E, FULL, VEC)
-    return (problem // heads).to(tl.int64), problem % heads, query, query < queries, column, inside
-
-
-@jit
-def _load_point(location_ptr, weight_ptr, point, exists):
-    """x, y and weight of a point of each query, fp32; outside of all levels where there is no query."""
-    x = tl.load(location_ptr + point * 2, mask=exists, other=-1.0).to(tl.float32)
-    y = tl.load(location_ptr + point * 2 + 1, mask=exists, other=-1.0).to(tl.float32)
-    return x, y, tl.load(weight_ptr + point, mask=exists, other=0.0).to(tl.float32)
-
-
-@jit
-def _cell(x, size):
-    """The pixel at or before a coordinate, in [-2, size + 1], and how far behind it that is, which stays NaN."""
-    position = x * size - 0.5
-    pixel = tl.floor(tl.minimum(tl.maximum(position, -2.0), size + 1.0))  # of NaN -2
-    position = tl.maximum(position, -2.0, propagate_nan=tl.PropagateNan.ALL)
-    position = tl.minimum(position, size + 1.0, propagate_nan=tl.PropagateNan.ALL)
-    return pixel.to(tl.int32), position - pixel
-
-
-@jit
-def _is_there(pixel, size):
-    return (pixel >= 0) & (pixel < size)
-
-
-@jit
-def _share(way, AFTER: tl.constexpr):
-    """What the pixel before, or after, has in a value that is `way` behind the one before."""
-    return way if AFTER else 1.0 - way
-
-
 def deformable_attention_forward(
-    value: Tensor, location: Tensor, weight: Tensor, levels: tuple[Level, ...], dtype: torch.dtype
+    value: Tensor,
+    location: Tensor,
+    weight: Tensor,
+    levels: tuple[Level, ...],
+    dtype: torch.dtype,
+    reference: Tensor | None = None,
+    shapes: Tensor | None = None,
+    spread: float = 0.0,
 ) -> Tensor:
     """out (B, Q, H, E) in `dtype`.
 
     value (B, S, H, E), location (B, Q, H, K, 2) and weight (B, Q, H, K) in fp16, bf16 or fp32, each its own. levels: height, width
-    and points of each, which are S = Σ height · width rows and K = Σ points, level after level.
+    and points of each, which are S = Σ height · width rows and K = Σ points, level after level. shapes: heights and widths int64 (L, 2)
+    on the device, in place of those in `levels`; where they do not make S rows, out is NaN.
+
+    reference (B, Q, L, 2 or 4): then location holds offsets from it, in pixels, or in `spread` / points of a level times its width and
+    height, and weight logits, whose softmax over all K points are the weights.
     """
     value, location, weight = (t.contiguous() for t in (value, location, weight))
     out = empty((*location.shape[:3], value.shape[-1]), dtype, value.device)
     dtypes = value.dtype, location.dtype, weight.dtype, dtype
     sizes = location.shape[0], *value.shape[1:], location.shape[1]
     addresses = (address_of(value) | address_of(out)) % 16
-    plan = _plan_forward(sizes, levels, dtypes, addresses)
-    launch(plan.variant, plan.grid, value, location, weight, out, *plan.sizes)
+    reference, steps, form = _form(reference, shapes)
+    plan = _plan_forward(sizes, levels, dtypes, addresses, form)
+    launch(plan.variant, plan.grid, value, location, weight, reference, shapes, out, *plan.sizes, *steps, spread)
     return out
 
 
@@ -259,33 +202,62 @@ def deformable_attention_backward(
     location: Tensor,
     weight: Tensor,
     levels: tuple[Level, ...],
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for value, location and weight, in their dtypes, those that are wanted; the value's not deterministic."""
+    wanted: Wanted,
+    reference: Tensor | None = None,
+    shapes: Tensor | None = None,
+    spread: float = 0.0,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients for value, location, weight and reference, in their dtypes, those that are wanted; the value's not deterministic.
+
+    out: what the forward returned, in dout's dtype, where there is a reference.
+    """
     dout, value, location, weight = (t.contiguous() for t in (dout, value, location, weight))
     dout, _ = arriving_rows(dout)
     dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device) if wanted[0] else None
     dlocation, dweight = (
         empty(t.shape, t.dtype, t.device) if want else None for t, want in zip((location, weight), wanted[1:])
     )
+    parts = None  # of the reference's gradient, which all heads add to
+    if wanted[3] and reference is not None:
+        owners = *location.shape[:3], len(levels), reference.shape[-1]
+        parts = empty(owners, torch.float32, value.device) if weight.numel() else value.new_zeros(owners).float()
     if dout.numel() and weight.numel() and any(wanted):
         dtypes = dout.dtype, value.dtype, location.dtype, weight.dtype
         sizes = location.shape[0], *value.shape[1:], location.shape[1]
-        addresses = (address_of(dout) | address_of(value) | address_of(dvalue)) % 16
-        plan = _plan_backward(sizes, levels, dtypes, wanted, addresses)
-        launch(plan.variant, plan.grid, dout, value, location, weight, dvalue, dlocation, dweight, *plan.sizes)
-    return None if dvalue is None else dvalue.to(value.dtype), dlocation, dweight
+        addresses = (address_of(dout) | address_of(value) | address_of(dvalue) | address_of(out)) % 16
+        strided, steps, form = _form(reference, shapes)
+        plan = _plan_backward(sizes, levels, dtypes, wanted, addresses, form)
+        read = dout, value, location, weight, strided, shapes, out
+        launch(plan.variant, plan.grid, *read, dvalue, dlocation, dweight, parts, *plan.sizes, *steps, spread)
+    dreference = None
+    if parts is not None and reference is not None:
+        dreference = parts.sum(2)
+        if reference.shape[2] < len(levels):  # one for all levels
+            dreference = dreference.sum(2, keepdim=True)
+        dreference = dreference.to(reference.dtype)
+    return None if dvalue is None else dvalue.to(value.dtype), dlocation, dweight, dreference
 
 
-Sizes = tuple[int, ...]  # images, rows, heads, channels, queries
+def _form(reference: Tensor | None, shapes: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int], Form]:
+    """The reference as it is read, how far apart its images, queries and levels lie, and what programs depend on of both."""
+    if reference is None:
+        return None, (0, 0, 0), Form(shapes=shapes is not None)
+    if reference.stride(-1) != 1:
+        reference = reference.contiguous()
+    image, query, level, _ = reference.stride()
+    form = Form(reference.shape[-1], reference.dtype, shapes is not None)
+    return reference, (image, query, level if reference.shape[2] > 1 else 0), form
 
 
 @lru_cache(maxsize=MAX_PLANS)
-def _plan_forward(sizes: Sizes, levels: tuple[Level, ...], dtypes: tuple[torch.dtype, ...], offset: int) -> Plan:
+def _plan_forward(
+    sizes: Sizes, levels: tuple[Level, ...], dtypes: tuple[torch.dtype, ...], offset: int, form: Form
+) -> Plan:
     images, _, heads, channels, queries = sizes
     vector = run_length(min(dtypes[0].itemsize, dtypes[3].itemsize), channels, offset)
     few = images * heads * queries < DEFORMABLE_FEW
-    return _plan(forward_variant(len(levels), channels, dtypes, vector, few), sizes, levels)
+    return _plan(forward_variant(len(levels), channels, dtypes, vector, few, form), sizes, levels)
 
 
 @lru_cache(maxsize=MAX_PLANS)
@@ -293,12 +265,13 @@ def _plan_backward(
     sizes: Sizes,
     levels: tuple[Level, ...],
     dtypes: tuple[torch.dtype, ...],
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
     offset: int,
+    form: Form,
 ) -> Plan:
     channels = sizes[3]
     vector = run_length(min(dtypes[0].itemsize, dtypes[1].itemsize), channels, offset)
-    return _plan(backward_variant(len(levels), channels, dtypes, wanted, vector), sizes, levels)
+    return _plan(backward_variant(len(levels), channels, dtypes, wanted, vector, form), sizes, levels)
 
 
 def _plan(variant: Variant, sizes: Sizes, levels: tuple[Level, ...]) -> Plan:
@@ -311,10 +284,16 @@ def _plan(variant: Variant, sizes: Sizes, levels: tuple[Level, ...]) -> Plan:
 
 @cache
 def forward_variant(
-    levels: int, channels: int, dtypes: tuple[torch.dtype, ...], vector: int, few: bool = False
+    levels: int,
+    channels: int,
+    dtypes: tuple[torch.dtype, ...],
+    vector: int,
+    few: bool = False,
+    form: Form = PLAIN,
 ) -> Variant:
     """The program for so many levels and channels a head; dtypes: of value, location, weight and out; few: whether queries are under DEFORMABLE_FEW."""
-    return _variant(deformable_attention_kernel, levels, channels, dtypes, vector, few)
+    tensors = (*dtypes[:3], *_read(form), dtypes[3])
+    return _variant(deformable_attention_kernel, levels, channels, tensors, vector, few, form)
 
 
 @cache
@@ -322,14 +301,22 @@ def backward_variant(
     levels: int,
     channels: int,
     dtypes: tuple[torch.dtype, ...],
-    wanted: tuple[bool, bool, bool],
+    wanted: Wanted,
     vector: int,
+    form: Form = PLAIN,
 ) -> Variant:
     """The program of the backward; dtypes: of dout, value, location and weight."""
-    results = (torch.float32, *dtypes[2:])
-    tensors = (*dtypes, *(dtype if want else None for dtype, want in zip(results, wanted)))
+    results = (torch.float32, *dtypes[2:], torch.float32)
+    made = (dtype if want else None for dtype, want in zip(results, wanted))
+    out = dtypes[0] if form.coordinates else None
+    tensors = (*dtypes, *_read(form), out, *made)
     # Four channels a lane, 16 bytes of what is added, and one warp: programs of two layouts, or of more warps, exchange more.
-    return _variant(deformable_attention_backward_kernel, levels, channels, tensors, min(vector, 4), True)
+    shape = min(vector, 4), True, form
+    return _variant(deformable_attention_backward_kernel, levels, channels, tensors, *shape)
+
+
+def _read(form: Form) -> tuple[torch.dtype | None, torch.dtype | None]:
+    return form.dtype, torch.int64 if form.shapes else None
 
 
 def _variant(
@@ -339,33 +326,49 @@ def _variant(
     tensors: tuple[torch.dtype | None, ...],
     vector: int,
     few: bool,
+    form: Form,
 ) -> Variant:
     config = deformable_config(channels, vector, few)
-    sizes = ["i32"] * (5 + 3 * MAX_LEVELS)
+    numbers = (*["i32"] * (5 + 3 * MAX_LEVELS), *["i64"] * 3, "fp32")
     shape = {"BLOCK_Q": config.rows, "BLOCK_E": config.columns, "FULL": config.columns == channels, "VEC": vector}
-    constants = {"LEVELS": levels, **shape}
-    return Variant(kernel, (*map(pointer, tensors), *sizes), constants, config.num_warps)
+    constants = {"LEVELS": levels, **shape, "COORDINATES": form.coordinates}
+    return Variant(kernel, (*map(pointer, tensors), *numbers), constants, config.num_warps)
 
 
 def catalog_entries() -> Iterator[Entry]:
     bf16, fp32 = torch.bfloat16, torch.float32
-    op, given, example = "deformable_attention", (bf16, bf16, fp32, bf16), partial(_example, bf16)
+    op, given, example = "deformable_attention", (bf16, bf16, fp32, bf16), partial(_example, bf16, False)
     forward = forward_variant(4, 32, (bf16, fp32, bf16, bf16), 8, True)
     yield Entry(op, f"{op}_forward", forward, 8 * 32, Budget(72, 0, 64, 0), example)
-    backward = backward_variant(4, 32, given, (True, True, True), 8)
+    backward = backward_variant(4, 32, given, (True, True, True, False), 8)
     yield Entry(op, f"{op}_backward", backward, 8 * 32, Budget(168, 1024, 96, 1024), example)
+    boxes, fused = Form(4, fp32, True), partial(_example, bf16, True)
+    forward = forward_variant(4, 32, (bf16, bf16, bf16, bf16), 8, True, boxes)
+    yield Entry(op, f"{op}_offsets_forward", forward, 8 * 32, Budget(96, 0, 64, 0), fused)
+    backward = backward_variant(4, 32, (bf16,) * 4, (True,) * 4, 8, boxes)
+    yield Entry(op, f"{op}_offsets_backward", backward, 8 * 32, Budget(168, 2048, 128, 2048), fused)
 
 
-def _example(dtype: torch.dtype, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-    """Two images, two heads of 32 channels, four levels of 2 points; queries in two blocks, some of their points outside."""
-    levels = ((3, 5, 2), (2, 3, 2), (2, 2, 2), (1, 1, 2))
+def _example(dtype: torch.dtype, fused: bool, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """Two images, two heads of 32 channels, four levels of 4 points; queries in two blocks, some of their points outside.
+
+    fused: offsets from boxes, logits, and levels' sizes from the device.
+    """
+    levels = ((3, 5, 4), (2, 3, 4), (2, 2, 4), (1, 1, 4))
     value, dout = (torch.randn(2, n, 2, 32, device=device).to(dtype) for n in (26, 11))
-    location = torch.rand(2, 11, 2, 8, 2, device=device) * 1.4 - 0.2
-    weight = torch.rand(2, 11, 2, 8, device=device).to(dtype)
+    location = torch.rand(2, 11, 2, 16, 2, device=device) * 1.4 - 0.2
+    weight = torch.rand(2, 11, 2, 16, device=device).to(dtype)
+    given: dict[str, Any] = {}
+    if fused:
+        location = location.to(dtype)
+        shapes = torch.tensor([level[:2] for level in levels], device=device)
+        given = {"reference": torch.rand(2, 11, 4, 4, device=device), "shapes": shapes, "spread": 0.5}
 
     def call() -> tuple[Tensor, ...]:
-        out = deformable_attention_forward(value, location, weight, levels, dtype)
-        found = deformable_attention_backward(dout, value, location, weight, levels, (True, True, True))
+        out = deformable_attention_forward(value, location, weight, levels, dtype, **given)
+        wanted = True, True, True, fused
+        last: dict[str, Any] = {"out": out} if fused else {}
+        found = deformable_attention_backward(dout, value, location, weight, levels, wanted, **given, **last)
         return (out, *(t for t in found if t is not None))
 
     return call

@@ -8,7 +8,7 @@ from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.attention import attention, attention_with_weights, scaled_dot_product_attention
 from detr_fast.ops.attention_varlen import attention_varlen
 from detr_fast.ops.channel_affine import channel_affine
-from detr_fast.ops.deformable_attention import deformable_attention
+from detr_fast.ops.deformable_attention import deformable_attention, deformable_attention_from_offsets
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import feed_forward, feed_forward_add_layer_norm
 from detr_fast.ops.layer_norm import layer_norm
@@ -28,6 +28,7 @@ __all__ = [
     "attention_varlen",
     "channel_affine",
     "deformable_attention",
+    "deformable_attention_from_offsets",
     "detection_losses",
     "feed_forward",
     "feed_forward_add_layer_norm",

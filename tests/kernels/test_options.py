@@ -90,6 +90,15 @@ def deformable_attention(levels, channels, value, location, weight, learns):
     return ops.deformable_attention(values, shapes, locations, weights, [2] * levels)
 
 
+def deformable_attention_from_offsets(levels, channels, value, location, reference, coordinates, learns, known):
+    shapes, k = [(3, 4)] * levels, 2 * levels
+    given = (2, 12 * levels, 2, channels), (2, 9, levels, coordinates), (2, 9, 2, k, 2), (2, 9, 2, k)
+    kinds = zip(given, (value, reference, location, value), learns)
+    values, *rest = (new(*shape, dtype=dtype, grad=grad) for shape, dtype, grad in kinds)
+    sizes = shapes if known else new(levels, 2, dtype=INT64)
+    return ops.deformable_attention_from_offsets(values, sizes, *rest, [2] * levels)
+
+
 def detection_losses(focal, dtype, boxes):
     targets = (
         new(1, 2, 3, dtype=INT64),
@@ -157,6 +166,20 @@ CALLS = (
             "learns": tuple(product(NO_YES, repeat=3)),
         },
     ),
+    (
+        deformable_attention_from_offsets,
+        "triton",
+        {
+            "levels": (1, 3, 4, 6),
+            "channels": (8, 16, 30, 32, 64, 128, 256),
+            "value": (BF16, FP32),
+            "location": (BF16, FP32),
+            "reference": (BF16, FP32),
+            "coordinates": (2, 4),
+            "learns": tuple(product(NO_YES, repeat=4)),
+            "known": NO_YES,
+        },
+    ),
     (matching_cost, "triton", {"focal": NO_YES, "dtype": (BF16, FP32)}),
     (detection_losses, "triton", {"focal": NO_YES, "dtype": (BF16, FP32), "boxes": NO_YES}),
     (feed_forward, "triton", FEED_FORWARD | {"activation": ("quick_gelu",)}),
@@ -166,7 +189,7 @@ PROGRAMS = 64  # half a second each
 
 def launched(call, backend, case):
     """Forward and backward, which launch nothing on meta tensors, and are told to observers."""
-    with use_backend(**{call.__name__: backend}):
+    with use_backend(**{call.__name__.removesuffix("_from_offsets"): backend}):
         results = call(**case)
         results = [t for t in (results if isinstance(results, tuple) else (results,)) if t.requires_grad]
         if results:

@@ -105,6 +105,11 @@ def deformable(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     return ops.deformable_attention(value, [(1, 2), (2, 2)], locations, weights, [1, 3])
 
 
+def from_offsets(value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    shapes = torch.tensor([(1, 2), (2, 2)])
+    return ops.deformable_attention_from_offsets(value, shapes, references, offsets, logits, [1, 3])
+
+
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return ops.attention(q, k, v, attn_mask=mask, key_padding_mask=torch.zeros(2, 16, dtype=torch.bool))
 
@@ -131,6 +136,9 @@ CASES = {
         "channel_affine", lambda x, r: channel_affine(x, *torch.rand(2, 64), r), ((2, 64, 3, 5), (2, 64, 3, 5))
     ),
     "deformable_attention": Case("deformable_attention", deformable, ((2, 6, 2, 16), (2, 5, 2, 4, 2), (2, 5, 2, 4))),
+    "deformable_attention, from offsets": Case(
+        "deformable_attention", from_offsets, ((2, 6, 2, 16), (2, 5, 2, 4), (2, 5, 2, 4, 2), (2, 5, 2, 4))
+    ),
     "linear_add_layer_norm": Case(
         "linear_add_layer_norm",
         partial(ops.linear_add_layer_norm, dropout_p=0.1),

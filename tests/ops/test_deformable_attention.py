@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
-from detr_fast.ops.deformable_attention import _by_indexing
+from detr_fast.ops.deformable_eager import by_indexing, located
 from detr_fast.testing import assert_as_accurate_as_eager, count
 from detr_fast.testing.interpreter import checked_interpreter
 
@@ -55,6 +55,26 @@ def by_points(points, shapes=SHAPES):
     return lambda value, locations, weights: ops.deformable_attention(value, shapes, locations, weights, points)
 
 
+def make_offsets(coordinates, batch=2, queries=5, heads=2, channels=16, points=(2, 1, 3), shapes=SHAPES, device="cpu"):
+    """value, references, offsets and logits: the locations of `make_case`, around points or boxes of each query and level."""
+    value, locations, weights = make_case(batch, queries, heads, channels, points, shapes, device)
+    references = torch.rand(batch, queries, len(shapes), coordinates, device=device) * 0.5 + 0.25
+    parts = []
+    for i, (part, (height, width), n) in enumerate(zip(locations.split(points, 3), shapes, points)):
+        reference = references[:, :, i, None, None]
+        step = (
+            torch.tensor([1 / width, 1 / height], device=device)
+            if coordinates == 2
+            else reference[..., 2:] * 0.5 / max(n, 1)
+        )
+        parts.append((part - reference[..., :2]) / step)
+    return value, references, torch.cat(parts, 3), weights.log() * 2
+
+
+def by_offsets(points=(2, 1, 3), shapes=SHAPES, **options):
+    return lambda *tensors: ops.deformable_attention_from_offsets(tensors[0], shapes, *tensors[1:], points, **options)
+
+
 def assert_right(case, dtype, points=(2, 2, 2), shapes=SHAPES, **settings):
     def eager(*tensors):
         with use_backend(deformable_attention="eager"):
@@ -68,6 +88,21 @@ def test_it_is_the_papers_formula_sample_by_sample():
     out = ops.deformable_attention(value, SHAPES, locations, weights, points=(2, 2, 2))
     for b, q, h in [(0, 0, 0), (0, 2, 1), (1, 1, 0), (1, 2, 1)]:
         torch.testing.assert_close(out[b, q, h], by_hand(value[b, :, h], locations[b, q, h], weights[b, q, h]))
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_offsets_from_points_or_boxes_and_logits_are_where_and_by_which_weights_it_samples(coordinates):
+    value, references, offsets, logits = (t.double() for t in make_offsets(coordinates))
+    found = by_offsets(spread=0.7)(value, references, offsets, logits)
+    levels = [i for i, n in enumerate((2, 1, 3)) for _ in range(n)]
+    size = torch.tensor([SHAPES[i][::-1] for i in levels]).double()
+    reference = references[:, :, None, levels]
+    step = 1 / size if coordinates == 2 else reference[..., 2:] * 0.7 / torch.tensor([2, 2, 1, 3, 3, 3])[:, None]
+    weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(found, by_points((2, 1, 3))(value, reference[..., :2] + offsets * step, weights))
+    one = references[:, :, :1].clone()
+    repeated = by_offsets()(value, one.expand(-1, -1, 3, -1), offsets, logits)
+    assert torch.equal(by_offsets()(value, one, offsets, logits), repeated)
 
 
 def test_levels_with_as_many_points_need_no_list_of_them():
@@ -86,6 +121,51 @@ def test_levels_with_as_many_points_need_no_list_of_them():
 )
 def test_it_is_as_accurate_as_eager(triton, queries, heads, channels, points, dtype):
     assert_right(make_case(2, queries, heads, channels, points), dtype, points)
+
+
+# heads that fill no power of two, no runs of 16 bytes, a level without points, references that all levels share and that are strided
+@interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("coordinates", "queries", "heads", "channels", "points", "on_device", "shared"),
+    [
+        (2, 9, 1, 32, (2, 1, 1), False, False),
+        (4, 5, 2, 16, (1, 1, 1), True, False),
+        (4, 3, 1, 5, (1, 0, 2), False, True),
+        (2, 1, 1, 24, (1, 1, 1), True, True),
+        (4, 0, 1, 8, (1, 1, 1), True, False),
+    ],
+)
+def test_from_offsets_it_is_as_accurate_as_eager(
+    triton, coordinates, queries, heads, channels, points, on_device, shared, dtype
+):
+    value, references, *rest = make_offsets(coordinates, 2, queries, heads, channels, points)
+    if shared:
+        references = references[:, :, :1].transpose(1, 3).contiguous().transpose(1, 3)
+    function = by_offsets(points, torch.tensor(SHAPES) if on_device else SHAPES)
+
+    def eager(*tensors):
+        with use_backend(deformable_attention="eager"):
+            return by_offsets(points)(*tensors)
+
+    # Where queries lie models say in fp32.
+    dtypes = dtype, torch.float32, torch.float32 if channels == 16 else dtype, dtype
+    assert_as_accurate_as_eager(function, reference=eager, inputs=(value, references, *rest), dtype=dtypes)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
+@pytest.mark.parametrize(
+    "wrong",
+    [[(3, 5), (2, 3), (1, 2)], [(3, 5), (2, 3), (0, 1)], [(-3, -5), (2, 3), (1, 1)], [(3, 1 << 40), (2, 3), (1, 1)]],
+)
+def test_sizes_on_the_device_that_do_not_make_the_values_rows_are_seen_in_the_result(backend, wrong):
+    value, *rest = make_case(1, 2, 1, 4)
+    with use_backend(deformable_attention=backend):
+        if backend == "eager":
+            with pytest.raises(ValueError, match="expected"):
+                by_points((2, 2, 2), torch.tensor(wrong))(value, *rest)
+        else:
+            assert by_points((2, 2, 2), torch.tensor(wrong))(value, *rest).isnan().all()
 
 
 @interpreter
@@ -161,12 +241,25 @@ def test_infinitely_far_is_outside(backend):
     locations[0, 0, 0, 0], locations[0, 1, 0, 0, 0] = float("inf"), -float("inf")
     case = [t.requires_grad_() for t in case]
     with use_backend(deformable_attention="triton" if backend == "triton" else "eager"):
-        out = _by_indexing(*case, LEVELS) if backend == "indexing" else by_points((2, 2, 2))(*case)
+        out = by_indexing(*case, LEVELS) if backend == "indexing" else by_points((2, 2, 2))(*case)
         gradients = torch.autograd.grad(out.sum(), case)
     torch.testing.assert_close(out, expected)
     assert all(g.isfinite().all() for g in gradients)
     assert not gradients[1][0, 0, 0, 0].any()  # where there is nothing all around
     assert not gradients[2][0, :, 0, 0].any()
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
+def test_large_logits_and_offsets_that_go_infinitely_far_are_as_a_softmax_and_outside(backend):
+    value, references, offsets, logits = make_offsets(2, 1, 2, 1, 8, (2, 2, 2))
+    logits *= 1e4
+    offsets[0, 0, 0, 0], offsets[0, 1, 0, :, 1] = float("inf"), -float("inf")
+    case = [t.requires_grad_() for t in (value, references, offsets, logits)]
+    with use_backend(deformable_attention=backend):
+        out = by_offsets((2, 2, 2))(*case)
+        gradients = torch.autograd.grad(out.sum(), case)
+    assert not out[0, 1].any()
+    assert all(g.isfinite().all() for g in (out, *gradients))
 
 
 def test_forward_mode_gives_what_the_backward_says():
@@ -214,16 +307,33 @@ def test_the_double_backward_is_right(triton):
             return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
 
     levels = tuple((h, w, 1) for h, w in SHAPES)
-    out = _by_indexing(*case, levels)
+    out = by_indexing(*case, levels)
     first = torch.autograd.grad(out.square().sum(), case, create_graph=True)
     expected = torch.autograd.grad(sum(g.square().sum() for g in first), case)
     for found, truth in zip(penalty(single, "triton"), expected):
         torch.testing.assert_close(found.double(), truth, rtol=1e-3, atol=1e-3)
 
 
+@interpreter
+def test_the_double_backward_from_offsets_is_right(triton):
+    case = [t.double().requires_grad_() for t in make_offsets(4, 1, 2, 1, 3, (1, 1, 1))]
+    single = [t.detach().float().requires_grad_() for t in case]
+
+    def penalty(function, tensors):
+        first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    def indexed(value, references, offsets, logits):
+        levels = tuple((h, w, 1) for h, w in SHAPES)
+        return by_indexing(value, *located(references, offsets, logits, levels, 0.5), levels)
+
+    for found, truth in zip(penalty(by_offsets((1, 1, 1)), single), penalty(indexed, case)):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-3, atol=1e-3)
+
+
 def test_indexing_gives_what_grid_sample_gives_and_its_gradients():
     case = [t.double().requires_grad_() for t in make_case()]
-    out, expected = _by_indexing(*case, LEVELS), by_points((2, 2, 2))(*case)
+    out, expected = by_indexing(*case, LEVELS), by_points((2, 2, 2))(*case)
     dout = torch.randn_like(out)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out, case, dout), torch.autograd.grad(expected, case, dout))
@@ -234,9 +344,13 @@ def test_opcheck_accepts_both_ops():
     value, locations, weights = (t.requires_grad_() for t in make_case(1, 3, 1, 8))
     sizes = [n for (height, width) in SHAPES for n in (height, width, 2)]
     forward, backward = torch.ops.detr_fast.deformable_attention, torch.ops.detr_fast.deformable_attention_backward
-    torch.library.opcheck(forward.default, (value, locations, weights, sizes))
+    references, shapes = torch.rand(1, 3, 3, 4).requires_grad_(), torch.tensor(SHAPES)
+    torch.library.opcheck(forward.default, (value, locations, weights, references, shapes, sizes, 0.5))
+    out = torch.randn(1, 3, 1, 8)
     dout = torch.randn(1, 3, 1, 8).requires_grad_()
-    torch.library.opcheck(backward.default, (dout, value, locations, weights, sizes, [True, True, False]))
+    torch.library.opcheck(
+        backward.default, (dout, value, locations, weights, references, shapes, out, sizes, 0.5, [True] * 4)
+    )
 
 
 @interpreter
@@ -255,14 +369,18 @@ def test_a_gpu_takes_one_kernel_and_waits_for_nothing():
     with FakeTensorMode():
         case = make_case(device="cuda")
         counts = count(lambda: by_points((2, 2, 2))(*case))
-    assert counts.launches == {"deformable_attention_kernel": 1}
-    assert counts.total_synchronisations == 0
+        case = make_offsets(4, points=(2, 2, 2), device="cuda")
+        sizes = torch.tensor(SHAPES, device="cuda")
+        fused = count(lambda: by_offsets((2, 2, 2), sizes)(*case))
+    for one in (counts, fused):
+        assert one.launches == {"deformable_attention_kernel": 1}
+        assert one.total_synchronisations == 0
 
 
 def test_the_deterministic_form_copies_nothing_to_a_gpu_so_that_a_cuda_graph_may_hold_it():
     with FakeTensorMode():
         case = make_case(device="cuda")
-        traced = make_fx(lambda *tensors: _by_indexing(*tensors, LEVELS), _allow_non_fake_inputs=True)(*case)
+        traced = make_fx(lambda *tensors: by_indexing(*tensors, LEVELS), _allow_non_fake_inputs=True)(*case)
     made = [node.meta["val"] for node in traced.graph.nodes if node.op != "output"]
     assert {value.device.type for value in made if isinstance(value, torch.Tensor)} == {"cuda"}
 
@@ -314,6 +432,15 @@ def test_numbers_that_are_not_floating_point_are_refused():
             TypeError, match=r"expected floating-point tensors: convert them first, as by value\.float\(\)"
         ):
             by_points((2, 2, 2))(*wrong)
+
+
+def test_references_that_do_not_fit_are_refused():
+    value, references, offsets, logits = make_offsets(4)
+    for wrong in (references[..., :3], references[:, :2], references[:, :, :2], references[0]):
+        with pytest.raises(ValueError, match=r"expected \(2, 5, 3 levels or 1, 2 or 4\)"):
+            by_offsets()(value, wrong, offsets, logits)
+    with pytest.raises(ValueError, match=r"got shapes \(3,\)"), use_backend(deformable_attention="eager"):
+        by_offsets(shapes=torch.tensor([22, 1, 1]))(value, references, offsets, logits)
 
 
 @interpreter

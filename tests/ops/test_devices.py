@@ -16,6 +16,12 @@ CASES = {
     "resnet_stem": [torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 7, 7), torch.zeros(16), torch.zeros(16)],
     "linear_assignment": [torch.zeros(2, 3, 5), TRUE[2]],
     "deformable_attention": [torch.zeros(1, 6, 2, 8), torch.zeros(1, 5, 2, 1, 3, 2), torch.zeros(1, 5, 2, 1, 3)],
+    "deformable_attention_from_offsets": [
+        torch.zeros(1, 6, 2, 8),
+        torch.zeros(1, 5, 1, 2),
+        torch.zeros(1, 5, 2, 1, 3, 2),
+        torch.zeros(1, 5, 2, 1, 3),
+    ],
     "matching_cost": [SCORES, BOXES, *TRUE],
     "detection_losses": [SCORES[None], BOXES[None], *MATCHED],
     "linear_cross_entropy": [
@@ -35,8 +41,8 @@ def call(op, *tensors):
         return ops.linear_cross_entropy(*tensors[:4], class_weight=tensors[4])
     if op == "attention":
         return ops.attention(*tensors[:3], key_padding_mask=tensors[3], attn_mask=tensors[4])
-    if op == "deformable_attention":
-        return ops.deformable_attention(tensors[0], [(2, 3)], *tensors[1:])
+    if op.startswith("deformable_attention"):
+        return getattr(ops, op)(tensors[0], [(2, 3)], *tensors[1:])
     if op == "attention_varlen":
         ends = torch.tensor([0, 6], dtype=torch.int32, device="cuda")
         return ops.attention_varlen(*tensors[:3], ends, ends, 6, 6, attn_mask=tensors[3])
@@ -45,7 +51,7 @@ def call(op, *tensors):
 
 @pytest.mark.parametrize(("op", "left"), [(op, i) for op, tensors in CASES.items() for i in range(1, len(tensors))])
 def test_a_tensor_left_on_the_cpu_is_refused_also_after_a_call_that_was_right(op, left):
-    with FakeTensorMode() as mode, use_backend(**{op: "triton"}):
+    with FakeTensorMode() as mode, use_backend(**{op.removesuffix("_from_offsets"): "triton"}):
         tensors = [mode.from_tensor(t) for t in CASES[op]]
         placed = [t.to("cuda") for t in tensors]
         call(op, *placed)
