@@ -51,7 +51,8 @@ NORM: Options = {
     "sum": SWITCH,
     "runs": SWITCH,
 }
-ADDED = NORM | {"residual": ("same", "fp32", "fp32 x"), "columns": COLUMNS}
+CENTRED: Options = {"centred": SWITCH}  # LayerNorm; else RMSNorm, which has no bias
+ADDED = NORM | CENTRED | {"residual": ("same", "fp32", "fp32 x"), "columns": COLUMNS}
 BACK: Options = {"dsum": SWITCH, "dx": SWITCH, "dresidual": SWITCH}
 ENDS = NORM | {"columns": TILED, "keep": SWITCH, "linear_bias": SWITCH}
 PRODUCT: Options = {
@@ -94,8 +95,11 @@ SPACE: dict[str, Options] = {
     | {"dx": SWITCH, "dresidual": SWITCH},
     "pixel blocks": {"image": DTYPES, "dtype": HALVES},
     "affine pool": {"dtype": HALVES, "channels": (16, 32, 64, 128, 256, 512, 1024)},
-    "layer norm": {n: NORM[n] for n in ("dtype", "autocast", "weight", "bias", "runs")} | {"columns": COLUMNS},
+    "layer norm": {n: NORM[n] for n in ("dtype", "autocast", "weight", "bias", "runs")}
+    | CENTRED
+    | {"columns": COLUMNS},
     "layer norm backward": {n: NORM[n] for n in ("dtype", "autocast", "weight", "runs")}
+    | CENTRED
     | {"columns": COLUMNS, "dx": SWITCH, "dw": SWITCH, "db": SWITCH},
     "add layer norm": ADDED,
     "add layer norm backward": ADDED | BACK | {"dw": SWITCH, "db": SWITCH},
@@ -103,6 +107,7 @@ SPACE: dict[str, Options] = {
     "wide rows": {name: values for name, values in ADDED.items() if name != "columns"} | {"alone": SWITCH},
     "wide rows backward": {name: values for name, values in ADDED.items() if name != "columns"} | BACK,
     "wide rows' parameters": {n: ADDED[n] for n in ("dtype", "residual", "autocast", "dropout", "sum", "runs")}
+    | CENTRED
     | {"dw": SWITCH, "db": SWITCH},
 }
 
@@ -115,6 +120,8 @@ def is_reached(kernel: str, case: Case) -> bool:
     if case.get("runs") and width % 8:
         return False
     if "sum" in case and kernel.endswith("backward") and not case["sum"] and case.get("dsum"):
+        return False
+    if not case.get("centred", True) and (case.get("bias") or case.get("db")):
         return False
     rule = RULES.get(kernel)
     return rule is None or rule(case)
@@ -260,21 +267,21 @@ def _feed_forward(case: Case) -> Variant:
 def _layer_norm(case: Case) -> Variant:
     x, dtype = case["dtype"], FP32 if case["autocast"] else case["dtype"]
     weight, bias = (dtype if case[name] else None for name in ("weight", "bias"))
-    return layer_norm.forward_variant(case["columns"], x, weight, bias, dtype, _run(case, x, dtype))
+    return layer_norm.forward_variant(case["columns"], x, weight, bias, dtype, _run(case, x, dtype), case["centred"])
 
 
 def _layer_norm_backward(case: Case) -> Variant:
     x, dtype = case["dtype"], FP32 if case["autocast"] else case["dtype"]
     wanted = case["dx"], case["dw"], case["db"]
     return layer_norm.backward_variant(
-        case["columns"], dtype, x, dtype if case["weight"] else None, *wanted, _run(case, x, dtype)
+        case["columns"], dtype, x, dtype if case["weight"] else None, *wanted, _run(case, x, dtype), case["centred"]
     )
 
 
 def _add_layer_norm(case: Case) -> Variant:
     x, residual, _, dtype = _terms(case)
     weight, bias = (dtype if case[name] else None for name in ("weight", "bias"))
-    settings = case["sum"], case["dropout"], _run(case, x, residual, dtype)
+    settings = case["sum"], case["dropout"], _run(case, x, residual, dtype), case["centred"]
     return add_layer_norm.forward_variant(case["columns"], x, residual, weight, bias, dtype, *settings)
 
 
@@ -290,7 +297,7 @@ def _backward_dtypes(case: Case) -> tuple[torch.dtype | None, ...]:
 
 def _add_layer_norm_backward(case: Case) -> Variant:
     dtypes = _backward_dtypes(case)
-    form = BackwardForm(dtypes, case["dw"], case["db"], case["dropout"])
+    form = BackwardForm(dtypes, case["dw"], case["db"], case["dropout"], centred=case["centred"])
     return add_backward_variant(case["columns"], form, _run(case, *dtypes[:4], *dtypes[5:]))
 
 
@@ -298,19 +305,19 @@ def _wide_rows(case: Case) -> Variant:
     x, residual, total, dtype = _terms(case)
     weight, bias = (dtype if case[name] else None for name in ("weight", "bias"))
     dtypes = (x, None if case["alone"] else residual, weight, bias, dtype, total if case["sum"] else None)
-    return wide_rows.forward_variant(dtypes, case["dropout"], _run(case, *dtypes))
+    return wide_rows.forward_variant(dtypes, case["dropout"], _run(case, *dtypes), case["centred"])
 
 
 def _wide_rows_backward(case: Case) -> Variant:
     dtypes = _backward_dtypes(case)
-    return wide_rows.backward_variant(dtypes, case["dropout"], _run(case, *dtypes))
+    return wide_rows.backward_variant(dtypes, case["dropout"], _run(case, *dtypes), case["centred"])
 
 
 def _wide_parameters(case: Case) -> Variant:
     x, residual, total, dtype = _terms(case)
     read: tuple[torch.dtype | None, ...] = (dtype, total, None) if case["sum"] else (dtype, x, residual)
     dropped = case["dropout"] and not case["sum"]
-    return wide_rows.parameters_variant(read, dropped, case["dw"], case["db"], _run(case, *read))
+    return wide_rows.parameters_variant(read, dropped, case["dw"], case["db"], _run(case, *read), case["centred"])
 
 
 def _channel_affine(case: Case) -> Variant:

@@ -34,6 +34,10 @@ def eager_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tens
     return F.layer_norm(residual + F.dropout(x, P), (WIDTH,), weight, bias)
 
 
+def eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(residual + F.dropout(x, P), (WIDTH,), weight)
+
+
 def eager_linear_add_layer_norm(
     x: Tensor, w: Tensor, b: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
@@ -96,6 +100,16 @@ CASES: dict[str, Case] = {
         partial(ops.add_layer_norm, dropout_p=P),
         eager_add_layer_norm,
         [ROW, ROW, LINE, LINE],
+    ),
+    "rms_norm": (
+        lambda x, w: ops.rms_norm(x, (WIDTH,), w),
+        lambda x, w: F.rms_norm(x, (WIDTH,), w),
+        [ROW, LINE],
+    ),
+    "add_rms_norm": (
+        partial(ops.add_rms_norm, dropout_p=P),
+        eager_add_rms_norm,
+        [ROW, ROW, LINE],
     ),
     "linear_add_layer_norm": (
         partial(ops.linear_add_layer_norm, dropout_p=P),

@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs
-"""Dropout, residual sum and LayerNorm in one pass, forward and backward.
+"""Dropout, residual sum and LayerNorm or RMSNorm in one pass, forward and backward.
 
     s = residual + dropout(x),   y = (s - mean(s)) * rstd(s) * weight + bias
 
@@ -36,10 +36,12 @@ from .rows import (
     dtype_of,
     load_parameters,
     packed,
+    root_mean_square,
     row_constants,
     row_statistics,
     run_length,
     run_pointers,
+    statistics_of,
     tile_elements,
 )
 
@@ -96,14 +98,18 @@ def add_layer_norm_forward_kernel(
         total = x.to(sum_ptr.dtype.element_ty)
         tl.store(run_pointers(sum_ptr + first * y_stride, y_start, column, VEC), total, mask=mask)
         x = total.to(tl.float32)
-    centred, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
-    y = centred * rstd[:, None]
+    if mean_ptr is not None:
+        x, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
+    else:
+        rstd = root_mean_square(x, inverse_c, eps)
+    y = x * rstd[:, None]
     if weight_ptr is not None:
         y *= weight
     if bias_ptr is not None:
         y += bias
     tl.store(run_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + first + row, mean, mask=exists)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + first + row, mean, mask=exists)
     tl.store(rstd_ptr + first + row, rstd, mask=exists)
 
 
@@ -117,11 +123,12 @@ def add_layer_norm_forward(
     *,
     with_sum: bool = False,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """LayerNorm of residual + dropout(x), both (..., C), over the last dimension.
+    centred: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """LayerNorm of residual + dropout(x), both (..., C), over the last dimension; RMSNorm where it is not centred.
 
     weight, bias: (C,) in fp32 or the inputs' dtype, or None. out_dtype: of y; the sum's, which is that of x and residual
-    promoted, where None. Returns y and, with_sum, the sum, contiguous, and mean and rstd, fp32 (rows,).
+    promoted, where None. Returns y and, with_sum, the sum, contiguous, and mean (RMSNorm: None) and rstd, fp32 (rows,).
     """
     x, x_stride = as_rows(x)
     residual, residual_stride = as_rows(residual)
@@ -129,18 +136,18 @@ def add_layer_norm_forward(
     shape, device, columns = x.shape, x.device, x.shape[-1]
     sum_dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     out_dtype = out_dtype or sum_dtype
-    rows = (shape[:-1].numel(),)
+    rows = shape[:-1].numel()
     y = empty(shape, out_dtype, device)
     total = empty(shape, sum_dtype, device) if with_sum else None
-    mean, rstd = empty(rows, torch.float32, device), empty(rows, torch.float32, device)
+    mean, rstd = statistics_of(rows, centred, device)
     if columns > MAX_BLOCK:
         wide_rows.forward(x, residual, weight, bias, y, total, mean, rstd, eps, dropout)
         return y, total, mean, rstd
 
     offset = (x.data_ptr() | residual.data_ptr() | address_of(weight) | address_of(bias)) % 16
     dtypes = (x.dtype, residual.dtype, dtype_of(weight), dtype_of(bias), out_dtype)
-    drops = dropout is not None
-    plan = _plan_forward(*rows, columns, (x_stride, residual_stride), dtypes, with_sum, drops, offset)
+    settings = (with_sum, dropout is not None, centred)
+    plan = _plan_forward(rows, columns, (x_stride, residual_stride), dtypes, settings, offset)
     tensors = (x, residual, weight, bias, None if dropout is None else dropout.seed, y, total, mean, rstd)
     launch(plan.variant, plan.grid, *tensors, *plan.sizes, eps, *dropout_arguments(dropout))
     return y, total, mean, rstd
@@ -152,12 +159,13 @@ def _plan_forward(
     columns: int,
     strides: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype | None, torch.dtype],
-    with_sum: bool,
-    dropout: bool,
+    settings: tuple[bool, bool, bool],
     offset: int,
 ) -> Plan:
+    """settings: whether the sum is written, with dropout, centred."""
+    with_sum, dropout, centred = settings
     vector = run_length(min(dtypes[0].itemsize, dtypes[1].itemsize), strides[0] | strides[1] | columns, offset)
-    variant = forward_variant(columns, *dtypes, with_sum, dropout, vector)
+    variant = forward_variant(columns, *dtypes, with_sum, dropout, vector, centred)
     return Plan(variant, (-(-rows // variant.constants["ROWS"]),), (*strides, rows, columns))
 
 
@@ -172,12 +180,14 @@ def forward_variant(
     with_sum: bool,
     dropout: bool,
     vector: int,
+    centred: bool = True,
 ) -> Variant:
     """The program that adds and normalises rows of `columns` columns, read in runs of `vector` elements."""
     config = LAYER_NORM_FORWARD[block_of(columns)]
     total = torch.promote_types(x_dtype, residual_dtype) if with_sum else None
     tensors = (x_dtype, residual_dtype, weight_dtype, bias_dtype, torch.int64 if dropout else None, out_dtype, total)
-    types = (*map(pointer, (*tensors, torch.float32, torch.float32)), "i32", "i32", "i64", "i32", "fp32")
+    statistics = (torch.float32 if centred else None, torch.float32)
+    types = (*map(pointer, (*tensors, *statistics)), "i32", "i32", "i64", "i32", "fp32")
     constants = row_constants(columns, config, vector)
     types = (*types, "i32", "i32", "fp32")
     # With dropout and masks of columns, 64 elements a lane take 128 to 154 registers on sm_80, where ptxas would spill 24 bytes

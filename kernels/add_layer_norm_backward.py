@@ -75,8 +75,9 @@ def add_layer_norm_backward_kernel(
     GROUPS: tl.constexpr,
     AHEAD: tl.constexpr,
     RELOAD: tl.constexpr,
+    XHAT: tl.constexpr,
 ):
-    """Without a residual, x is the sum; without mean it is xhat; without rstd nothing was normalised.
+    """Without a residual, x is the sum, or xhat; without rstd nothing was normalised, without mean nothing centred (RMSNorm).
 
     dweight, dbias and dx_sum, which is summed from dx, are fp32 (programs, C): each program's sums over its rows.
     """
@@ -135,15 +136,16 @@ def add_layer_norm_backward_kernel(
                 # Where there is no element, dy = 0 takes x out of every sum.
                 if dbias_ptr is not None:
                     dbias = add_rows(dbias, ds, ROWS, BLOCK_C, GROUPS)
-                if mean_ptr is not None:
-                    x -= mean[:, None]
-                    if dweight_ptr is not None:
-                        dweight = add_rows(dweight, ds * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
-                    ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, rstd, inverse_c)
-                else:
+                if XHAT:
                     if dweight_ptr is not None:
                         dweight = add_rows(dweight, ds * x, ROWS, BLOCK_C, GROUPS)
-                    ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, None, inverse_c)
+                    ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, None, inverse_c, True)
+                else:
+                    if mean_ptr is not None:
+                        x -= mean[:, None]
+                    if dweight_ptr is not None:
+                        dweight = add_rows(dweight, ds * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
+                    ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, rstd, inverse_c, mean_ptr is not None)
             if dsum_ptr is not None:
                 ds += dsum
             out_start = row[:, None] * out_stride
@@ -173,7 +175,7 @@ def add_layer_norm_backward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     dropout: Dropout | None = None,
     *,
@@ -204,7 +206,8 @@ def add_layer_norm_backward(
 
     addresses = dy.data_ptr() | x.data_ptr() | address_of(dsum) | address_of(residual) | address_of(weight)
     read = (dy.dtype, dtype_of(dsum), x.dtype, dtype_of(residual), dtype_of(weight))
-    form = BackwardForm((*read, dx_dtype, dresidual_dtype), with_dw, with_db, dropout is not None)
+    dtypes = (*read, dx_dtype, dresidual_dtype)
+    form = BackwardForm(dtypes, with_dw, with_db, dropout is not None, centred=mean is not None)
     strides = (dy_stride, dsum_stride, x_stride, residual_stride, columns)
     plan = _plan(form, rstd.numel(), columns, strides, addresses % 16, device)
     sums = ParameterSums(with_dw, with_db, plan.grid[0], columns, device)
@@ -222,6 +225,7 @@ class BackwardForm(NamedTuple):
     with_db: bool
     dropout: bool
     xhat: bool = False  # x is what was normalised, if anything was, and dx is summed up as well
+    centred: bool = True  # LayerNorm, else RMSNorm
 
 
 @lru_cache(maxsize=MAX_PLANS)
@@ -291,11 +295,11 @@ def dropped_backward(dsum: Tensor, dropout: Dropout, dx_dtype: torch.dtype) -> t
 @cache
 def backward_variant(columns: int, form: BackwardForm, vector: int) -> Variant:
     """The program that takes all gradients in one pass over rows of `columns` columns, read in runs of `vector`."""
-    dtypes, with_dw, with_db, dropout, xhat = form
+    dtypes, with_dw, with_db, dropout, xhat, centred = form
     config = ADD_LAYER_NORM_BACKWARD[block_of(columns)]
     fp32 = torch.float32
     sums = (fp32 if with_dw else None, fp32 if with_db else None, fp32 if xhat else None)
-    statistics = (None if xhat else fp32, None if dtypes[2] is None else fp32)
+    statistics = (None if xhat or not centred else fp32, None if dtypes[2] is None else fp32)
     tensors = (*dtypes[:5], torch.int64 if dropout else None, *statistics, *dtypes[5:], *sums)
     types = (*map(pointer, tensors), *["i32"] * 5, "i64", "i32", "i32", "i32", "fp32")
     constants = row_constants(columns, config, vector)
@@ -303,7 +307,7 @@ def backward_variant(columns: int, form: BackwardForm, vector: int) -> Variant:
     registers = 0 if config.registers == 0 else 168 if dropout else config.registers
     constants |= backward_constants(constants, config.num_warps, registers, dtypes[:4])
     registers = registers if constants["AHEAD"] else 0
-    constants["RELOAD"] = _reloads(form, int(constants["BLOCK_C"]), vector)
+    constants |= {"RELOAD": _reloads(form, int(constants["BLOCK_C"]), vector), "XHAT": xhat}
     return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps, registers=registers)
 
 

@@ -1,13 +1,14 @@
 # mypy: allow-incomplete-defs
-"""Row-wise LayerNorm, forward and backward.
+"""Row-wise LayerNorm and RMSNorm, forward and backward.
 
     y = (x - mean(x)) * rstd(x) * weight + bias,   rstd = 1 / sqrt(var(x) + eps)
 
     g = dy * weight,   xhat = (x - mean) * rstd
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),   dweight = sum over rows of dy * xhat,   dbias = sum of dy
 
-x is (rows, C); mean and rstd are fp32 (rows,) and are all that the backward keeps besides x.
-Source: Ba et al., 2016, arXiv:1607.06450.
+x is (rows, C); mean and rstd are fp32 (rows,) and are all that the backward keeps besides x. RMSNorm is the same without
+any mean: of x, in var(x), which is mean(x * x) then, and of g. Kernels leave it out where they are given no mean.
+Source: Ba et al., 2016, arXiv:1607.06450; Zhang and Sennrich, 2019, arXiv:1910.07467.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from .rows import (
     load_parameters,
     norm_gradient,
     packed,
+    root_mean_square,
     row_constants,
     row_statistics,
     run_length,
     run_pointers,
     scaled_gradient,
+    statistics_of,
     sum_partials_variant,
     tile_elements,
     tile_range,
@@ -83,8 +86,11 @@ def layer_norm_forward_kernel(
 
     x_start = row[:, None] * x_row_stride
     x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
-    centred, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
-    y = centred * rstd[:, None]
+    if mean_ptr is not None:
+        x, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
+    else:
+        rstd = root_mean_square(x, inverse_c, eps)
+    y = x * rstd[:, None]
     if weight_ptr is not None:
         y *= weight
     if bias_ptr is not None:
@@ -93,7 +99,8 @@ def layer_norm_forward_kernel(
     y_stride = BLOCK_C if FULL else C
     y_start = row[:, None] * y_stride
     tl.store(run_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + first + row, mean, mask=exists)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + first + row, mean, mask=exists)
     tl.store(rstd_ptr + first + row, rstd, mask=exists)
 
 
@@ -150,7 +157,8 @@ def layer_norm_backward_kernel(
             dy, _, x, _, mean, rstd = loaded
             dy, x = widened(dy, dy_ptr.dtype.element_ty), widened(x, x_ptr.dtype.element_ty)
             # Where there is no element, dy = 0 takes x out of every sum.
-            x -= mean[:, None]
+            if mean_ptr is not None:
+                x -= mean[:, None]
             if ahead and not cut:  # the next tile is on its way while this one is worked on
                 if tile + step < end:
                     loaded = load_tile(read, strides, statistics, tile + step, row, None, C, BLOCK_C, FULL, VEC)
@@ -160,7 +168,7 @@ def layer_norm_backward_kernel(
             if dweight_ptr is not None:
                 dweight = add_rows(dweight, dy * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
             if dx_ptr is not None:
-                dx = norm_gradient(scaled_gradient(dy, rstd, weight), x, rstd, inverse_c)
+                dx = norm_gradient(scaled_gradient(dy, rstd, weight), x, rstd, inverse_c, mean_ptr is not None)
                 dx_pointers = run_pointers(dx_ptr + first * dx_stride, row[:, None] * dx_stride, column, VEC)
                 tl.store(dx_pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask if cut or not FULL else None)
 
@@ -172,26 +180,31 @@ def layer_norm_backward_kernel(
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over the last dimension of x (..., C).
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    centred: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """LayerNorm over the last dimension of x (..., C); RMSNorm where it is not centred.
 
     weight, bias: (C,) in fp32 or x's dtype, or None. out_dtype: of y; x's where None (autocast wants fp32).
-    Returns y (..., C), contiguous, and mean and rstd, fp32 (rows,). Raises ValueError for 0 columns.
+    Returns y (..., C), contiguous, and mean (RMSNorm: None) and rstd, fp32 (rows,). Raises ValueError for 0 columns.
     """
     x, stride = as_rows(x)
     weight, bias = packed(weight), packed(bias)
     shape, device, out_dtype = x.shape, x.device, out_dtype or x.dtype
     columns = shape[-1]
-    rows = (shape[:-1].numel(),)
+    rows = shape[:-1].numel()
     y = empty(shape, out_dtype, device)
-    mean, rstd = empty(rows, torch.float32, device), empty(rows, torch.float32, device)
+    mean, rstd = statistics_of(rows, centred, device)
     if columns > MAX_BLOCK:
         wide_rows.forward(x, None, weight, bias, y, None, mean, rstd, eps, None)
         return y, mean, rstd
     offset = (x.data_ptr() | address_of(weight) | address_of(bias)) % 16
     dtypes = (x.dtype, dtype_of(weight), dtype_of(bias), out_dtype)
-    plan = _plan_forward(rows[0], columns, stride, dtypes, offset)
+    plan = _plan_forward(rows, columns, stride, dtypes, centred, offset)
     launch(plan.variant, plan.grid, x, weight, bias, y, mean, rstd, *plan.sizes, eps)
     return y, mean, rstd
 
@@ -202,10 +215,11 @@ def _plan_forward(
     columns: int,
     stride: int,
     dtypes: tuple[torch.dtype, torch.dtype | None, torch.dtype | None, torch.dtype],
+    centred: bool,
     offset: int,
 ) -> Plan:
     vector = run_length(dtypes[0].itemsize, stride | columns, offset)
-    variant = forward_variant(columns, *dtypes, vector)
+    variant = forward_variant(columns, *dtypes, vector, centred)
     return Plan(variant, (-(-rows // variant.constants["ROWS"]),), (stride, rows, columns))
 
 
@@ -213,7 +227,7 @@ def layer_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     with_dx: bool = True,
@@ -241,7 +255,8 @@ def layer_norm_backward(
     offset = (x.data_ptr() | dy.data_ptr() | address_of(weight)) % 16
     dtypes = (dy.dtype, x.dtype, dtype_of(weight))
     strides = (dy_stride, x_stride)
-    plan = _plan_backward(mean.numel(), columns, strides, dtypes, (with_dx, with_dw, with_db), offset, device)
+    wanted = (with_dx, with_dw, with_db)
+    plan = _plan_backward(rstd.numel(), columns, strides, dtypes, wanted, mean is not None, offset, device)
     sums = ParameterSums(with_dw, with_db, plan.grid[0], columns, device)
     launch(plan.variant, plan.grid, dy, x, weight, mean, rstd, dx, sums.dw, sums.db, *plan.sizes)
     return (dx, *sums.total(parameter_dtype))
@@ -254,12 +269,13 @@ def _plan_backward(
     strides: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     wanted: tuple[bool, bool, bool],
+    centred: bool,
     offset: int,
     device: torch.device,
 ) -> Plan:
     dy_dtype, x_dtype, _ = dtypes
     vector = run_length(min(x_dtype.itemsize, dy_dtype.itemsize), strides[0] | strides[1] | columns, offset)
-    variant = backward_variant(columns, *dtypes, *wanted, vector)
+    variant = backward_variant(columns, *dtypes, *wanted, vector, centred)
     most = backward_config(columns, dy_dtype, x_dtype, wanted, vector).programs
     programs = backward_programs(variant, rows, most, multiprocessors(device))
     return Plan(variant, (programs,), (*strides, rows, columns))
@@ -273,10 +289,11 @@ def forward_variant(
     bias_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
     vector: int,
+    centred: bool = True,
 ) -> Variant:
     """The program that normalises rows of `columns` columns, read in runs of `vector` elements."""
     config = LAYER_NORM_FORWARD[block_of(columns)]
-    tensors = (x_dtype, weight_dtype, bias_dtype, out_dtype, torch.float32, torch.float32)
+    tensors = (x_dtype, weight_dtype, bias_dtype, out_dtype, torch.float32 if centred else None, torch.float32)
     types = (*map(pointer, tensors), "i32", "i64", "i32", "fp32")
     return Variant(layer_norm_forward_kernel, types, row_constants(columns, config, vector), config.num_warps)
 
@@ -304,11 +321,13 @@ def backward_variant(
     with_dw: bool,
     with_db: bool,
     vector: int,
+    centred: bool = True,
 ) -> Variant:
     """The program that takes all gradients in one pass over dy and x."""
     config = backward_config(columns, dy_dtype, x_dtype, (with_dx, with_dw, with_db), vector)
     fp32 = torch.float32
-    tensors = (dy_dtype, x_dtype, weight_dtype, fp32, fp32, x_dtype if with_dx else None)
+    statistics = (fp32 if centred else None, fp32)
+    tensors = (dy_dtype, x_dtype, weight_dtype, *statistics, x_dtype if with_dx else None)
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
     types = (*map(pointer, (*tensors, *sums)), "i32", "i32", "i64", "i32")
     constants = row_constants(columns, config, vector)
@@ -333,7 +352,7 @@ def catalog_entries() -> Iterator[Entry]:
     for columns, x, parameters, y, aligned, *budgets in rows:
         vector = 16 // x.itemsize if aligned else 1
         affine = parameters is not None
-        example = partial(_example, columns, x, parameters, y, aligned)
+        example = partial(_example, columns, x, parameters, y, aligned, True)
         suffix = f"c{columns}_{TRITON_TYPES[x]}" + ("_autocast" if y != x else "") + ("" if aligned else "_unaligned")
         variants = {
             "forward": forward_variant(columns, x, parameters, parameters, y, vector),
@@ -347,6 +366,14 @@ def catalog_entries() -> Iterator[Entry]:
             elements = 4 * int(total.constants["LOADS"]) * int(total.constants["LANES"])  # of fp32, of a round of loads
             # AMD's 64 lanes a wave load two groups of rows at once, whose sums meet in shared memory.
             yield Entry("layer_norm", name, total, elements, Budget(64, 512, 56, 8192), example)
+            # RMSNorm: the same kernels without a mean, and without a bias.
+            example = partial(_example, columns, x, parameters, y, aligned, False)
+            rms = {
+                "forward": forward_variant(columns, x, parameters, None, y, vector, False),
+                "backward": backward_variant(columns, y, x, parameters, True, True, False, vector, False),
+            }
+            for (kind, variant), budget in zip(rms.items(), budgets):
+                yield Entry("rms_norm", f"rms_norm_{kind}_{suffix}", variant, tile_elements(variant), budget, example)
 
 
 def _example(
@@ -355,6 +382,7 @@ def _example(
     parameter_dtype: torch.dtype | None,
     y_dtype: torch.dtype,
     aligned: bool,
+    centred: bool,
     device: torch.device,
 ) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward over a few tiles; rows off 16 bytes where not aligned."""
@@ -367,8 +395,8 @@ def _example(
 
     def call() -> tuple[Tensor, ...]:
         affine = parameter_dtype is not None
-        y, mean, rstd = layer_norm_forward(x, weight, bias, 1e-5, y_dtype)
-        gradients = layer_norm_backward(dy, x, weight, mean, rstd, with_dw=affine, with_db=affine)
-        return (y, mean, rstd, *(g for g in gradients if g is not None))
+        y, mean, rstd = layer_norm_forward(x, weight, bias if centred else None, 1e-5, y_dtype, centred)
+        gradients = layer_norm_backward(dy, x, weight, mean, rstd, with_dw=affine, with_db=affine and centred)
+        return tuple(t for t in (y, mean, rstd, *gradients) if t is not None)
 
     return call

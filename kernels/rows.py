@@ -77,6 +77,12 @@ def row_statistics(x, inside, C, inverse_c, eps, FULL: tl.constexpr):
 
 
 @jit
+def root_mean_square(x, inverse_c, eps):
+    """1 / sqrt(mean(x * x) + eps), (ROWS,), of x (ROWS, BLOCK_C), fp32, 0 outside."""
+    return tl.rsqrt(tl.sum(x * x, axis=1) * inverse_c + eps)
+
+
+@jit
 def tile_range(rows, ROWS: tl.constexpr, CUT: tl.constexpr):
     """Which tiles of ROWS rows this program takes, as a range: of the full ones, or with CUT of the cut one behind them."""
     full = (rows // ROWS).to(tl.int32)  # 2**31 tiles fit no memory
@@ -111,16 +117,20 @@ def scaled_gradient(dy, rstd, weight):
 
 
 @jit
-def norm_gradient(g, x, rstd, inverse_c):
-    """The gradient for LayerNorm's input, of g = dy * rstd * weight, 0 outside, and x - mean, both (ROWS, BLOCK_C).
+def norm_gradient(g, x, rstd, inverse_c, CENTRED: tl.constexpr):
+    """The gradient for a norm's input, of g = dy * rstd * weight, 0 outside, and x - mean, both (ROWS, BLOCK_C).
 
-    Without rstd, x is (x - mean) * rstd.
+    Without rstd, x is (x - mean) * rstd. RMSNorm's, which is not CENTRED, has no mean.
     """
     slope = tl.sum(g * x, axis=1) * inverse_c
     if rstd is not None:
         slope = slope * rstd * rstd
-    mean_g = tl.sum(g, axis=1) * inverse_c
-    return g - (x * slope[:, None] + mean_g[:, None])
+    if CENTRED:
+        mean_g = tl.sum(g, axis=1) * inverse_c
+        dx = g - (x * slope[:, None] + mean_g[:, None])
+    else:
+        dx = g - x * slope[:, None]
+    return dx
 
 
 @jit
@@ -315,6 +325,12 @@ def arriving_rows(gradient: Tensor) -> tuple[Tensor, int]:
     if (apart or gradient.data_ptr() % 16) and columns * gradient.element_size() % 16 == 0:
         return gradient.clone(memory_format=torch.contiguous_format), columns
     return gradient, distance
+
+
+def statistics_of(rows: int, centred: bool, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Where a norm's forward writes mean, which RMSNorm has none of, and rstd: fp32 (rows,)."""
+    mean = empty((rows,), torch.float32, device) if centred else None
+    return mean, empty((rows,), torch.float32, device)
 
 
 def packed(parameter: Tensor | None) -> Tensor | None:

@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs
-"""LayerNorm, and dropout + residual sum + LayerNorm, over rows of more than 8,192 columns: a loop over blocks of columns.
+"""LayerNorm and RMSNorm, alone or behind dropout and a residual sum, over rows of more than 8,192 columns: a loop over blocks of columns.
 
 The maths is that of layer_norm.py and add_layer_norm.py. A program takes one row and reads it twice, the second time from
 the cache: first for the row's statistics (mean and squares by Chan's update; in the backward the two means), then for the
@@ -97,15 +97,19 @@ def wide_forward_kernel(
         )  # fmt: skip
         if sum_ptr is not None:
             total = total.to(sum_ptr.dtype.element_ty).to(tl.float32)  # as the backward reads it
-        count = tl.minimum(C - start, BLOCK_C).to(tl.float32)
-        block_mean = tl.div_rn(tl.sum(total, axis=1)[:, None], count)
-        centred = tl.where(inside, total - block_mean, 0.0)
-        difference = block_mean - mean
-        share = count / (start + count)
-        mean += difference * share
-        squares += tl.sum(centred * centred, axis=1)[:, None] + difference * difference * (start * share)
+        if mean_ptr is not None:
+            count = tl.minimum(C - start, BLOCK_C).to(tl.float32)
+            block_mean = tl.div_rn(tl.sum(total, axis=1)[:, None], count)
+            centred = tl.where(inside, total - block_mean, 0.0)
+            difference = block_mean - mean
+            share = count / (start + count)
+            mean += difference * share
+            squares += tl.sum(centred * centred, axis=1)[:, None] + difference * difference * (start * share)
+        else:
+            squares += tl.sum(total * total, axis=1)[:, None]
     rstd = tl.rsqrt(squares / C + eps)
-    tl.store(mean_ptr + row, mean)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
     for start in range(0, C, BLOCK_C):
         total, _, column, inside = _load_sum(
@@ -149,7 +153,10 @@ def wide_backward_kernel(
 ):
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
-    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    mean = 0.0
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
     sum_g = tl.zeros((1, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((1, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -162,7 +169,9 @@ def wide_backward_kernel(
             g *= load_parameters(weight_ptr, column, column // VEC < C // VEC, VEC)
         sum_g += g
         sum_gx += g * ((total - mean) * rstd)
-    mean_g = tl.sum(sum_g, axis=1)[:, None] / C
+    mean_g = 0.0
+    if mean_ptr is not None:
+        mean_g = tl.sum(sum_g, axis=1)[:, None] / C
     mean_gx = tl.sum(sum_gx, axis=1)[:, None] / C
     for start in range(0, C, BLOCK_C):
         total, keep, column, inside = _load_sum(
@@ -221,7 +230,9 @@ def wide_parameters_kernel(
             BLOCK_C, VEC,
         )  # fmt: skip
         dy = tl.load(run_pointers(dy_ptr, row * dy_row_stride, column, VEC), mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=exists, other=0.0)
+        mean = 0.0
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + row, mask=exists, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=exists, other=0.0)
         dweight += dy * ((total - mean) * rstd)
         dbias += dy
@@ -241,17 +252,18 @@ def forward(
     bias: Tensor | None,
     y: Tensor,
     total: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     eps: float,
     dropout: Dropout | None,
 ) -> None:
-    """Fill y, mean and rstd, and the sum where it is given; contiguous, the rest as in add_layer_norm.py."""
+    """Fill y, rstd, and mean and the sum where they are given; contiguous, the rest as in add_layer_norm.py."""
     tensors = (x, residual, weight, bias, None if dropout is None else dropout.seed, y, total, mean, rstd)
     strides = _strides(x, residual)
     vector = _vector((x, residual), (y, total), (weight, bias), strides)
-    variant = forward_variant(tuple(map(dtype_of, (x, residual, weight, bias, y, total))), dropout is not None, vector)
-    launch(variant, (mean.shape[0],), *tensors, *strides, x.shape[-1], eps, *dropout_arguments(dropout))
+    dtypes = tuple(map(dtype_of, (x, residual, weight, bias, y, total)))
+    variant = forward_variant(dtypes, dropout is not None, vector, mean is not None)
+    launch(variant, (rstd.shape[0],), *tensors, *strides, x.shape[-1], eps, *dropout_arguments(dropout))
 
 
 def backward(
@@ -260,7 +272,7 @@ def backward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     dx: Tensor | None,
     dresidual: Tensor | None,
@@ -270,21 +282,21 @@ def backward(
     parameter_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill dx and dresidual where they are given; return dweight and dbias where they are wanted."""
-    rows, columns = mean.shape[0], x.shape[-1]
+    rows, columns, centred = rstd.shape[0], x.shape[-1], mean is not None
     seed = None if dropout is None else dropout.seed
     strides = _strides(dy, dsum, x, residual)
     vector = _vector((dy, dsum, x, residual), (dx, dresidual), (weight,), strides)
     numbers = dropout_arguments(dropout)
     if dx is not None or dresidual is not None:
         dtypes = tuple(map(dtype_of, (dy, dsum, x, residual, weight, dx, dresidual)))
-        variant = backward_variant(dtypes, dropout is not None, vector)
+        variant = backward_variant(dtypes, dropout is not None, vector, centred)
         rest = (mean, rstd, dx, dresidual)
         launch(variant, (rows,), dy, dsum, x, residual, weight, seed, *rest, *strides, columns, *numbers)
     if not (with_dw or with_db):
         return None, None
     # The sum needs the mask only where it is formed here.
     dropped = dropout is not None and residual is not None
-    variant = parameters_variant(tuple(map(dtype_of, (dy, x, residual))), dropped, with_dw, with_db, vector)
+    variant = parameters_variant(tuple(map(dtype_of, (dy, x, residual))), dropped, with_dw, with_db, vector, centred)
     tiles, blocks = -(-rows // variant.constants["ROWS"]), -(-columns // variant.constants["BLOCK_C"])
     programs = min(tiles, -(-multiprocessors(x.device) * WIDE_PARAMETERS.programs // blocks))
     sums = ParameterSums(with_dw, with_db, programs, columns, x.device)
@@ -294,30 +306,32 @@ def backward(
 
 
 @cache
-def forward_variant(dtypes: Dtypes, dropout: bool, vector: int) -> Variant:
+def forward_variant(dtypes: Dtypes, dropout: bool, vector: int, centred: bool = True) -> Variant:
     x, residual, weight, bias, y, total = dtypes
     seed = torch.int64 if dropout else None
-    tensors = (x, residual, weight, bias, seed, y, total, torch.float32, torch.float32)
+    tensors = (x, residual, weight, bias, seed, y, total, torch.float32 if centred else None, torch.float32)
     types = (*map(pointer, tensors), "i32", "i32", "i32", "fp32", "i32", "i32", "fp32")
     constants = {"BLOCK_C": WIDE_ROWS.columns, "VEC": vector}
     return Variant(wide_forward_kernel, types, constants, WIDE_ROWS.num_warps)
 
 
 @cache
-def backward_variant(dtypes: Dtypes, dropout: bool, vector: int) -> Variant:
+def backward_variant(dtypes: Dtypes, dropout: bool, vector: int, centred: bool = True) -> Variant:
     seed = torch.int64 if dropout else None
-    tensors = (*dtypes[:5], seed, torch.float32, torch.float32, *dtypes[5:])
+    tensors = (*dtypes[:5], seed, torch.float32 if centred else None, torch.float32, *dtypes[5:])
     types = (*map(pointer, tensors), *("i32",) * 7, "fp32")
     constants = {"BLOCK_C": WIDE_ROWS.columns, "VEC": vector}
     return Variant(wide_backward_kernel, types, constants, WIDE_ROWS.num_warps)
 
 
 @cache
-def parameters_variant(dtypes: Dtypes, dropout: bool, with_dw: bool, with_db: bool, vector: int) -> Variant:
+def parameters_variant(
+    dtypes: Dtypes, dropout: bool, with_dw: bool, with_db: bool, vector: int, centred: bool = True
+) -> Variant:
     """dtypes: of dy, x and residual."""
     fp32 = torch.float32
     sums = (fp32 if with_dw else None, fp32 if with_db else None)
-    tensors = (*dtypes, torch.int64 if dropout else None, fp32, fp32, *sums)
+    tensors = (*dtypes, torch.int64 if dropout else None, fp32 if centred else None, fp32, *sums)
     types = (*map(pointer, tensors), "i32", "i32", "i32", "i64", "i32", "i32", "i32", "fp32")
     constants = {"ROWS": WIDE_PARAMETERS.rows, "BLOCK_C": WIDE_PARAMETERS.columns, "VEC": vector}
     return Variant(wide_parameters_kernel, types, constants, WIDE_PARAMETERS.num_warps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from detr_fast import dispatch, native
 from detr_fast.ops import host_native
 from detr_fast.ops.add_layer_norm import add_layer_norm
+from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention, attention_with_weights, scaled_dot_product_attention
 from detr_fast.ops.attention_varlen import attention_varlen
 from detr_fast.ops.channel_affine import channel_affine
@@ -19,9 +20,11 @@ from detr_fast.ops.linear_probabilities import linear_softmax, linear_softmax_to
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.qkv_projection import qkv_projection
 from detr_fast.ops.resnet_stem import resnet_stem
+from detr_fast.ops.rms_norm import rms_norm
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_with_weights",
     "scaled_dot_product_attention",
@@ -41,6 +44,7 @@ __all__ = [
     "matching_cost",
     "qkv_projection",
     "resnet_stem",
+    "rms_norm",
 ]
 
 dispatch.read_environment()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm_autograd import forward, run_backward, run_forward, written_dtypes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
 from detr_fast.ops.dropout import check_probability, next_seed
+from detr_fast.ops.layer_norm import result_dtype
+from detr_fast.ops.layer_norm_autograd import eager as eager_norm
 from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 
@@ -37,16 +39,17 @@ def add_layer_norm(
     Raises ValueError for shapes that do not fit or a dropout_p outside [0, 1], BackendError as `use_backend` says.
     Source: Ba et al., 2016, arXiv:1607.06450; Srivastava et al., 2014, "Dropout".
     """
-    _check(x, residual, weight, bias, dropout_p)
+    check("add_layer_norm", x, residual, weight, bias, dropout_p)
     if not (dispatch.intervening or x.is_cuda):
-        return _eager(x, residual, weight, bias, eps, dropout_p, return_sum)
+        return eager(x, residual, weight, bias, eps, dropout_p, return_sum)
     return ADD_LAYER_NORM(x, residual, weight, bias, eps, dropout_p, return_sum)
 
 
-def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, p: float) -> None:
+def check(op: str, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, p: float) -> None:
+    """Raise ValueError where the shapes do not fit, or p is no probability."""
     if x.ndim == 0 or x.shape != residual.shape:
         raise ValueError(
-            f"add_layer_norm takes x and residual of one shape (..., C); got {tuple(x.shape)} and {tuple(residual.shape)}"
+            f"{op} takes x and residual of one shape (..., C); got {tuple(x.shape)} and {tuple(residual.shape)}"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[-1:]:
@@ -54,11 +57,19 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | No
     check_probability(p)
 
 
-def _eager(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, p: float, return_sum: bool
+def eager(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    p: float,
+    return_sum: bool,
+    centred: bool = True,
 ) -> Any:
+    """By PyTorch's dropout, sum and norm."""
     total = residual + (F.dropout(x, p) if p > 0.0 else x)
-    y = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    y = eager_norm(total, weight, bias, eps, centred)
     return (y, total) if return_sum else y
 
 
@@ -74,6 +85,7 @@ class AddLayerNormCall(Call):
     one_device: bool
     wanted: tuple[bool, ...]  # which of x, residual, weight and bias need a gradient
     layouts: Layouts  # theirs
+    out_dtype: torch.dtype
 
     def shapes(self) -> str:
         extras = (" dropout" if self.dropout else "") + (" with sum" if self.return_sum else "")
@@ -97,6 +109,21 @@ def _describe(
     *,
     situation: Situation,
 ) -> AddLayerNormCall:
+    out_dtype = result_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+    return sum_call(x, residual, weight, bias, p, return_sum, out_dtype, situation)
+
+
+def sum_call(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    p: float,
+    return_sum: bool,
+    out_dtype: torch.dtype,
+    situation: Situation,
+) -> AddLayerNormCall:
+    """What implementations of a sum and a norm are asked about; RMSNorm has no bias."""
     columns = x.shape[-1]
     return AddLayerNormCall(
         device=x.device,
@@ -115,10 +142,16 @@ def _describe(
         one_device=on_one_device(x, residual, weight, bias),
         wanted=tuple(map(wants_grad, (x, residual, weight, bias))),
         layouts=layouts(situation, x, residual, weight, bias),
+        out_dtype=out_dtype,
     )
 
 
-class TritonAddLayerNorm(TritonImplementation):
+class TritonAddNorm(TritonImplementation):
+    """What the kernels of a sum and LayerNorm, and of a sum and RMSNorm, have in common."""
+
+    op: ClassVar[str]
+    centred: ClassVar[bool]
+
     def why_not(self, call: AddLayerNormCall) -> str | None:
         if not call.one_device:
             return SEVERAL_DEVICES
@@ -132,10 +165,6 @@ class TritonAddLayerNorm(TritonImplementation):
         for name, dtype in (("weight", call.weight_dtype), ("bias", call.bias_dtype)):
             if dtype not in (None, total, torch.float32):
                 return f"a {_plain(dtype)} {name} with a {_plain(total)} sum: use the sum's dtype or float32"
-            if dtype not in (None, total) and call.situation.autocast is None:
-                return f"a {_plain(dtype)} {name} with a {_plain(total)} sum outside autocast: torch refuses it, too"
-        if None not in (call.weight_dtype, call.bias_dtype) and call.weight_dtype != call.bias_dtype:
-            return f"weight is {call.weight_dtype} and bias {call.bias_dtype}: it takes one dtype for both"
         return None
 
     def advice(self, call: AddLayerNormCall) -> str | None:
@@ -143,16 +172,16 @@ class TritonAddLayerNorm(TritonImplementation):
             return "a sum and a norm under torch.compile: Inductor fuses them"
         if call.situation.regime == "layer":
             return None
-        return regimes.advice("add_layer_norm", call, call.rows * call.columns * call.dtype.itemsize)
+        return regimes.advice(self.op, call, call.rows * call.columns * call.dtype.itemsize)
 
     def least(self, architecture: str | None, *kind: Any) -> int:
-        return regimes.least("add_layer_norm", architecture)
+        return regimes.least(self.op, architecture)
 
     def note(self, call: AddLayerNormCall) -> str | None:
-        return regimes.note("add_layer_norm", call)
+        return regimes.note(self.op, call)
 
     def compiled_key(self, call: AddLayerNormCall) -> Any:
-        dtypes = (call.dtype, call.residual_dtype, call.weight_dtype, call.bias_dtype, call.situation.autocast)
+        dtypes = (call.dtype, call.residual_dtype, call.weight_dtype, call.bias_dtype, call.out_dtype)
         return call.device, call.columns, dtypes, call.dropout, call.return_sum, call.wanted, aligned(call.layouts)
 
     def prepare(self, call: AddLayerNormCall) -> None:
@@ -162,22 +191,56 @@ class TritonAddLayerNorm(TritonImplementation):
         """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
         x, residual, weight, bias = rehearsed(call.layouts)
         seed = torch.empty(1, dtype=torch.int64, device="meta") if call.dropout else None
-        out_dtype = _result_dtype(torch.promote_types(call.dtype, call.residual_dtype), call.device_type)
         numbers = (seed, 0, 0.5 if call.dropout else 0.0, 0.0)
-        y, total, mean, rstd = run_forward(x, residual, weight, bias, *numbers, call.return_sum, out_dtype)
+        y, total, mean, rstd = run_forward(
+            x, residual, weight, bias, *numbers, call.return_sum, call.out_dtype, self.centred
+        )
         if call.needs_grad:
             kept = (total, None) if call.return_sum else (x, residual)
             dtypes = written_dtypes(call.dropout, (x.dtype, residual.dtype), call.wanted)
+            parameters = (weight, bias, mean if self.centred else None)
             for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not
-                run_backward(y, dsum, *kept, weight, bias, mean, rstd, *numbers, *dtypes, *call.wanted[2:])  # type: ignore[call-arg]
+                run_backward(y, dsum, *kept, *parameters, rstd, *numbers, *dtypes, *call.wanted[2:])  # type: ignore[call-arg]
+
+    def added(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        p: float,
+        return_sum: bool,
+        out_dtype: torch.dtype,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What `run` comes to."""
+        seed, offset = next_seed(x.device) if p > 0.0 else (None, 0)
+        settings = (seed, offset, p, eps, return_sum, out_dtype, self.centred)
+        y, total, _, _ = forward(x, residual, weight, bias, *settings)
+        return (y, total) if return_sum else y
+
+
+class TritonAddLayerNorm(TritonAddNorm):
+    op = "add_layer_norm"
+    centred = True
+
+    def why_not(self, call: AddLayerNormCall) -> str | None:
+        reason = super().why_not(call)
+        if reason is not None:
+            return reason
+        total = torch.promote_types(call.dtype, call.residual_dtype)
+        for name, dtype in (("weight", call.weight_dtype), ("bias", call.bias_dtype)):
+            if dtype not in (None, total) and call.situation.autocast is None:
+                return f"a {_plain(dtype)} {name} with a {_plain(total)} sum outside autocast: torch refuses it, too"
+        if None not in (call.weight_dtype, call.bias_dtype) and call.weight_dtype != call.bias_dtype:
+            return f"weight is {call.weight_dtype} and bias {call.bias_dtype}: it takes one dtype for both"
+        return None
 
     def run(
         self, x: Tensor, residual: Tensor, weight: Any, bias: Any, eps: float, p: float, return_sum: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        seed, offset = next_seed(x.device) if p > 0.0 else (None, 0)
-        out_dtype = _result_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
-        y, total, _, _ = forward(x, residual, weight, bias, seed, offset, p, eps, return_sum, out_dtype)
-        return (y, total) if return_sum else y
+        out_dtype = result_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type)
+        return self.added(x, residual, weight, bias, eps, p, return_sum, out_dtype)
 
 
 class EagerAddLayerNorm(Implementation):
@@ -186,7 +249,7 @@ class EagerAddLayerNorm(Implementation):
     name = "eager"
 
     def run(self, *args: Any) -> Any:
-        return _eager(*args)
+        return eager(*args)
 
 
 ADD_LAYER_NORM = Op(
@@ -200,8 +263,3 @@ ADD_LAYER_NORM = Op(
 
 def _plain(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _result_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """fp32 under autocast on a GPU (torch's list of fp32 ops), else the sum's."""
-    return torch.float32 if device_type == "cuda" and torch.is_autocast_enabled("cuda") else dtype

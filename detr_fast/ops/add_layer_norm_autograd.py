@@ -1,6 +1,7 @@
-"""Dropout, residual sum and LayerNorm as ops: forward and backward, each with an autograd kernel.
+"""Dropout, residual sum and LayerNorm or RMSNorm as ops: forward and backward, each with an autograd kernel.
 
-The backward reads x and the residual, or the sum (as x, without a residual) where the forward wrote it.
+The backward reads x and the residual, or the sum (as x, without a residual) where the forward wrote it. RMSNorm is what is
+not centred: its mean is an empty tensor beside the forward's other results, and None in the backward.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.kernels import add_layer_norm as kernels
 from detr_fast.kernels.dropout import Dropout, scale
 from detr_fast.ops.boundary import define, double_backward, wants_grad
 from detr_fast.ops.dropout import keep_mask
+from detr_fast.ops.layer_norm_autograd import eager
 
 
 def _dropout(seed: Tensor | None, offset: int, p: float) -> Dropout | None:
@@ -34,22 +35,25 @@ def run_forward(
     eps: float,
     with_sum: bool,
     out_dtype: torch.dtype,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dropout = _dropout(seed, offset, p)
     y, total, mean, rstd = kernels.add_layer_norm_forward(
-        x, residual, weight, bias, eps, dropout, with_sum=with_sum, out_dtype=out_dtype
+        x, residual, weight, bias, eps, dropout, with_sum=with_sum, out_dtype=out_dtype, centred=centred
     )
-    return y, x.new_empty(0) if total is None else total, mean, rstd
+    total, mean = (x.new_empty(0) if t is None else t for t in (total, mean))
+    return y, total, mean, rstd
 
 
 def _fake_forward(
     x: Tensor, residual: Tensor, weight: Any, bias: Any, seed: Any, offset: int, p: float, eps: float, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with_sum, out_dtype = rest
-    statistics = x.new_empty((prod(x.shape[:-1]),), dtype=torch.float32)
+    with_sum, out_dtype, *centred = rest
+    rstd = x.new_empty((prod(x.shape[:-1]),), dtype=torch.float32)
     sum_dtype = torch.promote_types(x.dtype, residual.dtype)
     total = x.new_empty(x.shape, dtype=sum_dtype) if with_sum else x.new_empty(0)
-    return x.new_empty(x.shape, dtype=out_dtype), total, statistics, torch.empty_like(statistics)
+    mean = torch.empty_like(rstd) if all(centred) else x.new_empty(0)
+    return x.new_empty(x.shape, dtype=out_dtype), total, mean, rstd
 
 
 def run_backward(
@@ -59,7 +63,7 @@ def run_backward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     offset: int,
@@ -97,7 +101,7 @@ def _fake_backward(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     seed: Tensor | None,
     offset: int,
@@ -108,15 +112,15 @@ def _fake_backward(
     with_dw: bool,
     with_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = x.new_empty(0)
     parameter = bias if weight is None else weight
     dx, dresidual = (
-        none if dtype is None else x.new_empty(x.shape, dtype=dtype) for dtype in (dx_dtype, dresidual_dtype)
+        x.new_empty(0) if dtype is None else x.new_empty(x.shape, dtype=dtype) for dtype in (dx_dtype, dresidual_dtype)
     )
     dw, db = (
-        none if parameter is None or not want else parameter.new_empty(parameter.shape) for want in (with_dw, with_db)
+        x.new_empty(0) if parameter is None or not want else parameter.new_empty(parameter.shape)
+        for want in (with_dw, with_db)
     )
-    return dx, torch.empty_like(none) if dresidual is none else dresidual, dw, db
+    return dx, dresidual, dw, db
 
 
 def written_dtypes(
@@ -141,10 +145,12 @@ class _Forward(torch.autograd.Function):
         eps: float,
         with_sum: bool,
         out_dtype: torch.dtype,
+        centred: bool,
     ) -> Any:
-        y, total, mean, rstd = forward.below(x, residual, weight, bias, seed, offset, p, eps, with_sum, out_dtype)
+        settings = (offset, p, eps, with_sum, out_dtype, centred)
+        y, total, mean, rstd = forward.below(x, residual, weight, bias, seed, *settings)
         kept = (total, None) if with_sum else (x, residual)
-        ctx.save_for_backward(*kept, weight, bias, mean, rstd, seed)
+        ctx.save_for_backward(*kept, weight, bias, mean if centred else None, rstd, seed)
         ctx.numbers, ctx.with_sum, ctx.dtypes = (offset, p, eps), with_sum, (x.dtype, residual.dtype)
         ctx.out_dtype = out_dtype
         ctx.mark_non_differentiable(mean, rstd, *(() if with_sum else (total,)))
@@ -154,7 +160,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> Any:
         if dy is None and dsum is None:
-            return (None,) * 10
+            return (None,) * 11
         x, residual, weight, bias, mean, rstd, seed = ctx.saved_tensors
         dy = torch.zeros_like(x, dtype=ctx.out_dtype) if dy is None else dy
         wanted = ctx.needs_input_grad[:4]
@@ -163,7 +169,7 @@ class _Forward(torch.autograd.Function):
         gradients = (dy, dsum if ctx.with_sum else None)
         dx, dresidual, dw, db = _backward(*gradients, *saved, *ctx.numbers, *dtypes, *wanted[2:])
         found = (dresidual if dtypes[0] is None else dx, dresidual, dw, db)
-        return (*(g if want else None for g, want in zip(found, wanted)), *(None,) * 6)
+        return (*(g if want else None for g, want in zip(found, wanted)), *(None,) * 7)
 
 
 class _Backward(torch.autograd.Function):
@@ -172,9 +178,10 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         gradients = _backward.below(*args)
-        dy, dsum, x, residual, weight, bias, _, _, seed, offset, p, eps, *wanted = args
+        dy, dsum, x, residual, weight, bias, mean, _, seed, offset, p, eps, *wanted = args
         ctx.save_for_backward(dy, x, residual, weight, bias, seed)
         ctx.numbers, ctx.wanted, ctx.has_dsum = (offset, p, eps), wanted, dsum is not None
+        ctx.centred = mean is not None
         ctx.set_materialize_grads(False)
         return gradients
 
@@ -195,7 +202,7 @@ class _Backward(torch.autograd.Function):
 
         def reference(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             w, b = (None if t is None else t.to(dy.dtype) for t in (weight, bias))
-            return F.layer_norm(total.to(dy.dtype), total.shape[-1:], w, b, eps)
+            return eager(total.to(dy.dtype), w, b, eps, ctx.centred)
 
         total = x.float() if residual is None else residual.float() + dropped(x.float())
         wanted = [u_sum is not None, *ctx.wanted[2:]]
@@ -210,10 +217,21 @@ class _Backward(torch.autograd.Function):
         return (d_dy, d_dsum, d_x, d_residual, d_weight, d_bias, *(None,) * 10)
 
 
-def _autograd_forward(x: Tensor, residual: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
-    if wants_grad(x, residual, weight, bias):
-        return _Forward.apply(x, residual, weight, bias, *rest)
-    return forward.below(x, residual, weight, bias, *rest)
+def _autograd_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    eps: float,
+    with_sum: bool,
+    out_dtype: torch.dtype,
+    centred: bool = True,
+) -> Any:
+    arguments = (x, residual, weight, bias, seed, offset, p, eps, with_sum, out_dtype, centred)
+    return _Forward.apply(*arguments) if wants_grad(x, residual, weight, bias) else forward.below(*arguments)
 
 
 def _autograd_backward(dy: Tensor, dsum: Any, x: Tensor, residual: Any, weight: Any, *rest: Any) -> Any:
@@ -224,14 +242,14 @@ def _autograd_backward(dy: Tensor, dsum: Any, x: Tensor, residual: Any, weight: 
 
 forward = define(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int offset, float p, float eps, "
-    "bool with_sum, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool with_sum, ScalarType out_dtype, bool centred=True) -> (Tensor, Tensor, Tensor, Tensor)",
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
     together=2,
 )
 _backward = define(
-    "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+    "add_layer_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, "
     "Tensor rstd, Tensor? seed, int offset, float p, float eps, ScalarType? dx_dtype, ScalarType? dresidual_dtype, "
     "bool with_dw, bool with_db) -> (Tensor, Tensor, Tensor, Tensor)",
     run=run_backward,

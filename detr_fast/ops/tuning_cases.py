@@ -18,6 +18,7 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.ops import regimes
 from detr_fast.ops.add_layer_norm import add_layer_norm
+from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention
 from detr_fast.ops.attention_atomics import measured_with_atomics
 from detr_fast.ops.attention_varlen import attention_varlen
@@ -30,6 +31,7 @@ from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 from detr_fast.ops.qkv_projection import QKV_PROJECTION
+from detr_fast.ops.rms_norm import rms_norm
 
 Step = Callable[[], tuple[Tensor, ...]]
 WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = MEASURED_WIDTH, MEASURED_HIDDEN, 850, 100, 8
@@ -125,6 +127,16 @@ def layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> 
 def add_layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     x, residual = (draw(device, rows, WIDTH) for _ in range(2))
     return step_of(add_layer_norm, (x, residual, *_norm(device)), gradients)
+
+
+def rms_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    leaves = (draw(device, rows, WIDTH), draw(device, WIDTH))
+    return step_of(lambda x, weight: rms_norm(x, (WIDTH,), weight), leaves, gradients)
+
+
+def add_rms_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    x, residual = (draw(device, rows, WIDTH) for _ in range(2))
+    return step_of(add_rms_norm, (x, residual, draw(device, WIDTH)), gradients)
 
 
 def attention_step(
@@ -350,6 +362,8 @@ GROUPS = (
         ),
     ),
     *_by_rows("add_layer_norm", add_layer_norm_step, MANY),
+    *_by_rows("rms_norm", rms_norm_step, MANY),
+    *_by_rows("add_rms_norm", add_rms_norm_step, MANY),
     *_deformable_attention(),
     *_attentions(),
     _packed_attention(),

@@ -58,6 +58,15 @@ def layer_norm(columns, weight, bias):
     return ops.layer_norm(new(70, columns), (columns,), *parameters)
 
 
+def add_rms_norm(columns, residual, weight, dropout_p, return_sum):
+    tensors = new(70, columns), new(70, columns, dtype=residual), new(columns, dtype=residual) if weight else None
+    return ops.add_rms_norm(*tensors, dropout_p=dropout_p, return_sum=return_sum)
+
+
+def rms_norm(columns, weight):
+    return ops.rms_norm(new(70, columns), (columns,), new(columns) if weight else None)
+
+
 def qkv_projection(columns, bias, position):
     bias = new(3 * 128) if bias else None
     position, positioned = (None, 0) if position == 0 else (new(1, columns), position)
@@ -147,6 +156,18 @@ CALLS = (
         },
     ),
     (layer_norm, "triton", {"columns": (*WIDTHS, 9000), "weight": NO_YES, "bias": NO_YES}),
+    (
+        add_rms_norm,
+        "triton",
+        {
+            "columns": (*WIDTHS, 9000),
+            "residual": (BF16, FP32),
+            "weight": NO_YES,
+            "dropout_p": (0.0, 0.1),
+            "return_sum": NO_YES,
+        },
+    ),
+    (rms_norm, "triton", {"columns": (*WIDTHS, 9000), "weight": NO_YES}),
     (qkv_projection, "triton", {"columns": WIDTHS, "bias": NO_YES, "position": (0, 256, 384)}),
     (
         linear_cross_entropy,

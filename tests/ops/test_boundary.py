@@ -8,7 +8,7 @@ import torch
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import ops, use_backend
 from detr_fast.dispatch import forget_decisions
-from detr_fast.ops.layer_norm import _forward
+from detr_fast.ops.layer_norm_autograd import forward
 from tests.seen import Seen
 
 pytestmark = pytest.mark.interpreter
@@ -61,7 +61,7 @@ def test_nobody_looking_takes_no_way_through_the_dispatcher_and_gives_the_same(m
     def refuse(*args):
         raise AssertionError("went through the dispatcher")
 
-    monkeypatch.setattr(_forward, "_op", refuse)
+    monkeypatch.setattr(forward, "_op", refuse)
     y = layer_norm(*inputs)
     found = [y, *torch.autograd.grad(y.square().sum(), inputs)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected))
@@ -102,9 +102,9 @@ def test_a_subclass_or_a_fake_tensor_goes_through_the_dispatcher():
 
     mode = FakeTensorMode()
     fake = mode.from_tensor(torch.randn(3, 8))  # used outside its mode
-    assert _forward._shortcut((fake,)) is None
-    assert _forward._shortcut((torch.randn(3, 8, device="meta"),)) is None
-    assert _forward._shortcut(tuple(leaves())) is not None
+    assert forward._shortcut((fake,)) is None
+    assert forward._shortcut((torch.randn(3, 8, device="meta"),)) is None
+    assert forward._shortcut(tuple(leaves())) is not None
 
 
 def test_whichever_gradient_is_batched_or_negated_is_seen():

@@ -132,6 +132,9 @@ CASES = {
     "add_layer_norm, sum": Case(
         "add_layer_norm", partial(ops.add_layer_norm, return_sum=True), (ROWS, ROWS, LINE, LINE), exact=False
     ),
+    "rms_norm": Case("rms_norm", lambda *t: ops.rms_norm(t[0], LINE, *t[1:]), (ROWS, LINE)),
+    "rms_norm, alone, wide": Case("rms_norm", lambda x: ops.rms_norm(x, (8256,)), ((3, 8256),)),
+    "add_rms_norm": Case("add_rms_norm", partial(ops.add_rms_norm, dropout_p=0.1), (ROWS, ROWS, LINE)),
     "channel_affine": Case(
         "channel_affine", lambda x, r: channel_affine(x, *torch.rand(2, 64), r), ((2, 64, 3, 5), (2, 64, 3, 5))
     ),

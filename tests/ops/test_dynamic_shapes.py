@@ -45,6 +45,8 @@ BLOCK = [(HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), VECTOR]
 CASES = {
     "layer_norm": (lambda x, *p: ops.layer_norm(x, VECTOR, *p), [rows, VECTOR, VECTOR]),
     "add_layer_norm": (lambda *a: ops.add_layer_norm(*a, dropout_p=0.1), [rows, rows, VECTOR, VECTOR]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, VECTOR, w), [rows, VECTOR]),
+    "add_rms_norm": (partial(ops.add_rms_norm, dropout_p=0.1), [rows, rows, VECTOR]),
     "linear_add_layer_norm": (ops.linear_add_layer_norm, [rows, (WIDTH, WIDTH), VECTOR, rows, VECTOR, VECTOR]),
     "feed_forward": (partial(ops.feed_forward, dropout_p=0.1), [rows, *BLOCK]),
     "feed_forward_add_layer_norm": (ops.feed_forward_add_layer_norm, [rows, *BLOCK, VECTOR, VECTOR]),

@@ -19,6 +19,8 @@ CALLS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "layer_norm": (lambda x, w, b: ops.layer_norm(x, LINE, w, b), [ROW, LINE, LINE]),
     "layer_norm, wide": (lambda x, w, b: ops.layer_norm(x, (8200,), w, b), [(2, 8200), (8200,), (8200,)]),
     "add_layer_norm": (ops.add_layer_norm, [ROW, ROW, LINE, LINE]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, LINE, w), [ROW, LINE]),
+    "add_rms_norm": (ops.add_rms_norm, [ROW, ROW, LINE]),
     "linear_add_layer_norm": (ops.linear_add_layer_norm, [ROW, (WIDTH, WIDTH), LINE, ROW, LINE, LINE]),
     "feed_forward": (ops.feed_forward, [ROW, (HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), LINE]),
     "feed_forward_add_layer_norm": (

@@ -49,6 +49,7 @@ def decide(architecture="sm_90"):
         bias_dtype=torch.bfloat16,
         dims=1,
         wanted=(False,) * 3,
+        out_dtype=torch.bfloat16,
         layouts=(Layout((1 << 20, 256), (256, 1), torch.bfloat16, 0), *[Layout((256,), (1,), torch.bfloat16, 0)] * 2),
         well_formed=True,
     )
