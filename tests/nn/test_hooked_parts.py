@@ -7,6 +7,7 @@ import torch
 from torch import nn as torch_nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from detr_fast import nn, use_backend
@@ -100,6 +101,18 @@ CHANGES = {
     "parametrisation": lambda part: register_parametrization(part, "weight", Doubled()),
     "FSDP2": fully_sharded,
 }
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_normed_projection_goes_one_step_in_each_forward_as_in_torch_nn(need_weights, twins):
+    x, states = torch.randn(2, 4, 16, dtype=torch.float64), []
+    for attention in twins("MultiheadAttention", 16, 2):
+        torch.manual_seed(0)  # spectral_norm starts at random, and goes a step whenever the weight is read
+        spectral_norm(attention.out_proj)
+        with use_backend("eager"):
+            attention(x, x, x, need_weights=need_weights)
+        states.append(attention.state_dict())
+    torch.testing.assert_close(*states)
 
 
 @pytest.mark.parametrize("change", CHANGES)
