@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def read_coco_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number or nesting without end
         raise DataError(f"{path}: is not JSON ({error}); export the annotations again") from None
     expected = "expected a COCO instances file: an object with the lists 'images', 'annotations' and 'categories'"
     if not isinstance(raw, dict):
@@ -135,7 +136,7 @@ def box_problem(box: Any, height: int, width: int) -> BoxProblem | None:
     """What is wrong with a [x, y, width, height] box in pixels, if anything. An image size of 0 × 0 means unknown."""
     if not isinstance(box, list) or len(box) != 4:
         return BoxProblem("malformed", f"is {box!r:.60}, expected [x, y, width, height]")
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+    if not all(isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in box):
         return BoxProblem("malformed", f"is {box!r:.60}, expected four finite numbers")
     x, y, w, h = box
     if w <= 0 or h <= 0:

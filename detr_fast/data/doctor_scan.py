@@ -100,6 +100,9 @@ def _scan_records(raw: dict[str, Any], files: SplitFiles) -> SplitScan:
         sides = [as_integer_id(record.get(side) or 0) for side in ("height", "width")]
         image.size = (sides[0] or 0, sides[1] or 0)
         key = id_key(record.get("id"))
+        if None in sides:
+            annotated = f"{record.get('width')!r}×{record.get('height')!r}"
+            image.problems["wrong image size"] = f"{name} is annotated as {annotated}, expected pixels"
         if not valid:
             image.problems["malformed image record"] = (
                 f"images[{position}]: id {record.get('id')!r}, file_name {name!r}"

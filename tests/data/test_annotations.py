@@ -100,6 +100,8 @@ def test_a_bad_record_is_a_one_line_error_with_file_value_and_remedy(write_coco,
         ('{"images": [7], "annotations": [], "categories": []}', r"images\[0\] is 7; expected an object"),
         ("", "is not JSON"),
         ('{"images": [', "is not JSON"),
+        ('{"images": ' + "9" * 5000 + "}", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("\xff\xfe", "is not JSON"),
     ],
 )

@@ -22,15 +22,20 @@ def box(raw, number, **fields):
     raw["annotations"][number].update(fields)
 
 
+def kind_of(case):
+    return case.partition(":")[0]
+
+
 def picture(root, name):
     return root / "images" / name
 
 
-# What is done to the small data set, and what must be found then, and nothing else.
+# What is done to the small data set, and what must be found then, and nothing else: the kind, and what is behind a colon tells cases apart.
 RECORD_DAMAGE = {
     "box without area": lambda raw: box(raw, 1, bbox=[6, 3, 0, 15]),
     "box outside its image": lambda raw: box(raw, 0, bbox=[3, 55, 12, 20]),
     "malformed box": lambda raw: box(raw, 0, bbox=[3, 5, None, 20]),
+    "malformed box: no float": lambda raw: box(raw, 0, bbox=[10**400, 5, 12, 20]),
     "box overhangs": lambda raw: box(raw, 0, bbox=[3, 5, 40, 20]),
     "unknown image id": lambda raw: box(raw, 0, image_id=31),
     "unknown category id": lambda raw: box(raw, 0, category_id="zebra"),
@@ -39,23 +44,24 @@ RECORD_DAMAGE = {
     "malformed category": lambda raw: raw["categories"].append({"id": 40}),
     "duplicate category id": lambda raw: raw["categories"].append({"id": 9, "name": "horse"}),
     "wrong image size": lambda raw: raw["images"][1].update(width=44),
+    "wrong image size: no integer": lambda raw: raw["images"][1].update(width=44.5),
     "missing image": lambda raw: raw["images"].append({"id": 40, "file_name": "gone.png", "width": 9, "height": 9}),
 }
 
 
-@pytest.mark.parametrize("kind", RECORD_DAMAGE)
-def test_damage_in_the_records_is_found_and_repaired(write_coco, tmp_path, kind):
-    folder = write_coco(edit=RECORD_DAMAGE[kind])
-    assert found(examine(folder)) == {("train", kind): 1}
+@pytest.mark.parametrize("case", RECORD_DAMAGE)
+def test_damage_in_the_records_is_found_and_repaired(write_coco, tmp_path, case):
+    folder = write_coco(edit=RECORD_DAMAGE[case])
+    assert found(examine(folder)) == {("train", kind_of(case)): 1}
     fix(folder, tmp_path / "fixed")
     assert found(examine(tmp_path / "fixed")) == {}
     assert len(list(CocoDetection(CocoFolder.open(tmp_path / "fixed"), "train"))) == 3
 
 
-@pytest.mark.parametrize("kind", [kind for kind in RECORD_DAMAGE if KINDS[kind].severity == "error"])
-def test_errors_are_what_training_refuses(write_coco, kind):
+@pytest.mark.parametrize("case", [case for case in RECORD_DAMAGE if KINDS[kind_of(case)].severity == "error"])
+def test_errors_are_what_training_refuses(write_coco, case):
     """Else the doctor would call a data set healthy that does not train, or the reverse."""
-    report = examine(write_coco(edit=RECORD_DAMAGE[kind]))
+    report = examine(write_coco(edit=RECORD_DAMAGE[case]))
     assert not report.healthy
     with pytest.raises(DataError):
         list(CocoDetection(CocoFolder.open(report.folder), "train"))
