@@ -41,6 +41,7 @@ class _Names(NamedTuple):
 _KNOWN = {
     "timm.layers.mlp.Mlp": _Names("fc1", "act", "drop1", "fc2", "drop2"),
     "torchvision.models.vision_transformer.MLPBlock": _Names("0", "1", "2", "3", "4"),
+    "torchvision.ops.misc.MLP": _Names("0", "1", "2", "3", "4"),  # Swin's
 }
 # Of transformers, whose models copy their blocks from each other: by the fingerprint of their forward.
 _CODE = {
@@ -128,7 +129,9 @@ def _names_by_code(forward: Any) -> _Names | None:
 
 
 def _has_two_layers(block: Any) -> bool:
-    """D-FINE's blocks may have another number."""
+    """D-FINE's blocks and torchvision's may have another number, and torchvision's may normalise in between."""
+    if isinstance(block, nn.Sequential) and len(block) != 5:
+        return False
     return getattr(block, "num_layers", 2) == 2
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters import hugging_face_bart as bart
+from detr_fast.adapters import hugging_face_biased as biased
 from detr_fast.adapters import hugging_face_deformable as deformable
 from detr_fast.adapters import hugging_face_others as others
 from detr_fast.adapters import hugging_face_weighing as weighing
@@ -279,6 +280,11 @@ _CODE: dict[str, type[Module]] = {
     "7de50f447265321b": weighing.GroundingDinoAttention,
     "ff89f20391901c6f": weighing.Mask2FormerAttention,
     "5ea513003bcebe5c": weighing.GroundingDinoDecoderLayer,
+    "e9a56d647782a12b": biased.SwinSelfAttention,
+    "d35266712074e644": biased.Swinv2SelfAttention,
+    "c6ab87410a46552f": biased.MPNetSelfAttention,
+    "56abf6a4d8cc29cb": biased.MPNetAttention,
+    "5c2f352653fd39c5": biased.Data2VecVisionSelfAttention,
     "9278631b8dca2c19": deformable.DeformableDetrEncoderLayer,
     "6ee73d4b111d5079": deformable.DeformableDetrDecoderLayer,
     "6e62030a3f3af3d1": deformable.RTDetrDecoderLayer,

@@ -1,16 +1,23 @@
-"""timm's vision transformers: their attention, block and LayerNorm classes."""
+"""timm's vision transformers: their attention, block and LayerNorm classes, and the attentions of both versions of Swin."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import timm.models.swin_transformer as swin
+import timm.models.swin_transformer_v2 as swin_v2
 import timm.models.vision_transformer as theirs
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, kind_of, names, names_used, reads, why_not_switch
-from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched
-from detr_fast.nn.blocks import sum_and_norm
+from detr_fast.adapters.blocks import NORMS, comes_apart, is_dispatched, is_plain
+from detr_fast.adapters.windows import attend, bias_of, cosines, with_shift
+from detr_fast.nn.bare import is_bare
+from detr_fast.nn.blocks import probability, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
 
@@ -24,6 +31,15 @@ _KNOWN = {
     ),
     theirs.Block: names(_BLOCK[1]),
     TimmLayerNorm: names("_fast_norm fast_layer_norm normalized_shape weight bias eps F layer_norm"),
+    swin.WindowAttention: names(
+        "shape qkv reshape num_heads permute unbind fused_attn _get_rel_pos_bias view expand torch nn functional "
+        "scaled_dot_product_attention training attn_drop p scale transpose unsqueeze softmax proj proj_drop"
+    ),
+    swin_v2.WindowAttention: names(
+        "shape q_bias qkv torch cat k_bias v_bias qkv_bias_separate F linear weight reshape num_heads permute unbind "
+        "normalize transpose clamp logit_scale math log exp cpb_mlp relative_coords_table view relative_position_index "
+        "window_size contiguous sigmoid unsqueeze softmax attn_drop proj proj_drop"
+    ),
 }
 
 
@@ -68,7 +84,47 @@ class Block(theirs.Block, Scriptable):
         return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 
+class WindowAttention(swin.WindowAttention, Scriptable):
+    """Swin's attention on `ops.attention`."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As timm's."""
+        if not is_dispatched(x) or not _is_softmax(self.softmax, self.attn_drop):
+            return super().forward(x, mask)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        both = with_shift(self._get_rel_pos_bias()[0], mask, len(x))
+        y = attend(q, k, v, both, probability(self.attn_drop), self.scale)
+        return self.proj_drop(self.proj(y))
+
+
+class WindowAttentionV2(swin_v2.WindowAttention, Scriptable):
+    """The second version's."""
+
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As timm's."""
+        if not is_dispatched(x) or not _is_softmax(self.softmax, self.attn_drop):
+            return super().forward(x, mask)  # type: ignore[misc]
+        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if bias is None or self.qkv_bias_separate:
+            qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
+        else:
+            qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        bias = 16 * torch.sigmoid(bias_of(table, self.relative_position_index))
+        both = with_shift(bias, mask, len(x))
+        y = attend(*cosines(q, k, self.logit_scale), v, both, probability(self.attn_drop), 1.0)
+        return self.proj_drop(self.proj(y))  # type: ignore[no-any-return]
+
+
+def _is_softmax(softmax: Module, dropout: Module) -> bool:
+    """Whether what lies between scores and weights is what it was."""
+    return type(softmax) is nn.Softmax and is_bare(softmax) and is_plain(dropout)
+
+
 _REPLACEMENTS: dict[type[Module], type[Module]] = {
+    swin.WindowAttention: WindowAttention,
+    swin_v2.WindowAttention: WindowAttentionV2,
     theirs.Attention: Attention,
     theirs.Block: Block,
     TimmLayerNorm: LayerNorm,
@@ -77,7 +133,7 @@ NORMS.update((TimmLayerNorm, LayerNorm))
 
 
 class Timm(Adapter):
-    """Exactly timm's Attention, Block and LayerNorm."""
+    """Exactly timm's Attention, Block and LayerNorm, and Swin's attentions."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:

@@ -139,7 +139,7 @@ def t5(kind="T5Model", **options):
     sizes = {"vocab_size": 20, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
     tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = {"num_heads": 4, "relative_attention_num_buckets": 8, "dropout_rate": 0.0, **sizes, **tokens, **options}
-    return getattr(transformers, kind)(transformers.T5Config(**config))
+    return with_biases(getattr(transformers, kind)(transformers.T5Config(**config)))
 
 
 def source(model):
@@ -252,15 +252,33 @@ def two_way_block():
     return transformers.models.sam.modeling_sam.SamTwoWayAttentionBlock(config)
 
 
-def swin():
+def swin(kind="Swin", **options):
     """Windows of 4 by 4, in the second layer of both stages shifted."""
     sizes = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-    config = transformers.SwinConfig(**sizes, image_size=24, mlp_ratio=2.0, drop_path_rate=0.0)
-    model = transformers.SwinModel(config, add_pooling_layer=False)
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=24, mlp_ratio=2.0, drop_path_rate=0.0)
+    model = getattr(transformers, f"{kind}Model")(config, **options)
+    return with_biases(model)
+
+
+def with_biases(model):
+    """Biases by position are zero or small at first."""
     for name, parameter in model.named_parameters():
-        if "bias_table" in name:
+        if "bias_table" in name or "relative_attention_bias" in name or "logit_scale" in name:
             torch.nn.init.normal_(parameter)
     return model
+
+
+def mpnet():
+    layers = {name: VISION[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.MPNetConfig(vocab_size=20, **layers, intermediate_size=48, **quiet)
+    return with_biases(transformers.MPNetModel(config, add_pooling_layer=False))
+
+
+def biased_vision(kind):
+    """BEiT and its copy, with a bias in each layer."""
+    quiet = dict.fromkeys(("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    return with_biases(vision(kind, use_relative_position_bias=True, **quiet))
 
 
 def look_at_windows(model):
@@ -320,7 +338,12 @@ MODELS = {
         look,
         {"attention": 2, "feed_forward": 2},
     ),
-    "Swin": (swin, look_at_windows, {"attention": 4, "feed_forward": 4}),
+    "Swin": (lambda: swin(add_pooling_layer=False), look_at_windows, {"attention": 4, "feed_forward": 4}),
+    "Swinv2": (lambda: swin("Swinv2", add_pooling_layer=False), look_at_windows, {"attention": 4}),
+    "DonutSwin": (lambda: swin("DonutSwin", add_pooling_layer=False), look_at_windows, {"attention": 4}),
+    "MPNet": (mpnet, read, {"attention": 2, "add_layer_norm": 4}),
+    "Beit": (lambda: biased_vision("Beit"), look, {"attention": 2, "feed_forward": 2}),
+    "Data2VecVision": (lambda: biased_vision("Data2VecVision"), look, {"attention": 2}),
     "T5": (t5, translate_all, {"attention": 12, "feed_forward": 8}),
     "Bart": (lambda: seq2seq("Bart"), translate, {"attention": 5, "add_layer_norm": 8, "feed_forward": 3}),
     "MBart": (lambda: seq2seq("MBart"), translate, {"attention": 5, "add_layer_norm": 5, "feed_forward": 3}),

@@ -200,6 +200,11 @@ KNOWN = {
     "grounding_dino.GroundingDinoMultiheadAttention": hugging_face_layers,
     "mask2former.Mask2FormerAttention": hugging_face_layers,
     "grounding_dino.GroundingDinoDecoderLayer": hugging_face_layers,
+    "maskformer.maskformer_swin.MaskFormerSwinSelfAttention": hugging_face_layers,
+    "swinv2.Swinv2SelfAttention": hugging_face_layers,
+    "mpnet.MPNetSelfAttention": hugging_face_layers,
+    "mpnet.MPNetAttention": hugging_face_layers,
+    "data2vec.data2vec_vision.Data2VecVisionSdpaSelfAttention": hugging_face_layers,
     "deformable_detr.DeformableDetrEncoderLayer": hugging_face_layers,
     "deformable_detr.DeformableDetrDecoderLayer": hugging_face_layers,
     "rt_detr.RTDetrDecoderLayer": hugging_face_layers,
@@ -211,8 +216,8 @@ KNOWN = {
 def test_all_code_that_is_known_is_transformers():
     found = {feed_forward: set(), hugging_face_layers: set()}
     for name, adapter in KNOWN.items():
-        model, kind = name.split(".")
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        model, *file, kind = name.split(".")
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{file[0] if file else model}")
         found[adapter].add(fingerprint(getattr(module, kind).forward))
     assert all(prints == set(adapter._CODE) for adapter, prints in found.items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -50,9 +51,29 @@ def block():
     return Block(16, 2, qkv_bias=True)
 
 
+def windows(version):
+    pytest.importorskip("torchvision")
+    from torchvision.models import swin_transformer as swin
+
+    kind = swin.ShiftedWindowAttention if version == 1 else swin.ShiftedWindowAttentionV2
+    return kind(16, [2, 2], [1, 1], 2)
+
+
+def shift(model, x):
+    return model(x.view(1, 2, 4, 16)).view(x.shape)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("make", "call"), [(encoder, encode), (bert, read), (t5, translate), (block, lambda model, x: model(x))]
+    ("make", "call"),
+    [
+        (encoder, encode),
+        (bert, read),
+        (t5, translate),
+        (partial(windows, 1), shift),
+        (partial(windows, 2), shift),
+        (block, lambda model, x: model(x)),
+    ],
 )
 def test_an_accelerated_model_is_as_accurate_on_triton_as_it_was(make, call):
     torch.manual_seed(0)

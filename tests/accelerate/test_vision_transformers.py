@@ -63,6 +63,66 @@ def test_outputs_and_gradients_are_as_before(name, training, assert_unchanged):
     assert sum(r.calls for r in records if r.op == "layer_norm") == norms - added
 
 
+def torchvision_swin(version=1, **options):
+    """Windows of 4 by 4 in features of 6 by 5 and 3 by 3, which are smaller than a window; one block of two is shifted."""
+    from torchvision.models import swin_transformer as swin
+
+    torch.manual_seed(1)
+    kinds = {} if version == 1 else {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    sizes = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+    model = swin.SwinTransformer(**sizes, mlp_ratio=2.0, stochastic_depth_prob=0.0, num_classes=3, **kinds, **options)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "cpb" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def timm_swin(version=1):
+    from timm.models import swin_transformer, swin_transformer_v2
+
+    torch.manual_seed(1)
+    kind = swin_transformer.SwinTransformer if version == 1 else swin_transformer_v2.SwinTransformerV2
+    sizes = {"img_size": (32, 24), "patch_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4)}
+    model = kind(**sizes, mlp_ratio=2.0, window_size=4, drop_path_rate=0.0, num_classes=3)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "cpb" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+SWINS = {
+    "timm": (timm_swin, (32, 24), {"attention": 3, "feed_forward": 3}),
+    "timm, second version": (lambda: timm_swin(2), (32, 24), {"attention": 3, "feed_forward": 3}),
+    "torchvision": (torchvision_swin, (24, 20), {"attention": 4, "feed_forward": 4, "add_layer_norm": 4}),
+    "torchvision, second version": (lambda: torchvision_swin(2), (24, 20), {"attention": 4, "feed_forward": 4}),
+}
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_attention_in_windows_is_as_before(name, assert_unchanged):
+    make, size, ops = SWINS[name]
+
+    def call(model):
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+        return [model(images.to(next(model.parameters()).dtype))]
+
+    model = make().train()
+    report = assert_unchanged(model, call)
+    assert not report.left
+    with explaining(model) as records:
+        call(model)
+    assert {op: sum(r.calls for r in records if r.op == op) for op in ops} == ops
+
+
+@pytest.mark.parametrize("shift", [[2, 0], [0, 1], [1, 2]])
+def test_windows_are_shifted_along_each_axis_as_torchvision_does(shift, assert_unchanged):
+    from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+    attention = ShiftedWindowAttention(16, [3, 4], shift, 2, qkv_bias=False)
+    x = torch.randn(2, 7, 9, 16, dtype=torch.float64)
+    assert_unchanged(attention, lambda module: [module(x), module(x[:, :3])])
+
+
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_copies_pickles_and_restore(name):
     model = MODELS[name]().eval()

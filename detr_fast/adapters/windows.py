@@ -1,0 +1,77 @@
+"""Attention inside of windows, as Swin's: with a bias by relative position, which all windows share, and a mask where they are shifted.
+
+The scores stay inside `ops.attention`. Bias and mask are added up once: (1, heads, N, N), or where windows are shifted a matrix for each
+window of each image.
+Sources: Liu et al., 2021, arXiv:2103.14030; Liu et al., 2022, arXiv:2111.09883 (the second version, by cosines).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr_fast.ops.attention import ATTENTION, Sdpa
+from detr_fast.ops.attention_call import autocast_dtype, computed_dtype
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float | None = None) -> Tensor:
+    """Attention of q, k, v (B, N, H, E) with numbers that are added to the scores, as (B, N, H * E).
+
+    Under autocast the mask stays as it is: the originals add it to scores that it makes fp32.
+    """
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = (t.to(computed_dtype(t.dtype, dtype)) for t in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return _attend(q, k, v, mask, p, scale)
+    return _attend(q, k, v, mask, p, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float | None) -> Tensor:
+    given = (None, mask, False, p, scale)
+    chosen = ATTENTION.choose(q, k, v, *given)
+    if isinstance(chosen, Sdpa) and mask is not None:  # some of its kernels take q's dtype only
+        given = (None, mask.to(q.dtype), False, p, scale)
+    y: Tensor = chosen.run(q, k, v, *given)
+    return y.flatten(2)
+
+
+def bias_of(table: Tensor, index: Tensor) -> Tensor:
+    """The bias (heads, N, N) that a table (positions, heads) has for each of N * N pairs."""
+    tokens = math.isqrt(index.numel())
+    return table[index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
+
+
+def with_shift(bias: Tensor, shift: Tensor | None, windows: int) -> Tensor:
+    """bias (heads, N, N) and the mask of an image's shifted windows (n, N, N), or None, for so many windows: n of each image."""
+    if shift is None:
+        return bias[None]
+    both = bias + shift[:, None]
+    images = windows // shift.shape[0]
+    return both if images == 1 else both.repeat(images, 1, 1, 1)
+
+
+def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k (B, N, H, E) whose products are the second version's scores; logit_scale: the logarithm of a factor, (H, 1, 1)."""
+    factor = torch.clamp(logit_scale, max=math.log(100.0)).exp()
+    return F.normalize(q, dim=-1) * factor.view(-1, 1), F.normalize(k, dim=-1)
+
+
+def shift_mask(like: Tensor, size: tuple[int, int], window: list[int], shift: list[int]) -> Tensor:
+    """What is added to scores in windows of features that were rolled by `shift`: -100 where tokens were no neighbours before.
+
+    size: of the features, in tokens. The result is (windows of an image, N, N), of the dtype and on the device of `like`.
+    """
+    (height, width), (rows, columns) = size, window
+    regions = torch.zeros((height, width), dtype=torch.long, device=like.device)
+    for length, side, moved, shape in ((height, rows, shift[0], (-1, 1)), (width, columns, shift[1], (1, -1))):
+        if moved:
+            place = torch.arange(length, device=like.device)
+            own = (place >= length - side).long() + (place >= length - moved)
+            regions = 3 * regions + own.view(shape)
+    regions = regions.view(height // rows, rows, width // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
+    together = regions[:, None] == regions[:, :, None]
+    return torch.zeros_like(together, dtype=like.dtype).masked_fill(~together, -100.0)
