@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from detr_fast.data.coco import CocoDetection, CocoFolder
 from detr_fast.data.errors import DataError
 from detr_fast.data.folders import ImageCopies, new_folder
-from detr_fast.data.records import BoxRecord, ImageRecord, Records
+from detr_fast.data.images import read_image_size, read_orientation
+from detr_fast.data.records import BoxRecord, ImageRecord, Records, tidy
 from detr_fast.data.voc import read_voc, write_voc
 from detr_fast.data.yolo import find_yolo_config, read_yolo, write_yolo
 
@@ -91,7 +92,7 @@ def read_coco(folder: Path) -> Records:
             for label, (x, y, w, h), crowd in zip(labels, part.boxes.tolist(), part.crowd.tolist())
         ]
         splits[split] = [
-            ImageRecord(paths[i], part.file_names[i], height, width, tuple(boxes[part.of_image(i)]))
+            _between_frames(ImageRecord(paths[i], part.file_names[i], height, width, tuple(boxes[part.of_image(i)])))
             for i, (height, width) in enumerate(dataset.image_sizes)
         ]
     return Records(tuple(category.name for category in opened.categories), splits)
@@ -102,6 +103,7 @@ def write_coco(records: Records, folder: Path) -> None:
         copies = ImageCopies(folder / "images" / split)
         raw: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
         for number, image in enumerate(images, start=1):
+            image = _between_frames(image, back=True)
             name = copies.add(image.path, image.file_name)
             raw["images"].append({"id": number, "file_name": name, "width": image.width, "height": image.height})
             for box in image.boxes:
@@ -116,6 +118,34 @@ def write_coco(records: Records, folder: Path) -> None:
                 raw["annotations"].append(annotation)
         raw["categories"] = [{"id": number, "name": name} for number, name in enumerate(records.names, start=1)]
         (folder / f"instances_{split}.json").write_text(json.dumps(raw))
+
+
+def _between_frames(image: ImageRecord, back: bool = False) -> ImageRecord:
+    """Boxes on the picture as COCO's annotations mean it -> as its EXIF orientation turns it, as all others do, or back.
+
+    COCO's are on the stored picture where they name its size (see `read_image`): so they do of one that is upside down.
+    """
+    orientation = read_orientation(image.path)
+    if orientation == 1 or read_image_size(image.path) != (image.height, image.width):
+        return image
+    if back:
+        orientation = {6: 8, 8: 6}.get(orientation, orientation)  # the others undo themselves
+    boxes = [replace(box, box=_turned(box.box, orientation, image.height, image.width)) for box in image.boxes]
+    height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+    return replace(image, height=height, width=width, boxes=tuple(boxes))
+
+
+def _turned(
+    box: tuple[float, float, float, float], orientation: int, height: int, width: int
+) -> tuple[float, float, float, float]:
+    x, y, w, h = box
+    if orientation >= 5:
+        x, y, w, h, height, width = y, x, h, w, width, height
+    if orientation in (2, 3, 6, 7):
+        x = width - x - w
+    if orientation in (3, 4, 7, 8):
+        y = height - y - h
+    return tidy(x), tidy(y), tidy(w), tidy(h)
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {"coco": read_coco, "yolo": read_yolo, "voc": read_voc}

@@ -65,10 +65,24 @@ def read_image_size(path: Path, turned: bool = False) -> tuple[int, int]:
     """Height and width from the file's header; with `turned`, of the picture as its EXIF orientation turns it."""
     try:
         with Image.open(path) as file:
-            sideways = turned and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            sideways = turned and _orientation(file) >= 5
             return (file.width, file.height) if sideways else (file.height, file.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _undecodable(path, error) from None
+
+
+def read_orientation(path: Path) -> int:
+    """EXIF's orientation from the file's header, 1 to 8; 1 is as stored."""
+    try:
+        with Image.open(path) as file:
+            return _orientation(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _undecodable(path, error) from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
 
 
 class ImageStore:

@@ -19,7 +19,7 @@ class BoxRecord:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image: its file, its name in the data set, its size in pixels, its boxes."""
+    """An image: its file, its name in the data set, and as its EXIF orientation turns it its size in pixels and its boxes."""
 
     path: Path
     file_name: str

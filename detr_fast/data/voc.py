@@ -59,8 +59,8 @@ def _parse(path: Path, files: dict[str, Path]) -> tuple[Path, int, int, list[_Na
         raise DataError(
             f"{path}: no such annotations file, but ImageSets lists it; restore it or shorten the list"
         ) from None
-    except ElementTree.ParseError as error:
-        raise DataError(f"{path}: is not XML ({error}); export it again") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # no XML, or its encoding is not known
+        raise DataError(f"{path}: is not XML ({error}); export it again, as UTF-8") from None
     image = files.get(path.stem) or files.get(Path(root.findtext("filename") or "").stem)
     if image is None:
         raise DataError(f"{path}: its image is missing; put {path.stem}.jpg (or .png, …) into JPEGImages/")
@@ -93,7 +93,8 @@ def write_voc(records: Records, folder: Path) -> None:
             tree = ElementTree.ElementTree(_to_xml(image, name, records.names))
             ElementTree.indent(tree)
             tree.write(folder / "Annotations" / f"{stems[-1]}.xml", encoding="utf-8")
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+        listed = "".join(f"{stem}\n" for stem in stems)
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(listed, encoding="utf-8")
 
 
 def _to_xml(image: ImageRecord, name: str, names: tuple[str, ...]) -> Element:

@@ -137,7 +137,8 @@ def write_yolo(records: Records, folder: Path) -> None:
             labels = (folder / "labels" / split / name).with_suffix(".txt")
             labels.parent.mkdir(parents=True, exist_ok=True)
             labels.write_text("".join(_line(box, image) for box in image.boxes))
-    (folder / "data.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
 
 
 def _line(box: BoxRecord, image: ImageRecord) -> str:

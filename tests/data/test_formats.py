@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detr_fast.data import CocoDetection, CocoFolder, DataError, generate_scenes
 from detr_fast.data.formats import convert, detect_format
@@ -152,6 +152,40 @@ def test_yolo_boxes_are_on_the_picture_as_exif_turns_it(tmp_path):
     assert CocoDetection(CocoFolder.open(tmp_path / "coco"), "train")[0][0].shape == (3, 40, 80)
 
 
+def box_of_white(pixels):
+    """(x, y, width, height) around what is white in (H, W, 3)."""
+    rows, columns = np.nonzero(np.asarray(pixels).min(axis=2) > 127)
+    x, y = int(columns.min()), int(rows.min())
+    return [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 64)], ids=["wide", "square"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_stay_on_their_objects_however_exif_turns_a_picture(tmp_path, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[8:24, 30:60] = 255
+    (tmp_path / "stored").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "stored" / "a.png", exif=exif)
+    raw = {
+        "images": [{"id": 1, "file_name": "a.png", "height": size[0], "width": size[1]}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [30, 8, 30, 16]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "stored" / "train.json").write_text(json.dumps(raw))
+    convert(tmp_path / "stored", tmp_path / "yolo", "coco", "yolo")
+    turned = ImageOps.exif_transpose(Image.open(tmp_path / "yolo" / "images" / "train" / "a.png"))
+    x, y, w, h = box_of_white(turned)
+    fractions = [(x + w / 2) / turned.width, (y + h / 2) / turned.height, w / turned.width, h / turned.height]
+    found = (tmp_path / "yolo" / "labels" / "train" / "a.txt").read_text().split()
+    assert [float(value) for value in found] == pytest.approx([0, *fractions])
+    convert(tmp_path / "yolo", tmp_path / "voc", "yolo", "voc")
+    convert(tmp_path / "voc", tmp_path / "coco", "voc", "coco")
+    image, _ = CocoDetection(CocoFolder.open(tmp_path / "coco"), "train")[0]
+    assert boxes_of(tmp_path / "coco") == [("cat", box_of_white(image.permute(1, 2, 0)))]
+
+
 @pytest.mark.parametrize(
     ("config", "labels", "message"),
     [
@@ -199,6 +233,7 @@ def test_voc_without_lists_of_images_is_one_training_split(tmp_path):
     ("xml", "image", "message"),
     [
         ("<annotation>", "a.jpg", r"a.xml: is not XML"),
+        ('<?xml version="1.0" encoding="gbk"?><annotation/>', "a.jpg", r"a.xml: is not XML \(.*\); .*, as UTF-8"),
         (f"<annotation>{OBJECT.format('seven')}</annotation>", "a.jpg", r"bndbox of object 'cat' lacks a number"),
         ("<annotation><object><name>cat</name></object></annotation>", "a.jpg", "lacks a number"),
         (f"<annotation>{OBJECT.format(7)}</annotation>", "b.jpg", r"a.xml: its image is missing"),
