@@ -22,6 +22,7 @@ __all__ = [
     "explaining",
     "nn",
     "ops",
+    "provide_deformable_extension",
     "restore",
     "use_backend",
 ]
@@ -33,6 +34,7 @@ _WHERE = {
     "accelerate": "detr_fast.acceleration",
     "accelerated": "detr_fast.acceleration",
     "restore": "detr_fast.acceleration",
+    "provide_deformable_extension": "detr_fast.adapters.deformable_extension",
     "explain": "detr_fast.explanation",
     "explaining": "detr_fast.explanation",
 }
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from detr_fast.acceleration import accelerate as accelerate
     from detr_fast.acceleration import accelerated as accelerated
     from detr_fast.acceleration import restore as restore
+    from detr_fast.adapters.deformable_extension import provide_deformable_extension as provide_deformable_extension
     from detr_fast.dispatch import BackendError as BackendError
     from detr_fast.dispatch import use_backend as use_backend
     from detr_fast.explanation import explain as explain

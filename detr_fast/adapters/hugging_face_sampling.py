@@ -17,25 +17,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
-from detr_fast.adapters.blocks import is_dispatched
-from detr_fast.dispatch import TritonImplementation
-from detr_fast.ops.deformable_attention import DEFORMABLE_ATTENTION, arguments_of
+from detr_fast.adapters.deformable import sampled
 
 Sampling = Callable[..., Tensor]
-
-
-def sampled(
-    value: Tensor, shapes: Any, locations: Tensor, weights: Tensor, points: Sequence[int] | None = None
-) -> Tensor | None:
-    """`ops.deformable_attention` as (B, Q, H · E); None where PyTorch's operations are to run: theirs do."""
-    if not is_dispatched(value) or isinstance(shapes, Tensor):  # to read a tensor's numbers the host would wait
-        return None
-    try:
-        arguments = arguments_of(value, shapes, locations, weights, points)
-    except (TypeError, ValueError):  # of other shapes or dtypes than we know: theirs says what is wrong, if anything is
-        return None
-    chosen = DEFORMABLE_ATTENTION.choose(*arguments)
-    return chosen.run(*arguments).flatten(2) if isinstance(chosen, TritonImplementation) else None
 
 
 class MultiScaleDeformableAttention(Scriptable):

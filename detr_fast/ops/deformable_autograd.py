@@ -185,3 +185,13 @@ def deformable_attention_of(
     sizes = [n for level in levels for n in level]
     out: Tensor = _forward(value, locations, weights, references, shapes, sizes, spread)
     return out
+
+
+def gradients_of(
+    dout: Tensor, value: Tensor, locations: Tensor, weights: Tensor, levels: Levels, shapes: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of value, locations and weights, by the kernel, without a forward."""
+    sizes = [n for level in levels for n in level]
+    wanted = [True, True, True, False]
+    first, second, third, _ = _backward(dout, value, locations, weights, None, shapes, None, sizes, 0.0, wanted)
+    return first, second, third

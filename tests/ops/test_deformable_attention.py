@@ -461,6 +461,23 @@ def test_on_a_gpu_it_is_as_accurate_as_eager(channels, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("coordinates", "on_device"), [(2, False), (4, True)])
+def test_on_a_gpu_it_is_as_accurate_from_offsets(coordinates, on_device, dtype):
+    shapes = sized([(25, 34), (13, 17), (7, 9), (4, 5)], [(3, 4), (2, 2), (1, 2), (1, 1)])
+    points, known = (4, 2, 3, 4), torch.tensor(shapes, device=DEVICE) if on_device else shapes
+    case = make_offsets(coordinates, 2, sized(300, 3), sized(8, 1), 32, points, shapes, DEVICE)
+
+    def eager(*tensors):
+        with use_backend(deformable_attention="eager"):
+            return by_offsets(points, shapes)(*tensors)
+
+    with use_backend(deformable_attention="triton"):
+        dtypes = dtype, torch.float32, torch.float32, dtype
+        assert_as_accurate_as_eager(by_offsets(points, known), reference=eager, inputs=case, dtype=dtypes)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_a_deterministic_backward_is_the_same_twice():
     case = [t.requires_grad_() for t in make_case(2, 50, 2, 32, device=DEVICE)]
     torch.use_deterministic_algorithms(True)
