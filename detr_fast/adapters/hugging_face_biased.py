@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import comes_apart, is_dispatched, is_plain
-from detr_fast.adapters.windows import attend, bias_of, cosines, with_shift
+from detr_fast.adapters.windows import attend, bias_of, cosines, packed, with_shift
 from detr_fast.nn.blocks import norm_of_sum, probability
 
 
@@ -37,7 +37,7 @@ class SwinSelfAttention(Scriptable):
             return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore[misc]
         bias = bias_of(self.relative_position_bias_table, self.relative_position_index)
         mask = with_shift(bias, attention_mask, len(hidden_states))
-        return (attend(*_projected(self, hidden_states), mask, probability(self.dropout)),)
+        return (attend(packed(*_projected(self, hidden_states)), mask, probability(self.dropout)),)
 
 
 class Swinv2SelfAttention(Scriptable):
@@ -54,7 +54,7 @@ class Swinv2SelfAttention(Scriptable):
         if attention_mask is not None:
             attention_mask = 2 * attention_mask  # transformers adds it twice
         mask = with_shift(bias, attention_mask, len(hidden_states))
-        return (attend(*cosines(q, k, self.logit_scale), v, mask, probability(self.dropout), 1.0),)
+        return (attend(cosines(q, k, v, self.logit_scale), mask, probability(self.dropout), 1.0),)
 
 
 class MPNetSelfAttention(Scriptable):
@@ -77,7 +77,7 @@ class MPNetSelfAttention(Scriptable):
         mask = position_bias if attention_mask is None else attention_mask
         if attention_mask is not None and position_bias is not None:
             mask = position_bias + attention_mask
-        return (self.o(attend(q, k, v, mask, probability(self.dropout))),)
+        return (self.o(attend(packed(q, k, v), mask, probability(self.dropout))),)
 
 
 class MPNetAttention(Scriptable):
@@ -118,4 +118,4 @@ class Data2VecVisionSelfAttention(Scriptable):
             own = self.relative_position_bias(size, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
             bias = own if bias is None else own + bias
         p = self.config.attention_probs_dropout_prob if self.training else 0.0
-        return attend(*_projected(self, hidden_states), bias, p), None
+        return attend(packed(*_projected(self, hidden_states)), bias, p), None

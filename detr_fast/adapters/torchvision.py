@@ -83,13 +83,14 @@ def _attend_in_windows(attention: Any, given: Tensor, logit_scale: Tensor | None
     bias = attention.qkv.bias
     if logit_scale is not None and bias is not None:
         bias = torch.cat([bias[:channels], bias.new_zeros(channels), bias[2 * channels :]])
-    q, k, v = F.linear(x, attention.qkv.weight, bias).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-    scale = None
+    qkv = F.linear(x, attention.qkv.weight, bias).unflatten(-1, (3, attention.num_heads, -1))
+    packs, scale = [qkv], None
     if logit_scale is not None:
-        (q, k), scale = cosines(q, k, logit_scale), 1.0
+        q, k, v = qkv.unbind(2)
+        packs, scale = cosines(q, k, v, logit_scale), 1.0
     hidden = shift_mask(given, (padded_height, padded_width), window, shift) if sum(shift) > 0 else None
     mask = with_shift(attention.get_relative_position_bias()[0], hidden, len(x))
-    x = attend(q, k, v, mask, probability(attention.attention_dropout, attention.training), scale)
+    x = attend(packs, mask, probability(attention.attention_dropout, attention.training), scale)
     x = F.linear(x, attention.proj.weight, attention.proj.bias)
     x = F.dropout(x, attention.dropout, attention.training)
 

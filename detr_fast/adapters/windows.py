@@ -15,28 +15,27 @@ from torch import Tensor
 
 from detr_fast.ops.attention import ATTENTION, Sdpa
 from detr_fast.ops.attention_call import autocast_dtype, computed_dtype
+from detr_fast.ops.attention_packed import run_packed, unpacked
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float | None = None) -> Tensor:
-    """Attention of q, k, v (B, N, H, E) with numbers that are added to the scores, as (B, N, H * E).
+def attend(packs: list[Tensor], mask: Tensor | None, p: float, scale: float | None = None) -> Tensor:
+    """Attention of packs of q, k and v (see `run_packed`) with numbers that are added to the scores, as (B, N, H * E).
 
     Under autocast the mask stays as it is: the originals add it to scores that it makes fp32.
     """
-    dtype = autocast_dtype(q)
+    dtype = autocast_dtype(packs[0])
     if dtype is not None:
-        q, k, v = (t.to(computed_dtype(t.dtype, dtype)) for t in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
-            return _attend(q, k, v, mask, p, scale)
-    return _attend(q, k, v, mask, p, scale)
+        packs = [pack.to(computed_dtype(pack.dtype, dtype)) for pack in packs]
+        with torch.autocast(packs[0].device.type, enabled=False):
+            return _attend(packs, mask, p, scale)
+    return _attend(packs, mask, p, scale)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scale: float | None) -> Tensor:
-    given = (None, mask, False, p, scale)
-    chosen = ATTENTION.choose(q, k, v, *given)
+def _attend(packs: list[Tensor], mask: Tensor | None, p: float, scale: float | None) -> Tensor:
+    chosen = ATTENTION.choose(*unpacked(packs), None, mask, False, p, scale)
     if isinstance(chosen, Sdpa) and mask is not None:  # some of its kernels take q's dtype only
-        given = (None, mask.to(q.dtype), False, p, scale)
-    y: Tensor = chosen.run(q, k, v, *given)
-    return y.flatten(2)
+        mask = mask.to(packs[0].dtype)
+    return run_packed(chosen, packs, None, mask, False, p, scale).flatten(2)
 
 
 def bias_of(table: Tensor, index: Tensor) -> Tensor:
@@ -54,10 +53,15 @@ def with_shift(bias: Tensor, shift: Tensor | None, windows: int) -> Tensor:
     return both if images == 1 else both.repeat(images, 1, 1, 1)
 
 
-def cosines(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k (B, N, H, E) whose products are the second version's scores; logit_scale: the logarithm of a factor, (H, 1, 1)."""
+def cosines(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor) -> list[Tensor]:
+    """Packs of q, k and v (B, N, H, E) whose products are the second version's scores; logit_scale: the logarithm of a factor, (H, 1, 1)."""
     factor = torch.clamp(logit_scale, max=math.log(100.0)).exp()
-    return F.normalize(q, dim=-1) * factor.view(-1, 1), F.normalize(k, dim=-1)
+    return packed(F.normalize(q, dim=-1) * factor.view(-1, 1), F.normalize(k, dim=-1), v)
+
+
+def packed(*tensors: Tensor) -> list[Tensor]:
+    """A pack of each."""
+    return [tensor.unsqueeze(2) for tensor in tensors]
 
 
 def shift_mask(like: Tensor, size: tuple[int, int], window: list[int], shift: list[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A pack is (B, L, n, H, E): n of q, k and v, in this order, from one product. The packs of a call hold all three: (qkv,),
 (q, kv), (qk, v) or (q, k, v). The kernels read and write them through their strides, so that no gradients are put together
-afterwards. The contract is otherwise that of `ops.attention`; a float mask gets no gradient.
+afterwards. The contract is otherwise that of `ops.attention`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ def run_packed(
     mask: Tensor | None,
     is_causal: bool,
     dropout_p: float,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention by that implementation, (B, L, H, E)."""
-    if not isinstance(implementation, TritonAttention) or wants_grad(mask):
-        return implementation.run(*unpacked(packs), padding, mask, is_causal, dropout_p, None)
+    if not isinstance(implementation, TritonAttention):
+        return implementation.run(*unpacked(packs), padding, mask, is_causal, dropout_p, scale)
     *packs, mask = autocast(autocast_dtype(packs[0]), *packs, mask)
-    return _forward(packs, padding, mask, *drawn(packs[0], is_causal, dropout_p, None), implementation.atomics)[0]
+    return _forward(packs, padding, mask, *drawn(packs[0], is_causal, dropout_p, scale), implementation.atomics)[0]
 
 
 def unpacked(packs: list[Tensor]) -> list[Tensor]:
@@ -77,16 +78,22 @@ def _run_backward(
     seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    with_mask: bool,
     *options: Any,
 ) -> list[Tensor]:
+    """The packs' gradients, and the mask's behind them."""
     gradients = [_like(pack) for pack in packs]
     problem = attention_problem(*unpacked(packs), padding, mask, seed, options)  # type: ignore[call-arg,arg-type]
-    run_backward(problem, out, lse, dout, None, atomics=options[-1], into=unpacked(gradients))
-    return list(map(_cut, gradients, packs))
+    given = {"with_mask": with_mask, "atomics": options[-1], "into": unpacked(gradients)}
+    *_, dmask = run_backward(problem, out, lse, dout, None, **given)
+    return [*map(_cut, gradients, packs), *([] if dmask is None else [dmask])]
 
 
-def _fake_backward(dout: Tensor, packs: list[Tensor], *rest: Any) -> list[Tensor]:
-    return [_cut(_like(pack, lambda shape, dtype, device, pack=pack: pack.new_empty(shape)), pack) for pack in packs]
+def _fake_backward(
+    dout: Tensor, packs: list[Tensor], padding: Any, mask: Any, seed: Any, out: Tensor, lse: Tensor, *rest: Any
+) -> list[Tensor]:
+    made = [_cut(_like(pack, lambda shape, dtype, device, pack=pack: pack.new_empty(shape)), pack) for pack in packs]
+    return [*made, mask.new_empty(mask.shape)] if rest[0] else made
 
 
 class _Forward(torch.autograd.Function):
@@ -104,20 +111,22 @@ class _Forward(torch.autograd.Function):
         padding, mask, seed, out, lse, *packs = ctx.saved_tensors
         if dout is None:
             return (None,) * (4 + len(packs))
-        wanted = ctx.needs_input_grad[4:]
+        with_mask, wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
         if goes_by_eager_ops(dout):
 
-            def again(*packs: Tensor) -> Tensor:
+            def again(mask: Tensor | None, *packs: Tensor) -> Tensor:
                 q, k, v = unpacked(list(packs))
                 return reference(q, k, v, padding, mask, seed, ctx.options)
 
-            return *(None,) * 4, *eager_gradients(again, packs, dout, wanted)
-        gradients = _backward(dout, packs, padding, mask, seed, out, lse, *ctx.options)
-        return *(None,) * 4, *(g if want else None for g, want in zip(gradients, wanted))
+            dmask, *gradients = eager_gradients(again, (mask, *packs), dout, (with_mask, *wanted))
+        else:
+            gradients = _backward(dout, packs, padding, mask, seed, out, lse, with_mask, *ctx.options)
+            dmask = gradients.pop() if with_mask else None
+        return None, dmask, None, None, *(g if want else None for g, want in zip(gradients, wanted))
 
 
 def _autograd_forward(packs: list[Tensor], padding: Any, mask: Any, seed: Any, *options: Any) -> Any:
-    if wants_grad(*packs):
+    if wants_grad(mask, *packs):
         return _Forward.apply(padding, mask, seed, options, *packs)
     return _forward.below(packs, padding, mask, seed, *options)
 
@@ -135,7 +144,7 @@ _forward = define(
 )
 _backward = define(
     "attention_packed_backward(Tensor dout, Tensor[] packs, Tensor? padding, Tensor? mask, Tensor? seed, Tensor out, "
-    f"Tensor lse, {_OPTIONS}) -> Tensor[]",
+    f"Tensor lse, bool with_mask, {_OPTIONS}) -> Tensor[]",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

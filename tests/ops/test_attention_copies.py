@@ -177,7 +177,7 @@ def test_opcheck_accepts_all_ops():
         dout = torch.randn_like(out)
         backward = {
             "attention": (dout, None, q, k, v, None, None, None, out, lse, False, *options),
-            "attention_packed": (dout, [pack], None, None, None, out, lse, *options),
+            "attention_packed": (dout, [pack], None, None, None, out, lse, False, *options),
             "attention_varlen": (dout, None, out, lse, False, *given),
         }[name]
         opcheck(f"{name}_backward", backward)

@@ -77,10 +77,12 @@ def test_the_double_backward_drops_the_same_elements():
     torch.autograd.grad(again[1].square().sum(), packs)
 
 
-def test_a_float_mask_that_needs_a_gradient_gets_it():
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_float_mask_that_needs_a_gradient_gets_it(create_graph):
     packs, mask = packs_of((3,), requires_grad=True), torch.randn(5, 5, requires_grad=True)
-    found = torch.autograd.grad(attend(packs, mask).sum(), (*packs, mask))
-    expected = torch.autograd.grad(separately(packs, mask).sum(), (*packs, mask))
+    y, expected = attend(packs, mask), separately(packs, mask)
+    found = torch.autograd.grad(y.square().sum(), (*packs, mask), create_graph=create_graph)
+    expected = torch.autograd.grad(expected.square().sum(), (*packs, mask))
     torch.testing.assert_close(found, expected)
 
 
@@ -95,8 +97,10 @@ def test_opcheck_accepts_both_ops():
     torch.library.opcheck(torch.ops.detr_fast.attention_packed.default, (packs, None, None, None, *options))
     with torch.no_grad():
         out, lse = torch.ops.detr_fast.attention_packed(packs, None, None, None, *options)
-    arguments = (torch.randn_like(out), packs, None, None, None, out, lse, *options)
-    torch.library.opcheck(torch.ops.detr_fast.attention_packed_backward.default, arguments)
+    mask = torch.randn(3, 3, requires_grad=True)
+    for given in ((None, None, None, out, lse, False), (None, mask, None, out, lse, True)):
+        arguments = (torch.randn_like(out), packs, *given, *options)
+        torch.library.opcheck(torch.ops.detr_fast.attention_packed_backward.default, arguments)
 
 
 @pytest.mark.parametrize("length", [0, 1])
