@@ -48,7 +48,7 @@ def interleaved(ours: Callable[[], object], original: Callable[[], object]) -> t
     return times[0], times[1], statistics.median(a / b for a, b in pairs)
 
 
-def _layer_norm(module: type[torch.nn.LayerNorm], training: bool) -> Callable[[], object]:
+def _norm(module: type[torch.nn.LayerNorm] | type[torch.nn.RMSNorm], training: bool) -> Callable[[], object]:
     norm, x = module(16).requires_grad_(training), torch.randn(2, 4, 16)
     return lambda: norm(x)
 
@@ -61,8 +61,9 @@ def _attention(module: type[torch.nn.MultiheadAttention], training: bool, cross:
 
 
 CASES: dict[str, Callable[..., Callable[[], object]]] = {
-    "LayerNorm(16), training": lambda source: _layer_norm(source.LayerNorm, True),
-    "LayerNorm(16), inference": lambda source: _layer_norm(source.LayerNorm, False),
+    "LayerNorm(16), training": lambda source: _norm(source.LayerNorm, True),
+    "LayerNorm(16), inference": lambda source: _norm(source.LayerNorm, False),
+    "RMSNorm(16), training": lambda source: _norm(source.RMSNorm, True),
     "MultiheadAttention(16, 4), self, training": lambda source: _attention(source.MultiheadAttention, True, False),
     "MultiheadAttention(16, 4), cross, training": lambda source: _attention(source.MultiheadAttention, True, True),
     "MultiheadAttention(16, 4), self, inference": lambda source: _attention(source.MultiheadAttention, False, False),

@@ -105,8 +105,8 @@ def accelerate(
 ) -> Report:
     """Switch the class of each module that we can run faster, in place, and say what was switched and what not.
 
-    Known are torch.nn's LayerNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, deformable too, layers,
-    feed-forward blocks and detection losses, the original DETR repository's layers, Deformable DETR's MSDeformAttn, and the attention, blocks, feed-forward blocks and norms
+    Known are torch.nn's LayerNorm, RMSNorm, MultiheadAttention and Transformer classes, Hugging Face transformers' attention, deformable too,
+    layers, feed-forward blocks, RMSNorms and detection losses, the original DETR repository's layers, Deformable DETR's MSDeformAttn, and the attention, blocks, feed-forward blocks and norms
     of timm's and torchvision's vision transformers. The model computes what it did, within rounding; parameters, buffers,
     hooks, optimizers, wrappers such as DDP and references to modules stay valid.
     Modules whose forward is someone else's, that are parametrised, quantised, or sharded by FSDP2, and layers with

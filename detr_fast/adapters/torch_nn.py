@@ -1,4 +1,4 @@
-"""torch.nn's LayerNorm, MultiheadAttention and Transformer classes."""
+"""torch.nn's LayerNorm, RMSNorm, MultiheadAttention and Transformer classes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`from detr_fast import nn` instead of `from torch import nn`: the same names, faster.
 
-LayerNorm, MultiheadAttention, the Transformer classes and (where PyTorch has it) LinearCrossEntropyLoss subclass their originals, so
-constructors, state_dicts, repr and isinstance are torch's own. What a transformer needs beside torch.nn's parts is here too: embeddings, positions, decoder
-inputs and a head. Every other name is torch.nn's.
+LayerNorm, RMSNorm, MultiheadAttention, the Transformer classes and (where PyTorch has it) LinearCrossEntropyLoss subclass their
+originals, so constructors, state_dicts, repr and isinstance are torch's own. What a transformer needs beside torch.nn's parts is here too:
+embeddings, positions, decoder inputs and a head. Every other name is torch.nn's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from detr_fast.nn.embedding import TokenEmbedding as TokenEmbedding
 from detr_fast.nn.heads import LinearSoftmax as LinearSoftmax
 from detr_fast.nn.multihead_attention import MultiheadAttention as MultiheadAttention
 from detr_fast.nn.normalization import LayerNorm as LayerNorm
+from detr_fast.nn.normalization import RMSNorm as RMSNorm
 from detr_fast.nn.positional import LearnedPositionalEmbedding as LearnedPositionalEmbedding
 from detr_fast.nn.positional import SinePositionEmbedding2D as SinePositionEmbedding2D
 from detr_fast.nn.positional import SinusoidalPositionalEncoding as SinusoidalPositionalEncoding

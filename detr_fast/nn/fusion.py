@@ -31,12 +31,15 @@ from detr_fast.nn.blocks import (
 )
 from detr_fast.nn.casts import cast_of, linear
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
-from detr_fast.nn.normalization import LayerNorm
+from detr_fast.nn.normalization import LayerNorm, RMSNorm
+from detr_fast.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm
 from detr_fast.ops.dropout import recording
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
+from detr_fast.ops.rms_norm import RMS_NORM
 
 _CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.Dropout, LayerNorm, nn.LayerNorm, MultiheadAttention}
+_RMS_NORMS = {RMSNorm, nn.RMSNorm}
 
 
 def attend_add_norm(
@@ -161,6 +164,8 @@ def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, pre_norm: bool = Fal
     """norm(x + dropout(y)), which is one op while both are plain; pre_norm: (the sum, its norm)."""
     if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1 and norms_are_free():
         return (sum_and_norm if pre_norm else norm_of_sum)(y, x, norm, probability(dropout))
+    if _takes_sum(x, dropout, norm):
+        return sum_first(add_rms_norm(y, x, norm.weight, norm.eps, probability(dropout), pre_norm))
     total = x + dropout(y)
     return (total, norm(total)) if pre_norm else norm(total)
 
@@ -248,6 +253,14 @@ def _may_fuse(x: Tensor, *parts: Any) -> bool:
         return False
     # Who asks for another norm by name gets that one.
     return LAYER_NORM.requested in (None, "triton") and all(map(_plain, parts)) and parts[-1].weight is not None
+
+
+def _takes_sum(x: Tensor, dropout: Any, norm: Any) -> bool:
+    """Whether it is an RMSNorm that a user has put in place of a LayerNorm, and the sum before it may be taken with it."""
+    if type(norm) not in _RMS_NORMS or not (dispatch.intervening or x.is_cuda) or x.is_nested:
+        return False
+    free = RMS_NORM.requested is None or ADD_RMS_NORM.requested is not None  # as `norms_are_free`
+    return free and len(norm.normalized_shape) == 1 and is_bare(norm) and _plain(dropout)
 
 
 def _plain(part: Any) -> bool:

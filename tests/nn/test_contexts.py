@@ -15,7 +15,14 @@ from detr_fast import use_backend
 from detr_fast.explanation import explaining
 from detr_fast.nn.multihead_attention import _stand_in
 
-NAMES = ["LayerNorm", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"]
+NAMES = [
+    "LayerNorm",
+    "RMSNorm",
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "TransformerDecoderLayer",
+    "Transformer",
+]
 BACKENDS = ["auto", "sdpa", "eager"]
 
 
@@ -27,6 +34,7 @@ def pair(twins):
         options = {"d_model": 8, "nhead": 2, "dim_feedforward": 12, "dropout": 0.0, "batch_first": True}
         arguments = {
             "LayerNorm": {"normalized_shape": 8},
+            "RMSNorm": {"normalized_shape": 8},
             "MultiheadAttention": {"embed_dim": 8, "num_heads": 2, "batch_first": True},
             "Transformer": {**options, "num_encoder_layers": 1, "num_decoder_layers": 1},
         }.get(name, options)

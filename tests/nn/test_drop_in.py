@@ -17,14 +17,15 @@ from detr_fast.nn.replacements import REPLACEMENTS, convert
 
 NAMES = [original.__name__ for original in REPLACEMENTS]
 SCRIPTABLE = [name for name in NAMES if name != "LinearCrossEntropyLoss"]  # of torch.nn's own, too
+NORMS = ("LayerNorm", "RMSNorm")
 LAYER = {"d_model": 16, "nhead": 4, "dim_feedforward": 24, "dropout": 0.0, "batch_first": True}
 
 
 def build(source, name, **kwargs):
     """A small module of `source` (our nn or torch's) and inputs for it."""
     torch.manual_seed(1)
-    if name == "LayerNorm":
-        module = source.LayerNorm(16, **kwargs)
+    if name in NORMS:
+        module = getattr(source, name)(16, **kwargs)
     elif name == "MultiheadAttention":
         module = source.MultiheadAttention(16, 4, batch_first=True, **kwargs)
     elif name == "LinearCrossEntropyLoss":
@@ -42,7 +43,7 @@ def build(source, name, **kwargs):
         return module, (x, memory, memory)
     if name == "LinearCrossEntropyLoss":
         return module, (x[0], torch.tensor([3, -100, 0, 11], device=device))
-    return module, (x,) if name == "LayerNorm" or "Encoder" in name else (x, memory)
+    return module, (x,) if name in NORMS or "Encoder" in name else (x, memory)
 
 
 def first(output):
@@ -63,6 +64,8 @@ def test_signatures_are_torch_nns(name):
 @pytest.mark.parametrize("kwargs", [{}, {"dtype": torch.float64}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_initialisation_repr_and_state_dict_are_torch_nns(name, kwargs):
+    if name == "RMSNorm" and kwargs.pop("bias", True) is False:
+        kwargs = {"elementwise_affine": False}  # of biases it has none
     (ours, _), (original, _) = build(nn, name, **kwargs), build(torch_nn, name, **kwargs)
     assert repr(ours) == repr(original)
     mine, theirs = ours.state_dict(), original.state_dict()
@@ -231,6 +234,7 @@ class Called(torch_nn.Module):
 CONSTANT = torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 16)
 CALLS = {
     "LayerNorm": lambda module, x: module(input=x),
+    "RMSNorm": lambda module, x: module(x=x),
     "MultiheadAttention": lambda module, x: module(CONSTANT, key=x, value=x)[0],
     "TransformerEncoderLayer": lambda module, x: module(src=x),
     "TransformerEncoder": lambda module, x: module(src=x),

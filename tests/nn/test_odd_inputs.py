@@ -209,10 +209,11 @@ def compare(ours, original, table, case, backend):
         assert_same_outcome(outcome(lambda: ours(*arguments, **keywords)), expected)
 
 
-@pytest.mark.parametrize("backend", [{}, {"layer_norm": "eager"}], ids=str)
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("backend", [{}, {"layer_norm": "eager", "rms_norm": "eager"}], ids=str)
 @pytest.mark.parametrize("case", NORM)
-def test_layer_norm(case, backend, twins):
-    compare(*twins("LayerNorm", 8), NORM, case, backend)
+def test_norms(case, backend, name, twins):
+    compare(*twins(name, 8), NORM, case, backend)
 
 
 @pytest.mark.parametrize("backend", [{}, {"attention": "sdpa"}, {"attention": "eager"}], ids=str)

@@ -1,0 +1,127 @@
+"""Hugging Face transformers' RMSNorm classes, of which models have copies that differ in where they round, on `ops.rms_norm`.
+
+Known by all of their code (`base.fingerprint`). Theirs take the mean of squares in fp32 and write each step to memory; the kernel does so in
+one launch and rounds once, at the end, to the dtype that theirs come to. Where no kernel takes the call, their own code runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
+from detr_fast.adapters.blocks import is_dispatched
+from detr_fast.ops.rms_norm import RMS_NORM
+
+
+def _normalised(x: Any, weight: Any, eps: float, dtype: torch.dtype | None = None) -> Tensor | None:
+    """RMSNorm over the last dimension in `dtype`, by default x's; None where no kernel computes it."""
+    arguments = (x, tuple(x.shape[-1:]), weight, eps, dtype or x.dtype)
+    kernel = RMS_NORM.kernel(*arguments)
+    return None if kernel is None else kernel.run(*arguments)
+
+
+class LlamaRMSNorm(Scriptable):
+    """weight * normalised.to(x's dtype): what both promote to."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        y = None
+        if is_dispatched(hidden_states):
+            dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+            y = _normalised(hidden_states, self.weight, self.variance_epsilon, dtype)
+        return super().forward(hidden_states) if y is None else y  # type: ignore[misc]
+
+
+class OlmoRMSNorm(Scriptable):
+    """(weight * normalised).to(x's dtype)."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        y = None
+        if is_dispatched(hidden_states):
+            y = _normalised(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states) if y is None else y  # type: ignore[misc]
+
+
+class T5LayerNorm(Scriptable):
+    """weight * normalised, which is cast to a weight of 16 bits, and else stays in fp32."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        y = None
+        if is_dispatched(hidden_states):
+            y = _normalised(hidden_states, self.weight, self.variance_epsilon, self.weight.dtype)
+        return super().forward(hidden_states) if y is None else y  # type: ignore[misc]
+
+
+class GemmaRMSNorm(Scriptable):
+    """(normalised * (1 + weight)).type_as(x)."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = _normalised(x, 1.0 + self.weight.float(), self.eps) if is_dispatched(x) else None
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+
+class MoshiRMSNorm(Scriptable):
+    """(normalised * weight).type_as(x)."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = _normalised(x, self.weight, self.eps) if is_dispatched(x) else None
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+
+class Gemma4RMSNorm(Scriptable):
+    """The same, with a weight or without."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        y = None
+        if is_dispatched(hidden_states):
+            y = _normalised(hidden_states, self.weight if self.with_scale else None, self.eps)
+        return super().forward(hidden_states) if y is None else y  # type: ignore[misc]
+
+
+class NanoChatRMSNorm(Scriptable):
+    """normalised.type_as(x)."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = _normalised(x, None, self.eps) if is_dispatched(x) else None
+        return super().forward(x) if y is None else y  # type: ignore[misc]
+
+
+# By the fingerprints of forward and of the method that it calls, where there is one.
+_NORM = "ca4c65479fe5191b"
+_CODE: dict[tuple[str | None, str | None], type[Module]] = {
+    ("91da25249da50ad8", None): LlamaRMSNorm,
+    ("cfcfee9dce3b6411", None): OlmoRMSNorm,
+    ("0b6e282afb263e49", None): OlmoRMSNorm,  # with the weight in fp32
+    ("e2a4b994da9dd984", None): T5LayerNorm,
+    ("bb69f6825696d4d9", _NORM): GemmaRMSNorm,
+    ("b724336c24cd5195", _NORM): MoshiRMSNorm,
+    ("038f6b1c4c1c6c82", "ae57079cb6657f55"): Gemma4RMSNorm,
+    ("fd8944f3bef443f6", _NORM): NanoChatRMSNorm,
+}
+
+
+class HuggingFaceNorms(Adapter):
+    """Classes of transformers whose code is that of the norms above."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        kind = kind_of(module)
+        if not kind.__module__.startswith("transformers."):
+            return None
+        ours = _by_code(kind.forward, getattr(kind, "_norm", None))
+        if ours is None or isinstance(module, ours):
+            return None
+        return why_not_switch(module) or joined(ours, kind, kind)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return f"{__name__}.{joined_of(replacement).__name__}"
+
+
+@cache
+def _by_code(forward: Any, inner: Any) -> type[Module] | None:
+    return _CODE.get((fingerprint(forward), None if inner is None else fingerprint(inner)))

@@ -1,0 +1,101 @@
+"""RMSNorms, torch.nn's and transformers', accelerated: what they were, by one kernel."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import detr_fast
+from detr_fast import use_backend
+from detr_fast.explanation import explaining
+
+transformers = pytest.importorskip("transformers")
+WIDTH = 40
+# Of each code that is known one class: its module, its name, and whether its weight is 0 at first.
+NORMS = {
+    "torch.nn": lambda: nn.RMSNorm(WIDTH, eps=1e-5),
+    "Llama": lambda: of("llama", "LlamaRMSNorm"),
+    "Olmo2": lambda: of("olmo2", "Olmo2RMSNorm"),
+    "Helium": lambda: of("helium", "HeliumRMSNorm"),
+    "T5": lambda: of("t5", "T5LayerNorm"),
+    "Gemma": lambda: of("gemma", "GemmaRMSNorm"),
+    "Moshi": lambda: of("moshi", "MoshiRMSNorm"),
+    "Gemma 3n": lambda: of("gemma3n", "Gemma3nRMSNorm"),
+    "Gemma 3n, without a weight": lambda: of("gemma3n", "Gemma3nRMSNorm", with_scale=False),
+}
+
+
+def of(model, name, **options):
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    return getattr(module, name)(WIDTH, eps=1e-5, **options)
+
+
+def pair(name, dtype):
+    """A norm with a weight of no ones, and the same accelerated."""
+    torch.manual_seed(2)
+    original = NORMS[name]().to(dtype)
+    with torch.no_grad():
+        for weight in original.parameters():
+            weight.uniform_(0.5, 2.0)
+    ours = copy.deepcopy(original)
+    report = detr_fast.accelerate(nn.ModuleDict({"norm": ours}))
+    assert [one.name for one in report.switched] == ["norm"]
+    return ours, original
+
+
+def step(norm, x):
+    x = x.detach().requires_grad_()
+    y = norm(x)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, (x, *norm.parameters()), dy)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("input", "weight"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),  # as under autocast
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NORMS)
+def test_an_accelerated_rms_norm_gives_what_it_did_in_the_same_dtypes(name, input, weight):
+    ours, original = pair(name, weight)
+    x = (torch.randn(3, 5, WIDTH) * 2 + 1).to(input)
+    with use_backend(rms_norm="triton"), explaining(ours) as records:
+        found = step(ours, x)
+    assert {(r.op, r.chosen) for r in records} == {("rms_norm", "triton")}
+    narrow = torch.bfloat16 if torch.bfloat16 in (input, weight) else input
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[narrow]
+    exact = step(original.float(), x.float())  # theirs round after each step, ours once
+    for one, theirs, truth in zip(found, step(original.to(weight), x), exact, strict=True):
+        assert one.dtype == theirs.dtype
+        limit = tolerance * float(truth.abs().max())
+        assert float((one.float() - truth).abs().max()) <= limit
+        assert float((one.float() - theirs.float()).abs().max()) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_without_a_kernel_their_own_code_runs(name, dtype):
+    ours, original = pair(name, dtype)
+    x = torch.randn(3, WIDTH).to(dtype)
+    for backend in ({}, {"rms_norm": "eager"}):
+        with use_backend(**backend):
+            assert all(map(torch.equal, step(ours, x), step(original, x)))
+    detr_fast.restore(holder := nn.ModuleList([ours]))
+    assert type(holder[0]) is type(original)
+
+
+def test_a_norm_of_other_code_is_left_alone():
+    qwen = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    gated = qwen.Qwen3NextRMSNormGated(WIDTH)  # normalises, and then multiplies by a gate
+    detr_fast.accelerate(model := nn.ModuleList([gated, nn.LayerNorm(4)]))
+    assert type(model[0]) is qwen.Qwen3NextRMSNormGated
