@@ -183,8 +183,9 @@ def keys_variant(form: Form, atomics: bool = False) -> Variant:
     tensors = (*(form.dtype,) * 6, torch.float32 if atomics else None)
     kernel = "atomics" if atomics else "keys"
     warps = form.config(kernel).num_warps if form.dropout and form.mask is None and form.generation else 0
-    more = {"UNIFORM": form.uniform_keys, "PAIRED": form.paired, "FRUGAL": form.frugal_keys(atomics), "WARPS": warps}
-    return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more)
+    frugal = form.frugal_keys(atomics)
+    more = {"UNIFORM": form.uniform_keys, "PAIRED": form.paired, "FRUGAL": frugal, "ONE_SEED": frugal and form.one_seed}
+    return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more, WARPS=warps)
 
 
 def _variant(
@@ -200,7 +201,7 @@ def _variant(
     dtypes = (*tensors, *rows, *form.masks(), *form.ends())
     types = (*map(pointer, dtypes), *PLACE_TYPES * len(tensors), *COMMON_TYPES, "fp32", *PACKED_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants(), **more}
-    return Variant(kernel, types, constants, config.num_warps, config.num_stages)
+    return Variant(kernel, types, constants, config.num_warps, config.num_stages, config.registers)
 
 
 def mask_variants(problem: Problem, shape: Sequence[int], device: torch.device) -> list[Variant]:

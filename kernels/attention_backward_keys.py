@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, batch_and_head, clear_surplus, mask_end, own_keys, own_sequence, uniform
+from .attention_program import at, batch_and_head, clear_surplus, mask_end, own_keys, own_sequence, shared_head, uniform
 from .attention_tiles import (
     add_tile,
     deferred,
@@ -17,6 +17,7 @@ from .attention_tiles import (
     store_rows,
     visible_keys,
 )
+from .dropout import load_seed
 from .launch import jit, tl
 from .overlap import wait_for_previous
 
@@ -36,6 +37,7 @@ def _pass_over_queries(
     all_rows,
     hiding,
     drop,
+    seed,
     visible,
     keys,
     column_start,
@@ -51,6 +53,7 @@ def _pass_over_queries(
 ):
     """Tiles are (keys, queries). statistics_ptr: of the head's first row. visible: keys (BLOCK_N,), or None: see `masked_scores`.
 
+    seed: dropout's, or None where it is loaded here.
     adding: (fp32 pointer to dq or None, offset of the head's first row, row stride, k with zeros for hidden keys, scale).
     """
     E: tl.constexpr = FORM[0]
@@ -80,7 +83,7 @@ def _pass_over_queries(
         dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         shared = weights.to(dout.dtype)
         if drop[0] is not None:
-            draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys)
+            draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed)
             dweights, shared = dropped(dweights, drop, draws, PAIRED), dropped(shared, drop, draws, PAIRED)
         dscores = weights * (dweights - delta[None, :])
         dv = dot(shared, dout, dv, PRECISION)
@@ -91,6 +94,33 @@ def _pass_over_queries(
             dq_ptr += dq_start + tl.cast(start, tl.int64) * dq_row
             add_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)
     return dk, dv
+
+
+@jit
+def _clear_surplus(
+    pointers,
+    places,
+    key_head,
+    ends_ptr,
+    tokens,
+    batch,
+    batches,
+    start,
+    longest,
+    BLOCK_N: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Of dk and dv: see `clear_surplus`. longest: keys of the longest sequence."""
+    E: tl.constexpr = FORM[0]
+    EV: tl.constexpr = FORM[1]
+    BLOCK_E: tl.constexpr = FORM[2]
+    BLOCK_EV: tl.constexpr = FORM[3]
+    VEC: tl.constexpr = FORM[6]
+    dk_ptr, dv_ptr = pointers
+    dk_place, dv_place = places
+    step = tl.cdiv(longest, BLOCK_N) * BLOCK_N
+    clear_surplus(dk_ptr, dk_place, key_head, ends_ptr, tokens, batch, batches, start, step, BLOCK_N, E, BLOCK_E, VEC)
+    clear_surplus(dv_ptr, dv_place, key_head, ends_ptr, tokens, batch, batches, start, step, BLOCK_N, EV, BLOCK_EV, VEC)
 
 
 @jit
@@ -159,6 +189,7 @@ def attention_backward_keys_kernel(
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
     FRUGAL: tl.constexpr,
+    ONE_SEED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """One program for BLOCK_N keys of one key head, over all query heads of its group.
@@ -166,6 +197,7 @@ def attention_backward_keys_kernel(
     dq_ptr: fp32, cleared, where dq is added to by atomics; None where the kernel of the queries takes it.
     FRUGAL: what follows from the head, and which keys are visible, is worked out anew for each head and after the last one: kept over
     the loops, it would be spilled.
+    ONE_SEED: dropout's seed is loaded once. Where each of two loops does, the numbers that follow from it are kept twice, over both.
     """
     wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
@@ -173,16 +205,21 @@ def attention_backward_keys_kernel(
     key_index, column_start, exists = own_keys(S, BLOCK_N)
     batch, key_head = batch_and_head(key_index, heads // group)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
-    if ends_q_ptr is not None:
-        exists = tl.arange(0, BLOCK_N) < S - column_start
-        step = tl.cdiv(longest_k, BLOCK_N) * BLOCK_N
-        place = (dk_batch, dk_head, dk_row)
-        clear_surplus(
-            dk_ptr, place, key_head, ends_k_ptr, tokens, batch, batches, column_start, step, BLOCK_N, E, BLOCK_E, VEC
-        )
-        place = (dv_batch, dv_head, dv_row)
-        clear_surplus(
-            dv_ptr, place, key_head, ends_k_ptr, tokens, batch, batches, column_start, step, BLOCK_N, EV, BLOCK_EV, VEC
+    dk_all, dv_all = dk_ptr, dv_ptr
+    places = ((dk_batch, dk_head, dk_row), (dv_batch, dv_head, dv_row))
+    if ends_q_ptr is not None and not FRUGAL:
+        _clear_surplus(
+            (dk_all, dv_all),
+            places,
+            key_head,
+            ends_k_ptr,
+            tokens,
+            batch,
+            batches,
+            column_start,
+            longest_k,
+            BLOCK_N,
+            FORM,
         )
     k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, key_head, first_k + column_start)
     v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, key_head, first_k + column_start)
@@ -210,8 +247,11 @@ def attention_backward_keys_kernel(
                 there = shown_column < S - column_start
             k = load_rows(k_ptr, shown_column * k_row, there, E, BLOCK_E, VEC)
     v = load_rows(v_ptr, keys * v_row, visible, EV, BLOCK_EV, VEC)
+    seed = None
     if seed_ptr is not None:
         scale_out = scale_out * deferred(rescale)
+        if ONE_SEED:
+            seed = load_seed(seed_ptr)
 
     end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding
     if UNIFORM:
@@ -231,6 +271,8 @@ def attention_backward_keys_kernel(
     first_member, end_member = 0, group
     if FRUGAL:  # counted over all batch elements: batch element and head follow from the number alone
         first_member, end_member = key_index * group, key_index * group + group
+        # Were the loop to be left out at times, what its front and what follows have in common would be worked out on both ways and kept.
+        tl.assume(end_member > first_member)
     for member in range(first_member, end_member):
         if FRUGAL:
             element, head = batch_and_head(member, heads)
@@ -257,6 +299,7 @@ def attention_backward_keys_kernel(
                     all_rows,
                     hiding,
                     drop,
+                    seed,
                     shown,
                     keys,
                     column_start,
@@ -273,10 +316,11 @@ def attention_backward_keys_kernel(
     # Said anew: kept over the loop, it would be spilled.
     keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
     if FRUGAL:
+        # By other operations than above, or the compiler would keep what it has.
         key_index = end_member // group - 1
-        if mask_ptr is None and seed_ptr is None and not CAUSAL:  # elsewhere the loops want it
-            column_start = (tl.program_id(0) - key_index * tl.cdiv(longest_k, BLOCK_N)) * BLOCK_N
-        batch, key_head = batch_and_head(key_index, heads // group)
+        column_start = (tl.program_id(0) - key_index * tl.cdiv(longest_k, BLOCK_N)) * BLOCK_N
+        batch, head = batch_and_head(end_member - 1, heads)
+        key_head = shared_head(head, group)
         index, _, _, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, longest_q, longest_k)
         dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
         dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
@@ -287,3 +331,17 @@ def attention_backward_keys_kernel(
     dv = tl.where(visible[:, None], dv * rescale, 0.0)
     store_rows(dk_ptr, keys * dk_row, exists, dk, E, BLOCK_E, VEC)
     store_rows(dv_ptr, keys * dv_row, exists, dv, EV, BLOCK_EV, VEC)
+    if ends_q_ptr is not None and FRUGAL:  # at last: before the loops, the places of rows would be kept over them
+        _clear_surplus(
+            (dk_all, dv_all),
+            places,
+            key_head,
+            ends_k_ptr,
+            tokens,
+            batch,
+            batches,
+            column_start,
+            longest_k,
+            BLOCK_N,
+            FORM,
+        )

@@ -224,10 +224,14 @@ def drawn(
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
     columns=None,
+    seed=None,
 ):
     """What `dropped` takes of a tile: see `draw_tile`."""
     seed_ptr, head_index, offset, _, _ = drop
-    low, high = load_seed(seed_ptr)
+    if seed is None:
+        low, high = load_seed(seed_ptr)
+    else:
+        low, high = seed
     return draw_tile(low, high, offset, head_index, row_start, column_start, ROWS, COLUMNS, TRANSPOSED, columns)
 
 

@@ -131,6 +131,21 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
             "atomics",
             {"value_dim": 48, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4},
         ),
+        ("sm_80", 128, "keys", {"value_dim": 96, "padding": True, "dropout": True, "causal": True}),
+        (
+            "sm_80",
+            128,
+            "keys",
+            {"packed": True, "dropout": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 2},
+        ),
+        ("sm_90", 96, "keys", {"value_dim": 128, "padding": True, "dropout": True, "causal": True}),
+        ("sm_120", 64, "keys", {"value_dim": 128, "packed": True, "dropout": True, "causal": True}),
+        (
+            "sm_80",
+            64,
+            "atomics",
+            {"value_dim": 48, "dropout": True, "causal": True, "mask": torch.bool, "mask_vector": 4},
+        ),
         (
             "sm_90",
             64,

@@ -68,7 +68,7 @@ def inputs(lengths_q, lengths_k, heads, dim, value_dim=None, key_heads=None, sur
         (FP32, (33, 1, 20), (33, 1, 20), {"dim": 32}, False),
         (FP16, (5, 130, 1), (5, 130, 1), {"dim": 32}, True),
         (BF16, (10, 10), (64, 127), {"dim": 32, "surplus": 40}, False),
-        (FP16, (20, 3), (2, 65), {"dim": 20, "value_dim": 24, "surplus": 5}, True),
+        (FP16, (20, 3), (2, 65), {"dim": 20, "value_dim": 72, "heads": 1, "surplus": 5}, True),
         (FP32, (7, 2), (9, 4), {"dim": 8, "heads": 4, "key_heads": 2}, False),
     ],
 )
