@@ -1,7 +1,7 @@
 """Multi-scale deformable attention of transformers' models: where their own code samples, the kernel does, if one takes the call.
 
-What is around it, projections, offsets and softmax, stays theirs. Their sampling is a module of its own in some models, a function in
-others; both are known by all of their code (`base.fingerprint`).
+Their sampling is a module of its own in some models, a function in others; both are known by all of their code (`base.fingerprint`). So
+are the modules around it, whose offsets and softmax go into the same launch where nobody looks (`hugging_face_offsets`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
 from detr_fast.adapters.deformable import sampled
+from detr_fast.adapters.hugging_face_offsets import SAMPLES, FromOffsets, kind_of_forward, samples_plainly
 
 Sampling = Callable[..., Tensor]
 
@@ -71,7 +72,6 @@ def _by_points(
     return theirs(value, value_spatial_shapes, *given)
 
 
-_MODULE = "af9a3b827beed9b4"
 # By the fingerprint of a function: what takes its place, given it.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "11701a81af4f08d9": _by_levels,
@@ -92,6 +92,10 @@ class DeformableAttention(Scriptable):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._detr_fast_forward(*args, **kwargs)
+
+
+class OffsetsToFunction(FromOffsets, DeformableAttention):
+    """Such a module, with offsets and softmax in the launch."""
 
 
 class HeldDeformableAttention(Scriptable):
@@ -115,6 +119,15 @@ class HeldDeformableAttention(Scriptable):
     @ms_deformable_attn_core.setter
     def ms_deformable_attn_core(self, held: Sampling) -> None:
         self.__dict__[_HELD] = held
+
+
+class OffsetsToHeld(FromOffsets, HeldDeformableAttention):
+    """The same with offsets and softmax in the launch, if the function is its Python module's."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        theirs, _ = self._detr_fast_functions
+        first: Any = super() if self.__dict__[_HELD] is theirs else super(FromOffsets, self)
+        return first.forward(*args, **kwargs)
 
 
 def _function_of(kind: type[Module]) -> Any:
@@ -153,16 +166,19 @@ def _ours(module: Module) -> type[Module] | None:
         return None
     forward: Any = inspect.unwrap(kind.forward)
     if (name := _name_used(forward)) is not None and _place_of(forward.__globals__.get(name)) is not None:
-        return DeformableAttention
+        return DeformableAttention if kind_of_forward(forward) is None else OffsetsToFunction
     held = module.__dict__.get(_HELD)
     if held is not None and held is _function_of(kind) and _place_of(held) is not None:
-        return HeldDeformableAttention
-    return MultiScaleDeformableAttention if _is_module(kind.forward) else None
+        return HeldDeformableAttention if kind_of_forward(forward) is None else OffsetsToHeld
+    if _is_module(kind.forward):
+        return MultiScaleDeformableAttention
+    known = "attn" in module._modules and kind_of_forward(forward) is not None
+    return FromOffsets if known and samples_plainly(module) else None
 
 
 @cache
 def _is_module(forward: Any) -> bool:
-    return fingerprint(forward) == _MODULE
+    return fingerprint(forward) == SAMPLES
 
 
 class HuggingFaceSampling(Adapter):

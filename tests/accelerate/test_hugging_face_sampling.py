@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 import detr_fast
 from detr_fast import dispatch, use_backend
 from detr_fast.adapters import hugging_face_sampling as sampling
 from detr_fast.adapters.base import fingerprint
-from detr_fast.testing import count
+from detr_fast.adapters.hugging_face_offsets import _KINDS, SAMPLES
+from detr_fast.testing import assert_as_accurate_as_eager, count
 from detr_fast.testing.interpreter import checked_interpreter
 
 transformers = pytest.importorskip("transformers")
@@ -95,15 +97,15 @@ def test_the_kernel_samples_what_transformers_does(name, masked):
     module = made(name)
     expected = with_gradients(module, masked)
     report = detr_fast.accelerate(module)
-    assert len(report.switched) == 1
+    assert len(report.switched) == (2 if name == "RT-DETR" else 1)  # the module that samples is one of its own
     seen = []
     with (
         checked_interpreter(),
         use_backend(deformable_attention="triton"),
-        dispatch.recording(lambda op, d: seen.append((op, d.implementation.name))),
+        dispatch.recording(lambda op, d: seen.append((op, d.implementation.name, "offsets" in d.shapes))),
     ):
         found = with_gradients(module, masked)
-    assert seen == [("deformable_attention", "triton")]
+    assert seen == [("deformable_attention", "triton", name != "Grounding DINO")]  # whose layers return the weights
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     detr_fast.restore(module)
@@ -141,6 +143,26 @@ def test_a_gpu_launches_once_where_transformers_launches_19_operations():
     assert (before, launches()) == (19, 1)
 
 
+@pytest.mark.parametrize(("coordinates", "theirs"), [(2, 27), (4, 28)])
+def test_a_gpu_launches_four_products_and_one_kernel_for_a_module_with_offsets(coordinates, theirs):
+    def launches(accelerated):
+        with FakeTensorMode(), torch.device("cuda"):
+            module = modeling("deformable_detr").DeformableDetrMultiscaleDeformableAttention(
+                config(num_feature_levels=4), 2, 2
+            )
+            if accelerated:
+                detr_fast.accelerate(module)
+            shapes = [(4, 5), (2, 3), (1, 2), (1, 1)]
+            x, memory, references = (
+                torch.empty(2, *rest) for rest in ((QUERIES, WIDTH), (29, WIDTH), (QUERIES, 4, coordinates))
+            )
+            given = {"encoder_hidden_states": memory, "reference_points": references, "spatial_shapes_list": shapes}
+            given["spatial_shapes"] = torch.empty(4, 2, dtype=torch.int64)
+            return count(lambda: module(x, **given)).total_launches
+
+    assert (launches(False), launches(True)) == (theirs, 5)
+
+
 def test_the_nearest_pixel_is_left_to_transformers():
     torch.manual_seed(0)
     module = modeling("rt_detr_v2").RTDetrV2MultiscaleDeformableAttention(config(decoder_method="discrete"))
@@ -169,8 +191,83 @@ def test_a_function_that_is_held_may_be_set_to_another_afterwards(name):
     assert module.ms_deformable_attn_core is mine
 
 
+@interpreter
+@pytest.mark.parametrize(
+    ("name", "coordinates", "dtype"), [("RT-DETR", 2, torch.bfloat16), ("D-FINE", 4, torch.float16)]
+)
+def test_in_16_bits_it_is_as_accurate_as_theirs(name, coordinates, dtype):
+    theirs, ours = made(name), made(name)
+    detr_fast.accelerate(ours)
+    names = [name for name, _ in theirs.named_parameters()]
+    x, memory = (torch.randn(2, n, WIDTH) for n in (QUERIES, PIXELS))
+    references = torch.rand(2, QUERIES, 1, coordinates) * 0.5 + 0.2
+
+    def step(module):
+        def run(x, memory, references, *parameters):
+            given = {"encoder_hidden_states": memory, "reference_points": references, "spatial_shapes_list": SHAPES}
+            given["spatial_shapes"] = torch.tensor(SHAPES)
+            return functional_call(module, dict(zip(names, parameters)), (x,), given)[0]
+
+        return run
+
+    def accelerated(*tensors):
+        with checked_interpreter(), use_backend(deformable_attention="triton"):
+            return step(ours)(*tensors)
+
+    case = (x, memory, references, *(p.detach() for p in theirs.parameters()))
+    assert_as_accurate_as_eager(accelerated, reference=step(theirs), inputs=case, dtype=dtype)
+
+
+@interpreter
+def test_weights_that_somebody_looks_at_are_theirs():
+    module = made("RT-DETR")
+    detr_fast.accelerate(module)
+    given = {"encoder_hidden_states": torch.randn(2, PIXELS, WIDTH), "spatial_shapes_list": SHAPES}
+    given |= {"reference_points": torch.rand(2, QUERIES, 1, 4), "spatial_shapes": torch.tensor(SHAPES)}
+    x = torch.randn(2, QUERIES, WIDTH)
+    with use_backend(deformable_attention="triton"):
+        assert module(x, **given)[1] is None
+        assert module(x, **given, output_attentions=True)[1].shape == (2, QUERIES, 2, 3, 2)
+        seen = []
+        hook = module.register_forward_hook(lambda module, given, found: seen.append(found[1]))
+        module(x, **given)
+        hook.remove()
+        module.attn.register_forward_hook(lambda module, given, found: seen.append(found))
+        module(x, **given)
+    assert len(seen) == 2
+    assert seen[0] is not None
+
+
+@interpreter
+@pytest.mark.parametrize("name", ["RT-DETR v2", "D-FINE"])
+def test_a_checkpoint_that_scales_offsets_otherwise_is_seen(name):
+    module = made(name)
+    detr_fast.accelerate(module)
+    shapes = []
+    with use_backend(deformable_attention="triton"), dispatch.recording(lambda op, d: shapes.append(d.shapes)):
+        call(module)
+        state = module.state_dict()
+        scale = next(key for key in state if key.endswith("points_scale"))
+        module.load_state_dict(state | {scale: state[scale] * 2})
+        found = call(module)
+    assert ["offsets" in one for one in shapes] == [True, False]
+    detr_fast.restore(module)
+    torch.testing.assert_close(found, call(module), rtol=1e-4, atol=1e-4)
+
+
 def test_all_code_that_is_known_is_transformers():
-    assert fingerprint(modeling("lw_detr").MultiScaleDeformableAttention.forward) == sampling._MODULE
+    modules = [
+        kind
+        for model in ("rt_detr", "rt_detr_v2", "d_fine", "mask2former", "oneformer")
+        for kind in vars(modeling(model)).values()
+    ]
+    kinds = {
+        fingerprint(one.forward)
+        for one in modules
+        if isinstance(one, type) and one.__name__.endswith("MultiscaleDeformableAttention")
+    }
+    assert set(_KINDS) <= kinds
+    assert fingerprint(modeling("lw_detr").MultiScaleDeformableAttention.forward) == SAMPLES
     functions = [modeling(model).multi_scale_deformable_attention for model in ("mask2former", "oneformer")]
     functions += [modeling(model).multi_scale_deformable_attention_v2 for model in ("rt_detr_v2", "d_fine", "deimv2")]
     assert {fingerprint(one) for one in functions} == set(sampling._FUNCTIONS)
