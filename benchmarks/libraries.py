@@ -47,6 +47,12 @@ def liger_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return library("liger_kernel.transformers.functional").liger_layer_norm(x, weight, bias, 1e-5)
 
 
+def liger_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    # In place it would write the input's gradient over the result's, which each step is given again.
+    function = library("liger_kernel.transformers.functional").liger_rms_norm
+    return function(x, weight, 1e-5, in_place=False)
+
+
 def apex_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     function = library("apex.normalization.fused_layer_norm").FusedLayerNormAffineFunction
     library("fused_layer_norm_cuda")  # apex installs without it, too
@@ -60,6 +66,8 @@ def flash_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None 
 ROW_NORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "layer_norm": {"liger": liger_norm, "apex": apex_norm, "flash_attn": flash_norm},
     "add_layer_norm": {"flash_attn": flash_norm},
+    "rms_norm": {"liger": liger_rms_norm},
+    "add_rms_norm": {},
 }
 
 

@@ -1,9 +1,12 @@
-"""LayerNorm, alone and behind a residual sum, beside its peers.
+"""LayerNorm and RMSNorm, alone and behind a residual sum, beside their peers.
 
 python -m pytest benchmarks/test_layer_norm.py          # needs a GPU
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,12 +35,41 @@ def eager_sum(x, weight, bias, residual):
     return eager(residual + x, weight, bias)
 
 
+def eager_rms(x, weight):
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+
+
+def eager_rms_sum(x, weight, residual):
+    return eager_rms(residual + x, weight)
+
+
 def layer_norm(x, weight, bias):
     return ops.layer_norm(x, x.shape[-1:], weight, bias)
 
 
 def add_layer_norm(x, weight, bias, residual):
     return ops.add_layer_norm(x, residual, weight, bias)
+
+
+def rms_norm(x, weight):
+    return ops.rms_norm(x, x.shape[-1:], weight, 1e-5)
+
+
+def add_rms_norm(x, weight, residual):
+    return ops.add_rms_norm(x, residual, weight, 1e-5)
+
+
+# PyTorch's, ours, and how many parameters they take.
+NORMS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    "layer_norm": (eager, layer_norm, 2),
+    "add_layer_norm": (eager_sum, add_layer_norm, 2),
+    "rms_norm": (eager_rms, rms_norm, 1),
+    "add_rms_norm": (eager_rms_sum, add_rms_norm, 1),
+}
+CASES = [
+    (op, backward, shape) for op in NORMS for backward in (True, False) for shape in SHAPES[: 5 if backward else 3]
+]
+FEW = (SHAPES[0], *SHAPES[2:4])  # of RMSNorm, which runs on LayerNorm's kernels
 
 
 def named(function, **backends):
@@ -49,15 +81,14 @@ def named(function, **backends):
 
 
 @pytest.mark.parametrize(
-    ("backward", "shape"), [*((True, shape) for shape in SHAPES), *((False, shape) for shape in SHAPES[:3])], ids=str
+    ("op", "backward", "shape"), [case for case in CASES if "rms" not in case[0] or case[2] in FEW], ids=str
 )
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
 def test_row_wise_norms(op, backward, shape):
-    original, ours = (eager, layer_norm) if op == "layer_norm" else (eager_sum, add_layer_norm)
-    count = 2 if op == "layer_norm" else 3
-    x, dy, *residual = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(count))
-    weight, bias = (torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    leaves = [t.requires_grad_(backward) for t in (x, weight, bias, *residual)]
+    original, ours, parameters = NORMS[op]
+    added = op.startswith("add")
+    x, dy, *residual = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2 + added))
+    given = (torch.randn(shape[-1], device=DEVICE, dtype=torch.bfloat16) for _ in range(parameters))
+    leaves = [t.requires_grad_(backward) for t in (x, *given, *residual)]
     exact = [t.detach().double().requires_grad_(backward) for t in leaves]
 
     def step(function, leaves=leaves):
@@ -68,7 +99,7 @@ def test_row_wise_norms(op, backward, shape):
         return run
 
     # x and the residual in, y out, and their sum for backward; there, the saved input and y's gradient in, x's out.
-    passes = (2 if op == "layer_norm" else 3) + backward * (3 if op == "layer_norm" else 4)
+    passes = (2 + added) + backward * (3 + added)
     moves = passes * x.numel() * x.element_size()
     source, target = (torch.empty(moves // 2, dtype=torch.int8, device=DEVICE) for _ in range(2))
     peers = {

@@ -234,5 +234,5 @@ def test_on_a_gpu_both_are_as_accurate_as_eager(triton, columns, dtype):
 @pytest.mark.gpu
 def test_on_a_gpu_autocast_gives_torchs_dtype(triton):
     x, weight = torch.randn(9, 256, device=DEVICE, dtype=torch.bfloat16), torch.randn(256, device=DEVICE)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         torch.testing.assert_close(rms_norm(x, weight), eager(x, weight))
