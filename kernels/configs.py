@@ -224,8 +224,17 @@ ATTENTION_MASK = {
 }
 ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
 ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
-# Elements of a mask that are loaded one by one have an address each: 4 a lane.
+# Elements of a mask that are loaded one by one have an address each: 4 a lane, or 8 to 16 in a single stage where that spills nothing.
+# Cycles a score without other masks on sm_80 / sm_90, and those of 4 a lane, which are bound by shared memory.
 ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
+ATTENTION_SCATTERED_ROWS = {
+    ("forward", 32): TileConfig(64, 32, 4, 1),  # .240 / .243, for .664 / .688
+    ("forward", 64): TileConfig(64, 16, 4, 1),  # .438 / .418, for .930 / .930; 32 columns .477 / .451
+    ("queries", 32): TileConfig(64, 32, 4, 1),  # .177 / .172, for .617 / .625
+    ("queries", 64): TileConfig(64, 32, 4, 1),  # .208 / .187, for .633 / .633
+    ("keys", 32): TileConfig(32, 64, 4, 1),  # .186 / .187, for .656 / .680
+    ("keys", 64): TileConfig(16, 64, 4, 1),  # .266 / .224, for .578 / .531; 32 rows spill 8 bytes on sm_80
+}
 
 
 def attention_config(
@@ -274,6 +283,9 @@ def attention_config(
         crowded = generation == "blackwell" or (block >= 64 and crowded)
         return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1)
     if scattered and itemsize == 2 and block <= 128:
+        few_features = not (packed or partial) and sum((dropout, causal, padding)) <= 1
+        if few_features and generation in ("ampere", "hopper"):
+            return ATTENTION_SCATTERED_ROWS.get((kernel, max(32, block)), ATTENTION_SCATTERED)
         return ATTENTION_SCATTERED
     if generation == "hopper" and itemsize == 2 and not masked:
         content = "packed dropout" if dropout and packed else "dropout" if dropout else "listed" if listed else "plain"

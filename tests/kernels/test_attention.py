@@ -105,6 +105,12 @@ def test_tiles_for_hopper_are_as_accurate_as_eager(interpreter, monkeypatch, dty
     check(dtype, qkv(*shape), padding, None, causal, generation="hopper")
 
 
+# Tiles for masks whose rows start anywhere: 64 queries by 32 or 16 keys, in the keys' kernel 64 keys by 32 or 16 queries.
+@pytest.mark.parametrize(("dtype", "dim"), [(BF16, 32), (FP16, 64)])
+def test_tiles_for_masks_whose_rows_start_anywhere_are_as_accurate_as_eager(interpreter, dtype, dim):
+    check(dtype, qkv(1, 65, 97, 1, dim), None, torch.randn(65, 97), generation="ampere")
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, in the interpreter
 @pytest.mark.parametrize("generation", ["", "hopper"])
 @pytest.mark.parametrize("key", [3, 200])

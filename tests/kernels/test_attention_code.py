@@ -106,6 +106,8 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_80", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "mask_vector": 16}),
         ("sm_120", 64, "queries", {}),
         ("sm_120", 128, "queries", {"causal": True}),
+        ("sm_80", 32, "keys", {"dropout": True, "mask": torch.float32}),
+        ("sm_80", 64, "keys", {"dropout": True, "mask": torch.float32}),
         ("sm_90", 64, "mask", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 32, "mask", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 32, "mask", {"dropout": True, "mask": torch.float32, "mask_vector": 4}),
@@ -214,6 +216,16 @@ def test_no_launch_of_a_call_in_16_bits_spills_whose_rows_are_not_whole_runs(tar
 )
 def test_a_float_mask_costs_as_few_cycles_as_documented(target, kernel, most):
     form = Form(torch.bfloat16, 32, 32, mask=torch.bfloat16, mask_vector=8)
+    check_loops(VARIANTS[kernel](form), target, (most,))
+
+
+# bf16 with a float mask whose rows start anywhere, as those of 49 columns, no padding.
+@pytest.mark.offline
+@pytest.mark.parametrize(
+    ("target", "kernel", "most"), [("sm_90", "forward", 0.244), ("sm_80", "queries", 0.178), ("sm_90", "keys", 0.188)]
+)
+def test_a_mask_that_is_loaded_one_by_one_costs_as_few_cycles_as_documented(target, kernel, most):
+    form = Form(torch.bfloat16, 32, 32, mask=torch.bfloat16, generation=GENERATIONS[target])
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
