@@ -1,4 +1,5 @@
-"""Hugging Face transformers' RMSNorm classes, of which models have copies that differ in where they round, on `ops.rms_norm`.
+"""Hugging Face transformers' RMSNorm classes, of which models have copies that differ in where they round, on `ops.rms_norm`; and Llama's
+decoder layer, whose second norm takes the sum before it.
 
 Known by all of their code (`base.fingerprint`). Theirs take the mean of squares in fp32 and write each step to memory; the kernel does so in
 one launch and rounds once, at the end, to the dtype that theirs come to. Where no kernel takes the call, their own code runs.
@@ -15,7 +16,10 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
 from detr_fast.adapters.blocks import is_dispatched
-from detr_fast.ops.rms_norm import RMS_NORM
+from detr_fast.nn.bare import is_bare
+from detr_fast.nn.blocks import rms_norms_are_free
+from detr_fast.ops.add_rms_norm import ADD_RMS_NORM
+from detr_fast.ops.rms_norm import RMS_NORM, result_dtype
 
 
 def _normalised(x: Any, weight: Any, eps: float, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -34,6 +38,42 @@ class LlamaRMSNorm(Scriptable):
             dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
             y = _normalised(hidden_states, self.weight, self.variance_epsilon, dtype)
         return super().forward(hidden_states) if y is None else y  # type: ignore[misc]
+
+
+class LlamaDecoderLayer(Scriptable):
+    """Llama's layer and its many copies: the sum behind attention and its norm are one op."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        given |= {"use_cache": use_cache, "position_embeddings": position_embeddings, **kwargs}
+        norm = self.post_attention_layernorm
+        if not (is_dispatched(hidden_states) and isinstance(norm, LlamaRMSNorm) and is_bare(norm)):
+            return super().forward(hidden_states, **given)  # type: ignore[misc,no-any-return]
+        y, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
+        total, y = _sum_and_norm(y, hidden_states, norm)
+        return total + self.mlp(y)  # type: ignore[no-any-return]
+
+
+def _sum_and_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """residual + x, and its norm: by one kernel, where that gives the dtype that Llama's does."""
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    if rms_norms_are_free() and result_dtype(dtype, x.device.type) == torch.promote_types(dtype, norm.weight.dtype):
+        arguments = (x, residual, norm.weight, norm.variance_epsilon, 0.0, True)
+        kernel = ADD_RMS_NORM.kernel(*arguments)
+        if kernel is not None:
+            y, total = kernel.run(*arguments)
+            return total, y
+    total = residual + x
+    return total, norm(total)
 
 
 class OlmoRMSNorm(Scriptable):
@@ -94,6 +134,7 @@ class NanoChatRMSNorm(Scriptable):
 _NORM = "ca4c65479fe5191b"
 _CODE: dict[tuple[str | None, str | None], type[Module]] = {
     ("91da25249da50ad8", None): LlamaRMSNorm,
+    ("0df2f77903ae34c9", None): LlamaDecoderLayer,
     ("cfcfee9dce3b6411", None): OlmoRMSNorm,
     ("0b6e282afb263e49", None): OlmoRMSNorm,  # with the weight in fp32
     ("e2a4b994da9dd984", None): T5LayerNorm,
@@ -105,7 +146,7 @@ _CODE: dict[tuple[str | None, str | None], type[Module]] = {
 
 
 class HuggingFaceNorms(Adapter):
-    """Classes of transformers whose code is that of the norms above."""
+    """Classes of transformers whose code is that of the norms above, or of the layer."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:

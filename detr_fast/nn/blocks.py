@@ -15,9 +15,11 @@ from detr_fast.kernels.linear_norm import MAX_COLUMNS
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.casts import cast_of
 from detr_fast.ops.add_layer_norm import ADD_LAYER_NORM, add_layer_norm
+from detr_fast.ops.add_rms_norm import ADD_RMS_NORM
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
+from detr_fast.ops.rms_norm import RMS_NORM
 
 
 class FeedForwardParts(NamedTuple):
@@ -33,6 +35,11 @@ class FeedForwardParts(NamedTuple):
 def norms_are_free() -> bool:
     """Whether a norm may be computed with the sum before it: who asks for a norm's implementation by name gets that."""
     return LAYER_NORM.requested is None or ADD_LAYER_NORM.requested is not None
+
+
+def rms_norms_are_free() -> bool:
+    """The same of RMSNorms."""
+    return RMS_NORM.requested is None or ADD_RMS_NORM.requested is not None
 
 
 def probability(dropout: Any, training: bool = False) -> float:

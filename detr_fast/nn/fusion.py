@@ -26,17 +26,17 @@ from detr_fast.nn.blocks import (
     norm_of_sum,
     norms_are_free,
     probability,
+    rms_norms_are_free,
     sum_and_norm,
     sum_first,
 )
 from detr_fast.nn.casts import cast_of, linear
 from detr_fast.nn.multihead_attention import MultiheadAttention, attention_inputs
 from detr_fast.nn.normalization import LayerNorm, RMSNorm
-from detr_fast.ops.add_rms_norm import ADD_RMS_NORM, add_rms_norm
+from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.dropout import recording
 from detr_fast.ops.layer_norm import LAYER_NORM
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
-from detr_fast.ops.rms_norm import RMS_NORM
 
 _CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.Dropout, LayerNorm, nn.LayerNorm, MultiheadAttention}
 _RMS_NORMS = {RMSNorm, nn.RMSNorm}
@@ -259,8 +259,7 @@ def _takes_sum(x: Tensor, dropout: Any, norm: Any) -> bool:
     """Whether it is an RMSNorm that a user has put in place of a LayerNorm, and the sum before it may be taken with it."""
     if type(norm) not in _RMS_NORMS or not (dispatch.intervening or x.is_cuda) or x.is_nested:
         return False
-    free = RMS_NORM.requested is None or ADD_RMS_NORM.requested is not None  # as `norms_are_free`
-    return free and len(norm.normalized_shape) == 1 and is_bare(norm) and _plain(dropout)
+    return rms_norms_are_free() and len(norm.normalized_shape) == 1 and is_bare(norm) and _plain(dropout)
 
 
 def _plain(part: Any) -> bool:

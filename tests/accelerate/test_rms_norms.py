@@ -94,6 +94,60 @@ def test_without_a_kernel_their_own_code_runs(name, dtype):
     assert type(holder[0]) is type(original)
 
 
+def language_model(kind):
+    sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 2.0)
+    return model.train()
+
+
+IDS = torch.arange(3, 15).view(2, 6)
+PADDING = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+
+
+def read(model):
+    return [model(input_ids=IDS, attention_mask=PADDING).logits]
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma3"])
+def test_a_language_model_is_as_before(kind, assert_unchanged):
+    if kind == "Gemma3":  # its configuration is the text's alone
+        model = transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )
+        )  # fmt: skip
+    else:
+        model = language_model(kind)
+    report = assert_unchanged(model, read)
+    assert sum("RMSNorm" in one.now for one in report.switched) >= 5
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_llama_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(hooked, step):
+    model = language_model("Llama")
+    outputs, gradients = step(model, read)
+    detr_fast.accelerate(model)
+    if hooked:
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.register_forward_hook(lambda *_: None)
+    with explaining(model) as records:
+        found, found_gradients = step(model, read, {"rms_norm": "triton", "add_rms_norm": "triton"})
+    added = sum(r.calls for r in records if (r.op, r.chosen) == ("add_rms_norm", "triton"))
+    alone = sum(r.calls for r in records if (r.op, r.chosen) == ("rms_norm", "triton"))
+    assert (added, alone) == ((0, 5) if hooked else (2, 3))
+    torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-4)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(found_gradients[name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_a_norm_of_other_code_is_left_alone():
     qwen = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     gated = qwen.Qwen3NextRMSNormGated(WIDTH)  # normalises, and then multiplies by a gate
