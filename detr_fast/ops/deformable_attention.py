@@ -268,12 +268,12 @@ class TritonDeformableAttention(TritonImplementation):
             return None  # eager would have the host wait for them
         if call.situation.regime == "compiled":
             return "under torch.compile Inductor fuses the samples by itself, and nothing was measured"
-        if regimes.find("deformable_attention", call.architecture) is None:
+        if regimes.find(_regime(call), call.architecture) is None:
             return None  # unmeasured; but it is one launch where eager makes a dozen and more, over tensors as large as all samples
-        return regimes.advice("deformable_attention", call, _bytes(call))
+        return regimes.advice(_regime(call), call, _bytes(call))
 
     def note(self, call: DeformableAttentionCall) -> str | None:
-        return regimes.note("deformable_attention", call)
+        return regimes.note(_regime(call), call)
 
     def compiled_key(self, call: DeformableAttentionCall) -> Any:
         form = call.coordinates, call.sizes_on_device
@@ -309,6 +309,10 @@ DEFORMABLE_ATTENTION = Op(
     describe=_describe,
     implementations=(TritonDeformableAttention(), EagerDeformableAttention()),
 )
+
+
+def _regime(call: DeformableAttentionCall) -> str:
+    return "deformable_attention_from_offsets" if call.coordinates else "deformable_attention"
 
 
 def _bytes(call: DeformableAttentionCall) -> int:

@@ -22,7 +22,7 @@ from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention
 from detr_fast.ops.attention_atomics import measured_with_atomics
 from detr_fast.ops.attention_varlen import attention_varlen
-from detr_fast.ops.deformable_attention import deformable_attention
+from detr_fast.ops.deformable_attention import deformable_attention, deformable_attention_from_offsets
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import FEED_FORWARD
 from detr_fast.ops.layer_norm import layer_norm
@@ -250,14 +250,24 @@ def deformable_attention_step(device: torch.device, images: int, queries: int, g
     return step_of(lambda value, *rest: deformable_attention(value, PYRAMID, *rest), leaves, gradients)
 
 
+def from_offsets_step(device: torch.device, images: int, queries: int, gradients: bool = True) -> Step:
+    """The same from boxes, as decoders have them, offsets and logits."""
+    value, logits = draw(device, images, PIXELS, HEADS, WIDTH // HEADS), draw(device, images, queries, HEADS, 4, 4)
+    offsets = draw(device, images, queries, HEADS, 4, 4, 2)
+    boxes = (0.2 + 0.3 * torch.rand(images, queries, 1, 4, device=device)).requires_grad_()
+    leaves = (value, boxes, offsets, logits)
+    return step_of(lambda value, *rest: deformable_attention_from_offsets(value, PYRAMID, *rest), leaves, gradients)
+
+
 def _deformable_attention() -> Iterator[Group]:
-    cases = []
-    for images, queries in ((1, 300), (4, 300), (16, 300), (1, PIXELS)):
-        size = images * queries * WIDTH * 16 * 2
-        step = partial(call_step, deformable_attention_step, (images, queries))
-        cases.append(Case(f"({images}, {queries}) of {PIXELS}", size, step))
-    group = Group("deformable_attention", tuple(cases))
-    return iter((group, replace(group, gradients=False)))
+    for make, name in ((deformable_attention_step, ""), (from_offsets_step, "deformable_attention_from_offsets")):
+        cases = []
+        for images, queries in ((1, 300), (4, 300), (16, 300), (1, PIXELS)):
+            size = images * queries * WIDTH * 16 * 2
+            step = partial(call_step, make, (images, queries))
+            cases.append(Case(f"({images}, {queries}) of {PIXELS}", size, step))
+        group = Group("deformable_attention", tuple(cases), name)
+        yield from (group, replace(group, gradients=False))
 
 
 def _norm(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -210,6 +210,7 @@ def test_times_in_a_graph_are_those_of_one_of_its_calls(monkeypatch):
         ("add_rms_norm", "eager", lambda device: tuning_cases.add_rms_norm_step(device, 3)),
         ("matching_cost", "eager", lambda device: tuning_cases.matching_cost_step(device, 1, 3, 9)),
         ("deformable_attention", "eager", lambda device: tuning_cases.deformable_attention_step(device, 1, 2)),
+        ("deformable_attention", "eager", lambda device: tuning_cases.from_offsets_step(device, 1, 2)),
         ("linear_assignment", "threads", lambda device: tuning.assignment_step(device, 2, 3, 9)),
         ("add_layer_norm", "eager", lambda device: tuning_cases.add_layer_norm_step(device, 3)),
         ("attention", "sdpa", lambda device: tuning_cases.attention_step(device, 1, 4, 5, 8, True)),
