@@ -190,7 +190,7 @@ def deformable_attention_forward(
     dtypes = value.dtype, location.dtype, weight.dtype, dtype
     sizes = location.shape[0], *value.shape[1:], location.shape[1]
     addresses = (address_of(value) | address_of(out)) % 16
-    reference, steps, form = _form(reference, shapes)
+    reference, shapes, steps, form = _form(reference, shapes)
     plan = _plan_forward(sizes, levels, dtypes, addresses, form)
     launch(plan.variant, plan.grid, value, location, weight, reference, shapes, out, *plan.sizes, *steps, spread)
     return out
@@ -226,7 +226,7 @@ def deformable_attention_backward(
         dtypes = dout.dtype, value.dtype, location.dtype, weight.dtype
         sizes = location.shape[0], *value.shape[1:], location.shape[1]
         addresses = (address_of(dout) | address_of(value) | address_of(dvalue) | address_of(out)) % 16
-        strided, steps, form = _form(reference, shapes)
+        strided, shapes, steps, form = _form(reference, shapes)
         plan = _plan_backward(sizes, levels, dtypes, wanted, addresses, form)
         read = dout, value, location, weight, strided, shapes, out
         launch(plan.variant, plan.grid, *read, dvalue, dlocation, dweight, parts, *plan.sizes, *steps, spread)
@@ -239,15 +239,18 @@ def deformable_attention_backward(
     return None if dvalue is None else dvalue.to(value.dtype), dlocation, dweight, dreference
 
 
-def _form(reference: Tensor | None, shapes: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int], Form]:
-    """The reference as it is read, how far apart its images, queries and levels lie, and what programs depend on of both."""
+def _form(
+    reference: Tensor | None, shapes: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int], Form]:
+    """Both as they are read, how far apart the reference's images, queries and levels lie, and what programs depend on of both."""
+    shapes = None if shapes is None else shapes.contiguous()
     if reference is None:
-        return None, (0, 0, 0), Form(shapes=shapes is not None)
+        return None, shapes, (0, 0, 0), Form(shapes=shapes is not None)
     if reference.stride(-1) != 1:
         reference = reference.contiguous()
     image, query, level, _ = reference.stride()
     form = Form(reference.shape[-1], reference.dtype, shapes is not None)
-    return reference, (image, query, level if reference.shape[2] > 1 else 0), form
+    return reference, shapes, (image, query, level if reference.shape[2] > 1 else 0), form
 
 
 @lru_cache(maxsize=MAX_PLANS)
