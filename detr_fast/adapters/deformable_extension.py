@@ -7,6 +7,7 @@ where the kernel reads them.
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
@@ -66,6 +67,8 @@ def provide_deformable_extension() -> None:
             "call provide_deformable_extension() first, or leave it out, as the compiled extension is there"
         )
     module = ModuleType(NAME, __doc__)
+    # Without one, who asks by importlib.util.find_spec whether it is there would get a ValueError.
+    module.__spec__ = ModuleSpec(NAME, None)
     module.__dict__.update(
         ms_deform_attn_forward=ms_deform_attn_forward, ms_deform_attn_backward=ms_deform_attn_backward
     )

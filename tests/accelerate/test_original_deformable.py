@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 import sys
 
@@ -222,6 +223,7 @@ def extension(monkeypatch):
     detr_fast.provide_deformable_extension()  # which changes nothing
     import MultiScaleDeformableAttention
 
+    assert importlib.util.find_spec(NAME) is not None  # as libraries ask whether it is installed
     yield MultiScaleDeformableAttention
     sys.modules.pop(NAME)
 

@@ -8,10 +8,12 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detr_fast
 from detr_fast import use_backend
 from detr_fast.explanation import explaining
+from detr_fast.testing import count
 
 transformers = pytest.importorskip("transformers")
 WIDTH = 40
@@ -146,6 +148,19 @@ def test_a_llama_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(
     torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-4)
     for name, expected in gradients.items():
         torch.testing.assert_close(found_gradients[name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_small_call_on_a_gpu_launches_no_more_than_it_did(unmeasured):
+    launches = []
+    for accelerated in (False, True):
+        with FakeTensorMode(), torch.device("cuda"):
+            norm = of("gemma", "GemmaRMSNorm")
+            norm.weight = nn.Parameter(torch.empty(WIDTH, dtype=torch.bfloat16))
+            if accelerated:
+                detr_fast.accelerate(norm)
+            x = torch.empty(1, WIDTH, dtype=torch.bfloat16)
+            launches.append(count(lambda norm=norm, x=x: norm(x)).total_launches)
+    assert launches[0] == launches[1]
 
 
 def test_a_norm_of_other_code_is_left_alone():
