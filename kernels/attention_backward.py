@@ -30,9 +30,8 @@ from .attention_split import Parts, combine_variant, key_parts
 from .launch import Variant, empty, launch, multiprocessors, pointer
 from .rows import sum_partials, sum_partials_variant
 
-LEAST_SHARED = (
-    8  # heads of batch elements that a program of the mask's gradient passes over, where several share a tile
-)
+# Heads of batch elements that a program of the mask's gradient passes over, where several share a tile.
+LEAST_SHARED = 8
 
 
 def attention_backward(

@@ -22,9 +22,8 @@ from .overlap import wait_for_previous
 MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
 MAX_COLUMNS = 1 << 24
 MAX_ROW_STRIDE = 1 << 23  # so that offsets inside a tile of up to 256 rows fit 32 bits
-MANY_ROWS = (
-    8192  # beyond, `sum_rows` shares rows out over programs: one would go over all for longer than a launch takes
-)
+# Beyond, `sum_rows` shares rows out over programs: one would go over all for longer than a launch takes.
+MANY_ROWS = 8192
 MAX_PLANS = 4096  # of each kind that are kept; shapes that vary for ever must not fill the memory
 
 

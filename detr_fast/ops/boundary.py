@@ -75,9 +75,8 @@ def seen() -> bool:
 
 
 class _Found(threading.local):
-    way: tuple[Boundary, Callable[..., Any]] | None = (
-        None  # of the op that a thread is in, and need not be looked for twice
-    )
+    # Of the op that a thread is in, and need not be looked for twice.
+    way: tuple[Boundary, Callable[..., Any]] | None = None
 
 
 _found = _Found()
