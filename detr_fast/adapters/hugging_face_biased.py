@@ -1,7 +1,7 @@
 """Attentions of transformers with a bias by relative position that write out their scores: Swin's copies, the second Swin's, MPNet's.
 
-SDPA's, as Data2Vec's for images, is one of them, too. The scores stay inside `ops.attention` where nobody asks for weights. Known
-by all of their code (`base.fingerprint`).
+SDPA's, as Data2Vec's for images, is one of them, too, and so is Swin's layer. The scores stay inside `ops.attention` where nobody
+asks for weights. Known by all of their code (`base.fingerprint`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import comes_apart, is_dispatched, is_plain
-from detr_fast.adapters.windows import attend, bias_of, cosines, packed, with_shift
-from detr_fast.nn.blocks import norm_of_sum, probability
+from detr_fast.adapters.windows import attend, bias_of, cosines, merged, packed, partition, with_shift
+from detr_fast.nn.blocks import norm_of_sum, probability, sum_and_norm
+from detr_fast.ops.dropout import shared_seed
 
 
 def _projected(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +56,30 @@ class Swinv2SelfAttention(Scriptable):
             attention_mask = 2 * attention_mask  # transformers adds it twice
         mask = with_shift(bias, attention_mask, len(hidden_states))
         return (attend(cosines(q, k, v, self.logit_scale), mask, probability(self.dropout), 1.0),)
+
+
+class SwinLayer(Scriptable):
+    """Swin's layer: the sum behind attention and the second norm are one op."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, input_dimensions: Any, always_partition: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        if not comes_apart(hidden_states, self.layernorm_after, self.dropout):
+            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)  # type: ignore[misc]
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        height, width = input_dimensions
+        with shared_seed():
+            x = self.layernorm_before(hidden_states).view(-1, height, width, hidden_states.shape[-1])
+            x, _ = self.maybe_pad(x, height, width)
+            size = x.shape[1:3]
+            x = partition(self.cyclic_shift(x), self.window_size, self.window_size)
+            mask = self.get_attn_mask(*size, dtype=x.dtype, device=x.device)
+            y, weights = self.attention(x, mask, **kwargs)
+            y = merged(self.dropout(y), self.window_size, self.window_size, *size)
+            y = self.cyclic_shift(y, reverse=True)[:, :height, :width].reshape(hidden_states.shape)
+            x, y = sum_and_norm(self.drop_path(y), hidden_states, self.layernorm_after)
+            return self.dropout(self.mlp(y)) + x, weights
 
 
 class MPNetSelfAttention(Scriptable):

@@ -280,6 +280,7 @@ _CODE: dict[str, type[Module]] = {
     "7de50f447265321b": weighing.GroundingDinoAttention,
     "ff89f20391901c6f": weighing.Mask2FormerAttention,
     "5ea513003bcebe5c": weighing.GroundingDinoDecoderLayer,
+    "104f2f1bc583f51e": biased.SwinLayer,
     "e9a56d647782a12b": biased.SwinSelfAttention,
     "d35266712074e644": biased.Swinv2SelfAttention,
     "c6ab87410a46552f": biased.MPNetSelfAttention,

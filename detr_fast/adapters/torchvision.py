@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, kind_of, reads, why_not_switch
 from detr_fast.adapters.blocks import comes_apart, is_dispatched
-from detr_fast.adapters.windows import attend, cosines, shift_mask, with_shift
+from detr_fast.adapters.windows import attend, cosines, merged, partition, shift_mask, with_shift
 from detr_fast.nn.blocks import probability, sum_and_norm
 
 # What the forwards that we know read, and the fingerprint of the function that Swin's attentions call.
@@ -70,15 +70,14 @@ class ShiftedWindowAttentionV2(swin.ShiftedWindowAttentionV2, Scriptable):
 def _attend_in_windows(attention: Any, given: Tensor, logit_scale: Tensor | None = None) -> Tensor:
     """torchvision's `shifted_window_attention` of (B, height, width, C)."""
     rows, columns = window = attention.window_size
-    batch, height, width, channels = given.shape
+    _, height, width, channels = given.shape
     x = F.pad(given, (0, 0, 0, -width % columns, 0, -height % rows))
     _, padded_height, padded_width, _ = x.shape
     # A window that is as large as the features is not shifted.
     shift = [s if w < size else 0 for s, w, size in zip(attention.shift_size, window, x.shape[1:3])]
     if sum(shift) > 0:
         x = torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
-    tall, wide = padded_height // rows, padded_width // columns
-    x = x.view(batch, tall, rows, wide, columns, channels).transpose(2, 3).reshape(-1, rows * columns, channels)
+    x = partition(x, rows, columns)
 
     bias = attention.qkv.bias
     if logit_scale is not None and bias is not None:
@@ -94,11 +93,7 @@ def _attend_in_windows(attention: Any, given: Tensor, logit_scale: Tensor | None
     x = F.linear(x, attention.proj.weight, attention.proj.bias)
     x = F.dropout(x, attention.dropout, attention.training)
 
-    x = (
-        x.view(batch, tall, wide, rows, columns, channels)
-        .transpose(2, 3)
-        .reshape(batch, padded_height, padded_width, -1)
-    )
+    x = merged(x, rows, columns, padded_height, padded_width)
     if sum(shift) > 0:
         x = torch.roll(x, shifts=(shift[0], shift[1]), dims=(1, 2))
     return x[:, :height, :width].contiguous()

@@ -38,6 +38,19 @@ def _attend(packs: list[Tensor], mask: Tensor | None, p: float, scale: float | N
     return run_packed(chosen, packs, None, mask, False, p, scale).flatten(2)
 
 
+def partition(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x (B, height, width, C) as windows (B * n, rows * columns, C)."""
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // rows, rows, width // columns, columns, channels)
+    return x.transpose(2, 3).reshape(-1, rows * columns, channels)
+
+
+def merged(x: Tensor, rows: int, columns: int, height: int, width: int) -> Tensor:
+    """Windows (B * n, rows * columns, C) as (B, height, width, C)."""
+    x = x.view(-1, height // rows, width // columns, rows, columns, x.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
+
+
 def bias_of(table: Tensor, index: Tensor) -> Tensor:
     """The bias (heads, N, N) that a table (positions, heads) has for each of N * N pairs."""
     tokens = math.isqrt(index.numel())

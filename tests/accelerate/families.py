@@ -339,7 +339,11 @@ MODELS = {
         look,
         {"attention": 2, "feed_forward": 2},
     ),
-    "Swin": (lambda: swin(add_pooling_layer=False), look_at_windows, {"attention": 4, "feed_forward": 4}),
+    "Swin": (
+        lambda: swin(add_pooling_layer=False),
+        look_at_windows,
+        {"attention": 4, "feed_forward": 4, "add_layer_norm": 4},
+    ),
     "Swinv2": (lambda: swin("Swinv2", add_pooling_layer=False), look_at_windows, {"attention": 4}),
     "DonutSwin": (lambda: swin("DonutSwin", add_pooling_layer=False), look_at_windows, {"attention": 4}),
     "MPNet": (mpnet, read, {"attention": 2, "add_layer_norm": 4}),

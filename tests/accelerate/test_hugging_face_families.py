@@ -200,6 +200,7 @@ KNOWN = {
     "grounding_dino.GroundingDinoMultiheadAttention": hugging_face_layers,
     "mask2former.Mask2FormerAttention": hugging_face_layers,
     "grounding_dino.GroundingDinoDecoderLayer": hugging_face_layers,
+    "swin.SwinLayer": hugging_face_layers,
     "maskformer.maskformer_swin.MaskFormerSwinSelfAttention": hugging_face_layers,
     "swinv2.Swinv2SelfAttention": hugging_face_layers,
     "mpnet.MPNetSelfAttention": hugging_face_layers,
