@@ -221,7 +221,9 @@ def wide_parameters_kernel(
     start = tl.program_id(0) * BLOCK_C
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+    first, end = tl.program_id(1), tl.cdiv(rows, ROWS)
+    tl.assume(first < end)
+    for tile in range(first, end, tl.num_programs(1)):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         exists = row < rows
         row = tl.where(exists, row, -1)  # no such row

@@ -111,10 +111,11 @@ def test_an_fp16_sum_beyond_65504_stays_finite(interpreter, columns):
 
 
 @interpreted
-def test_inputs_and_gradients_may_have_dtypes_and_layouts_of_their_own(interpreter):
-    x = torch.randn(4, 5, 40).bfloat16().transpose(0, 1)
-    residual = torch.randn(5, 1, 41)[..., 1:].expand(5, 4, 40)
-    weight, bias, dy = torch.randn(40), torch.randn(40), torch.randn(40).expand(5, 4, 40)
+@pytest.mark.parametrize(("columns", "start"), [(40, 1), (4104, 0)], ids=["scattered", "whole runs"])
+def test_inputs_and_gradients_may_have_dtypes_and_layouts_of_their_own(interpreter, columns, start):
+    x = torch.randn(4, 5, columns).bfloat16().transpose(0, 1)
+    residual = torch.randn(5, 1, start + columns)[..., start:].expand(5, 4, columns)
+    weight, bias, dy = torch.randn(columns), torch.randn(columns), torch.randn(columns).expand(5, 4, columns)
     found, expected = [], []
 
     def exact(x, *rest):

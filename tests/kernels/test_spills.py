@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detr_fast.kernels import add_layer_norm, layer_norm, linear, linear_norm, rows
+from detr_fast.kernels import add_layer_norm, cross_entropy, layer_norm, linear, linear_norm, rows, wide_rows
 from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
 from detr_fast.kernels.offline import compile_variant, older_compiler
 from detr_fast.kernels.product_tiles import Form
@@ -42,6 +42,15 @@ VARIANTS = {
     "layer_norm_backward_autocast": (
         "sm_80",
         layer_norm.backward_variant(2048, FP32, FP16, FP16, True, False, True, 8),
+    ),  # 8
+    "add_layer_norm_backward_of_a_float32_residual": (
+        "sm_80",
+        backward_variant(6000, BackwardForm((FP32, None, BF16, FP32, FP32, BF16, FP32), True, True, True), 8),
+    ),  # 32
+    "cross_entropy": ("sm_90", cross_entropy.cross_entropy_variant(4000, BF16, True, False, True)),  # 8
+    "wide_rows_parameters": (
+        "sm_90",
+        wide_rows.parameters_variant((FP32, BF16, FP32), False, True, True, 8),
     ),  # 8
     "partial_sums": ("sm_90", rows.sum_partials_variant(256, BF16, BF16)),  # 8
     "layer_norm_backward": ("sm_80", layer_norm.backward_variant(4104, BF16, BF16, BF16, True, True, True, 1)),  # 16
