@@ -213,7 +213,7 @@ def top_k_sampling(k: int, temperature: float, generator: torch.Generator | None
     """
     if k < 1:
         raise ValueError(f"got top_k={k}; expected at least 1")
-    if temperature <= 0.0:
+    if not temperature > 0.0:  # NaN, too
         raise ValueError(f"got temperature={temperature}; expected more than 0; without top_k decoding is greedy")
 
     def choose(logits: Tensor) -> Tensor:

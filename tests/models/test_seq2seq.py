@@ -394,6 +394,7 @@ def test_attention_to_more_than_was_written_is_refused_with_a_cache(part, option
         ),
         (lambda m: m.generate(SENTENCES, 3, top_k=0), "got top_k=0"),
         (lambda m: m.generate(SENTENCES, 3, top_k=2, temperature=0.0), "got temperature=0.0; expected more than 0"),
+        (lambda m: m.generate(SENTENCES, 3, top_k=2, temperature=float("nan")), "got temperature=nan"),
         (lambda m: m.generate(SENTENCES, 3, temperature=0.5), "are for sampling: pass top_k as well"),
         (lambda m: m.beam_search(SENTENCES, 3, beams=0), "got 0 beams"),
         (lambda m: build(eos_idx=7), r"must lie in \[0, 7\), the vocabulary; got .*'eos_idx': 7"),
