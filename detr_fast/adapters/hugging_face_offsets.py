@@ -19,6 +19,7 @@ from torch.nn import Module
 from detr_fast.adapters.base import Scriptable, fingerprint
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.adapters.deformable import sampled_around
+from detr_fast.dispatch import TritonImplementation
 from detr_fast.nn.bare import is_bare
 from detr_fast.ops.boundary import is_memory
 
@@ -93,6 +94,10 @@ def _attended(module: Any, given: dict[str, Any]) -> Tensor | None:
     if not (isinstance(x, Tensor) and isinstance(memory, Tensor) and isinstance(references, Tensor)):
         return None
     if not is_dispatched(x) or torch.compiler.is_compiling():  # where Inductor fuses the samples
+        return None
+    # What no kernel takes is not asked for twice, nor projected twice: their code asks for the sampling alone.
+    deterministic = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
+    if deterministic or x.dtype not in TritonImplementation.dtypes:
         return None
     if module._forward_hooks or given.get("output_attentions") or not samples_plainly(module):
         return None
