@@ -62,7 +62,8 @@ def cross_entropy_kernel(
     all_logits = tl.zeros((1,), tl.float32)  # sums of w · (logits - origin) and of w
     all_weights = tl.zeros((1,), tl.float32)
     origin = tl.where(tl.abs(chosen) < float("inf"), chosen, 0.0)  # near, so that large logits lose no digits
-    tl.assume(classes > 0)
+    if SMOOTH and class_weight_ptr is not None and not GRAD:  # elsewhere a compiler that knows takes more registers
+        tl.assume(classes > 0)
     for start in range(0, classes, BLOCK):
         inside = (start + column) // VEC < classes // VEC
         x = tl.load(run_pointers(logits_ptr, start, column, VEC), mask=inside, other=float("-inf")).to(tl.float32)

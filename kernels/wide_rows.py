@@ -222,7 +222,8 @@ def wide_parameters_kernel(
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     first, end = tl.program_id(1), tl.cdiv(rows, ROWS)
-    tl.assume(first < end)
+    if seed_ptr is None:  # with dropout a compiler that knows takes 1 % more instructions, and spills no less
+        tl.assume(first < end)
     for tile in range(first, end, tl.num_programs(1)):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         exists = row < rows
