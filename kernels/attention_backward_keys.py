@@ -100,17 +100,14 @@ def _pass_over_queries(
 def _clear_surplus(
     pointers,
     places,
-    key_head,
-    ends_ptr,
-    tokens,
+    packed,
     batch,
-    batches,
+    key_head,
     start,
-    longest,
     BLOCK_N: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """Of dk and dv: see `clear_surplus`. longest: keys of the longest sequence."""
+    """Of dk and dv: see `clear_surplus`. packed: the sequences' ends, rows, sequences, and keys of the longest of these."""
     E: tl.constexpr = FORM[0]
     EV: tl.constexpr = FORM[1]
     BLOCK_E: tl.constexpr = FORM[2]
@@ -118,6 +115,7 @@ def _clear_surplus(
     VEC: tl.constexpr = FORM[6]
     dk_ptr, dv_ptr = pointers
     dk_place, dv_place = places
+    ends_ptr, tokens, batches, longest = packed
     step = tl.cdiv(longest, BLOCK_N) * BLOCK_N
     clear_surplus(dk_ptr, dk_place, key_head, ends_ptr, tokens, batch, batches, start, step, BLOCK_N, E, BLOCK_E, VEC)
     clear_surplus(dv_ptr, dv_place, key_head, ends_ptr, tokens, batch, batches, start, step, BLOCK_N, EV, BLOCK_EV, VEC)
@@ -202,25 +200,13 @@ def attention_backward_keys_kernel(
     wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
     longest_q, longest_k = L, S
-    key_index, column_start, exists = own_keys(S, BLOCK_N)
+    key_index, column_start = own_keys(S, BLOCK_N)
     batch, key_head = batch_and_head(key_index, heads // group)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
-    dk_all, dv_all = dk_ptr, dv_ptr
+    gradients, packed = (dk_ptr, dv_ptr), (ends_k_ptr, tokens, batches, longest_k)
     places = ((dk_batch, dk_head, dk_row), (dv_batch, dv_head, dv_row))
     if ends_q_ptr is not None and not FRUGAL:
-        _clear_surplus(
-            (dk_all, dv_all),
-            places,
-            key_head,
-            ends_k_ptr,
-            tokens,
-            batch,
-            batches,
-            column_start,
-            longest_k,
-            BLOCK_N,
-            FORM,
-        )
+        _clear_surplus(gradients, places, packed, batch, key_head, column_start, BLOCK_N, FORM)
     k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, key_head, first_k + column_start)
     v_ptr = at(v_ptr, (v_batch, v_head, v_row), index, key_head, first_k + column_start)
     if not FRUGAL:
@@ -332,16 +318,4 @@ def attention_backward_keys_kernel(
     store_rows(dk_ptr, keys * dk_row, exists, dk, E, BLOCK_E, VEC)
     store_rows(dv_ptr, keys * dv_row, exists, dv, EV, BLOCK_EV, VEC)
     if ends_q_ptr is not None and FRUGAL:  # at last: before the loops, the places of rows would be kept over them
-        _clear_surplus(
-            (dk_all, dv_all),
-            places,
-            key_head,
-            ends_k_ptr,
-            tokens,
-            batch,
-            batches,
-            column_start,
-            longest_k,
-            BLOCK_N,
-            FORM,
-        )
+        _clear_surplus(gradients, places, packed, batch, key_head, column_start, BLOCK_N, FORM)

@@ -30,10 +30,9 @@ def own_queries(L, heads, BLOCK_M: tl.constexpr):
 
 @jit
 def own_keys(S, BLOCK_N: tl.constexpr):
-    """(batch * key heads + key head, first key, which keys exist) of a program for BLOCK_N keys of one key head."""
+    """(batch * key heads + key head, first key) of a program for BLOCK_N keys of one key head."""
     tiles = tl.cdiv(S, BLOCK_N)
-    column_start = tl.program_id(0) % tiles * BLOCK_N
-    return tl.program_id(0) // tiles, column_start, tl.arange(0, BLOCK_N) < S - column_start
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_N
 
 
 @jit
