@@ -18,8 +18,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Scriptable, fingerprint
 from detr_fast.adapters.blocks import is_dispatched
-from detr_fast.adapters.deformable import sampled_around
-from detr_fast.dispatch import TritonImplementation
+from detr_fast.adapters.deformable import sampled_around, taken_around
 from detr_fast.nn.bare import is_bare
 from detr_fast.ops.boundary import is_memory
 
@@ -95,10 +94,6 @@ def _attended(module: Any, given: dict[str, Any]) -> Tensor | None:
         return None
     if not is_dispatched(x) or torch.compiler.is_compiling():  # where Inductor fuses the samples
         return None
-    # What no kernel takes is not asked for twice, nor projected twice: their code asks for the sampling alone.
-    deterministic = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
-    if deterministic or x.dtype not in TritonImplementation.dtypes:
-        return None
     if module._forward_hooks or given.get("output_attentions") or not samples_plainly(module):
         return None
     kind: _Kind = module._detr_fast_kind
@@ -112,15 +107,16 @@ def _attended(module: Any, given: dict[str, Any]) -> Tensor | None:
         ):
             return None
     mask, position = given.get("attention_mask"), given.get("position_embeddings")
+    places = references, given["spatial_shapes_list"], points, spread
+    taken = taken_around(module, x, memory, *places, position=position, projected=kind.projected)
+    if taken is None:  # their code asks for the sampling alone
+        return None
     if mask is not None and kind.valid:
         mask = ~mask
     query = x if position is None else x + position
     value = module.value_proj(memory) if kind.projected else memory
-    shapes = given["spatial_shapes_list"]
-    found = sampled_around(module, query, value, mask, references, shapes, points, spread)
-    if found is not None and kind.projected:
-        found = module.output_proj(found)
-    return found
+    found = sampled_around(module, taken, query, value, mask, references)
+    return module.output_proj(found) if kind.projected else found  # type: ignore[no-any-return]
 
 
 # Of modules that hold 1 / points in a buffer, which a checkpoint may hold otherwise: the buffer that was looked at, when, and what it was.

@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, joined, joined_of, kind_of, reads, times_read, why_not_switch
 from detr_fast.adapters.blocks import is_dispatched
-from detr_fast.adapters.deformable import sampled_around
+from detr_fast.adapters.deformable import sampled_around, taken_around
 
 _NAME = "MSDeformAttn"
 _ARGUMENTS = "self query reference_points input_flatten input_spatial_shapes input_level_start_index input_padding_mask"
@@ -47,19 +47,20 @@ class MSDeformAttn(Scriptable):
         input_level_start_index: Tensor,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        found = None
-        if is_dispatched(query):
-            value, spread, references = self.value_proj(input_flatten), _HALF, reference_points
-            if references.shape[-1] == 4 and getattr(self, "use_4D_normalizer", False):
-                # DINO's option: offsets are in pixels of a level, each as long as half of the box is.
-                extent = references[..., 2:] / input_spatial_shapes.flip(-1)
-                references, spread = torch.cat([references[..., :2], extent], -1), _HALF * self.n_points
-            places = references, input_spatial_shapes
-            found = sampled_around(self, query, value, input_padding_mask, *places, spread=spread)
-        if found is not None:
-            return self.output_proj(found)  # type: ignore[no-any-return]
-        levels = input_spatial_shapes, input_level_start_index
-        return super().forward(query, reference_points, input_flatten, *levels, input_padding_mask)  # type: ignore[misc,no-any-return]
+        # DINO's option: offsets are in pixels of a level, each as long as half of the box is.
+        in_pixels = reference_points.shape[-1] == 4 and getattr(self, "use_4D_normalizer", False)
+        spread = _HALF * self.n_points if in_pixels else _HALF
+        places = reference_points, input_spatial_shapes
+        taken = taken_around(self, query, input_flatten, *places, spread=spread) if is_dispatched(query) else None
+        if taken is None:
+            levels = input_spatial_shapes, input_level_start_index
+            return super().forward(query, reference_points, input_flatten, *levels, input_padding_mask)  # type: ignore[misc,no-any-return]
+        references = reference_points
+        if in_pixels:
+            extent = references[..., 2:] / input_spatial_shapes.flip(-1)
+            references = torch.cat([references[..., :2], extent], -1)
+        value = self.value_proj(input_flatten)
+        return self.output_proj(sampled_around(self, taken, query, value, input_padding_mask, references))  # type: ignore[no-any-return]
 
 
 class OriginalDeformable(Adapter):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from detr_fast.dispatch import BackendError, Implementation
 from detr_fast.nn.casts import cast_of, with_casts
 from detr_fast.nn.memory import Projected, share_of
 from detr_fast.nn.replacements import replaces
+from detr_fast.nn.stand_ins import stand_in
 from detr_fast.nn.tracing import as_leaf, is_traced
 from detr_fast.ops.attention import ATTENTION, Sdpa
 from detr_fast.ops.attention_call import Weights
@@ -381,12 +381,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             row = share * width
             shape = (batch, length, self.num_heads, self.head_dim)
             stride = (length * row, row, self.head_dim, 1) if batch_first else (row, batch * row, self.head_dim, 1)
-            if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-                stand_ins.append(query.new_empty(shape, dtype=dtype))  # transforms take eager code whatever strides say
-            elif type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
-                stand_ins.append(_stand_in(shape, stride, dtype, query.device, grad))
-            else:
-                stand_ins.append(query.new_empty_strided(shape, stride, dtype=dtype, requires_grad=grad))
+            stand_ins.append(stand_in(query, shape, stride, dtype, grad))
         return stand_ins
 
 
@@ -395,12 +390,3 @@ def is_mask(value: Any, dtypes: Iterable[torch.dtype] | None = None) -> bool:
     if not isinstance(value, Tensor):
         return False
     return value.dtype == torch.bool or (value.is_floating_point() and (dtypes is None or value.dtype in dtypes))
-
-
-@lru_cache(maxsize=256)
-def _stand_in(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, grad: bool
-) -> Tensor:
-    tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    tensor.untyped_storage().resize_(0)
-    return tensor.requires_grad_(grad)

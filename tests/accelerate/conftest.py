@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -53,3 +54,17 @@ def assert_unchanged(step):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
     return check
+
+
+@pytest.fixture
+def calls():
+    """How often each linear part of a module is called from then on, by name."""
+
+    def counted(module):
+        found = Counter()
+        for name, part in module.named_children():
+            if isinstance(part, torch.nn.Linear):
+                part.register_forward_hook(lambda *_, name=name: found.update([name]))
+        return found
+
+    return counted

@@ -17,6 +17,9 @@ from detr_fast import dispatch, use_backend
 from detr_fast.adapters import hugging_face_sampling as sampling
 from detr_fast.adapters.base import fingerprint
 from detr_fast.adapters.hugging_face_offsets import _KINDS, SAMPLES
+from detr_fast.dispatch import BackendError
+from detr_fast.ops import regimes
+from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.testing import assert_as_accurate_as_eager, count
 from detr_fast.testing.interpreter import checked_interpreter
 
@@ -113,6 +116,17 @@ def test_the_kernel_samples_what_transformers_does(name, masked):
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_where_no_kernel_is_to_run_each_projection_is_called_once(name, calls):
+    module = made(name)
+    detr_fast.accelerate(module)
+    counted = calls(module)
+    with use_backend(deformable_attention="eager"):
+        call(module)
+    assert counted == dict.fromkeys(counted, 1)
+    assert len(counted) == (2 if name in ("D-FINE", "DEIMv2") else 4)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_where_no_kernel_runs_theirs_does_to_the_bit_also_in_a_copy_and_under_compile(name):
     module = made(name).eval()
     expected = with_gradients(module)
@@ -143,24 +157,46 @@ def test_a_gpu_launches_once_where_transformers_launches_19_operations():
     assert (before, launches()) == (19, 1)
 
 
+def fake_launches(accelerated, levels=4, coordinates=2, calls=None):
+    """What a GPU would launch for a module with its projections, and how often each of those is called."""
+    with FakeTensorMode(), torch.device("cuda"):
+        options = config(num_feature_levels=levels)
+        module = modeling("deformable_detr").DeformableDetrMultiscaleDeformableAttention(options, 2, 2)
+        if accelerated:
+            detr_fast.accelerate(module)
+        counted = calls(module) if calls else {}
+        shapes = [(4, 5), (2, 3), (1, 2), *[(1, 1)] * (levels - 3)]
+        pixels = sum(h * w for h, w in shapes)
+        x, memory, references = (
+            torch.empty(2, *rest) for rest in ((QUERIES, WIDTH), (pixels, WIDTH), (QUERIES, levels, coordinates))
+        )
+        given = {"encoder_hidden_states": memory, "reference_points": references, "spatial_shapes_list": shapes}
+        given["spatial_shapes"] = torch.empty(levels, 2, dtype=torch.int64)
+        return count(lambda: module(x, **given)), counted
+
+
 @pytest.mark.parametrize(("coordinates", "theirs"), [(2, 27), (4, 28)])
 def test_a_gpu_launches_four_products_and_one_kernel_for_a_module_with_offsets(coordinates, theirs):
-    def launches(accelerated):
-        with FakeTensorMode(), torch.device("cuda"):
-            module = modeling("deformable_detr").DeformableDetrMultiscaleDeformableAttention(
-                config(num_feature_levels=4), 2, 2
-            )
-            if accelerated:
-                detr_fast.accelerate(module)
-            shapes = [(4, 5), (2, 3), (1, 2), (1, 1)]
-            x, memory, references = (
-                torch.empty(2, *rest) for rest in ((QUERIES, WIDTH), (29, WIDTH), (QUERIES, 4, coordinates))
-            )
-            given = {"encoder_hidden_states": memory, "reference_points": references, "spatial_shapes_list": shapes}
-            given["spatial_shapes"] = torch.empty(4, 2, dtype=torch.int64)
-            return count(lambda: module(x, **given)).total_launches
+    launches = [fake_launches(one, coordinates=coordinates)[0].total_launches for one in (False, True)]
+    assert launches == [theirs, 5]
 
-    assert (launches(False), launches(True)) == (theirs, 5)
+
+@pytest.mark.parametrize(("levels", "sampled"), [(4, 1), (7, 0)])
+def test_where_it_is_faster_from_offsets_on_no_kernel_or_there_is_none_nothing_is_projected_twice(
+    levels, sampled, tmp_path, monkeypatch, calls
+):
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path))
+    name = "deformable_attention_from_offsets"
+    regimes.save([Regime(name, dispatch.architecture(torch.device("cuda")), NEVER, NEVER, "measured here")])
+    try:
+        (before, _), (after, counted) = fake_launches(False, levels), fake_launches(True, levels, calls=calls)
+    finally:
+        monkeypatch.undo()
+        regimes.known.cache_clear()
+        dispatch.forget_decisions()
+    assert sorted(counted.values()) == [1] * 4
+    assert after.launches["deformable_attention_kernel"] == sampled  # of locations that their code computes
+    assert after.total_launches == (9 if sampled else before.total_launches)
 
 
 def test_the_nearest_pixel_is_left_to_transformers():
@@ -216,6 +252,15 @@ def test_in_16_bits_it_is_as_accurate_as_theirs(name, coordinates, dtype):
 
     case = (x, memory, references, *(p.detach() for p in theirs.parameters()))
     assert_as_accurate_as_eager(accelerated, reference=step(theirs), inputs=case, dtype=dtype)
+
+
+@interpreter
+def test_a_projection_that_gives_another_dtype_than_a_linear_does_is_seen():
+    module = made("RT-DETR")
+    detr_fast.accelerate(module)
+    module.attention_weights.register_forward_hook(lambda part, given, logits: logits.double())
+    with use_backend(deformable_attention="triton"), pytest.raises(BackendError, match="float64"):
+        call(module)
 
 
 @interpreter

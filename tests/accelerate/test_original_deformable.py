@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 import detr_fast
-from detr_fast import ops, use_backend
+from detr_fast import dispatch, ops, use_backend
 from detr_fast.adapters.deformable_extension import NAME
 from detr_fast.testing import assert_as_accurate_as_eager, count
 from detr_fast.testing.interpreter import checked_interpreter
@@ -189,6 +189,16 @@ def test_where_no_kernel_runs_theirs_does_to_the_bit_also_in_a_copy():
             assert torch.equal(one(*inputs(), *sizes()), expected)
     detr_fast.restore(module)
     assert type(module) is DeformableDetrs
+
+
+@pytest.mark.parametrize(("kind", "options"), [(DeformableDetrs, {}), (Dinos, {"use_4D_normalizer": True})])
+def test_where_no_kernel_is_to_run_each_projection_is_called_once(kind, options, calls):
+    module = made(kind, **options)
+    detr_fast.accelerate(module)
+    counted = calls(module)
+    with dispatch.recording(lambda *_: None):  # the dispatcher is asked, and a CPU has no kernel
+        module(*inputs(), *sizes())
+    assert sorted(counted.values()) == [1] * 4
 
 
 def test_a_gpu_launches_four_products_and_one_kernel_and_the_host_waits_for_nothing():
