@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import dropout, launch
-from .configs import FEW_TILES, TileConfig, attention_config
+from .attention_configs import FEW_TILES, attention_config
+from .configs import TileConfig
 from .launch import empty
 from .rows import MAX_PLANS
 

@@ -140,7 +140,7 @@ def over_budget(one: Entry, compiled: Compiled) -> list[str]:
     )
     return [
         f"{one.name} for {compiled.target} uses {value} {what}, over its budget of {limit}: give it fewer rows a tile or "
-        "more warps in kernels/configs.py, or raise the budget in kernels/catalog.py where a measurement says it pays"
+        "more warps in kernels/configs.py or attention_configs.py, or raise the budget in kernels/catalog.py where a measurement says it pays"
         for what, value, limit in limits
         if value > limit
     ]

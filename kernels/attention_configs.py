@@ -1,0 +1,294 @@
+"""Launch configurations of attention's kernels: frozen data, each with the static analysis or the measurement behind it (`configs.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .configs import TileConfig
+
+# Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two. At most 99 KB of shared
+# memory, which is what sm_86, sm_89 and sm_120 have.
+ATTENTION = {
+    ("forward", 2, 16): TileConfig(128, 64, 4, 3),
+    ("forward", 2, 32): TileConfig(128, 64, 4, 3),
+    ("forward", 2, 64): TileConfig(128, 64, 4, 3),
+    ("forward", 2, 128): TileConfig(128, 32, 8, 3),
+    ("forward", 2, 256): TileConfig(64, 32, 8, 2),
+    ("forward", 4, 16): TileConfig(64, 32, 4, 2),
+    ("forward", 4, 32): TileConfig(64, 32, 4, 2),
+    ("forward", 4, 64): TileConfig(32, 32, 4, 2),
+    ("forward", 4, 128): TileConfig(32, 32, 4, 2),
+    ("forward", 4, 256): TileConfig(32, 16, 4, 1),
+    ("queries", 2, 16): TileConfig(128, 32, 4, 3),
+    ("queries", 2, 32): TileConfig(128, 32, 4, 3),
+    ("queries", 2, 64): TileConfig(64, 64, 4, 2),
+    ("queries", 2, 128): TileConfig(128, 32, 8, 2),
+    ("queries", 2, 256): TileConfig(32, 32, 4, 1),
+    ("queries", 4, 16): TileConfig(32, 32, 4, 2),
+    ("queries", 4, 32): TileConfig(32, 32, 4, 2),
+    ("queries", 4, 64): TileConfig(32, 32, 4, 2),
+    ("queries", 4, 128): TileConfig(32, 32, 4, 1),
+    ("queries", 4, 256): TileConfig(16, 16, 4, 1),
+    ("keys", 2, 16): TileConfig(32, 128, 4, 3),
+    ("keys", 2, 32): TileConfig(32, 128, 4, 3),
+    ("keys", 2, 64): TileConfig(64, 32, 4, 2),
+    ("keys", 2, 128): TileConfig(16, 128, 8, 2),
+    # 1.20 a score on sm_80, with 8 bytes spilled; 8 warps 1.59, and 756 bytes on AMD
+    ("keys", 2, 256): TileConfig(32, 32, 4, 1),
+    ("keys", 4, 16): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 32): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 64): TileConfig(32, 32, 4, 2),
+    ("keys", 4, 128): TileConfig(32, 32, 4, 1),
+    ("keys", 4, 256): TileConfig(16, 16, 4, 1),
+}
+
+# On sm_90 in 16 bits, without an attn_mask, keyed by kernel, head dimension, and what is in its loop: keys from a list, dropout, or
+# neither. The fastest of 4 to 17 tiles that spill nothing in any 16-bit form, each kernel alone in a CUDA graph on an H200 (bf16, triton 3.6), 4 images
+# of 1,000 queries and keys, 256 columns. Behind them: microseconds, and those of what static analysis had chosen.
+ATTENTION_HOPPER = {
+    ("forward", 32, "listed"): TileConfig(128, 64, 4, 5),  # 22.2, 29.0
+    ("forward", 32, "plain"): TileConfig(128, 64, 4, 3),  # 20.9, 28.9
+    ("forward", 32, "dropout"): TileConfig(128, 64, 4, 3),  # 29.0
+    ("forward", 64, "listed"): TileConfig(64, 128, 4, 3),  # 18.4, 19.8
+    ("forward", 64, "plain"): TileConfig(64, 64, 4, 3),  # 17.7, 18.9
+    ("forward", 64, "dropout"): TileConfig(64, 64, 4, 3),  # 21.8, 22.1
+    ("forward", 128, "listed"): TileConfig(64, 64, 4, 3),  # 29.0, 30.9
+    ("forward", 128, "plain"): TileConfig(64, 64, 4, 2),  # 24.6, 26.7
+    ("forward", 128, "dropout"): TileConfig(64, 64, 4, 2),  # 29.5, 34.6
+    ("queries", 32, "listed"): TileConfig(128, 64, 4, 5),  # 20.6
+    ("queries", 32, "plain"): TileConfig(128, 64, 4, 3),  # 20.4
+    ("queries", 32, "dropout"): TileConfig(128, 32, 4, 3),  # 29.9, 34.1
+    ("queries", 64, "listed"): TileConfig(64, 64, 4, 5),  # 19.1, 22.6
+    ("queries", 64, "plain"): TileConfig(64, 64, 4, 3),  # 16.8, 21.6
+    ("queries", 64, "dropout"): TileConfig(64, 64, 4, 3),  # 22.8, 47.3
+    ("queries", 128, "listed"): TileConfig(64, 64, 4, 2),  # 29.1, 39.7
+    ("queries", 128, "plain"): TileConfig(64, 64, 4, 2),  # 26.0, 36.9
+    ("queries", 128, "dropout"): TileConfig(128, 64, 8, 2),  # 33.9, 80.1
+    ("keys", 32, "plain"): TileConfig(32, 128, 4, 3),  # 32.9
+    ("keys", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 46.4, 73.6
+    ("keys", 64, "plain"): TileConfig(64, 64, 4, 1),  # 24.6, 34.8
+    ("keys", 64, "dropout"): TileConfig(32, 64, 4, 3),  # 42.6, 88.2
+    ("keys", 128, "plain"): TileConfig(32, 128, 8, 2),  # 46.6
+    ("keys", 128, "dropout"): TileConfig(32, 64, 4, 1),  # 57.5, 162.3
+    ("keys", 128, "packed dropout"): TileConfig(16, 128, 8, 2),  # 72.3, not packed
+    ("atomics", 32, "plain"): TileConfig(32, 128, 4, 1),  # 63.1, 71.6
+    ("atomics", 32, "dropout"): TileConfig(32, 128, 4, 1),  # 80.2, 115.7
+    ("atomics", 64, "plain"): TileConfig(32, 128, 8, 2),  # 62.8, 63.2
+    ("atomics", 64, "dropout"): TileConfig(32, 128, 8, 2),  # 76.1, 78.2
+}
+# The same where tiles of 128 queries, or keys, are fewer than an H200 has multiprocessors, measured with 1 image of 850, and with 100
+# queries, and 100 or 1,000 keys of 2 and 8 images. Behind them: at 1 x 850, beside the above.
+FEW_TILES = 132
+ATTENTION_HOPPER_FEW = {
+    ("forward", 32, "listed"): TileConfig(64, 64, 4, 5),  # 9.2, 12.2
+    ("forward", 32, "plain"): TileConfig(64, 64, 4, 3),  # 8.9
+    ("forward", 32, "dropout"): TileConfig(32, 64, 2, 3),  # 10.5, 13.8
+    ("queries", 32, "listed"): TileConfig(64, 64, 4, 5),  # 8.6, 11.1
+    ("queries", 32, "plain"): TileConfig(64, 64, 4, 3),  # 8.1
+    ("queries", 32, "dropout"): TileConfig(64, 64, 4, 3),  # 10.1
+    ("keys", 32, "plain"): TileConfig(64, 32, 2, 2),  # 13.1, 21.0
+    ("keys", 32, "dropout"): TileConfig(64, 32, 2, 2),  # 18.9, 31.0
+    ("atomics", 32, "plain"): TileConfig(64, 32, 2, 2),  # 26.4, 30.2
+    ("atomics", 32, "dropout"): TileConfig(32, 64, 4, 2),  # 42.8, 52.4
+}
+
+
+# The keys' kernel where it adds up dq, too, keyed by bytes an element and head dimension: five products and one more tile of
+# operands. 64 queries a tile: of 32 rows of dq, two warps of four would compute the same.
+ATTENTION_ATOMICS = {
+    (2, 16): TileConfig(32, 64, 4, 2),
+    (2, 32): TileConfig(64, 64, 4, 2),
+    (2, 64): TileConfig(32, 64, 4, 2),
+    (4, 16): TileConfig(32, 32, 4, 2),
+    (4, 32): TileConfig(32, 32, 4, 2),
+    (4, 64): TileConfig(32, 16, 4, 2),
+}
+# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .238 on
+# sm_80, and on sm_90, where tensor cores take 64 rows, .162 for .250. Narrower where rows share the mask, as its tiles are few then.
+# Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
+ATTENTION_MASK = {
+    16: TileConfig(64, 32, 4, 1, registers=168),
+    32: TileConfig(64, 32, 4, 1, registers=168),
+    64: TileConfig(32, 64, 8, 1),
+}
+ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
+ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
+# Elements of a mask that are loaded one by one have an address each: 4 a lane, or 8 to 16 in a single stage where that spills nothing.
+# Cycles a score without other masks on sm_80 / sm_90, and those of 4 a lane, which are bound by shared memory.
+ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
+ATTENTION_SCATTERED_ROWS = {
+    ("forward", 32): TileConfig(64, 32, 4, 1),  # .240 / .243, for .664 / .688
+    ("forward", 64): TileConfig(64, 16, 4, 1),  # .438 / .418, for .930 / .930; 32 columns .477 / .451
+    ("queries", 32): TileConfig(64, 32, 4, 1),  # .177 / .172, for .617 / .625
+    ("queries", 64): TileConfig(64, 32, 4, 1),  # .208 / .187, for .633 / .633
+    ("keys", 32): TileConfig(32, 64, 4, 1),  # .186 / .187, for .656 / .680
+    ("keys", 64): TileConfig(16, 64, 4, 1),  # .266 / .224, for .578 / .531; 32 rows spill 8 bytes on sm_80
+}
+
+
+def attention_config(
+    kernel: str,
+    itemsize: int,
+    block: int,
+    *,
+    dropout: bool,
+    masked: bool,
+    listed: bool,
+    causal: bool,
+    scattered: bool,
+    mask_run: int,
+    mask_size: int,
+    padding: bool,
+    packed: bool,
+    partial: bool,
+    few: bool,
+    generation: str,
+) -> TileConfig:
+    """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
+
+    In 16 bits and up to a head dimension of 128, what spills a register is listed in docs/attention.md.
+    dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
+    whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
+    mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. partial: rows fill no block. few: tiles of 128 are under FEW_TILES.
+    generation: see `launch.generation`.
+    """
+    if kernel in ("mask", "shared_mask"):
+        if kernel == "mask" and itemsize == 2 and block <= 64:
+            config = (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
+            # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
+            if block <= 32 and (sum((dropout, causal, padding or packed)) >= 2 or (scattered and partial)):
+                config = replace(config, registers=255)
+            return config
+        if kernel == "shared_mask" and itemsize == 2 and block <= 32:
+            return ATTENTION_SHARED_MASK
+        # ptxas alone takes 96 or 128 there, for more programs a multiprocessor, and spills 8 to 32 bytes (.814 a score for .795).
+        limit = 255 if kernel == "shared_mask" and itemsize == 2 and block == 64 and generation == "hopper" else 0
+        return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1, registers=limit)
+    if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
+        side = 64 if itemsize == 2 and block <= 128 else 32
+        # With 4 warps 16 to 40 bytes spill (on sm_80 .387 to .237 a score; with 8 .382 to .247). Others take up to a fifth more with 8.
+        wide = padding and block == 128 and masked and (dropout or mask_size == 4)
+        crowded = wide or (dropout and causal and (masked or padding))
+        crowded = generation == "blackwell" or (block >= 64 and crowded)
+        return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1)
+    if scattered and itemsize == 2 and block <= 128:
+        few_features = not (packed or partial) and sum((dropout, causal, padding)) <= 1
+        if few_features and generation in ("ampere", "hopper"):
+            return ATTENTION_SCATTERED_ROWS.get((kernel, max(32, block)), ATTENTION_SCATTERED)
+        return ATTENTION_SCATTERED
+    if generation == "hopper" and itemsize == 2 and not masked:
+        content = "packed dropout" if dropout and packed else "dropout" if dropout else "listed" if listed else "plain"
+        key = kernel, max(32, block), content
+        if key not in ATTENTION_HOPPER:
+            key = kernel, max(32, block), "dropout" if dropout else "plain"
+        if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
+            return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
+    if kernel == "atomics":
+        config = _atomics_config(itemsize, block, dropout, masked or causal, generation)
+        if generation == "ampere" and itemsize == 2 and block == 64 and (masked or (partial and dropout)):
+            # .516 a score with a mask, .369 with dropout at 48; 2 stages spill 16 bytes and take .543 and .391.
+            return replace(config, num_stages=1)
+        if itemsize > 2 or block > 32:
+            return config
+        if generation == "ampere" and mask_size == 4 and not dropout:
+            return replace(config, rows=16)
+        if masked:
+            return config
+        if generation == "blackwell":
+            if dropout and packed and not causal:
+                # Three programs a multiprocessor of sm_120, where ptxas alone takes 191.
+                return replace(config, registers=168)
+            # Two loops spill 24 bytes in one stage.
+            return replace(config, num_stages=2) if dropout and causal else config
+        plain = generation == "ampere" and block == 32 and not (dropout or listed or partial)
+        # In 2 stages 8 bytes spill, and of a head dimension of 24 in 3; .161 a score in both, causal .219 for .201 on the diagonal.
+        return replace(config, num_stages=3) if plain and (packed or not causal) else config
+    heavy = dropout or masked
+    config = ATTENTION[kernel, itemsize, block]
+    if kernel == "forward" and itemsize == 4 and 64 <= block <= 128 and not heavy:
+        # On sm_80 3.39 a score at 64, where 32 columns spill 208 bytes and take 3.30; at 128 7.09 (8.33, 1.7 KB; with dropout or a mask 6.06 for 5.05).
+        config = replace(config, columns=16)
+    if listed and kernel != "keys" and config.num_stages > 1:
+        config = replace(config, num_stages=2 * config.num_stages - 1)
+    if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32))):
+        return replace(config, rows=max(16, config.rows // 2))
+    if kernel == "queries" and itemsize == 2 and generation == "blackwell":  # 8 bytes spill on sm_120; as many cycles
+        if block == 64:
+            return replace(config, columns=32)
+        if block == 128 and causal:
+            return replace(config, rows=64, num_warps=4)
+    if kernel == "keys" and itemsize == 2 and block == 128 and (heavy or causal) and generation:
+        # Where keys are fewer than columns of dk or dv, Triton lays warps along queries, of which 16 are too few, so that all warps compute the
+        # same scores: of 64 keys 1.25 a score on sm_80, for .50. See docs/attention.md for what spills.
+        return config if not heavy and generation != "blackwell" else replace(config, num_stages=1)
+    if heavy and kernel == "keys":
+        # Of 128 keys a thread of four warps has four that share dropout's calls: .14 a score, where 64 take .21.
+        shared = generation == "ampere" and itemsize == 2 and block <= 32
+        if shared and not (masked or causal):
+            return replace(config, num_stages=2)
+        config = replace(config, columns=max(16, config.columns // 2))
+        if dropout and mask_size in (1, 4) and itemsize == 2 and block <= 32 and generation:
+            # .240 a score of a float32 mask, where 3 stages spill and take .298; .311 for .363 of a bool one in causal order
+            config = replace(config, num_stages=1)
+    if itemsize == 2 and block <= 64:
+        config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
+        if (
+            kernel == "forward"
+            and dropout
+            and (masked or (causal and packed))
+            and block == 64
+            and generation == "ampere"
+        ):
+            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a bool one 32 with padding (.243 for .226), of a
+            # 16-bit one, or of a packed batch in causal order, 8 in 3 stages (.179 for .175; .115 for .109).
+            wide = mask_size == 4 or (mask_size == 1 and padding)
+            return replace(config, num_warps=8) if wide else replace(config, num_stages=2)
+    return config
+
+
+def _of_64_columns(
+    config: TileConfig,
+    kernel: str,
+    block: int,
+    heavy: bool,
+    causal: bool,
+    mask_run: int,
+    generation: str,
+) -> TileConfig:
+    """What 16 bits and head dimensions up to 64 need not to spill, beyond that; heavy: dropout or an attn_mask."""
+    if kernel == "keys":
+        if causal and not heavy and (block <= 32 or generation == "hopper"):
+            # Two loops. On sm_90 .091 a score at 32, where 32 rows take .111, and .165 and .125 at 64, where 32 keys take .195.
+            config = replace(config, rows=64 if generation == "hopper" and block <= 32 else 32, columns=64)
+        if mask_run <= 4:
+            rows = 16 if generation == "blackwell" and block <= 32 else config.rows
+            config = replace(config, rows=rows, num_stages=2)
+        return config
+    if kernel == "forward":
+        # On sm_100, where accumulators come a whole row to a lane, and sm_120, up to 304 bytes a thread spill with 4 warps.
+        crowded = generation == "blackwell" or (block == 64 and generation == "hopper")
+        short = mask_run <= (4 if block == 64 else 2)
+        if (heavy and crowded) or short or (block == 64 and generation == "blackwell"):
+            config = replace(config, num_warps=8)
+        if generation == "blackwell" and heavy and (block == 64 or mask_run <= 4):
+            config = replace(config, columns=32)
+    return config
+
+
+def _atomics_config(itemsize: int, block: int, dropout: bool, masked: bool, generation: str) -> TileConfig:
+    """masked: causal, too, whose two loops need more registers than one."""
+    config = ATTENTION_ATOMICS[itemsize, block]
+    if not (dropout or masked or generation == "blackwell"):
+        return config
+    if itemsize > 2:
+        return replace(config, columns=16)
+    if block == 64 and dropout and masked:
+        if generation in ("ampere", "hopper"):
+            # .58 to .82 a score on sm_80, where 32 by 32 in 8 warps take .91 to 1.25, and .28 to .46 on sm_90, for 1.19. Of 32 rows .39 to .45 and
+            # .31 to .35, but up to 48 bytes spill.
+            return replace(config, rows=16, num_stages=1)
+        return replace(config, columns=32, num_warps=8, num_stages=1)
+    if block <= 32 and dropout and masked and generation in ("ampere", "blackwell"):
+        # On sm_80 .320 a score for a head dimension of 24, where 16 rows in 2 stages spill and take .547.
+        return replace(config, rows=32, columns=64, num_stages=1)
+    return replace(config, rows=16 if masked and (dropout or block == 64) else 32)
