@@ -11,6 +11,8 @@ import sys
 
 import typer
 
+from detr_fast.cli.terminal import lasting_output
+
 # In the order that `detr-fast --help` lists them.
 COMMANDS = (
     "demo",
@@ -52,17 +54,18 @@ for _name in COMMANDS:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; always ends in SystemExit: 0, 2 for errors of the user's, 130 or 143 when interrupted."""
+    """Run the command line; always ends in SystemExit: 0, 2 for errors of the user's, 129, 130 or 143 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a "–" or "×" is no reason to lose the figures of a long evaluation
         sys.stdout.reconfigure(errors="replace")
-    try:
-        app(args, prog_name="detr-fast")
-    except Exception as error:
-        from detr_fast.cli.errors import explain_error
+    with lasting_output():
+        try:
+            app(args, prog_name="detr-fast")
+        except Exception as error:
+            from detr_fast.cli.errors import explain_error
 
-        explained = explain_error(error)
-        if explained is None:
-            raise
-        message, status = explained
-        print(message, file=sys.stderr)
-        sys.exit(status)
+            explained = explain_error(error)
+            if explained is None:
+                raise
+            message, status = explained
+            print(message, file=sys.stderr)
+            sys.exit(status)

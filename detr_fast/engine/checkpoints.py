@@ -11,6 +11,7 @@ import os
 import random
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from detr_fast import __version__
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError
 from detr_fast.engine.run_folder import CHECKPOINT, RunFolder, atomic_write
+from detr_fast.models.convert import RUN_FILES
 from detr_fast.models.weight_files import WeightsError, list_problems, unpickle, write_checkpoint
 
 FORMAT = "detr-fast"
@@ -40,7 +42,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}; give a run folder or a checkpoint file that exists")
     try:
-        state = unpickle(path)
+        state = read(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
     if not is_checkpoint(state):
@@ -48,6 +50,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is not a checkpoint of a detr-fast run; to fine-tune from it: detr-fast train --weights {shlex.quote(str(path))}"
         )
     return checked(state, path)
+
+
+def read(path: Path) -> Any:
+    """What `unpickle` reads; where that fails, its WeightsError also names the run's other checkpoint, if that one is sound."""
+    try:
+        return unpickle(path)
+    except WeightsError as error:
+        for other in (path.with_name(name) for name in RUN_FILES if name != path.name):
+            found: Any = None
+            with suppress(WeightsError):
+                found = unpickle(other)
+            if is_checkpoint(found):
+                what = f"{other}, of step {found['step']}, is sound: evaluate, predict and train --weights take it"
+                raise WeightsError(f"{error}; {what}") from None
+        raise
 
 
 def is_checkpoint(content: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that training reads between two steps."""
+"""Ctrl-C, SIGTERM and the end of a terminal as a request that training reads between two steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from detr_fast.engine.errors import Interrupted
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are remembered, and `check` raises Interrupted for them at a moment of the caller's choice.
+    """While entered, SIGINT, SIGTERM and SIGHUP are remembered, and `check` raises Interrupted for them at a moment of the caller's choice.
 
     A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. `announced` says so on stderr at the first. Forked data workers inherit the handler, so a Ctrl-C in the
-    terminal, which reaches the whole process group, doesn't kill them under the main process. Off the main thread it does nothing.
+    terminal, which reaches the whole process group, doesn't kill them under the main process. Off the main thread it does nothing. A SIGHUP that is
+    ignored, as under nohup, stays so.
     """
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
+    HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
+    HANDLED = tuple(signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None)
 
     def __init__(self, announced: bool = False) -> None:
         self.announced = announced
@@ -29,7 +31,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in self.HANDLED}
+            for signum in self.HANDLED:
+                if signum != self.HANGUP or signal.getsignal(signum) != signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from detr_fast.data.transforms import TransformConfig
-from detr_fast.engine.checkpoints import checked, is_checkpoint, load_weights
+from detr_fast.engine.checkpoints import checked, is_checkpoint, load_weights, read
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import CheckpointError, ConfigError
 from detr_fast.models import convert
 from detr_fast.models.build import build_model
 from detr_fast.models.detr import Detr
-from detr_fast.models.weight_files import unpickle
 
 # By category id, as instances_val2017.json has them; "-" where that has none.
 _COCO = """
@@ -63,7 +62,7 @@ def load_trained_model(path: str | os.PathLike[str], device: str | torch.device 
     if file.is_dir() or file.suffix == ".safetensors" or file.name in convert.FOLDER_FILES:
         trained = _published(convert.read_weights(file), file)
     else:
-        content = unpickle(file)
+        content = read(file)
         trained = (
             _of_run(checked(content, file), file)
             if is_checkpoint(content)

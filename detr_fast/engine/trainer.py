@@ -75,7 +75,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | 
     Raises:
         RunFolderError: the folder holds a run already, unless `overwrite`; another process trains in it; or it can't be written.
         DataError, ConfigError, WeightsError: the data, the settings or the weights to start from can't be used.
-        Interrupted: Ctrl-C or SIGTERM came; the checkpoint is saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP came; the checkpoint is saved.
         TrainingDiverged: the loss or a weight is not finite.
     """
     return Trainer(config, reporter or Reporter(), overwrite=overwrite).run_all()

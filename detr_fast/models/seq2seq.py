@@ -162,6 +162,8 @@ class Seq2Seq(nn.Module):
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The encoder's output (N, S, C), and its mask (N, S), True = padding."""
         tokens, padding = self.source(source, source_mask)
+        if padding is not None and not padding.numel():  # no sources, or empty ones: torch.nn can't reshape such a mask
+            padding = None
         return self.encoder(self.dropout(tokens), src_key_padding_mask=padding), padding
 
     def decode(self, inputs: Tensor, memory: Tensor, padding: Tensor | None) -> Tensor:

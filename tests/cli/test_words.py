@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ pytest.importorskip("accelerate")
 from detr_fast.cli import app, main
 from detr_fast.cli.presets import preset
 from detr_fast.cli.progress import ProgressReporter, duration, speed
+from detr_fast.cli.terminal import lasting_output
 from detr_fast.data.scenes import generate_scenes
 from detr_fast.engine import trainer
 from detr_fast.engine.errors import Interrupted
@@ -150,6 +152,18 @@ def test_brackets_in_names_are_printed_as_they_are(
     printed = capsys.readouterr().out
     assert f"{run}/checkpoint.pt on {data}, train: 8 images" in printed
     assert "\n[/x] [bold]cell $^$ " in printed
+
+
+def test_output_outlives_its_terminal() -> None:
+    master, terminal = os.openpty()
+    with open(terminal, "w") as stream, contextlib.redirect_stdout(stream), lasting_output():
+        print("read", flush=True)
+        assert os.read(master, 10) == b"read\r\n"
+        os.close(master)  # as an ssh session that ends does
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(terminal, b"lost")
+        print("lost", flush=True)
+        print("lost, too")
 
 
 def test_ctrl_c_is_answered_at_once() -> None:

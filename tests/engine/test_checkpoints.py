@@ -34,6 +34,19 @@ def test_a_damaged_or_foreign_file_is_named_in_one_line(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def test_a_bit_that_flipped_is_found_and_the_other_checkpoint_named(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 9, "model": {"weight": torch.rand(1000)}})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt as a checkpoint \(Bad CRC-32 .*; take a complete copy$"):
+        load_checkpoint(path)
+    save_checkpoint(tmp_path / "best.pt", {"step": 7})
+    with pytest.raises(CheckpointError, match=r"best\.pt, of step 7, is sound: evaluate, predict and train --weights"):
+        load_checkpoint(path)
+
+
 def test_loading_executes_no_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, ...]:

@@ -126,7 +126,7 @@ def test_training_lowers_the_loss(tiny: Tiny) -> None:
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
 
 
-@pytest.mark.parametrize(("stop_at", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT)])
+@pytest.mark.parametrize(("stop_at", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGHUP)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny: Tiny, stop_at: int, signum: int) -> None:
     whole = train(tiny("whole", workers=0))
     with pytest.raises(Interrupted, match=f"step {stop_at} of 6 is saved; go on with 'detr-fast train --resume"):
@@ -272,6 +272,16 @@ def test_signals_are_the_callers_again_after_training(tiny: Tiny) -> None:
     before = signal.getsignal(signal.SIGINT)
     train(tiny(epochs=1))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_hangup_that_is_ignored_as_under_nohup_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            signals.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_forked_worker_announces_no_stop(capfd: pytest.CaptureFixture[str]) -> None:

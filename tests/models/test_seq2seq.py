@@ -314,7 +314,7 @@ def test_embedding_and_head_can_be_tied_and_saved():
 
 
 @pytest.mark.parametrize("cache", [*CACHES, None])
-def test_a_source_of_nothing_but_padding_and_an_empty_batch_do_not_hurt(cache):
+def test_a_source_of_nothing_but_padding_or_of_nothing_and_an_empty_batch_do_not_hurt(cache):
     model = build()
     source = torch.cat((SENTENCES[:1], torch.zeros(1, 6, dtype=torch.long)))
     alone = model.generate(SENTENCES[:1], 6, cache=cache)
@@ -322,6 +322,10 @@ def test_a_source_of_nothing_but_padding_and_an_empty_batch_do_not_hurt(cache):
     assert torch.equal(F.pad(together[:1], (0, 6 - together.shape[1])), F.pad(alone, (0, 6 - alone.shape[1])))
     assert model.generate(SENTENCES[:0], 6, cache=cache).shape == (0, 0)
     assert model.beam_search(SENTENCES[:0], 6, beams=2, cache=cache).tokens.shape == (0, 2, 0)
+    nothing = SENTENCES[:1, :0]
+    assert model.generate(nothing, 6, cache=cache).shape[0] == 1
+    torch.testing.assert_close(model(nothing, TARGETS[:1]), model(source[1:], TARGETS[:1]), **ROUNDING)
+    assert model.train()(SENTENCES[:0], TARGETS[:0]).shape == (0, 4, VOCABULARY)
 
 
 def test_a_layer_that_a_cache_does_not_know_is_refused_and_decodes_without():
