@@ -223,13 +223,13 @@ def matching_cost_step(device: torch.device, images: int, targets: int, queries:
 
 def detection_losses_step(device: torch.device, images: int, gradients: bool = True) -> Step:
     """Six decoder layers, 100 queries, 92 classes, 20 boxes an image; fp32, as the losses see them."""
-    logits = torch.randn(6, images, 100, 92, device=device).requires_grad_()
-    boxes = (torch.rand(6, images, 100, 4, device=device) * 0.5 + 0.2).requires_grad_()
-    query = torch.rand(6, images, 100, device=device).argsort(-1)[..., :20]
+    logits = torch.randn(6, images, QUERIES, 92, device=device).requires_grad_()
+    boxes = (torch.rand(6, images, QUERIES, 4, device=device) * 0.5 + 0.2).requires_grad_()
+    query = torch.rand(6, images, QUERIES, device=device).argsort(-1)[..., :20]
     labels, true_boxes = torch.randint(91, (images, 20), device=device), torch.rand(images, 20, 4, device=device) + 0.1
     counts, broken = (
         labels.new_full((images,), 20),
-        torch.zeros_like(query[..., :1].expand(-1, -1, 100), dtype=torch.bool),
+        torch.zeros_like(query[..., :1].expand(-1, -1, QUERIES), dtype=torch.bool),
     )
     rest = (query, labels, true_boxes, counts, broken, counts)
     return step_of(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], (logits, boxes), gradients)
