@@ -144,6 +144,8 @@ def _with_function(kind: type[Module]) -> Callable[..., Any]:
     place = _place_of(theirs)
     assert place is not None
     names = {**forward.__globals__, name: partial(place, theirs)}
+    # By the module's name torch.compile of 2.11 would look up globals there, and find theirs.
+    del names["__name__"]
     copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
