@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from PIL import Image
 pytest.importorskip("accelerate")
 
 from detr_fast.data import CocoDetection, CocoEvaluator, CocoFolder, DataError, GroupedBatchSampler, collate
+from detr_fast.data.doctor import examine
+from detr_fast.data.images import read_image
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import TrainingDiverged
 from detr_fast.engine.reporter import Reporter
@@ -268,3 +271,26 @@ def test_boxes_without_height_are_refused_unless_dropping_them_is_asked_for(tmp_
     with pytest.raises(DataError, match=r"annotation 0 of image '0.png': its bbox has no area.*detr-fast doctor"):
         CocoFolder.open(folder)
     assert len(CocoFolder.open(folder, bad_boxes="drop").annotations("train").boxes) == 5
+
+
+@answers("Pictures of 12 bits are nearly black")
+def test_twelve_bits_are_read_as_the_file_says_and_where_it_does_not_the_doctor_reports_them(tmp_path):
+    folder = write_data(tmp_path / "data", {1: "a"})
+    pictures = sorted((folder / "images").iterdir())
+    values = {path: np.full((40, 40), 600 * number, dtype=np.uint16) for number, path in enumerate(pictures, start=1)}
+    for path, samples in values.items():
+        Image.fromarray(samples).save(path)
+    report = examine(folder)
+    found = {finding.kind: finding for finding in report.findings}["dark images"]
+    assert (found.severity, found.count) == ("warning", 6)
+    assert found.examples[0] == "0.png: no image needs over 12 of 16 bits"
+    for path in pictures:
+        Image.fromarray(np.asarray(Image.open(path)) << 4).save(path)
+    assert "dark images" not in {finding.kind for finding in examine(folder).findings}  # though the first still is dark
+    assert [read_image(path).max() for path in pictures] == [600 * number >> 4 for number in range(1, 7)]
+    # Two samples in three bytes, as TIFF packs 12 bits: width, height, bits, no compression, gray, where, rows, bytes.
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 278: 1, 279: 3}
+    directory = b"".join(struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHI", b"II", 42, 12) + b"\x80\x0f\xff\x00"
+    (tmp_path / "12.tif").write_bytes(header + struct.pack("<H", len(tags)) + directory + bytes(4))
+    assert read_image(tmp_path / "12.tif")[0, :, 0].tolist() == [0x80, 0xFF]

@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "duplicate image": Kind("warning", "the first one counts"),
     "duplicate box": Kind("warning", "the first one counts"),
     "box overhangs": Kind("warning", "cut off at the border"),
+    "dark images": Kind("warning", "kept: multiply their values, also of those to predict on (docs/faq.md)"),
     "class without boxes": Kind("note", "kept"),
     "images without objects": Kind("note", "kept: they are legal, and teach what no object looks like"),
 }

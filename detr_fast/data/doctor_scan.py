@@ -15,10 +15,11 @@ import numpy as np
 from detr_fast.data.annotations import as_integer_id, box_of, box_problem, id_key, read_coco_json
 from detr_fast.data.coco import SplitFiles, find_annotation_files, find_image_folder
 from detr_fast.data.errors import DataError
-from detr_fast.data.images import image_path, read_image
+from detr_fast.data.images import image_path, read_image, used_bits
 
 Progress = Callable[[int, int], None]
 
+DARK_BITS = 2  # unused by every image: all are read at a quarter of their brightness or less
 OVERHANG = 1.0  # pixels that a box may pass its image's border by before it is worth a word
 
 
@@ -30,6 +31,7 @@ class ImageScan:
     path: Path
     size: tuple[int, int] = (0, 0)  # height and width: of the decoded file where it decodes, else of the record
     digest: str = ""  # of the decoded pixels, so that a copy under another name or format is found
+    bits: tuple[int, int] | None = None  # that a sample has and that its values need, where it has more than 8
     problems: dict[str, str] = field(default_factory=dict)  # kind -> example text
 
     @property
@@ -77,6 +79,7 @@ def scan_folder(folder: Path, progress: Progress | None = None) -> list[SplitSca
         _scan_boxes(scan)
         _mark_copies(scan)
     _mark_leaks(scans)
+    _mark_dark(scans)
     return scans
 
 
@@ -141,6 +144,7 @@ def _decode(images: list[ImageScan], progress: Progress) -> None:
             image.problems["damaged image"] = f"{name} {reason}"
             return
         image.size = (pixels.shape[0], pixels.shape[1])
+        image.bits = used_bits(image.path, pixels)
         image.digest = hashlib.blake2b(pixels.tobytes() + repr(pixels.shape).encode(), digest_size=16).hexdigest()
         if all(annotated) and annotated != image.size:
             image.problems["wrong image size"] = (
@@ -211,6 +215,17 @@ def _mark_leaks(scans: list[SplitScan]) -> None:
         for image in scan.images:
             if image.digest in later:
                 image.problems["leak between splits"] = f"{image.record['file_name']} is also in {later[image.digest]}"
+
+
+def _mark_dark(scans: list[SplitScan]) -> None:
+    """Images of 12 bits, say, stored in 16 and read as such: told of all, since a single one may just be dark."""
+    deep = [image for scan in scans for image in scan.images if image.bits is not None]
+    used = max((image.bits[1] for image in deep if image.bits), default=16)
+    for image in deep:
+        if image.bits and used <= image.bits[0] - DARK_BITS:
+            image.problems["dark images"] = (
+                f"{image.record['file_name']}: no image needs over {used} of {image.bits[0]} bits"
+            )
 
 
 def all_problems(scan: SplitScan) -> list[dict[str, str]]:

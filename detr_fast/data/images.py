@@ -36,7 +36,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = F
             if turned or (size is not None and (picture.height, picture.width) != size):
                 picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip all above 255 to white
-                picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                surplus = _bits(file) - 8
+                picture = Image.fromarray(
+                    (np.asarray(picture).astype(np.int64) >> surplus).clip(0, 255).astype(np.uint8)
+                )
             if picture.mode == "F" and (values := np.asarray(picture)).max() <= 1:  # from 0 to 1: black to Pillow
                 picture = Image.fromarray((values * 255).clip(0, 255).astype(np.uint8))
             if picture.mode == "P" and "transparency" in picture.info:
@@ -54,6 +57,28 @@ def read_image(path: Path, size: tuple[int, int] | None = None, turned: bool = F
             "correct the sizes or run 'detr-fast doctor DATA --fix COPY'"
         )
     return pixels
+
+
+def _bits(picture: Image.Image) -> int:
+    """How many bits a sample of more than 8 has by its file: 16, but for TIFF's BitsPerSample of 9 to 15.
+
+    Tags of a smallest and a largest value don't count: writers take them from the single picture.
+    """
+    tags = getattr(picture, "tag_v2", {})
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    return int(bits) if 8 < bits < 16 else 16
+
+
+def used_bits(path: Path, pixels: np.ndarray) -> tuple[int, int] | None:
+    """How many bits a sample of the file has, and how many its `pixels`, as read, need; None where it has 8, colours or floats."""
+    try:
+        with Image.open(path) as file:
+            if not file.mode.startswith("I"):
+                return None
+            bits = _bits(file)
+            return bits, bits - 8 + int(pixels.max(initial=0)).bit_length()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _undecodable(path, error) from None
 
 
 def _undecodable(path: Path, error: Exception) -> DataError:
