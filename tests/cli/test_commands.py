@@ -247,7 +247,7 @@ def test_a_signal_to_all_processes_keeps_a_checkpoint_from_which_resume_goes_on(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 128 + signum
+    assert process.returncode == 128 + signum, error
     assert error.startswith("\nstopping after this step")
     assert error.count("\n") == 3
     assert error.splitlines()[2].startswith(f"stopped by {name}: step ")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,11 @@ def test_training_lowers_the_loss(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(("stop_at", "signum"), [(2, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGHUP)])
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tiny: Tiny, stop_at: int, signum: int) -> None:
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    tiny: Tiny, stop_at: int, signum: int, request: pytest.FixtureRequest
+) -> None:
+    # Under nohup a SIGHUP is ignored, and is meant to be.
+    request.addfinalizer(partial(signal.signal, signum, signal.signal(signum, signal.default_int_handler)))
     whole = train(tiny("whole", workers=0))
     with pytest.raises(Interrupted, match=f"step {stop_at} of 6 is saved; go on with 'detr-fast train --resume"):
         train(tiny("parts"), reporter=StopAt(stop_at, signum))
