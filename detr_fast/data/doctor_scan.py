@@ -219,13 +219,12 @@ def _mark_leaks(scans: list[SplitScan]) -> None:
 
 def _mark_dark(scans: list[SplitScan]) -> None:
     """Images of 12 bits, say, stored in 16 and read as such: told of all, since a single one may just be dark."""
-    deep = [image for scan in scans for image in scan.images if image.bits is not None]
-    used = max((image.bits[1] for image in deep if image.bits), default=16)
-    for image in deep:
-        if image.bits and used <= image.bits[0] - DARK_BITS:
-            image.problems["dark images"] = (
-                f"{image.record['file_name']}: no image needs over {used} of {image.bits[0]} bits"
-            )
+    deep = [(image, image.bits) for scan in scans for image in scan.images if image.bits is not None]
+    used = max((needed for _, (_, needed) in deep), default=0)
+    for image, (bits, _) in deep:
+        if used <= bits - DARK_BITS:
+            name = image.record["file_name"]
+            image.problems["dark images"] = f"{name}: no image needs over {used} of {bits} bits"
 
 
 def all_problems(scan: SplitScan) -> list[dict[str, str]]:

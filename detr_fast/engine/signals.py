@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -45,9 +46,8 @@ class StopSignals:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if (
-            self.announced and self.received is None and os.getpid() == self._process
-        ):  # by the system call: the signal may have come in the middle of a print
+        if self.announced and self.received is None and os.getpid() == self._process:
+            # By the system call: the signal may have come in the middle of a print.
             again = "; Ctrl-C again stops at once, without saving" if signum == signal.SIGINT else ""
             with suppress(OSError):
                 os.write(2, f"\nstopping after this step{again}\n".encode())
@@ -57,3 +57,22 @@ class StopSignals:
         """Raise Interrupted if a signal came."""
         if self.received is not None:
             raise Interrupted(self.received)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals to stop wait until this is left; processes that are started inside hold them until `release_signals`."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.HANDLED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_signals() -> None:
+    """In a process that was started under `signals_held`: what came meanwhile is delivered, or dropped where it is ignored by now."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.HANDLED)

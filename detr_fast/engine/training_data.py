@@ -18,7 +18,7 @@ from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.data.words import counted
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.errors import ConfigError
-from detr_fast.engine.signals import StopSignals
+from detr_fast.engine.signals import StopSignals, release_signals, signals_held
 
 PADDED_SIZES = 16  # adds some 12 % of padding on COCO (docs/training-step.md)
 
@@ -105,21 +105,28 @@ def load_training_data(
 
 
 def _share(loader: DataLoader[Any], accelerator: Accelerator) -> DataLoader[Any]:
-    """With several processes, a loader of this one's share of the batches; its workers outlast a signal to all."""
-    loader.worker_init_fn = _leave_signals_to_the_main_process
-    if accelerator.num_processes == 1:
-        return loader
-    sampler = _EveryNth(loader.batch_sampler, accelerator.process_index, accelerator.num_processes)
-    return DataLoader(
+    """The same, of this process's batches, with workers that outlast a signal to all."""
+    sampler = loader.batch_sampler
+    if accelerator.num_processes > 1:
+        sampler = _EveryNth(sampler, accelerator.process_index, accelerator.num_processes)
+    return _SteadyLoader(
         loader.dataset,
         batch_sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=_leave_signals_to_the_main_process,
         generator=loader.generator,
         persistent_workers=loader.persistent_workers,
     )
+
+
+class _SteadyLoader(DataLoader[Any]):
+    """Its workers begin with signals held back, as torch gives them a handler that ends them before they come to `worker_init_fn`."""
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
 
 
 class _EveryNth(Sampler[Any]):
@@ -139,3 +146,4 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     """Schedulers and terminals signal the whole process group; without its workers, the step could not be finished."""
     for signum in StopSignals.HANDLED:
         signal.signal(signum, signal.SIG_IGN)
+    release_signals()

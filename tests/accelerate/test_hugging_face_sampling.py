@@ -150,6 +150,8 @@ def compiled(module):
         with torch.no_grad():
             return call(torch.compile(module, fullgraph=True, backend="eager"))
     except InternalTorchDynamoError:
+        if torch.__version__ >= (2, 12):
+            raise
         return None
 
 

@@ -286,9 +286,8 @@ def test_the_whole_run_is_rehearsed_end_to_end(gpu, tmp_path, monkeypatch, capsy
     """Every section runs its own code, with the CPU in the GPU's place (tests/rehearsal.py); nothing is timed."""
     tools, out, prefix = (tmp_path / name for name in ("bin", "out", "prefix"))
     tools.mkdir()
-    sanitizer = (
-        tools / "compute-sanitizer"
-    )  # takes the same arguments, and only runs what it should watch, for one tool
+    # Takes the same arguments, and only runs what it should watch, for one tool.
+    sanitizer = tools / "compute-sanitizer"
     sanitizer.write_text(
         '#!/bin/sh\nwhile [ "$1" != "--tool" ]; do shift; done\n[ "$2" = racecheck ] && exit\nshift 2\nexec "$@"\n'
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 
 from detr_fast.data import DataError
 from detr_fast.engine.checkpoints import load_checkpoint
@@ -287,6 +289,18 @@ def test_a_hangup_that_is_ignored_as_under_nohup_stays_so() -> None:
             signals.check()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches what a forked worker runs")
+def test_a_worker_that_still_starts_outlasts_a_signal_to_all(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = signal_handling._set_worker_signal_handlers  # from here on SIGTERM ends a worker
+
+    def signalled() -> None:
+        begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", signalled)
+    assert train(tiny(epochs=1, workers=1)).steps == 3
 
 
 def test_a_forked_worker_announces_no_stop(capfd: pytest.CaptureFixture[str]) -> None:
