@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS)
 	@touch $@
 	@echo "ready; '. $(BIN)/activate' puts detr-fast and python on your PATH"
 
-demo: setup ## train a small DETR on generated scenes, evaluate it and draw its predictions (QUICK=1: about a minute)
+demo: setup ## train a small DETR on generated scenes, evaluate it and draw its predictions (QUICK=1: a minute or two)
 	$(BIN)/detr-fast demo $(if $(QUICK),--quick)
 
 test: setup ## the whole test suite: kernels in Triton's interpreter, then everything else, JOBS processes each
