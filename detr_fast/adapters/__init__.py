@@ -12,10 +12,10 @@ from detr_fast.adapters.base import Adapter
 _ADAPTERS = {
     "detr_fast.adapters.hugging_face.HuggingFaceAttention": "transformers",
     "detr_fast.adapters.hugging_face_layers.HuggingFaceLayers": "transformers",
-    "detr_fast.adapters.hugging_face_norms.HuggingFaceNorms": "transformers",
     "detr_fast.adapters.hugging_face_sampling.HuggingFaceSampling": "transformers",
     "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
     "detr_fast.adapters.hugging_face_loss.HuggingFaceLoss": "transformers",
+    "detr_fast.adapters.rms_norms.RMSNorms": None,
     "detr_fast.adapters.frozen_resnet.FrozenResNets": None,
     "detr_fast.adapters.timm.Timm": "timm",
     "detr_fast.adapters.torchvision.Torchvision": "torchvision",

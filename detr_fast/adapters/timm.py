@@ -1,4 +1,4 @@
-"""timm's vision transformers: their attention, block and LayerNorm classes, and the attentions of both versions of Swin."""
+"""timm's vision transformers: their attention, block and norm classes, and the attentions of both versions of Swin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import timm.models.vision_transformer as theirs
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import RmsNorm as TimmRmsNorm
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -20,6 +21,7 @@ from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import probability, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 from detr_fast.ops.layer_norm import LAYER_NORM
+from detr_fast.ops.rms_norm import RMS_NORM
 
 _BLOCK = ("self x attn_mask is_causal", "drop_path1 ls1 attn norm1 drop_path2 ls2 mlp norm2")
 # What the forwards that we know read; another one computes something else.
@@ -31,6 +33,7 @@ _KNOWN = {
     ),
     theirs.Block: names(_BLOCK[1]),
     TimmLayerNorm: names("_fast_norm fast_layer_norm normalized_shape weight bias eps F layer_norm"),
+    TimmRmsNorm: names("_fast_norm fast_rms_norm normalized_shape weight eps rms_norm"),
     swin.WindowAttention: names(
         "shape qkv reshape num_heads permute unbind fused_attn _get_rel_pos_bias view expand torch nn functional "
         "scaled_dot_product_attention training attn_drop p scale transpose unsqueeze softmax proj proj_drop"
@@ -69,6 +72,18 @@ class LayerNorm(TimmLayerNorm, Scriptable):
         if is_dispatched(x):
             return LAYER_NORM(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RmsNorm(TimmRmsNorm, Scriptable):
+    """The same RMSNorm on `ops.rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's, which runs with its fast norm switched on."""
+        if self._fast_norm:
+            return super().forward(x)
+        if is_dispatched(x):
+            return RMS_NORM(x, self.normalized_shape, self.weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Block(theirs.Block, Scriptable):
@@ -128,12 +143,13 @@ _REPLACEMENTS: dict[type[Module], type[Module]] = {
     theirs.Attention: Attention,
     theirs.Block: Block,
     TimmLayerNorm: LayerNorm,
+    TimmRmsNorm: RmsNorm,
 }
 NORMS.update((TimmLayerNorm, LayerNorm))
 
 
 class Timm(Adapter):
-    """Exactly timm's Attention, Block and LayerNorm, and Swin's attentions."""
+    """Exactly timm's Attention, Block, LayerNorm and RmsNorm, and Swin's attentions."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
@@ -141,7 +157,9 @@ class Timm(Adapter):
         replacement = _REPLACEMENTS.get(kind)
         if replacement is None:
             return None
-        if kind is theirs.Block and reads(theirs.Block.forward) != _BLOCK:
+        if (kind is theirs.Block and reads(theirs.Block.forward) != _BLOCK) or (
+            kind is TimmRmsNorm and kind.forward.__globals__.get("rms_norm") is not F.rms_norm
+        ):
             return "this version of timm computes it differently"
         if unknown := names_used(kind.forward) - _KNOWN[kind]:
             return f"this version of timm computes it differently ({', '.join(sorted(unknown))})"

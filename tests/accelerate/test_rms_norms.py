@@ -1,9 +1,11 @@
-"""RMSNorms, torch.nn's and transformers', accelerated: what they were, by one kernel."""
+"""RMSNorms, torch.nn's, transformers', timm's and their copies, accelerated: what they were, by one kernel."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import types
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from detr_fast.explanation import explaining
 from detr_fast.testing import count
 
 transformers = pytest.importorskip("transformers")
+timm_layers = pytest.importorskip("timm.layers")
+llama = importlib.import_module("transformers.models.llama.modeling_llama")
+qwen = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+deepseek = importlib.import_module("transformers.models.deepseek_v4.modeling_deepseek_v4")
 WIDTH = 40
 # Of each code that is known one class: its module, its name, and whether its weight is 0 at first.
 NORMS = {
@@ -28,7 +34,27 @@ NORMS = {
     "Moshi": lambda: of("moshi", "MoshiRMSNorm"),
     "Gemma 3n": lambda: of("gemma3n", "Gemma3nRMSNorm"),
     "Gemma 3n, without a weight": lambda: of("gemma3n", "Gemma3nRMSNorm", with_scale=False),
+    "DeepSeek V4, without a weight": lambda: deepseek.DeepseekV4UnweightedRMSNorm(1e-5),
+    "a copy of Meta's Llama": lambda: CopiedRMSNorm(WIDTH),
+    "timm": lambda: timm_layers.RmsNorm(WIDTH, eps=1e-5),
+    "timm, without a weight": lambda: timm_layers.RmsNorm(WIDTH, eps=1e-5, affine=False),
 }
+
+
+class CopiedRMSNorm(nn.Module):
+    """As it stands in many repositories, and in transformers' Llama 4."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.eps = 1e-5
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def _norm(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        output = self._norm(x.float()).type_as(x)
+        return output * self.weight
 
 
 def of(model, name, **options):
@@ -46,6 +72,7 @@ def pair(name, dtype):
     ours = copy.deepcopy(original)
     report = detr_fast.accelerate(nn.ModuleDict({"norm": ours}))
     assert [one.name for one in report.switched] == ["norm"]
+    assert list(ours.state_dict()) == list(original.state_dict())
     return ours, original
 
 
@@ -163,8 +190,91 @@ def test_a_small_call_on_a_gpu_launches_no_more_than_it_did(unmeasured):
     assert launches[0] == launches[1]
 
 
-def test_a_norm_of_other_code_is_left_alone():
-    qwen = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-    gated = qwen.Qwen3NextRMSNormGated(WIDTH)  # normalises, and then multiplies by a gate
-    detr_fast.accelerate(model := nn.ModuleList([gated, nn.LayerNorm(4)]))
-    assert type(model[0]) is qwen.Qwen3NextRMSNormGated
+@pytest.mark.parametrize("name", NORMS)
+def test_under_autocast_on_a_gpu_the_dtype_is_theirs(name, unmeasured):
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` wants a GPU
+    try:
+        with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), use_backend(rms_norm="triton"):
+            model = nn.ModuleList([NORMS[name]()])
+            x = torch.empty(7, WIDTH, dtype=torch.bfloat16)
+            expected = model[0](x).dtype
+            detr_fast.accelerate(model)
+            assert model[0](x).dtype == expected
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def doubled(forward):
+    @functools.wraps(forward)
+    def run(self, x):
+        return 2 * forward(self, x)
+
+    return run
+
+
+def overriding():
+    class Mine(llama.LlamaRMSNorm):
+        forward = doubled(llama.LlamaRMSNorm.forward)
+
+    return Mine(WIDTH)
+
+
+def with_another_norm():
+    class Mine(CopiedRMSNorm):
+        def _norm(self, x):
+            return super()._norm(x - x.mean(-1, keepdim=True))
+
+    return Mine(WIDTH)
+
+
+def wrapped():
+    class WrappedRMSNorm(nn.Module):
+        eps, weight = 1e-5, 1.0
+        _norm, forward = CopiedRMSNorm._norm, doubled(CopiedRMSNorm.forward)
+
+    return WrappedRMSNorm()
+
+
+def of_another_torch():
+    class OtherRMSNorm(nn.Module):
+        eps, weight = 1e-5, 1.0
+        _norm = types.FunctionType(CopiedRMSNorm._norm.__code__, {"torch": types.SimpleNamespace(rsqrt=torch.sqrt)})
+        forward = CopiedRMSNorm.forward
+
+    return OtherRMSNorm()
+
+
+def replaced():
+    norm = CopiedRMSNorm(WIDTH)
+    norm._norm = torch.sigmoid
+    return norm
+
+
+UNKNOWN = "its code is that of no RMSNorm that is known here"
+LEFT = [
+    (overriding, "Mine overrides forward or _norm of LlamaRMSNorm"),
+    (with_another_norm, "Mine overrides forward or _norm of CopiedRMSNorm"),
+    (wrapped, UNKNOWN),
+    (of_another_torch, UNKNOWN),
+    (replaced, "its _norm was replaced on the instance"),
+    (lambda: qwen.Qwen3NextRMSNormGated(WIDTH), UNKNOWN),  # normalises, and then multiplies by a gate
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), LEFT)
+def test_a_norm_that_computes_something_else_is_left_alone_and_why_is_said(make, reason):
+    norm = make()
+    kind = type(norm)
+    report = detr_fast.accelerate(model := nn.ModuleList([norm, nn.LayerNorm(4)]))
+    assert type(model[0]) is kind
+    assert [one.reason for one in report.left] == [reason]
+
+
+@pytest.mark.interpreter
+def test_an_eps_that_is_a_tensor_is_read_by_the_norms_own_code():
+    norm = CopiedRMSNorm(WIDTH)
+    norm.eps = torch.tensor(0.5)
+    expected = norm(x := torch.randn(3, WIDTH))
+    detr_fast.accelerate(model := nn.ModuleList([norm]))
+    with use_backend(rms_norm="triton"):
+        assert torch.equal(model[0](x), expected)

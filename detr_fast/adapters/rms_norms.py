@@ -1,20 +1,31 @@
-"""Hugging Face transformers' RMSNorm classes, of which models have copies that differ in where they round, on `ops.rms_norm`; and Llama's
-decoder layer, whose second norm takes the sum before it.
+"""RMSNorm classes of transformers, and whoever has copied their code, on `ops.rms_norm`; and Llama's decoder layer, whose second norm takes
+the sum before it.
 
-Known by all of their code (`base.fingerprint`). Theirs take the mean of squares in fp32 and write each step to memory; the kernel does so in
-one launch and rounds once, at the end, to the dtype that theirs come to. Where no kernel takes the call, their own code runs.
+Copies differ in where they round, so they are known by all of their code (`base.fingerprint`). They take the mean of squares in fp32 and write
+each step to memory; the kernel does so in one launch and rounds once, at the end, to the dtype that theirs come to. Where no kernel takes the
+call, their own code runs.
 """
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
+from detr_fast.adapters.base import (
+    Adapter,
+    Scriptable,
+    fingerprint,
+    joined,
+    joined_of,
+    kind_of,
+    names_used,
+    why_not_switch,
+)
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import rms_norms_are_free
@@ -24,6 +35,8 @@ from detr_fast.ops.rms_norm import RMS_NORM, result_dtype
 
 def _normalised(x: Any, weight: Any, eps: float, dtype: torch.dtype | None = None) -> Tensor | None:
     """RMSNorm over the last dimension in `dtype`, by default x's; None where no kernel computes it."""
+    if not isinstance(eps, float):  # a tensor, in classes that only have the code of those we know
+        return None
     arguments = (x, tuple(x.shape[-1:]), weight, eps, dtype or x.dtype)
     kernel = RMS_NORM.kernel(*arguments)
     return None if kernel is None else kernel.run(*arguments)
@@ -38,6 +51,16 @@ class LlamaRMSNorm(Scriptable):
             dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
             y = _normalised(hidden_states, self.weight, self.variance_epsilon, dtype)
         return super().forward(hidden_states) if y is None else y  # type: ignore[misc]
+
+
+class Llama4RMSNorm(Scriptable):
+    """The same of Llama 4, and of the repositories that Meta's Llama came in."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = None
+        if is_dispatched(x):
+            y = _normalised(x, self.weight, self.eps, torch.promote_types(x.dtype, self.weight.dtype))
+        return super().forward(x) if y is None else y  # type: ignore[misc]
 
 
 class LlamaDecoderLayer(Scriptable):
@@ -137,6 +160,7 @@ class NanoChatRMSNorm(Scriptable):
 _NORM = "ca4c65479fe5191b"
 _CODE: dict[tuple[str | None, str | None], type[Module]] = {
     ("91da25249da50ad8", None): LlamaRMSNorm,
+    ("efb961b8e0d76a41", _NORM): Llama4RMSNorm,
     ("0df2f77903ae34c9", None): LlamaDecoderLayer,
     ("cfcfee9dce3b6411", None): OlmoRMSNorm,
     ("0b6e282afb263e49", None): OlmoRMSNorm,  # with the weight in fp32
@@ -145,20 +169,25 @@ _CODE: dict[tuple[str | None, str | None], type[Module]] = {
     ("b724336c24cd5195", _NORM): MoshiRMSNorm,
     ("038f6b1c4c1c6c82", "ae57079cb6657f55"): Gemma4RMSNorm,
     ("fd8944f3bef443f6", _NORM): NanoChatRMSNorm,
+    ("db3e6a3c253832e1", None): NanoChatRMSNorm,  # with the factor rounded, too
 }
+# What the code of each of them reads, one or the other: others need no second look.
+_READ = {"rsqrt", "_norm", "post_attention_layernorm"}
 
 
-class HuggingFaceNorms(Adapter):
-    """Classes of transformers whose code is that of the norms above, or of the layer."""
+class RMSNorms(Adapter):
+    """Classes whose code is that of the norms above, or of the layer, wherever they are defined."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
-        kind = kind_of(module)
-        if not kind.__module__.startswith("transformers."):
+        kind: Any = kind_of(module)
+        if isinstance(module, nn.RMSNorm | Scriptable):  # torch.nn's, or switched already
             return None
-        ours = _by_code(kind.forward, getattr(kind, "_norm", None))
-        if ours is None or isinstance(module, ours):
-            return None
+        ours = _known(kind)
+        if ours is None:
+            return _why_unknown(kind)
+        if "_norm" in module.__dict__:
+            return "its _norm was replaced on the instance"
         return why_not_switch(module) or joined(ours, kind, kind)
 
     @classmethod
@@ -167,5 +196,28 @@ class HuggingFaceNorms(Adapter):
 
 
 @cache
-def _by_code(forward: Any, inner: Any) -> type[Module] | None:
-    return _CODE.get((fingerprint(forward), None if inner is None else fingerprint(inner)))
+def _known(kind: Any) -> type[Module] | None:
+    """The class above that has the code of this one."""
+    parts = [kind.forward, *filter(None, [getattr(kind, "_norm", None)])]
+    if not all(inspect.isfunction(inspect.unwrap(part)) for part in parts) or not _READ & names_used(kind.forward):
+        return None
+    if not kind.__module__.startswith("transformers.") and not all(map(_means_what_it_says, parts)):
+        return None
+    return _CODE.get((fingerprint(parts[0]), fingerprint(parts[1]) if len(parts) > 1 else None))
+
+
+def _means_what_it_says(function: Any) -> bool:
+    """Whether nothing is wrapped around a function, and what its code calls torch is torch."""
+    if hasattr(function, "__wrapped__") or function.__closure__:
+        return False
+    return "torch" not in names_used(function) or function.__globals__.get("torch") is torch
+
+
+@cache
+def _why_unknown(kind: Any) -> str | None:
+    """Why a class is left alone that is an RMSNorm by its name, or by the class that it is derived from."""
+    bases = [base for base in kind.__mro__[1:] if issubclass(base, Module)]
+    for base in bases:
+        if _known(base) not in (None, LlamaDecoderLayer):
+            return f"{kind.__name__} overrides forward or _norm of {base.__name__}"
+    return "its code is that of no RMSNorm that is known here" if "RMSNorm" in kind.__name__ else None
