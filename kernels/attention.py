@@ -21,7 +21,16 @@ from torch import Tensor
 
 from .attention_copies import copy_rows, copy_variants
 from .attention_problem import COMMON_TYPES, PACKED_TYPES, PLACE_TYPES, Form, Problem, places
-from .attention_program import at, clear_surplus, keys_to_visit, mask_end, own_queries, own_sequence, shared_head
+from .attention_program import (
+    at,
+    clear_surplus,
+    keys_to_visit,
+    mask_end,
+    mask_place,
+    own_queries,
+    own_sequence,
+    shared_head,
+)
 from .attention_split import Parts, combine_variant, key_parts
 from .attention_tiles import dot, drawn, dropped, load_keys, load_tile, masked_scores, store_tile, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
@@ -150,6 +159,7 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PERIODIC: tl.constexpr,
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
@@ -172,7 +182,7 @@ def attention_forward_kernel(
         batch * padding_batch,
         padding_column,
         mask_ptr,
-        batch * mask_batch + head * mask_head,
+        mask_place(batch, head, mask_batch, mask_head, batches, PERIODIC),
         mask_row,
         mask_column,
         list_ptr,

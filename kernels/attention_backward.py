@@ -129,7 +129,7 @@ def _mask_gradient(problem: Problem, form: Form, statistics: Tensor, dout: Tenso
 
 def _four(shape: Sequence[int]) -> tuple[int, ...]:
     """A mask's batch elements, heads, rows and columns."""
-    return (1,) * (4 - len(shape)) + tuple(shape)
+    return ((1,) * 4 + tuple(shape))[-4:]
 
 
 def _mask_launch(
@@ -147,7 +147,7 @@ def _mask_launch(
     tiles = batches * heads
     for size, block in ((rows, "BLOCK_M"), (columns, "BLOCK_N")):
         tiles *= 1 if size == 1 else -(-size // int(variant.constants[block]))
-    sharing = (1 if batches > 1 else problem.batch) * (1 if heads > 1 else problem.heads)
+    sharing = problem.batch // max(1, batches) * (1 if heads > 1 else problem.heads)
     # Two of the three programs that a multiprocessor has room for.
     parts = max(1, min(2 * multiprocessors(device) // max(1, tiles), sharing // LEAST_SHARED))
     return variant if parts == 1 else mask_variant(form, *shared, split=True), (tiles, parts)

@@ -3,7 +3,17 @@
 
 from __future__ import annotations
 
-from .attention_program import at, batch_and_head, clear_surplus, mask_end, own_keys, own_sequence, shared_head, uniform
+from .attention_program import (
+    at,
+    batch_and_head,
+    clear_surplus,
+    mask_end,
+    mask_place,
+    own_keys,
+    own_sequence,
+    shared_head,
+    uniform,
+)
 from .attention_tiles import (
     add_tile,
     deferred,
@@ -184,6 +194,7 @@ def attention_backward_keys_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PERIODIC: tl.constexpr,
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
     FRUGAL: tl.constexpr,
@@ -267,7 +278,8 @@ def attention_backward_keys_kernel(
             element, head = batch, key_head * group + member
             own_index, own_q, own_L, own_S = index, first_q, L, S
         head_index = element * heads + head
-        hiding = (None, 0, 0, mask_ptr, element * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
+        mask_start = mask_place(element, head, mask_batch, mask_head, batches, PERIODIC)
+        hiding = (None, 0, 0, mask_ptr, mask_start, mask_row, mask_column, None, 0)
         drop = (seed_ptr, head_index.to(tl.int32), offset, threshold, rescale)
         for MASKED in tl.static_range(1, -1, -1):
             if (mask_ptr is None) if not MASKED else (CAUSAL or mask_ptr is not None):

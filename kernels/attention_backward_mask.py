@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .attention_program import at, mask_end, own_sequence, shared_head
+from .attention_program import at, mask_end, mask_place, own_sequence, shared_head
 from .attention_tiles import deferred, dot, drawn, dropped, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
 from .overlap import wait_for_previous
@@ -63,6 +63,7 @@ def attention_backward_mask_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PERIODIC: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
     """One program for one tile of dmask, (mask_batches, mask_heads, 1 or L, 1 or S), over all that the mask is shared by.
@@ -87,10 +88,17 @@ def attention_backward_mask_kernel(
     # Of the heads of a batch element, those that share the mask: all, or one.
     step = tl.where(mask_heads == 1, 1, heads)
     shared = tl.where(mask_batches == 1, batches, 1) * tl.where(mask_heads == 1, heads, 1)
+    if PERIODIC:  # counted one by one: from a batch element to the next the step is another than from head to head
+        step, together = 1, tl.where(mask_heads == 1, heads, 1)
+        shared = batches // mask_batches * together
     share = tl.cdiv(shared, tl.num_programs(1)) * step
-    first = first_batch * heads + first_head
+    origin = first_batch * heads + first_head
+    first = 0 if PERIODIC else origin
     end = tl.minimum((tl.program_id(1) + 1) * share, shared * step) + first
-    for index in range(first + tl.program_id(1) * share, end, step):
+    for number in range(first + tl.program_id(1) * share, end, step):
+        index = number
+        if PERIODIC:
+            index = origin + number // together * (mask_batches * heads) + number % together
         batch, head = tl.cast(index // heads, tl.int64), tl.cast(index % heads, tl.int64)
         place, first_q, own_L, first_k, own_S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
         last_row, last_column = end_row, end_column
@@ -101,7 +109,7 @@ def attention_backward_mask_kernel(
             batch * padding_batch,
             padding_column,
             mask_ptr,
-            batch * mask_batch + head * mask_head,
+            mask_place(batch, head, mask_batch, mask_head, mask_batches, PERIODIC),
             mask_row,
             mask_column,
             None,

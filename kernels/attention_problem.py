@@ -29,7 +29,7 @@ class Form:
 
     head_dim, value_dim: whole runs of 16 bytes. mask_vector: neighbouring elements of a mask that stay together at a multiple of 16
     bytes or of their size, 1 where some do not. mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
-    generation: of the GPU, see `launch.generation`.
+    generation: of the GPU, see `launch.generation`. periodic: whether the mask's batch elements come again, see `Problem`.
     """
 
     dtype: torch.dtype
@@ -45,6 +45,7 @@ class Form:
     few_queries: bool = False
     few_keys: bool = False
     generation: str = ""
+    periodic: bool = False
 
     @property
     def listed(self) -> bool:
@@ -124,6 +125,7 @@ class Form:
             "PRECISION": self._precision(),
             "VEC": self.vector,
             "MASK_VEC": self.mask_vector,
+            "PERIODIC": self.periodic,
         }
 
     def _precision(self) -> str:
@@ -166,12 +168,14 @@ class Problem:
     """One call, ready for kernels: tensors that they can read, the form, and the arguments of every launch.
 
     q (B, L, H, E), k (B, S, H / group, E), v (B, S, H / group, Ev), of one dtype. padding: (B, S) bool, True = hidden.
-    mask: bool (True = may attend) or float, broadcasts to (B, H, L, S). seed: int64 (1,), where dropout_p > 0.
+    mask: bool (True = may attend) or float, broadcasts to (B, H, L, S), or to (1, n, H, L, S) for n that divides B: the masks of n batch
+    elements, which come again in the next n. seed: int64 (1,), where dropout_p > 0.
     given, given_mask: q, k and v, and the mask as they came. Those that are not `readable` have memory for a copy, which is
     filled by `copy_rows`; copies: of such tensors, with it. head_dim, value_dim: in whole runs of 16 bytes.
     sequences: of a packed batch, whose q, k and v have a batch of 1, and which has no padding. What lies behind the
     last sequence is not read, and results there are zero. batch, queries and keys are then the number of sequences and the
     largest lengths, which the mask is for, and lse is (B, H, max_q), -inf where a sequence has ended.
+    period: n where a mask's batch elements come again, else 0.
     generation: of the GPU that it is for; None: of q's device.
     """
 
@@ -205,13 +209,17 @@ class Problem:
         if padding is not None and padding.stride(1) > MAX_TILE_STRIDE // 16:  # 1,024 keys are read at once
             padding = padding.contiguous()
         self.padding, self.given_mask = padding, mask
+        self.period = 0
         self.sequences = sequences
         if sequences is not None:
             self.batch = len(sequences.ends_q) - 1
             # At least a tile each: its program writes the zeros of what is surplus.
             self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
         if mask is not None:
-            mask = mask.expand(self.batch, self.heads, self.queries, self.keys)
+            if mask.ndim == 5:
+                self.period = mask.shape[1] if 1 < mask.shape[1] < self.batch else 0
+                mask = mask[0]
+            mask = mask.expand(self.period or self.batch, self.heads, self.queries, self.keys)
             if mask.stride(2) + mask.stride(3) > MAX_TILE_STRIDE:
                 mask = mask.contiguous()
         self.mask = mask
@@ -242,6 +250,7 @@ class Problem:
             self.generation == "hopper" and self.tiles(128) < FEW_TILES,
             self.generation == "hopper" and -(-self.keys // 128) * self.batch * self.heads < FEW_TILES * self.group,
             self.generation,
+            self.period > 0,
         )
 
     def tiles(self, rows: int) -> int:
@@ -258,12 +267,13 @@ class Problem:
     def packed(
         self, tensor: Tensor, split: bool = False
     ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
-        """A packed batch's ends, how many tokens there are as in `tensor`, and how many sequences.
+        """A packed batch's ends, how many tokens there are as in `tensor`, and how many sequences; of another batch, how many of its
+        elements have masks of their own where these come again.
 
         split: no tokens, so that no surplus is cleared where parts are written, which have none.
         """
         if self.sequences is None:
-            return (None, None), (0, 0)
+            return (None, None), (0, self.period)
         return (self.sequences.ends_q, self.sequences.ends_k), (0 if split else tensor.shape[1], self.batch)
 
     def sizes(self) -> tuple[int | float, ...]:

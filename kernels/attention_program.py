@@ -114,6 +114,14 @@ def clear_surplus(
 
 
 @jit
+def mask_place(batch, head, batch_stride, head_stride, batches, PERIODIC: tl.constexpr):
+    """Where the mask of a head begins. PERIODIC: the masks of so many batch elements come again in the next ones; else each has its own."""
+    if PERIODIC:  # divided as 32 bits: see `shared_head`
+        batch = (batch.to(tl.int32) % batches).to(tl.int64)
+    return batch * batch_stride + head * head_stride
+
+
+@jit
 def at(pointer, place, batch, head, row):
     """Where a row of a head lies."""
     batch_stride, head_stride, row_stride = place

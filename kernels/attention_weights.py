@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_copies import copy_rows
 from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
-from .attention_program import at
+from .attention_program import at, mask_place
 from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
@@ -52,6 +52,7 @@ def attention_weights_kernel(
     offset: tl.int32,
     threshold: tl.int32,
     rescale: tl.float32,
+    batches: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     AVERAGED: tl.constexpr,
@@ -62,8 +63,9 @@ def attention_weights_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     MASK_VEC: tl.constexpr,
+    PERIODIC: tl.constexpr,
 ):
-    """scale: times log2(e). rescale: what dropout multiplies a kept weight by. OUT_VEC: see `weights_run`."""
+    """scale: times log2(e). rescale: what dropout multiplies a kept weight by. OUT_VEC: see `weights_run`. batches: see `mask_place`."""
     wait_for_previous()
     # Nothing here is of v: its dimensions stand for q's.
     FORM: tl.constexpr = (E, E, BLOCK_E, BLOCK_E, CAUSAL, PRECISION, VEC, MASK_VEC)
@@ -88,7 +90,8 @@ def attention_weights_kernel(
         k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
         k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        hiding = (None, 0, 0, mask_ptr, batch * mask_batch + head * mask_head, mask_row, mask_column, None, 0)
+        mask_start = mask_place(batch, head, mask_batch, mask_head, batches, PERIODIC)
+        hiding = (None, 0, 0, mask_ptr, mask_start, mask_row, mask_column, None, 0)
         scores = masked_scores(scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
         lse = tl.load(lse_ptr + head * L + row, mask=exists, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
@@ -121,7 +124,7 @@ def attention_weights(problem: Problem, lse: Tensor, averaged: bool, dtype: torc
     tiles_n = -(-problem.keys // variant.constants["BLOCK_N"])
     grid = (tiles_m * tiles_n * problem.batch * (1 if averaged else problem.heads),)
     strides = (*places(q), *places(k))
-    launch(variant, grid, q, k, weights, lse, *problem.tensors(), *strides, *problem.sizes())
+    launch(variant, grid, q, k, weights, lse, *problem.tensors(), *strides, *problem.sizes(), problem.period)
     return weights
 
 
@@ -135,7 +138,7 @@ def weights_variant(form: Form, averaged: bool, dtype: torch.dtype, run: int) ->
     """The program that computes weights of `dtype`, stored in runs of `run` elements."""
     config = form.config("weights")
     tensors = (form.dtype, form.dtype, dtype, torch.float32, *form.masks())
-    types = (*map(pointer, tensors), *PLACE_TYPES * 2, *COMMON_TYPES)
+    types = (*map(pointer, tensors), *PLACE_TYPES * 2, *COMMON_TYPES, "i32")
     common = {name: value for name, value in form.constants().items() if name not in ("EV", "BLOCK_EV")}
     tile = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "AVERAGED": averaged, "OUT_VEC": run}
     return Variant(attention_weights_kernel, types, {**tile, **common}, config.num_warps, config.num_stages)

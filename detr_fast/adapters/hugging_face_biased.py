@@ -37,7 +37,7 @@ class SwinSelfAttention(Scriptable):
         if not _takes(self, hidden_states, output_attentions):
             return super().forward(hidden_states, attention_mask, output_attentions)  # type: ignore[misc]
         bias = bias_of(self.relative_position_bias_table, self.relative_position_index)
-        mask = with_shift(bias, attention_mask, len(hidden_states))
+        mask = with_shift(bias, attention_mask)
         return (attend(packed(*_projected(self, hidden_states)), mask, probability(self.dropout)),)
 
 
@@ -54,7 +54,7 @@ class Swinv2SelfAttention(Scriptable):
         bias = 16 * torch.sigmoid(bias_of(table, self.relative_position_index))
         if attention_mask is not None:
             attention_mask = 2 * attention_mask  # transformers adds it twice
-        mask = with_shift(bias, attention_mask, len(hidden_states))
+        mask = with_shift(bias, attention_mask)
         return (attend(cosines(q, k, v, self.logit_scale), mask, probability(self.dropout), 1.0),)
 
 

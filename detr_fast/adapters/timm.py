@@ -107,7 +107,7 @@ class WindowAttention(swin.WindowAttention, Scriptable):
         if not is_dispatched(x) or not _is_softmax(self.softmax, self.attn_drop):
             return super().forward(x, mask)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        both = with_shift(self._get_rel_pos_bias()[0], mask, len(x))
+        both = with_shift(self._get_rel_pos_bias()[0], mask)
         y = attend([qkv], both, probability(self.attn_drop), self.scale)
         return self.proj_drop(self.proj(y))
 
@@ -127,7 +127,7 @@ class WindowAttentionV2(swin_v2.WindowAttention, Scriptable):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         bias = 16 * torch.sigmoid(bias_of(table, self.relative_position_index))
-        both = with_shift(bias, mask, len(x))
+        both = with_shift(bias, mask)
         y = attend(cosines(q, k, v, self.logit_scale), both, probability(self.attn_drop), 1.0)
         return self.proj_drop(self.proj(y))  # type: ignore[no-any-return]
 

@@ -88,7 +88,7 @@ def _attend_in_windows(attention: Any, given: Tensor, logit_scale: Tensor | None
         q, k, v = qkv.unbind(2)
         packs, scale = cosines(q, k, v, logit_scale), 1.0
     hidden = shift_mask(given, (padded_height, padded_width), window, shift) if sum(shift) > 0 else None
-    mask = with_shift(attention.get_relative_position_bias()[0], hidden, len(x))
+    mask = with_shift(attention.get_relative_position_bias()[0], hidden)
     x = attend(packs, mask, probability(attention.attention_dropout, attention.training), scale)
     x = F.linear(x, attention.proj.weight, attention.proj.bias)
     x = F.dropout(x, attention.dropout, attention.training)

@@ -1,7 +1,7 @@
 """Attention inside of windows, as Swin's: with a bias by relative position, which all windows share, and a mask where they are shifted.
 
 The scores stay inside `ops.attention`. Bias and mask are added up once: (1, heads, N, N), or where windows are shifted a matrix for each
-window of each image.
+window of an image, which all images share.
 Sources: Liu et al., 2021, arXiv:2103.14030; Liu et al., 2022, arXiv:2111.09883 (the second version, by cosines).
 """
 
@@ -57,13 +57,9 @@ def bias_of(table: Tensor, index: Tensor) -> Tensor:
     return table[index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
 
 
-def with_shift(bias: Tensor, shift: Tensor | None, windows: int) -> Tensor:
-    """bias (heads, N, N) and the mask of an image's shifted windows (n, N, N), or None, for so many windows: n of each image."""
-    if shift is None:
-        return bias[None]
-    both = bias + shift[:, None]
-    images = windows // shift.shape[0]
-    return both if images == 1 else both.repeat(images, 1, 1, 1)
+def with_shift(bias: Tensor, shift: Tensor | None) -> Tensor:
+    """bias (heads, N, N) and the mask of an image's shifted windows (n, N, N), or None: what `ops.attention` takes for all images."""
+    return bias[None] if shift is None else (bias + shift[:, None])[None]
 
 
 def cosines(q: Tensor, k: Tensor, v: Tensor, logit_scale: Tensor) -> list[Tensor]:

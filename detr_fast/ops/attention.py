@@ -70,7 +70,8 @@ def attention(
 
     Shapes: q (B, L, H, E), k (B, S, H, E), v (B, S, H, Ev); the result is (B, L, H, Ev) in q's dtype (autocast's under
     autocast, as SDPA's). `key_padding_mask` is (B, S) bool, True = padding. `attn_mask` broadcasts to (B, H, L, S): bool
-    with True = may attend, or float, added to the scores. `is_causal` hides keys after the query's own position (aligned
+    with True = may attend, or float, added to the scores. Masks that come again after n batch elements, as those of an image's
+    windows do in each image, are (1, n, H, L, S), or what broadcasts to that, with n that divides B. `is_causal` hides keys after the query's own position (aligned
     top-left). `scale` defaults to 1 / sqrt(E). A query without any visible key gives zeros, and zero gradients.
     `enable_gqa`: k and v may have fewer heads, which divide q's. `return_lse`: also return the log-sum-exp of the scores,
     fp32 (B, H, L), natural logarithm, -inf without any visible key.
@@ -94,7 +95,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`: the same signature, layout (B, H, L, E), errors and numerics."""
-    four = query.ndim == key.ndim == value.ndim == 4
+    four = query.ndim == key.ndim == value.ndim == 4 and (attn_mask is None or attn_mask.ndim <= 4)
     if four and (dispatch.intervening or query.is_cuda):
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         arguments = (q, k, v, None, attn_mask, is_causal, dropout_p, scale, enable_gqa)

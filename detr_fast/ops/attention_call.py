@@ -90,6 +90,8 @@ def misfit(
             f"key_padding_mask must be bool of shape (B, S) = ({batch}, {keys}), True = padding; "
             f"got {padding.dtype} {_shape(padding)}"
         )
+    if mask is not None and mask.ndim == 5 and mask.shape[0] == 1 and mask.shape[1] and batch % mask.shape[1] == 0:
+        mask, batch = mask[0], mask.shape[1]  # what comes again in the next batch elements
     return None if mask is None else mask_misfit(mask, (batch, heads, length, keys), "(B, H, L, S)")
 
 

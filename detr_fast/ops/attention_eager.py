@@ -16,6 +16,13 @@ from detr_fast.ops.dropout import keep_mask, next_seed
 from detr_fast.situation import capturing
 
 
+def whole_mask(mask: Tensor | None, batch: int) -> Tensor | None:
+    """A mask for each batch element, of one whose batch elements come again, (1, n, H, L, S); another one as it is."""
+    if mask is None or mask.ndim < 5:
+        return mask
+    return mask.expand(batch // mask.shape[1], *mask.shape[1:]).flatten(0, 1)
+
+
 def merged_mask(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """One mask in SDPA's convention, broadcastable to (B, H, L, S): bool (True = may attend) or float."""
     if padding is None:
@@ -62,6 +69,7 @@ class Sdpa(Implementation):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if weights is not None:
             return _materialised(q, k, v, padding, mask, is_causal, dropout_p, scale, enable_gqa, weights)
+        mask = whole_mask(mask, q.shape[0])
         if mask is None and padding is not None and not is_causal:
             merged: Tensor | None = _bias(padding, q)
         else:
@@ -183,7 +191,7 @@ def _scores(
     """Scores (B, H, L, S) with a float mask added, and which of them are hidden (None: no mask at all)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul((q * scale).transpose(1, 2), k.permute(0, 2, 3, 1))
-    merged = merged_mask(padding, mask)
+    merged = merged_mask(padding, whole_mask(mask, q.shape[0]))
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         merged = allowed if merged is None else _with_causal(merged, *scores.shape[-2:])

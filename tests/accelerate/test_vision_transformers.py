@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import detr_fast
+from detr_fast import use_backend
 from detr_fast.adapters.base import names_used
 from detr_fast.explanation import explaining
+from detr_fast.testing.counters import count
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -121,6 +123,23 @@ def test_windows_are_shifted_along_each_axis_as_torchvision_does(shift, assert_u
     attention = ShiftedWindowAttention(16, [3, 4], shift, 2, qkv_bias=False)
     x = torch.randn(2, 7, 9, 16, dtype=torch.float64)
     assert_unchanged(attention, lambda module: [module(x), module(x[:, :3])])
+
+
+def test_the_mask_of_shifted_windows_is_repeated_for_no_image():
+    from timm.models.swin_transformer import WindowAttention
+
+    attention = WindowAttention(16, 2, window_size=(3, 3)).to("meta")
+    detr_fast.accelerate(attention)
+    mask = torch.empty(4, 9, 9, device="meta")
+    found = []
+    for images in (1, 3):
+        x = torch.empty(4 * images, 9, 16, device="meta", requires_grad=True)
+        attention.zero_grad()
+        with use_backend(attention="triton"):
+            found.append(count(lambda x=x: attention(x, mask).sum().backward()))
+    assert found[0].launches == found[1].launches
+    # Of 8 windows more: q, k and v, the output twice, the log-sum-exp.
+    assert found[1].saved_bytes - found[0].saved_bytes == 8 * 9 * (5 * 16 + 2) * 4
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision"])

@@ -71,6 +71,8 @@ def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, gene
         (FP32, (1, 40, 40, 2, 8), "scattered", "bool keys", True),
         (BF16, (2, 9, 70, 1, 128), "end", "float keys", False),
         (FP16, (1, 40, 66, 1, 256), "end", None, False),
+        (FP32, (4, 9, 33, 2, 16), None, "float again", False),
+        (BF16, (4, 9, 33, 2, 32), "end", "float again keys", True),
     ],
 )
 def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, mask, causal):
@@ -81,6 +83,9 @@ def test_attention_is_as_accurate_as_eager(interpreter, dtype, shape, padding, m
         "bool keys": lambda: torch.rand(batch, 1, 1, keys) > 0.3,
         "float heads": lambda: torch.randn(1, heads, queries, keys),
         "float keys": lambda: torch.randn(keys).masked_fill(torch.rand(keys) > 0.7, -torch.inf),
+        # Of two batch elements, which come again.
+        "float again": lambda: torch.randn(1, 2, heads, queries, keys),
+        "float again keys": lambda: torch.randn(1, 2, heads, 1, keys),
     }
     padding = None if padding is None else padded(padding, batch, keys)
     check(dtype, qkv(batch, queries, keys, heads, dim), padding, masks[mask](), causal)
@@ -130,7 +135,8 @@ def test_the_gradient_of_a_float_mask_is_summed_over_what_shares_it(interpreter,
 
 
 @pytest.mark.parametrize(
-    ("shape", "batch", "heads"), [((2, 11, 12), 17, 2), ((11, 12), 9, 2), ((2, 1, 11, 12), 2, 16), ((12,), 17, 1)]
+    ("shape", "batch", "heads"),
+    [((2, 11, 12), 17, 2), ((11, 12), 9, 2), ((2, 1, 11, 12), 2, 16), ((12,), 17, 1), ((1, 2, 1, 11, 12), 16, 2)],
 )
 def test_few_tiles_of_a_mask_are_shared_out_where_many_share_the_mask(interpreter, shape, batch, heads):
     check(FP32, qkv(batch, 11, 12, heads, 16), None, torch.randn(shape))

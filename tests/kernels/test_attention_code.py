@@ -117,6 +117,8 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
             "mask",
             {"packed": True, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4},
         ),
+        ("sm_80", 32, "mask", {"mask": torch.float32, "periodic": True}),
+        ("sm_80", 32, "keys", {"dropout": True, "mask": torch.float32, "periodic": True}),
         ("sm_80", 24, "atomics", {}),
         ("sm_80", 24, "atomics", {"padding": True}),
         ("sm_80", 24, "atomics", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),

@@ -198,6 +198,16 @@ def test_attentions_programs_are_as_accurate_as_eager(gpu, padding):
     assert gpu.counts()["attention_forward_kernel"] == 1
 
 
+def test_attentions_programs_read_masks_again_in_the_next_batch_elements(gpu):
+    assert_as_accurate_as_eager(
+        lambda q, k, v, mask: ops.attention(q, k, v, attn_mask=mask[None]),
+        reference=lambda q, k, v, mask: EagerAttention().run(q, k, v, None, mask.repeat(2, 1, 1, 1), False, 0.0, None),
+        inputs=[*(torch.randn(4, n, 1, 16) for n in (5, 6, 6)), torch.randn(2, 1, 5, 6)],
+        dtype=torch.float32,
+    )
+    assert gpu.counts()["attention_backward_mask_kernel"] == 1
+
+
 def eager_attention(q, k, v, padded):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=~padded[None]).transpose(1, 2)

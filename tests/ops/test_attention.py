@@ -61,6 +61,35 @@ def test_every_combination_of_masks_equals_the_definition(implementation, paddin
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        ("sdpa", torch.bool),
+        ("sdpa", torch.float32),
+        ("eager", torch.float32),
+        pytest.param("triton", torch.float32, marks=pytest.mark.interpreter),
+        pytest.param("triton_atomics", torch.bool, marks=pytest.mark.interpreter),
+    ],
+)
+def test_masks_that_come_again_after_some_batch_elements_equal_repeated_ones(implementation, dtype):
+    """With the weights, dropout and the mask's own gradient and second one where they have one."""
+    q, k, v = (torch.randn(4, n, 1, E, requires_grad=True) for n in (L, S, S))
+    mask = torch.randn(1, 2, 1, L, S)
+    mask = mask > -1 if dtype == torch.bool else mask.requires_grad_()
+    leaves, found = [t for t in (q, k, v, mask) if t.requires_grad], []
+    for one in (mask, mask[0].repeat(2, 1, 1, 1)):
+        torch.manual_seed(5)
+        with use_backend(attention=implementation):
+            out = ops.attention(q, k, v, attn_mask=one, dropout_p=0.3)
+            shown, weights = ops.attention_with_weights(q, k, v, attn_mask=one)
+            loss = out.square().sum() + shown.sum() + weights.square().sum()
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+        found.append((out, weights, *gradients, *second))
+    for ours, truth in zip(*found):
+        torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_rows_without_a_visible_key_give_zeros_and_zero_gradients(implementation):
     q, k, v = qkv()
@@ -166,6 +195,8 @@ def test_empty_and_single_sequences_work(implementation, queries, keys):
         ({"key_padding_mask": torch.zeros(2, 7)}, "must be bool"),
         ({"attn_mask": torch.zeros(4, 7)}, r"broadcast to \(B, H, L, S\) = \(2, 3, 5, 7\)"),
         ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, "bool .* or float"),
+        ({"attn_mask": torch.zeros(1, 4, 3, 5, 7)}, r"broadcast to \(B, H, L, S\) = \(2, 3, 5, 7\)"),
+        ({"attn_mask": torch.zeros(2, 1, 3, 5, 7)}, r"got torch.float32 \(2, 1, 3, 5, 7\)"),
         ({"dropout_p": 1.5}, r"lie in \[0, 1\]; got 1.5"),
     ],
 )
