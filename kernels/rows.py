@@ -24,6 +24,7 @@ MAX_COLUMNS = 1 << 24
 MAX_ROW_STRIDE = 1 << 23  # so that offsets inside a tile of up to 256 rows fit 32 bits
 # Beyond, `sum_rows` shares rows out over programs: one would go over all for longer than a launch takes.
 MANY_ROWS = 8192
+MAX_PARTS = 65_535  # programs that share rows out: the grid's second dimension has no more
 MAX_PLANS = 4096  # of each kind that are kept; shapes that vary for ever must not fill the memory
 
 
@@ -233,7 +234,7 @@ def sum_partials(
 def sum_rows(x: Tensor) -> Tensor:
     """The sum of x (..., C) over its rows, (C,), in x's dtype; taken in fp32. Deterministic."""
     x, _ = arriving_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
-    parts = -(-len(x) // MANY_ROWS)
+    parts = min(-(-len(x) // MANY_ROWS), MAX_PARTS)
     total = (x, x.dtype) if parts <= 1 else (sum_partials((x, torch.float32), None, parts)[0], x.dtype)
     return sum_partials(total)[0]
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from detr_fast.kernels import launch as launching
 from detr_fast.kernels import layer_norm as kernels
 from detr_fast.kernels import read_ahead, rows
 from detr_fast.kernels.launch import launch
@@ -258,6 +259,13 @@ def test_sums_over_rows_are_as_accurate_as_eager(interpreter, shape, arrange, dt
         dtype=dtype,
         grad=False,
     )
+
+
+def test_a_sum_over_rows_has_no_more_programs_than_a_grid_holds(monkeypatch):
+    seen = []
+    monkeypatch.setattr(launching, "observers", [seen.append])
+    rows.sum_rows(torch.empty(600_000_000, 1, dtype=torch.bfloat16, device="meta"))
+    assert [one.grid for one in seen] == [(1, 65_535), (1, 1)]
 
 
 @pytest.mark.parametrize(
