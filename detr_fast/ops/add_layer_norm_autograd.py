@@ -153,7 +153,9 @@ class _Forward(torch.autograd.Function):
         ctx.save_for_backward(*kept, weight, bias, mean if centred else None, rstd, seed)
         ctx.numbers, ctx.with_sum, ctx.dtypes = (offset, p, eps), with_sum, (x.dtype, residual.dtype)
         ctx.out_dtype = out_dtype
-        ctx.mark_non_differentiable(mean, rstd, *(() if with_sum else (total,)))
+        # The sum of what needs no gradient needs none, whatever weight and bias do.
+        summed = with_sum and any(ctx.needs_input_grad[:2])
+        ctx.mark_non_differentiable(mean, rstd, *(() if summed else (total,)))
         ctx.set_materialize_grads(False)
         return y, total, mean, rstd
 

@@ -138,6 +138,17 @@ def test_an_absent_gradient_of_one_output_counts_as_zero(triton):
     assert all(torch.equal(g, torch.ones(4, 16)) for g in gradients[:2])
 
 
+@interpreter
+@pytest.mark.parametrize("given", [0, 1, 2])  # x, residual, weight
+def test_a_sum_needs_a_gradient_where_what_it_adds_does(triton, given):
+    leaves = [t.requires_grad_(place == given) for place, t in enumerate(inputs(4, 16))]
+    y, total = ops.add_layer_norm(*leaves, return_sum=True)
+    assert (y.requires_grad, total.requires_grad) == (True, given < 2)
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaves[given])
+    (expected,) = torch.autograd.grad(reference(*leaves)[0].square().sum(), leaves[given])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_fake_cuda_tensors_trace_forward_without_a_gpu():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
