@@ -190,11 +190,14 @@ def _biased(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _why_theirs(query: Tensor, key: Tensor, given: dict[str, Any]) -> str | None:
     """What a module does that `ops.attention` knows nothing of, in words."""
-    unknown = [name for name, value in given.items() if value is not None and value is not False]
-    unknown = [name for name in unknown if name not in _HARMLESS]
-    if unknown:
+    if unknown := unknown_of(given):
         return f"gives it {', '.join(unknown)}"
     return None if key.shape[0] == query.shape[0] else "has queries of another batch size than its keys"
+
+
+def unknown_of(given: dict[str, Any]) -> list[str]:
+    """Names of arguments that may change what an attention computes."""
+    return [name for name, value in given.items() if value is not None and value is not False and name not in _HARMLESS]
 
 
 class _TransformersSdpa(Sdpa):

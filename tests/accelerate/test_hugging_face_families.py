@@ -10,8 +10,9 @@ import torch
 
 import detr_fast
 from detr_fast import use_backend
-from detr_fast.adapters import feed_forward, hugging_face_layers
+from detr_fast.adapters import feed_forward, hugging_face_layers, hugging_face_swin
 from detr_fast.adapters.base import fingerprint, reads
+from detr_fast.dispatch import BackendError
 from detr_fast.explanation import explaining
 
 transformers = pytest.importorskip("transformers")
@@ -51,6 +52,21 @@ def test_weights_that_are_asked_for_are_theirs(name, weights):
     assert len(found) == 1 + weights
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_swins_attention_leaves_to_the_registry_what_is_not_ours():
+    model = MODELS["Swin"][0]().eval()
+    attention = model.encoder.layers[0].blocks[0].attention
+    x = torch.randn(8, 16, 16)
+    expected = attention(x)[0]
+    detr_fast.accelerate(model)
+    with use_backend(attention="eager"), pytest.raises(BackendError, match="SwinAttention gives it max_length_q"):
+        attention(x, max_length_q=4)
+    model.set_attn_implementation("eager")
+    with use_backend(attention="eager"):
+        y, weights = attention(x)
+    torch.testing.assert_close(y, expected)
+    assert weights.shape == (8, 2, 16, 16)
 
 
 GENERATORS = {
@@ -201,6 +217,7 @@ KNOWN = {
     "mask2former.Mask2FormerAttention": hugging_face_layers,
     "grounding_dino.GroundingDinoDecoderLayer": hugging_face_layers,
     "swin.SwinLayer": hugging_face_layers,
+    "swin.SwinAttention": hugging_face_swin,
     "maskformer.maskformer_swin.MaskFormerSwinSelfAttention": hugging_face_layers,
     "swinv2.Swinv2SelfAttention": hugging_face_layers,
     "mpnet.MPNetSelfAttention": hugging_face_layers,
@@ -215,7 +232,7 @@ KNOWN = {
 
 
 def test_all_code_that_is_known_is_transformers():
-    found = {feed_forward: set(), hugging_face_layers: set()}
+    found = {feed_forward: set(), hugging_face_layers: set(), hugging_face_swin: set()}
     for name, adapter in KNOWN.items():
         model, *file, kind = name.split(".")
         module = importlib.import_module(f"transformers.models.{model}.modeling_{file[0] if file else model}")

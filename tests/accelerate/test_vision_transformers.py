@@ -125,18 +125,31 @@ def test_windows_are_shifted_along_each_axis_as_torchvision_does(shift, assert_u
     assert_unchanged(attention, lambda module: [module(x), module(x[:, :3])])
 
 
-def test_the_mask_of_shifted_windows_is_repeated_for_no_image():
-    from timm.models.swin_transformer import WindowAttention
+def attention_in_windows(library):
+    """Of 3 by 3 tokens, with 2 heads of 8, and what calls it for its output."""
+    if library == "timm":
+        from timm.models.swin_transformer import WindowAttention
 
-    attention = WindowAttention(16, 2, window_size=(3, 3)).to("meta")
-    detr_fast.accelerate(attention)
+        attention = WindowAttention(16, 2, window_size=(3, 3))
+        return attention, attention
+    swin = pytest.importorskip("transformers.models.swin.modeling_swin")
+    config = swin.SwinConfig(attention_probs_dropout_prob=0.0)
+    config._attn_implementation = "sdpa"
+    attention = swin.SwinAttention(config, 16, 2, 3)
+    return attention, lambda x, mask: attention(x, mask)[0]
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_the_mask_of_shifted_windows_is_repeated_for_no_image(library):
+    attention, call = attention_in_windows(library)
+    detr_fast.accelerate(attention.to("meta"))
     mask = torch.empty(4, 9, 9, device="meta")
     found = []
     for images in (1, 3):
         x = torch.empty(4 * images, 9, 16, device="meta", requires_grad=True)
         attention.zero_grad()
         with use_backend(attention="triton"):
-            found.append(count(lambda x=x: attention(x, mask).sum().backward()))
+            found.append(count(lambda x=x: call(x, mask).sum().backward()))
     assert found[0].launches == found[1].launches
     # Of 8 windows more: q, k and v, the output twice, the log-sum-exp.
     assert found[1].saved_bytes - found[0].saved_bytes == 8 * 9 * (5 * 16 + 2) * 4
