@@ -234,6 +234,10 @@ def attention_forward_kernel(
         clear_surplus(
             out_ptr, place, head, ends_q_ptr, tokens, batch, batches, row_start, step, BLOCK_M, EV, BLOCK_EV, VEC
         )
+        if mask_ptr is not None and seed_ptr is not None:
+            # Read again, and where by another division than above: kept over the loop, either would be spilled.
+            sequence = tl.program_id(0) // (tl.cdiv(longest, BLOCK_M) * heads)
+            first_q = tl.load(ends_q_ptr + sequence).to(tl.int64)
         split = tl.num_programs(1) > 1  # parts are padded
         index, first_q = tl.where(split, batch, index), tl.where(split, 0, first_q)
     all_heads = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64)  # of all batch elements

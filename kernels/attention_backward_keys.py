@@ -199,6 +199,7 @@ def attention_backward_keys_kernel(
     PAIRED: tl.constexpr,
     FRUGAL: tl.constexpr,
     ONE_SEED: tl.constexpr,
+    COUNTED: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """One program for BLOCK_N keys of one key head, over all query heads of its group.
@@ -207,6 +208,7 @@ def attention_backward_keys_kernel(
     FRUGAL: what follows from the head, and which keys are visible, is worked out anew for each head and after the last one: kept over
     the loops, it would be spilled.
     ONE_SEED: dropout's seed is loaded once. Where each of two loops does, the numbers that follow from it are kept twice, over both.
+    COUNTED: FRUGAL, batch element * heads + head is the loop's own number, and not worked out.
     """
     wait_for_previous()
     FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
@@ -248,7 +250,10 @@ def attention_backward_keys_kernel(
     if seed_ptr is not None:
         scale_out = scale_out * deferred(rescale)
         if ONE_SEED:
-            seed = load_seed(seed_ptr)
+            low, high = load_seed(seed_ptr)
+            if UNIFORM:  # the numbers that follow from it then lie in uniform registers
+                low, high = uniform(low), uniform(high)
+            seed = low, high
 
     end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, L, 0)  # nothing to do for keys that are all padding
     if UNIFORM:
@@ -277,7 +282,7 @@ def attention_backward_keys_kernel(
         else:
             element, head = batch, key_head * group + member
             own_index, own_q, own_L, own_S = index, first_q, L, S
-        head_index = element * heads + head
+        head_index = tl.cast(member, tl.int64) if COUNTED else element * heads + head
         mask_start = mask_place(element, head, mask_batch, mask_head, batches, PERIODIC)
         hiding = (None, 0, 0, mask_ptr, mask_start, mask_row, mask_column, None, 0)
         drop = (seed_ptr, head_index.to(tl.int32), offset, threshold, rescale)
@@ -325,8 +330,10 @@ def attention_backward_keys_kernel(
         padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
         visible = visible_keys(padding, column_start, S, BLOCK_N, keys=keys)
     exists = column_start + keys < S
-    dk = tl.where(visible[:, None], dk * scale_out, 0.0)
-    dv = tl.where(visible[:, None], dv * rescale, 0.0)
+    dk, dv = dk * scale_out, dv * rescale
+    # Else all keys that exist are visible. Without causal order it is said all the same: there some programs would spill without.
+    if padding_ptr is not None or not CAUSAL:
+        dk, dv = tl.where(visible[:, None], dk, 0.0), tl.where(visible[:, None], dv, 0.0)
     store_rows(dk_ptr, keys * dk_row, exists, dk, E, BLOCK_E, VEC)
     store_rows(dv_ptr, keys * dv_row, exists, dv, EV, BLOCK_EV, VEC)
     if ends_q_ptr is not None and FRUGAL:  # at last: before the loops, the places of rows would be kept over them

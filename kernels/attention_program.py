@@ -159,11 +159,11 @@ def keys_to_visit(hiding, row_start, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 @jit
 def uniform(number):
-    """An int32 that comes from memory, reduced over 32 copies: ptxas then knows that all lanes of a warp have the same.
+    """An integer of 32 bits that comes from memory, reduced over 32 copies: ptxas then knows that all lanes of a warp have the same.
 
     In a loop with such bounds, addresses of shared memory and the tensor cores' descriptors stay in uniform registers.
     """
-    return tl.max(tl.zeros((32,), tl.int32) + number, 0)
+    return tl.max(tl.broadcast_to(number, (32,)), 0)
 
 
 @jit

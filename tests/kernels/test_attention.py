@@ -279,25 +279,31 @@ def test_logits_of_ten_thousand_are_exact_enough(offset, dtype):
 
 
 @pytest.mark.parametrize(
-    ("transposed", "generation", "heads", "dim"),
-    [(False, "", 2, 16), (True, "", 2, 16), (False, "hopper", 2, 16), (False, "ampere", 1, 96)],
-    ids=["rows", "sequence first", "hopper", "wide"],
+    ("transposed", "generation", "heads", "dim", "kind"),
+    [
+        (False, "", 2, 16, "scattered"),
+        (True, "", 2, 16, "scattered"),
+        (False, "hopper", 2, 16, "scattered"),
+        (False, "ampere", 1, 96, "scattered"),
+        (False, "hopper", 1, 96, None),
+    ],
+    ids=["rows", "sequence first", "hopper", "wide", "wide and causal on hopper"],
 )
-def test_dropout_is_the_twins(interpreter, transposed, generation, heads, dim):
-    """On hopper, rows of the keys' kernel hold keys in an order of their own."""
+def test_dropout_is_the_twins(interpreter, transposed, generation, heads, dim, kind):
+    """On hopper, rows of the keys' kernel hold keys in an order of their own. In causal order where there is no padding."""
     q, k, v = (t.half() for t in qkv(1, 40, 70, heads, dim))
     if transposed:
         q, k, v = (LAYOUTS["sequence first"](t) for t in (q, k, v))
     seed, p = torch.tensor([1234567890123]), 0.25
-    padding = padded("scattered", 1, 70)
-    problem = Problem(q, k, v, padding, dropout_p=p, seed=seed, offset=3, generation=generation)
+    padding, causal = None if kind is None else padded(kind, 1, 70), kind is None
+    problem = Problem(q, k, v, padding, causal=causal, dropout_p=p, seed=seed, offset=3, generation=generation)
     out, lse = kernels.attention_forward(problem)
     dout = torch.randn_like(out)
     found = (out, *attention_backward.attention_backward(problem, out, lse, dout))
 
     keep = keep_mask(seed, 3, p, heads, 40, 70, tiles=True)[None]
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    weights = attention_weights(*exact[:2], padding, None, False, None) * keep * dropout.scale(p)
+    weights = attention_weights(*exact[:2], padding, None, causal, None) * keep * dropout.scale(p)
     expected = torch.einsum("bhls,bshe->blhe", weights, exact[2])
     for ours, truth in zip(found, (expected, *torch.autograd.grad(expected, exact, dout.double()))):
         assert (ours - truth).norm() <= 2e-3 * truth.norm()

@@ -143,6 +143,13 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
             {"packed": True, "dropout": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 2},
         ),
         ("sm_90", 96, "keys", {"value_dim": 128, "padding": True, "dropout": True, "causal": True}),
+        ("sm_90", 128, "keys", {"packed": True, "dropout": True, "causal": True}),
+        (
+            "sm_90",
+            32,
+            "forward",
+            {"value_dim": 24, "packed": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2},
+        ),
         ("sm_120", 64, "keys", {"value_dim": 128, "packed": True, "dropout": True, "causal": True}),
         (
             "sm_80",

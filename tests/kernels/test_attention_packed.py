@@ -138,14 +138,26 @@ def test_sequences_may_be_empty_and_surplus_holds_anything(interpreter, lengths_
         assert not ours[len(right) :].any()
 
 
-def test_dropout_is_that_of_the_padded_batch(interpreter):
+# Of a mask's rows those are read that the sequence has, whose first token is read anew behind the loop.
+@pytest.mark.parametrize(
+    ("heads", "dim", "options"),
+    [(2, 16, {}), (2, 16, {"mask": torch.rand(35, 35) > 0.3}), (1, 96, {"causal": True, "generation": "hopper"})],
+    ids=["plain", "mask", "causal"],
+)
+def test_dropout_is_that_of_the_padded_batch(interpreter, heads, dim, options):
     lengths = (20, 35)
-    q, k, v = (t.half() for t in inputs(lengths, lengths, 2, 16))
-    options = {"dropout_p": 0.3, "seed": torch.tensor([99]), "offset": 4}
-    out, _ = attention_forward(problem_of(q, k, v, lengths, lengths, **options))
+    q, k, v = (t.half() for t in inputs(lengths, lengths, heads, dim))
+    options = options | {"dropout_p": 0.3, "seed": torch.tensor([99]), "offset": 4}
+    packed = problem_of(q, k, v, lengths, lengths, **options)
+    out, lse = attention_forward(packed)
     padding = torch.arange(35) >= torch.tensor(lengths)[:, None]
-    padded = [torch.zeros(2, 35, 2, 16).half() for _ in range(3)]
-    for there, here in zip(padded, (q, k, v)):
+    dout = torch.randn_like(out)
+    padded = [torch.zeros(2, 35, heads, dim).half() for _ in range(4)]
+    for there, here in zip(padded, (q, k, v, dout[0])):
         there[~padding] = here
-    expected, _ = attention_forward(Problem(*padded, padding, **options))
-    torch.testing.assert_close(out[0], expected[~padding], atol=2e-3, rtol=2e-3)
+    problem = Problem(*padded[:3], padding, **options)
+    expected, padded_lse = attention_forward(problem)
+    found = out, *attention_backward(packed, out, lse, dout)[:3]
+    gradients = attention_backward(problem, expected, padded_lse, padded[3])[:3]
+    for ours, right in zip(found, (expected, *gradients)):
+        torch.testing.assert_close(ours[0], right[~padding], atol=4e-3, rtol=4e-3)
