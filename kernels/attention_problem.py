@@ -227,7 +227,8 @@ class Problem:
             self.queries, self.keys = max(1, sequences.max_q), max(1, sequences.max_k)
         if mask is not None:
             if mask.ndim == 5:
-                self.period = mask.shape[1] if 1 < mask.shape[1] < self.batch else 0
+                # Also where they come in no batch element at all, of which they get a gradient of zero.
+                self.period = mask.shape[1] if 1 < mask.shape[1] != self.batch else 0
                 mask = mask[0]
             mask = mask.expand(self.period or self.batch, self.heads, self.queries, self.keys)
             if mask.stride(2) + mask.stride(3) > MAX_TILE_STRIDE:

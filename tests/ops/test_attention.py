@@ -90,6 +90,16 @@ def test_masks_that_come_again_after_some_batch_elements_equal_repeated_ones(imp
         torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_masks_that_come_again_may_do_so_in_no_batch_element(implementation):
+    q, k, v = (torch.randn(0, n, 1, E, requires_grad=True) for n in (L, S, S))
+    mask = torch.randn(1, 2, 1, L, S, requires_grad=True)
+    with use_backend(attention=implementation):
+        out = ops.attention(q, k, v, attn_mask=mask)
+    assert out.shape == q.shape
+    assert torch.equal(*torch.autograd.grad(out.sum(), [mask]), torch.zeros_like(mask))
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_rows_without_a_visible_key_give_zeros_and_zero_gradients(implementation):
     q, k, v = qkv()
