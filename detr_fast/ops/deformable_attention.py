@@ -107,10 +107,12 @@ def arguments_of(
         given = ", ".join(f"{name} of {t.dtype}" for name, t in zip(names, floating))
         raise TypeError(f"got {given}; expected floating-point tensors: convert them first, as by value.float()")
     there: Tensor | None = None
-    if isinstance(shapes, Tensor) and shapes.device == value.device and (value.is_cuda or dispatch.intervening):
+    if isinstance(shapes, Tensor):
         if shapes.ndim != 2 or shapes.shape[1] != 2:
             raise ValueError(f"got shapes {tuple(shapes.shape)}; expected (L, 2): height and width of each level")
-        (there,) = integers(shapes=shapes)
+        (shapes,) = integers(shapes=shapes)
+        if shapes.device == value.device and (value.is_cuda or dispatch.intervening):
+            there = shapes
     sizes = (
         value.shape,
         ((0, 0),) * len(shapes)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -371,6 +373,17 @@ def test_shapes_that_do_not_fit_are_refused():
             by_points((2, 2, 2))(*wrong)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_levels_that_are_no_pairs_of_integers_are_refused(on_device):
+    case = make_case()
+    with use_backend(deformable_attention="eager") if on_device else nullcontext():
+        for wrong in (torch.tensor([22, 1, 1]), torch.ones(3, 3, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=rf"got shapes \({wrong.shape[0]},.*expected \(L, 2\)"):
+                ops.deformable_attention(case[0], wrong, *case[1:], (2, 2, 2))
+        with pytest.raises(TypeError, match=r"got shapes of torch\.float32"):
+            ops.deformable_attention(case[0], torch.tensor(SHAPES) + 0.4, *case[1:], (2, 2, 2))
+
+
 def test_numbers_that_are_not_floating_point_are_refused():
     value, locations, weights = make_case()
     for wrong in (
@@ -389,8 +402,6 @@ def test_references_that_do_not_fit_are_refused():
     for wrong in (references[..., :3], references[:, :2], references[:, :, :2], references[0]):
         with pytest.raises(ValueError, match=r"expected \(2, 5, 3 levels or 1, 2 or 4\)"):
             by_offsets()(value, wrong, offsets, logits)
-    with pytest.raises(ValueError, match=r"got shapes \(3,\)"), use_backend(deformable_attention="eager"):
-        by_offsets(shapes=torch.tensor([22, 1, 1]))(value, references, offsets, logits)
 
 
 @interpreter
