@@ -8,9 +8,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
-from detr_fast.kernels import layer_norm
+from detr_fast.kernels import attention_copies, layer_norm
+from detr_fast.kernels.attention_problem import memory_for
 
 from detr_fast.testing.ptx import Fault, MisalignedAccess, OutsideMemory, Race, Uninitialised, Unsupported, emulated_gpu
 from detr_fast.testing.ptx.machine import Machine, _rounded_alike
@@ -225,6 +227,15 @@ UNKNOWN = """
 def test_an_unknown_instruction_is_named():
     with pytest.raises(Unsupported, match=r"wgmma\.fence\.sync\.aligned"):
         translate(UNKNOWN)
+
+
+def test_of_several_branches_a_program_takes_the_one_of_its_number():
+    pairs = [(t, memory_for(t)) for t in (torch.randn(1, 3, 2, columns) for columns in range(5, 10))]
+    with emulated_gpu() as gpu:
+        attention_copies._launch(pairs)
+    assert gpu.launches == [("attention_copy_kernel", (2, 5, 1))]
+    for source, copy in pairs:
+        assert torch.equal(copy, F.pad(source, (0, copy.shape[3] - source.shape[3])))
 
 
 def test_shared_memory_that_nothing_wrote_is_not_read():

@@ -47,6 +47,7 @@ class Kernel:
     """One entry of a PTX module.
 
     parameters: name and type ("u64", "f32", …), in order. labels: index of the instruction that each stands before.
+    tables: the labels that a branch by a number chooses among, by the name of their list.
     registers: class of each register by its name, or by its prefix for numbered ones. shared: names of shared memory.
     """
 
@@ -55,6 +56,7 @@ class Kernel:
     parameters: list[tuple[str, str]]
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, tuple[str, ...]] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
 
@@ -90,7 +92,7 @@ def parse(text: str) -> Kernel:
 
 def _read_body(kernel: Kernel, body: str, line: int, files: dict[str, str]) -> None:
     scopes: list[dict[str, str]] = [{}]
-    opened = 0
+    opened, label = 0, ""
     for statement, number, source in _statements(body, line, files):
         if statement == "{":
             opened += 1
@@ -100,7 +102,10 @@ def _read_body(kernel: Kernel, body: str, line: int, files: dict[str, str]) -> N
             if not scopes:
                 return
         elif statement.endswith(":"):
-            kernel.labels[statement[:-1]] = len(kernel.instructions)
+            label = statement[:-1]
+            kernel.labels[label] = len(kernel.instructions)
+        elif statement.startswith(".branchtargets"):
+            kernel.tables[label] = tuple(map(str.strip, statement.removeprefix(".branchtargets").split(",")))
         elif declared := _REGISTERS.match(statement):
             for name in map(str.strip, declared[2].split(",")):
                 if "<" in name:

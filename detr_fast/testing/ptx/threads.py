@@ -91,6 +91,13 @@ class Threads:
             self._send(block, mask)
         return self._next()
 
+    def choose(self, active: Mask, choice: Array, targets: tuple[int, ...]) -> tuple[int, Mask]:
+        """As `branch`: each active thread goes to the target that its number chooses."""
+        active = self.alive if active is None else active
+        for number, target in enumerate(targets):
+            self._send(target, active & (choice == number))
+        return self._next()
+
     def barrier(self, site: int, active: Mask, following: int) -> tuple[int, Mask]:
         if active is not None and not np.array_equal(active, self.alive):
             self.at_barrier[site] = self.at_barrier.get(site, False) | active

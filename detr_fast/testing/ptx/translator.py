@@ -56,6 +56,9 @@ def translate(text: str) -> Program:
     return Program(kernel, names["run"], source, _granule(kernel, "shared"), _granule(kernel, "global"))
 
 
+_BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned")
+
+
 @dataclass
 class Block:
     """Instructions start … end - 1, without what ends it."""
@@ -63,9 +66,11 @@ class Block:
     start: int
     end: int
     leader: int
-    last: Instruction | None = None  # bra, ret or bar.sync
+    last: Instruction | None = None  # bra, brx, ret or bar.sync
     following: int = END
     target: int = END
+    targets: tuple[int, ...] = ()  # of brx, and the number that chooses among them
+    choice: str = ""
 
 
 def _blocks(kernel: Kernel) -> list[Block]:
@@ -82,12 +87,15 @@ def _blocks(kernel: Kernel) -> list[Block]:
             block.end, block.last = end - 1, last
             if last.parts[0] == "bra":
                 block.target = number.get(kernel.labels[str(last.operands[0])], END)
+            elif last.parts[0] == "brx":
+                labels = kernel.tables[str(last.operands[1])]
+                block.targets = tuple(number.get(kernel.labels[label], END) for label in labels)
         blocks.append(block)
     return blocks
 
 
 def _ends_block(one: Instruction) -> bool:
-    return one.parts[0] in ("bra", "ret", "exit") or one.opcode in ("bar.sync", "barrier.sync", "barrier.sync.aligned")
+    return one.parts[0] in ("bra", "brx", "ret", "exit") or one.opcode in _BARRIERS
 
 
 @dataclass
@@ -260,6 +268,8 @@ def _emit_blocks(kernel: Kernel, blocks: list[Block], homes: dict[str, str]) -> 
             emitter.instruction(index, kernel.instructions[index])
         if block.last is not None and block.last.guard is not None:
             emitter.read(block.last.guard, "?")
+        if block.targets and block.last is not None:
+            block.choice = emitter.read(block.last.operands[0], "u4")
     return emitter
 
 
@@ -298,6 +308,10 @@ def _ending(emitter: Emitter, block: Block) -> list[str]:
         if count != emitter.kernel.threads:
             raise Unsupported(f"'{last.text}' is a barrier of {count} of {emitter.kernel.threads} threads")
         return [f"pc, A = m.barrier({site}, A, {following})"]
+    if block.targets:
+        if last.guard is not None:
+            raise Unsupported(f"a predicated choice: '{last.text}'")
+        return [f"pc, A = m.choose(A, {block.choice}, {block.targets})"]
     if last.parts[0] in ("ret", "exit"):
         target = END
     if last.guard is None:
