@@ -112,6 +112,16 @@ ATTENTION_MASK = {
     64: TileConfig(32, 64, 8, 1),
 }
 ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
+# What alone takes more than 168 registers with a mask that is loaded one by one: by generation, head dimension and bytes of its elements. 8 to
+# 24 bytes spilled, and in two programs a multiprocessor instead of three a score takes 3 to 7 % fewer cycles.
+ATTENTION_MASK_CROWDED = {
+    ("ampere", 16, 2): {"dropout", "padding"},
+    ("ampere", 32, 2): {"dropout", "padding"},
+    ("ampere", 16, 4): {"dropout"},
+    ("ampere", 32, 4): {"dropout", "causal", "padding", "packed"},
+    ("hopper", 32, 4): {"padding"},
+    ("blackwell", 32, 4): {"causal", "padding", "packed"},
+}
 ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
 # Elements of a mask that are loaded one by one have an address each: 4 a lane, or 8 to 16 in a single stage where that spills nothing.
 # Cycles a score without other masks on sm_80 / sm_90, and those of 4 a lane, which are bound by shared memory.
@@ -156,7 +166,12 @@ def attention_config(
         if kernel == "mask" and itemsize == 2 and block <= 64:
             config = (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
             # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
-            if block <= 32 and (sum((dropout, causal, padding or packed)) >= 2 or (scattered and partial)):
+            features = {"dropout": dropout, "causal": causal, "padding": padding, "packed": packed}
+            present = {name for name, value in features.items() if value}
+            crowded = scattered and (
+                partial or bool(present & ATTENTION_MASK_CROWDED.get((generation, block, mask_size), set()))
+            )
+            if block <= 32 and (len(present) >= 2 or crowded):
                 config = replace(config, registers=255)
             return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
