@@ -19,7 +19,7 @@ from .configs import ADD_LAYER_NORM_BACKWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .launch import Variant, empty, jit, launch, multiprocessors, pointer, tl
 from .overlap import wait_for_previous
-from .read_ahead import backward_constants, backward_programs, load_tile, widened
+from .read_ahead import backward_constants, backward_programs, load_rows, load_statistic, load_tile, widened
 from .rows import (
     MAX_BLOCK,
     MAX_PLANS,
@@ -76,6 +76,7 @@ def add_layer_norm_backward_kernel(
     AHEAD: tl.constexpr,
     RELOAD: tl.constexpr,
     SURE: tl.constexpr,
+    LATE: tl.constexpr,
     XHAT: tl.constexpr,
 ):
     """Without a residual, x is the sum, or xhat; without rstd nothing was normalised, without mean nothing centred (RMSNorm).
@@ -112,10 +113,21 @@ def add_layer_norm_backward_kernel(
             mask = exists[:, None] & inside if cut else inside
             if cut or not AHEAD:
                 exists = exists if cut else None
-                loaded = load_tile(read, strides, statistics, here, row, exists, C, BLOCK_C, FULL, VEC)
+                if LATE:
+                    x = load_rows(x_ptr, here, x_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
+                    residual = load_rows(residual_ptr, here, residual_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
+                    keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C, VEC)
+                    dy = load_rows(dy_ptr, here, dy_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
+                    mean, rstd = (
+                        load_statistic(mean_ptr, here, row, exists),
+                        load_statistic(rstd_ptr, here, row, exists),
+                    )
+                    loaded = dy, here, x, residual, mean, rstd
+                else:
+                    loaded = load_tile(read, strides, statistics, here, row, exists, C, BLOCK_C, FULL, VEC)
             dy, dsum, x, residual, mean, rstd = loaded
             ds = widened(dy, dy_ptr.dtype.element_ty)
-            if dsum_ptr is not None:
+            if dsum_ptr is not None and not LATE:
                 dsum = widened(dsum, dsum_ptr.dtype.element_ty)
             if rstd_ptr is not None:
                 x = widened(x, x_ptr.dtype.element_ty)
@@ -125,7 +137,7 @@ def add_layer_norm_backward_kernel(
                 if tile + step < end:
                     loaded = load_tile(read, strides, statistics, tile + step, row, None, C, BLOCK_C, FULL, VEC)
 
-            if seed_ptr is not None:
+            if seed_ptr is not None and not LATE:
                 keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C, VEC)
             if rstd_ptr is not None:
                 if residual_ptr is not None:
@@ -150,6 +162,9 @@ def add_layer_norm_backward_kernel(
                         dweight = add_rows(dweight, ds * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
                     ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, rstd, inverse_c, mean_ptr is not None)
             if dsum_ptr is not None:
+                if LATE:
+                    dsum = load_rows(dsum_ptr, here, dsum_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
+                    dsum = widened(dsum, dsum_ptr.dtype.element_ty)
                 ds += dsum
             out_start = row[:, None] * out_stride
             if dresidual_ptr is not None:
@@ -311,27 +326,33 @@ def backward_variant(columns: int, form: BackwardForm, vector: int) -> Variant:
     constants |= backward_constants(constants, config.num_warps, registers, dtypes[:4])
     registers = registers if constants["AHEAD"] else 0
     wide = form, int(constants["BLOCK_C"]), vector
-    constants |= {"RELOAD": _reloads(*wide), "SURE": _is_sure(*wide), "XHAT": xhat}
+    constants |= {"RELOAD": _reloads(*wide), "SURE": _is_sure(*wide), "LATE": _is_late(*wide), "XHAT": xhat}
     return Variant(add_layer_norm_backward_kernel, types, constants, config.num_warps, registers=registers)
 
 
 def _is_sure(form: BackwardForm, block: int, vector: int) -> bool:
-    """Whether the compiler is told that each program has a row, as it has where a tile is one: where it would spill 8 to 32 bytes.
+    """Whether the compiler is told that each program has a row, as it has where a tile is one: where it would spill 8 to 88 bytes.
 
     It would work out what the loop and the sums behind it have in common on both ways, in it and past it, and keep that over the loop.
     Elsewhere there are up to 4 % more instructions then.
     """
-    _, dsum, x, residual, *_ = form.dtypes
+    _, _, x, residual, *_ = form.dtypes
     mixed = residual is not None and x != residual
-    return form.dropout and mixed and dsum is None and block == MAX_BLOCK and vector > 1
+    return _is_late(form, block, vector) or (form.dropout and mixed and block == MAX_BLOCK)
+
+
+def _is_late(form: BackwardForm, block: int, vector: int) -> bool:
+    """Whether dropout's mask is drawn before dy is read, and the sum's gradient is read last, where up to 144 bytes would spill.
+
+    Elements of no whole runs take a register each, and what is read early waits in them.
+    """
+    _, _, x, *_ = form.dtypes
+    return form.dropout and x is not None and block == MAX_BLOCK and vector == 1
 
 
 def _reloads(form: BackwardForm, block: int, vector: int) -> bool:
     """Whether each row reads the weight again, whose 16 registers dropout's mask takes: 512 threads have no more than 128 each.
 
-    Kept, 8 to 24 bytes a thread spill; read again, 1 to 6 % more instructions leave DRAM 2.5 times as slow as the busiest pipe. With all
-    gradients of an x in fp32 beside a residual in 16 bits up to 104 bytes spill then, where otherwise 32 to 64 do.
+    Kept, 8 to 24 bytes a thread spill; read again, 1 to 6 % more instructions leave DRAM 2.5 times as slow as the busiest pipe.
     """
-    _, dsum, x, residual, weight, _, dresidual = form.dtypes
-    mixed = x is torch.float32 and residual is not None and dsum is not None and dresidual is not None
-    return form.dropout and weight is not None and block == MAX_BLOCK and vector == 8 and not mixed
+    return form.dropout and form.dtypes[4] is not None and block == MAX_BLOCK and vector == 8

@@ -80,6 +80,8 @@ def inputs(rows, columns, p, with_sum):
         (9, 1000, torch.float32, 0.9, False),
         (3, 8192, torch.float32, 0.1, False),
         (2, 8192, torch.float16, 0.1, False),
+        (3, 4099, torch.bfloat16, 0.1, False),
+        (2, 4099, torch.float16, 0.1, True),
         (3, 9000, torch.float32, 0.1, True),
         (3, 8200, torch.bfloat16, 0.5, False),
         (2, 8193, torch.float32, 0.0, True),

@@ -35,6 +35,14 @@ VARIANTS = {
         "sm_90",
         backward_variant(8192, BackwardForm((BF16, None, BF16, BF16, BF16, BF16, BF16), True, True, True), 8),
     ),  # 24
+    "add_layer_norm_backward_without_runs": (
+        "sm_80",
+        backward_variant(8191, BackwardForm((BF16, None, BF16, BF16, BF16, BF16, BF16), True, True, True), 1),
+    ),  # 88
+    "add_layer_norm_backward_of_a_sum_without_runs": (
+        "sm_90",
+        backward_variant(6001, BackwardForm((FP32, BF16, BF16, None, FP32, BF16, BF16), True, True, True), 1),
+    ),  # 120
     "add_layer_norm_of_24": (
         "sm_80",
         add_layer_norm.forward_variant(24, BF16, BF16, None, FP32, BF16, True, True, 8),
