@@ -135,6 +135,7 @@ class Trainer:
         self.total_steps = config.epochs * self.data.steps_per_epoch
         if state is not None:
             require_same_classes(state["names"], self.data.names, config)
+            self._compare_epochs(state)
         self._build(state)
         self.folder = RunFolder(config.run)
         if state is not None and self.main:
@@ -197,6 +198,18 @@ class Trainer:
         )
         if self.device.type == "cuda" and self.take_step.reason is not None:
             self.reporter.message(f"steps are not captured in CUDA graphs: {self.take_step.reason}")
+
+    def _compare_epochs(self, state: dict[str, Any]) -> None:
+        """Say how epochs are counted from here on, where they have another length than when `state` was saved."""
+        was, now = state.get("steps_per_epoch"), self.data.steps_per_epoch
+        if was is None or was == now:
+            return
+        epochs, step = self.config.epochs, state["step"]
+        ahead = f"training goes on in epoch {step // now + 1}" if step < self.total_steps else "nothing is left to do"
+        self.reporter.message(
+            f"an epoch had {counted(was, 'step')} and has {now:,} now, as the data or the processes changed: "
+            f"{counted(epochs, 'epoch')} are {counted(self.total_steps, 'step')}, of which {step:,} are done; {ahead}"
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self.ema is not None and state["ema"] is not None:
@@ -358,6 +371,7 @@ class Trainer:
             "category_ids": list(self.data.category_ids),
             "epoch": self.step // self.data.steps_per_epoch,
             "step": self.step,
+            "steps_per_epoch": self.data.steps_per_epoch,
             "metrics": self.metrics,
             "best": self.best,
             "evaluated": self.evaluated,

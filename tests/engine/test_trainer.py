@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data._utils import signal_handling
 
 from detr_fast.data import DataError
+from detr_fast.data.scenes import generate_scenes
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
@@ -261,6 +262,23 @@ def test_a_run_is_resumed_from_another_folder_and_with_data_that_were_moved(
         resume(run.path, epochs=3)
     assert resume(run.path, epochs=3, data=Path("moved")).steps == 9
     assert load_trained_model(run.checkpoint).config.data == str(tmp_path / "elsewhere" / "moved")
+
+
+def test_a_run_whose_data_set_has_grown_says_how_its_epochs_are_counted_now(tiny: Tiny, tmp_path: Path) -> None:
+    class Listener(Reporter):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    run = train(tiny(epochs=2)).run
+    resume(run.path, epochs=2, reporter=Listener())
+    assert not [text for text in heard if "had 3 steps" in text]
+    grown = generate_scenes(tmp_path / "grown", train=20, val=4, size=40)
+    assert resume(run.path, epochs=2, data=grown, reporter=Listener()).steps == 10
+    assert heard[-1] == (
+        "an epoch had 3 steps and has 5 now, as the data or the processes changed: "
+        "2 epochs are 10 steps, of which 6 are done; training goes on in epoch 2"
+    )
 
 
 def test_a_focal_run_is_evaluated_and_loaded_as_such(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
