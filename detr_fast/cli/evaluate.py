@@ -53,6 +53,9 @@ def evaluate(
     if as_json:
         print(json.dumps(figures, indent=1))
         return
+    if dataset.max_boxes == 0:
+        print(f"{folder}, {split}: the {counted(len(dataset), 'image')} have no box: there is nothing to evaluate")
+        return
     console = Console(width=None if os.isatty(1) else 120, markup=False)  # a [bracket] in a name is no style
     console.print(
         f"{trained.path} on {folder}, {split}: {counted(len(dataset), 'image')}", highlight=False, soft_wrap=True

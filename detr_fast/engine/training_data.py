@@ -67,7 +67,7 @@ def load_training_data(
     dataset = CocoDetection(folder, "train", train_transforms(config.transforms))
     if len(dataset) < config.batch_size * processes:
         raise ConfigError(
-            f"batch_size is {config.batch_size}, but {config.data} has only {counted(len(dataset), 'training image')}; lower it"
+            f"batch_size is {config.batch_size}, but {config.data} has only {counted(len(dataset), 'training image')}; lower it (--batch-size)"
         )
     if dataset.max_boxes == 0:
         raise ConfigError(

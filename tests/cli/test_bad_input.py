@@ -176,6 +176,19 @@ def test_images_and_whole_batches_without_objects_are_legal(tmp_path, capsys):
     assert all(np.isfinite(record["loss"]) for record in run_folder.RunFolder(tmp_path / "run").read_metrics())
 
 
+def test_a_split_without_any_box_is_said_to_have_nothing_to_evaluate(trained, tmp_path, capsys):
+    data = write_data(tmp_path / "data", lambda raw: raw["annotations"].clear())
+    assert run("evaluate", trained, "--data", data, "--split", "train", "--device", "cpu", "--workers", "0") == 0
+    printed = capsys.readouterr().out
+    assert "the 4 images have no box: there is nothing to evaluate" in printed
+    assert "AP" not in printed
+
+
+def test_more_images_a_batch_than_there_are_name_the_option_to_lower(data, tmp_path, capsys):
+    assert run("train", "--data", data, "--run", tmp_path / "run", *SMALL, "--batch-size", "5") == 2
+    assert_one_line(capsys, r"batch_size is 5, but .*data has only 4 training images; lower it \(--batch-size\)")
+
+
 def test_a_training_split_without_any_object_is_refused(tmp_path, capsys):
     write_data(tmp_path / "data", lambda raw: raw["annotations"].clear())
     assert run("train", "--data", tmp_path / "data", "--run", tmp_path / "run", *SMALL) == 2
