@@ -36,7 +36,8 @@ def predict(
     from detr_fast.engine.prediction import JSON_NAME, find_images, predict_images, require_apart, write_predictions
     from detr_fast.engine.trained import load_trained_model
 
-    paths = find_images(images)
+    hidden: list[Path] = []
+    paths = find_images(images, hidden)
     if pictures:
         require_apart(paths, out)
     trained = load_trained_model(model, pick_device(device))
@@ -55,7 +56,8 @@ def predict(
     counts = Counter(d["name"] for record in records for d in record["detections"])
     found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no objects"
     what = "pictures and " if pictures else ""
-    print(f"{counted(len(records), 'image')}: {found} above {threshold:g}; {what}{JSON_NAME} in {out}")
+    skipped = f" ({counted(len(hidden), 'hidden file')} left out)" if hidden else ""
+    print(f"{counted(len(records), 'image')}{skipped}: {found} above {threshold:g}; {what}{JSON_NAME} in {out}")
     for error in unreadable:
         print(f"Warning: {str(error).rpartition(';')[0]}; left out", file=sys.stderr)
     if unreadable:

@@ -57,8 +57,12 @@ class Prediction:
         }
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+def find_images(inputs: Sequence[str | Path], hidden: list[Path] | None = None) -> list[Path]:
     """The image files that are named, and those in the folders that are named (not in their subfolders), in order.
+
+    Args:
+        hidden: gets what in the folders is named like an image but hidden, such as the "._photo.jpg" that macOS leaves
+            beside a "photo.jpg": it is left out, unless it is named itself.
 
     Raises:
         PredictionError: a path does not exist, or there is no image at all.
@@ -66,7 +70,10 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for given in map(Path, inputs):
         if given.is_dir():
-            found += sorted(p for p in given.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+            images = sorted(p for p in given.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
+            found += [p for p in images if not p.name.startswith(".")]
+            if hidden is not None:
+                hidden += [p for p in images if p.name.startswith(".")]
         elif given.exists():
             found.append(given)
         else:
@@ -74,7 +81,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     if not found:
         where = ", ".join(map(str, inputs))
         raise PredictionError(
-            f"{where} holds no images (subfolders are not looked into); expected files ending in {', '.join(EXTENSIONS)}"
+            f"{where} holds no images (subfolders and hidden files are left out); expected files ending in {', '.join(EXTENSIONS)}"
         )
     return list(dict.fromkeys(found))
 

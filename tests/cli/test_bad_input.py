@@ -359,10 +359,25 @@ def test_image_files_that_cannot_be_read_are_named(data, trained, tmp_path, caps
     for given, expected in (
         (picture, r"cut.png: cannot be decoded \(.*\); give another image"),
         (tmp_path / "absent.png", "absent.png does not exist; give image files or folders"),
-        (tmp_path / "empty", r"empty holds no images \(subfolders are not looked into\); expected files ending in"),
+        (
+            tmp_path / "empty",
+            r"empty holds no images \(subfolders and hidden files are left out\); expected files ending",
+        ),
     ):
         assert run("predict", trained, given, "--out", tmp_path / "out", "--device", "cpu") == 2
         assert_one_line(capsys, expected)
+
+
+def test_hidden_files_in_a_folder_are_left_out_and_counted(data, trained, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", ".trashed.png"):
+        (photos / name).write_bytes((data / "images" / "train1.png").read_bytes())
+    (photos / "._a.png").write_bytes(b"\x00\x05\x16\x07")
+    assert run("predict", trained, photos, "--out", tmp_path / "out", "--device", "cpu") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("1 image (2 hidden files left out): ")
+    assert "Warning" not in captured.err
 
 
 def test_a_diverged_model_is_named_when_it_is_evaluated(trained, tmp_path, capsys):
