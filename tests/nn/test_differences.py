@@ -27,6 +27,13 @@ def a_query_that_sees_no_key(twins):
         torch.testing.assert_close(mine[0], theirs[0])
         assert torch.equal(mine[1], ours.out_proj.bias.expand(3, 8))
         assert theirs[1].isnan().all() == need_weights
+    ours.eval(), original.eval()
+    with torch.no_grad():
+        for module in (original, ours):
+            assert module(x, x, x, key_padding_mask=hidden, need_weights=False)[0][1].isnan().all()
+        with use_backend(attention="sdpa"):
+            mine = ours(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+    assert torch.equal(mine[1], ours.out_proj.bias.expand(3, 8))
 
 
 def padded_positions(twins):
