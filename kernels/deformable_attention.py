@@ -206,12 +206,8 @@ def deformable_attention_backward(
     reference: Tensor | None = None,
     shapes: Tensor | None = None,
     spread: float = 0.0,
-    out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for value, location, weight and reference, in their dtypes, those that are wanted; the value's not deterministic.
-
-    out: what the forward returned, in dout's dtype, where there is a reference.
-    """
+    """Gradients for value, location, weight and reference, in their dtypes, those that are wanted; the value's not deterministic."""
     dout, value, location, weight = (t.contiguous() for t in (dout, value, location, weight))
     dout, _ = arriving_rows(dout)
     dvalue = torch.zeros(value.shape, dtype=torch.float32, device=value.device) if wanted[0] else None
@@ -225,10 +221,10 @@ def deformable_attention_backward(
     if dout.numel() and weight.numel() and any(wanted):
         dtypes = dout.dtype, value.dtype, location.dtype, weight.dtype
         sizes = location.shape[0], *value.shape[1:], location.shape[1]
-        addresses = (address_of(dout) | address_of(value) | address_of(dvalue) | address_of(out)) % 16
+        addresses = (address_of(dout) | address_of(value) | address_of(dvalue)) % 16
         strided, shapes, steps, form = _form(reference, shapes)
         plan = _plan_backward(sizes, levels, dtypes, wanted, addresses, form)
-        read = dout, value, location, weight, strided, shapes, out
+        read = dout, value, location, weight, strided, shapes
         launch(plan.variant, plan.grid, *read, dvalue, dlocation, dweight, parts, *plan.sizes, *steps, spread)
     dreference = None
     if parts is not None and reference is not None:
@@ -311,11 +307,12 @@ def backward_variant(
     """The program of the backward; dtypes: of dout, value, location and weight."""
     results = (torch.float32, *dtypes[2:], torch.float32)
     made = (dtype if want else None for dtype, want in zip(results, wanted))
-    out = dtypes[0] if form.coordinates else None
-    tensors = (*dtypes, *_read(form), out, *made)
+    tensors = (*dtypes, *_read(form), *made)
     # Four channels a lane, 16 bytes of what is added, and one warp: programs of two layouts, or of more warps, exchange more.
     shape = min(vector, 4), True, form
-    return _variant(deformable_attention_backward_kernel, levels, channels, tensors, *shape)
+    # ptxas would take 96 of the 108 registers that the reference's gradient needs, and spill.
+    registers = 255 if wanted[3] else 0
+    return _variant(deformable_attention_backward_kernel, levels, channels, tensors, *shape, registers)
 
 
 def _read(form: Form) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -330,12 +327,13 @@ def _variant(
     vector: int,
     few: bool,
     form: Form,
+    registers: int = 0,
 ) -> Variant:
     config = deformable_config(channels, vector, few)
     numbers = (*["i32"] * (5 + 3 * MAX_LEVELS), *["i64"] * 3, "fp32")
     shape = {"BLOCK_Q": config.rows, "BLOCK_E": config.columns, "FULL": config.columns == channels, "VEC": vector}
     constants = {"LEVELS": levels, **shape, "COORDINATES": form.coordinates}
-    return Variant(kernel, (*map(pointer, tensors), *numbers), constants, config.num_warps)
+    return Variant(kernel, (*map(pointer, tensors), *numbers), constants, config.num_warps, registers=registers)
 
 
 def catalog_entries() -> Iterator[Entry]:
@@ -370,8 +368,7 @@ def _example(dtype: torch.dtype, fused: bool, device: torch.device) -> Callable[
     def call() -> tuple[Tensor, ...]:
         out = deformable_attention_forward(value, location, weight, levels, dtype, **given)
         wanted = True, True, True, fused
-        last: dict[str, Any] = {"out": out} if fused else {}
-        found = deformable_attention_backward(dout, value, location, weight, levels, wanted, **given, **last)
+        found = deformable_attention_backward(dout, value, location, weight, levels, wanted, **given)
         return (out, *(t for t in found if t is not None))
 
     return call

@@ -27,7 +27,6 @@ def deformable_attention_backward_kernel(
     weight_ptr,
     reference_ptr,
     shapes_ptr,
-    out_ptr,
     dvalue_ptr,
     dlocation_ptr,
     dweight_ptr,
@@ -91,9 +90,7 @@ def deformable_attention_backward_kernel(
         for k in range(points):
             shares += softmax_share(tl.load(weight_ptr + base + k, mask=exists, other=0.0).to(tl.float32), peak)
         part = 1.0 / shares
-        # What weights' gradients are on average, each weighed by its weight: a softmax passes on what is above.
-        arrived = run_pointers(out_ptr + image * queries * row_size, start[:, None], column, VEC)
-        mean = tl.sum(tl.load(arrived, mask=exists[:, None] & inside, other=0.0).to(tl.float32) * dout, axis=1)
+        mean = tl.zeros((BLOCK_Q,), tl.float32)
     first, begun = 0, 0
     for level in tl.static_range(LEVELS):
         height, width, _ = level_size(shapes_ptr, level, heights[level], widths[level], rows - first)
@@ -144,7 +141,7 @@ def deformable_attention_backward_kernel(
             dx *= weight
             dy *= weight
             if reference_ptr is not None:
-                dweight = weight * (dweight - mean)
+                dweight *= weight
                 sum_x += dx
                 sum_y += dy
                 sum_w += dx * offset_x
@@ -155,7 +152,11 @@ def deformable_attention_backward_kernel(
                 dx *= width
                 dy *= height
             if dweight_ptr is not None:
-                tl.store(dweight_ptr + place + point, dweight.to(dweight_ptr.dtype.element_ty), mask=exists)
+                rounded = dweight.to(dweight_ptr.dtype.element_ty)
+                tl.store(dweight_ptr + place + point, rounded, mask=exists)
+                if reference_ptr is not None:
+                    # Of what is written, not of what was rounded: where one point takes nearly all of the softmax, errors cancel.
+                    mean += rounded.to(tl.float32)
             if dlocation_ptr is not None:
                 coordinate = dlocation_ptr + place * 2 + point * 2
                 element = dlocation_ptr.dtype.element_ty
@@ -171,3 +172,14 @@ def deformable_attention_backward_kernel(
                 tl.store(summed + 3, sum_h * (extent * height), mask=exists)
         first += height * width
         begun += counts[level]
+    if dweight_ptr is not None and reference_ptr is not None:
+        tl.debug_barrier()  # lanes read what others wrote
+        for k in range(0, points, 16):
+            # Points side by side: one by one, all lanes of a query would do the same.
+            beside = k + tl.arange(0, 16)[None, :]
+            there, logits = exists[:, None] & (beside < points), base[:, None] + beside
+            logit = tl.load(weight_ptr + logits, mask=there, other=0.0).to(tl.float32)
+            found = tl.load(dweight_ptr + place + logits, mask=there, other=0.0).to(tl.float32)
+            # A softmax passes on what is above the mean.
+            dlogit = found - softmax_share(logit, peak[:, None]) * part[:, None] * mean[:, None]
+            tl.store(dweight_ptr + place + logits, dlogit.to(dweight_ptr.dtype.element_ty), mask=there)

@@ -291,8 +291,7 @@ class TritonDeformableAttention(TritonImplementation):
         given, more = (value, locations, weights, call.levels), {"reference": references, "shapes": shapes}
         out = kernels.deformable_attention_forward(*given, result_of(value, weights), **more)
         if call.needs_grad:
-            kept = None if references is None else out
-            kernels.deformable_attention_backward(out, *given, call.wanted, **more, out=kept)
+            kernels.deformable_attention_backward(out, *given, call.wanted, **more)
 
     def run(self, *arguments: Any) -> Tensor:
         return deformable_attention_of(*arguments)

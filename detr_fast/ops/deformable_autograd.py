@@ -51,13 +51,12 @@ def _run_backward(
     weights: Tensor,
     references: Maybe,
     shapes: Maybe,
-    out: Maybe,
     sizes: Sequence[int],
     spread: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     asked = wanted[0], wanted[1], wanted[2], wanted[3]
-    rest = references, shapes, spread, out
+    rest = references, shapes, spread
     found = kernels.deformable_attention_backward(dout, value, locations, weights, _triples(sizes), asked, *rest)
     first, second, third, fourth = (value.new_empty(0) if g is None else g for g in found)
     return first, second, third, fourth
@@ -70,7 +69,6 @@ def _fake_backward(
     weights: Tensor,
     references: Maybe,
     shapes: Maybe,
-    out: Maybe,
     sizes: Sequence[int],
     spread: float,
     wanted: Sequence[bool],
@@ -95,8 +93,7 @@ class _Forward(torch.autograd.Function):
         spread: float,
     ) -> Tensor:
         out: Tensor = _forward.below(value, locations, weights, references, shapes, sizes, spread)
-        kept = None if references is None else out
-        ctx.save_for_backward(value, locations, weights, references, shapes, kept)
+        ctx.save_for_backward(value, locations, weights, references, shapes)
         ctx.sizes, ctx.spread = sizes, spread
         return out
 
@@ -119,7 +116,6 @@ class _Backward(torch.autograd.Function):
         weights: Tensor,
         references: Maybe,
         shapes: Maybe,
-        out: Maybe,
         sizes: list[int],
         spread: float,
         wanted: list[bool],
@@ -127,7 +123,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(dout, value, locations, weights, references, shapes)
         ctx.sizes, ctx.spread, ctx.wanted = sizes, spread, wanted
         ctx.set_materialize_grads(False)
-        return _backward.below(dout, value, locations, weights, references, shapes, out, sizes, spread, wanted)
+        return _backward.below(dout, value, locations, weights, references, shapes, sizes, spread, wanted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Maybe) -> Any:
@@ -140,8 +136,7 @@ class _Backward(torch.autograd.Function):
             return by_indexing(value, locations, weights, levels)
 
         d_dout, found = double_backward(reference, inputs, dout, ctx.wanted, upstream)
-        # What out depends on is recomputed from the inputs.
-        return d_dout, *found, None, None, None, None, None
+        return d_dout, *found, None, None, None, None
 
 
 def _autograd_forward(value: Tensor, locations: Tensor, weights: Tensor, references: Maybe, *rest: Any) -> Any:
@@ -165,7 +160,7 @@ _forward = define(
 )
 _backward = define(
     "deformable_attention_backward(Tensor dout, Tensor value, Tensor locations, Tensor weights, Tensor? references, "
-    "Tensor? shapes, Tensor? out, int[] sizes, float spread, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? shapes, int[] sizes, float spread, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,
@@ -193,5 +188,5 @@ def gradients_of(
     """Of value, locations and weights, by the kernel, without a forward."""
     sizes = [n for level in levels for n in level]
     wanted = [True, True, True, False]
-    first, second, third, _ = _backward(dout, value, locations, weights, None, shapes, None, sizes, 0.0, wanted)
+    first, second, third, _ = _backward(dout, value, locations, weights, None, shapes, sizes, 0.0, wanted)
     return first, second, third

@@ -298,10 +298,9 @@ def test_opcheck_accepts_both_ops():
     forward, backward = torch.ops.detr_fast.deformable_attention, torch.ops.detr_fast.deformable_attention_backward
     references, shapes = torch.rand(1, 3, 3, 4).requires_grad_(), torch.tensor(SHAPES)
     torch.library.opcheck(forward.default, (value, locations, weights, references, shapes, sizes, 0.5))
-    out = torch.randn(1, 3, 1, 8)
     dout = torch.randn(1, 3, 1, 8).requires_grad_()
     torch.library.opcheck(
-        backward.default, (dout, value, locations, weights, references, shapes, out, sizes, 0.5, [True] * 4)
+        backward.default, (dout, value, locations, weights, references, shapes, sizes, 0.5, [True] * 4)
     )
 
 
@@ -402,6 +401,22 @@ def test_references_that_do_not_fit_are_refused():
     for wrong in (references[..., :3], references[:, :2], references[:, :, :2], references[0]):
         with pytest.raises(ValueError, match=r"expected \(2, 5, 3 levels or 1, 2 or 4\)"):
             by_offsets()(value, wrong, offsets, logits)
+
+
+@interpreter
+def test_logits_gradients_are_as_accurate_as_eagers_where_one_point_takes_nearly_all_of_the_softmax(triton):
+    # more points than are corrected at once
+    value, references, offsets, logits = make_offsets(2, 1, 4, 1, 16, (6, 6, 6))
+    logits[..., 0] += 20
+
+    def run(backend):
+        def sample(logits):
+            with use_backend(deformable_attention=backend):
+                return by_offsets((6, 6, 6))(value.bfloat16(), references, offsets, logits)
+
+        return sample
+
+    assert_as_accurate_as_eager(run("triton"), reference=run("eager"), inputs=[logits], dtype=torch.bfloat16)
 
 
 @interpreter
