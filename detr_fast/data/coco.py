@@ -18,6 +18,7 @@ from torchvision import tv_tensors
 from detr_fast.data.annotations import Annotations, BadBoxes, Category, parse_annotations
 from detr_fast.data.errors import DataError
 from detr_fast.data.images import ImageStore, image_path, read_image_size
+from detr_fast.data.records import is_hidden
 
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -118,6 +119,7 @@ def find_annotation_files(path: Path, overrides: Mapping[str, str | Path] | None
     found = {name: path / file for name, file in overrides.items()} if overrides else _find_json(path)
     if not found:
         others = [file for folder in (path, path / "annotations") for file in sorted(folder.glob("*.json"))]
+        others = [file for file in others if not is_hidden(file)]
         only = ", ".join(str(file.relative_to(path)) for file in others[:3])
         raise DataError(
             f"{path}: holds no annotations{f' that are named after a split, only {only}' if only else ''}; "

@@ -8,6 +8,11 @@ from pathlib import Path
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether its name starts with a dot, as that of the "._photo.jpg" that macOS leaves beside a "photo.jpg" does."""
+    return path.name.startswith(".")
+
+
 @dataclass(frozen=True)
 class BoxRecord:
     """A box: label (position in `Records.names`), (x, y, width, height) in pixels from the upper left corner."""

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement
 from detr_fast.data.errors import DataError
 from detr_fast.data.folders import ImageCopies
 from detr_fast.data.images import read_image_size
-from detr_fast.data.records import IMAGE_SUFFIXES, BoxRecord, ImageRecord, Records, tidy
+from detr_fast.data.records import IMAGE_SUFFIXES, BoxRecord, ImageRecord, Records, is_hidden, tidy
 
 _SPLITS = ("train", "val", "test")
 _Named = tuple[str, tuple[float, float, float, float]]
@@ -28,7 +28,7 @@ def read_voc(folder: Path) -> Records:
     lists = {split: folder / "ImageSets" / "Main" / f"{split}.txt" for split in _SPLITS}
     stems = {split: _listed(path) for split, path in lists.items() if path.is_file()}
     if not stems:
-        stems = {"train": sorted(path.stem for path in annotations.glob("*.xml"))}
+        stems = {"train": sorted(path.stem for path in annotations.glob("*.xml") if not is_hidden(path))}
     images = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else folder
     files = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     parsed = {split: [_parse(annotations / f"{stem}.xml", files) for stem in part] for split, part in stems.items()}

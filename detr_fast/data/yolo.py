@@ -15,14 +15,15 @@ import yaml
 from detr_fast.data.errors import DataError
 from detr_fast.data.folders import ImageCopies
 from detr_fast.data.images import image_path, read_image_size
-from detr_fast.data.records import IMAGE_SUFFIXES, BoxRecord, ImageRecord, Records, tidy
+from detr_fast.data.records import IMAGE_SUFFIXES, BoxRecord, ImageRecord, Records, is_hidden, tidy
 
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def find_yolo_config(folder: Path) -> Path | None:
     """data.yaml, or the only YAML file with "names"."""
-    files = [folder / "data.yaml", *sorted(path for path in folder.glob("*.y*ml") if path.name != "data.yaml")]
+    others = (path for path in folder.glob("*.y*ml") if path.name != "data.yaml" and not is_hidden(path))
+    files = [folder / "data.yaml", *sorted(others)]
     return next((path for path in files if path.is_file() and "names" in path.read_text(errors="replace")), None)
 
 
@@ -74,7 +75,8 @@ def _image_files(entry: Any, config: Path, root: Any) -> list[tuple[Path, str]]:
             # Roboflow's exports write ../train/images for what lies at train/images.
             place = config.parent / str(item).removeprefix("../")
         if place.is_dir():
-            files = sorted(file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            images = (file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(file for file in images if not is_hidden(file))
             if not files:
                 raise DataError(f"{place}: holds no images, but {config.name} names it; correct the path")
             found += [(file, str(file.relative_to(place))) for file in files]

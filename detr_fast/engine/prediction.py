@@ -15,6 +15,7 @@ from torchvision import tv_tensors
 
 from detr_fast.data.errors import DataError
 from detr_fast.data.images import read_image
+from detr_fast.data.records import is_hidden
 from detr_fast.data.transforms import eval_transforms
 from detr_fast.engine.drawing import Box, Picture, draw_boxes
 from detr_fast.engine.errors import PredictionError
@@ -71,9 +72,9 @@ def find_images(inputs: Sequence[str | Path], hidden: list[Path] | None = None) 
     for given in map(Path, inputs):
         if given.is_dir():
             images = sorted(p for p in given.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
-            found += [p for p in images if not p.name.startswith(".")]
+            found += [p for p in images if not is_hidden(p)]
             if hidden is not None:
-                hidden += [p for p in images if p.name.startswith(".")]
+                hidden += [p for p in images if is_hidden(p)]
         elif given.exists():
             found.append(given)
         else:

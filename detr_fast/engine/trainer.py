@@ -357,7 +357,8 @@ class Trainer:
         record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.data.steps_per_epoch, **figures}
         if self.main:
             self.folder.log(record)
-            if figures["AP"] > self.best:
+            # Without any box there is no AP, -1: the last weights are the best.
+            if figures["AP"] > self.best or self.best < 0:
                 self.best = figures["AP"]
                 weights = self._evaluated_model().state_dict()
                 save_checkpoint(self.folder.best, self._about() | {"model": weights, "ema": None})

@@ -86,6 +86,10 @@ def load_training_data(
     if "val" in folder.splits:
         validation = CocoDetection(folder, "val", eval_transforms(config.transforms))
         validation_loader = _share(build_loader(validation, config.batch_size, shuffle=False, **common), accelerator)
+        if validation.max_boxes == 0:
+            message(
+                f"none of the {counted(len(validation), 'validation image')} has a box: there is no AP, and the last weights are kept as the best"
+            )
     else:
         message(f"{config.data} has no validation split: nothing is evaluated (instances_val.json)")
     most = max(dataset.max_boxes, validation.max_boxes if validation else 0)

@@ -125,6 +125,7 @@ def test_the_usual_ways_to_write_data_yaml_are_read(tmp_path, config):
     root = write_yolo(tmp_path / "yolo", config)
     (root / "list.txt").write_text("./images/a.png\n")
     (root / "windows.txt").write_text(".\\images\\a.png\n")
+    (root / "images" / "._a.png").write_bytes(b"left by macOS")
     convert(root, tmp_path / "coco", "yolo", "coco")
     assert boxes_of(tmp_path / "coco") == [("dog", [20, 15, 40, 10])]
 
@@ -224,6 +225,7 @@ OBJECT = "<object><name>cat</name><bndbox><xmin>{}</xmin><ymin>4</ymin><xmax>36<
 
 def test_voc_without_lists_of_images_is_one_training_split(tmp_path):
     root = write_voc(tmp_path / "voc", f"<annotation>{OBJECT.format(7)}</annotation>")
+    (root / "Annotations" / "._a.xml").write_bytes(b"left by macOS")
     result = convert(root, tmp_path / "coco", "voc", "coco")
     assert result.images == {"train": 1}
     assert boxes_of(tmp_path / "coco") == [("cat", [6, 3, 30, 15])]

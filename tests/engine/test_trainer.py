@@ -387,6 +387,22 @@ def test_a_data_set_without_boxes_is_refused(tiny: Tiny, tmp_path: Path) -> None
         train(tiny(data=str(data)))
 
 
+def test_the_last_weights_are_the_best_where_no_image_of_the_validation_split_has_a_box(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    class Listener(Reporter):
+        def message(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    data = shutil.copytree(tiny().data, tmp_path / "empty")
+    annotations = data / "instances_val.json"
+    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
+    run = train(tiny(data=str(data)), reporter=Listener()).run
+    assert load_checkpoint(run.best)["step"] == 6
+    assert any("none of the 4 validation images has a box: there is no AP" in text for text in heard)
+
+
 def test_labels_out_of_range_on_the_device_end_training_with_one_clear_error(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
