@@ -42,8 +42,13 @@ def train(
         ),
     ] = False,
     model: Annotated[
-        str, typer.Option("--model", help="small, resnet18, resnet34, resnet50 or resnet101.", rich_help_panel=_START)
-    ] = "resnet50",
+        str | None,
+        typer.Option(
+            "--model",
+            help="small, resnet18, resnet34, resnet50 or resnet101 (that of --weights, or else resnet50).",
+            rich_help_panel=_START,
+        ),
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -164,6 +169,7 @@ def train(
     from detr_fast.data.words import counted
     from detr_fast.engine import trainer
     from detr_fast.engine.errors import ConfigError
+    from detr_fast.models.convert import read_weights
 
     if data is None and resume is None:
         raise ConfigError("give either --data DIR, to start a run, or --resume RUN, to go on with one")
@@ -194,9 +200,18 @@ def train(
             result = trainer.resume(resume, epochs=epochs, data=data, device=device, workers=workers, reporter=reporter)
     else:
         assert data is not None
+        given_model = None
+        if model is None and weights is not None:
+            given_model = read_weights(weights).config
+            model = "small" if given_model.backbone == "conv" else given_model.backbone
+        model = model or "resnet50"
         config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)
+        if given_model is not None:
+            config = replace(config, model=given_model)
         notes: list[str] = []
-        settings: dict[str, Any] = {"focal": focal} | ({} if queries is None else {"num_queries": queries})
+        settings: dict[str, Any] = {"focal": focal or config.model.focal}
+        if queries is not None:
+            settings["num_queries"] = queries
         if model != "small" and weights is None and weights_backbone is None:
             settings["backbone_norm"] = "batch"
             notes.append("no weights given: the backbone trains from scratch, which needs much data")

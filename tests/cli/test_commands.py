@@ -200,6 +200,26 @@ def test_published_weights_are_evaluated_and_predicted_with_as_they_are(
     assert all(d["name"] == COCO_NAMES[d["category_id"]] for d in found)
 
 
+def test_published_weights_are_fine_tuned_as_the_model_that_they_are_of(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from detr_fast.models.build import ModelConfig, build_model
+
+    sizes = {"num_queries": 4, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "feedforward": 16}
+    config = ModelConfig(backbone="conv", num_classes=91, backbone_width=4, backbone_stride=32, **sizes)  # type: ignore[arg-type]
+    torch.save({"model": build_model(config).state_dict()}, tmp_path / "detr.pth")
+    options = ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--epochs", "1"]
+    start = ["train", "--data", scenes, "--weights", tmp_path / "detr.pth", *options]
+    assert status(*start, "--run", tmp_path / "run") == 0
+    trained = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    assert {name: trained[name] for name in sizes} == sizes
+    assert "left out the class head" in capsys.readouterr().out
+    assert status(*start, "--run", tmp_path / "other", "--queries", "5") == 2
+    assert "query_embed (1 tensor: (4, 16), not (5, 16))" in capsys.readouterr().err
+
+
 def test_explain_lists_ops_and_reasons(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("explain", trained, "--json", "--device", "cpu") == 0
     records = json.loads(capsys.readouterr().out)
