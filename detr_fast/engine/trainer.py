@@ -361,7 +361,7 @@ class Trainer:
             if figures["AP"] > self.best or self.best < 0:
                 self.best = figures["AP"]
                 weights = self._evaluated_model().state_dict()
-                save_checkpoint(self.folder.best, self._about() | {"model": weights, "ema": None})
+                self._write(self.folder.best, self._about() | {"model": weights, "ema": None})
         self._save()
         self.reporter.evaluated(record)
 
@@ -394,8 +394,11 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "rng": rng_state(),
         }
+        self._write(self.folder.checkpoint, state)
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         advice = f"free some space, then go on with '{self.folder.how_to_go_on}'"
-        save_checkpoint(self.folder.checkpoint, state, advice if self.folder.checkpoint.exists() else "")
+        save_checkpoint(path, state, advice if self.folder.checkpoint.exists() else "")
 
     def _draw(self) -> None:
         if not self.main:

@@ -311,9 +311,12 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_in_training_keeps_the_last_checkpoint_and_resume_goes_on(data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("fits", "file"), [(2, "best"), (4, "checkpoint")])
+def test_a_full_disk_in_training_keeps_the_last_checkpoint_and_resume_goes_on(
+    fits, file, data, tmp_path, capsys, monkeypatch
+):
     # config.json, checkpoint.pt before and after the evaluation, best.pt between them; then the second epoch's.
-    fsync, left = run_folder.os.fsync, [5]
+    fsync, left = run_folder.os.fsync, [fits + 1]
 
     def full(descriptor: int) -> None:
         left[0] -= 1
@@ -326,7 +329,7 @@ def test_a_full_disk_in_training_keeps_the_last_checkpoint_and_resume_goes_on(da
         patched.setattr(run_folder.os, "fsync", full)
         assert run("train", "--data", data, "--run", folder, *SMALL, "--epochs", "3") == 2
     advice = rf"No space left on device; free some space, then go on with 'detr-fast train --resume {folder}'"
-    assert_one_line(capsys, rf"cannot write .*\.pt: {advice}")
+    assert_one_line(capsys, rf"cannot write .*{file}\.pt: {advice}")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 2
     assert not list(folder.glob(".*"))
     assert run("train", "--resume", folder) == 0
