@@ -200,14 +200,11 @@ def train(
             result = trainer.resume(resume, epochs=epochs, data=data, device=device, workers=workers, reporter=reporter)
     else:
         assert data is not None
-        given_model = None
         if model is None and weights is not None:
-            given_model = read_weights(weights).config
-            model = "small" if given_model.backbone == "conv" else given_model.backbone
+            changes["model"] = read_weights(weights).config
+            model = "small" if changes["model"].backbone == "conv" else changes["model"].backbone
         model = model or "resnet50"
         config = replace(preset(model, data, run or Path("runs") / data.resolve().name, image_size), **changes)
-        if given_model is not None:
-            config = replace(config, model=given_model)
         notes: list[str] = []
         settings: dict[str, Any] = {"focal": focal or config.model.focal}
         if queries is not None:

@@ -19,7 +19,6 @@ from PIL import Image
 from torch.utils.data._utils import signal_handling
 
 from detr_fast.data import DataError
-from detr_fast.data.scenes import generate_scenes
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
@@ -264,23 +263,6 @@ def test_a_run_is_resumed_from_another_folder_and_with_data_that_were_moved(
     assert load_trained_model(run.checkpoint).config.data == str(tmp_path / "elsewhere" / "moved")
 
 
-def test_a_run_whose_data_set_has_grown_says_how_its_epochs_are_counted_now(tiny: Tiny, tmp_path: Path) -> None:
-    class Listener(Reporter):
-        def message(self, text: str) -> None:
-            heard.append(text)
-
-    heard: list[str] = []
-    run = train(tiny(epochs=2)).run
-    resume(run.path, epochs=2, reporter=Listener())
-    assert not [text for text in heard if "had 3 steps" in text]
-    grown = generate_scenes(tmp_path / "grown", train=20, val=4, size=40)
-    assert resume(run.path, epochs=2, data=grown, reporter=Listener()).steps == 10
-    assert heard[-1] == (
-        "an epoch had 3 steps and has 5 now, as the data or the processes changed: "
-        "2 epochs are 10 steps, of which 6 are done; training goes on in epoch 2"
-    )
-
-
 def test_a_focal_run_is_evaluated_and_loaded_as_such(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[bool] = []
     original = PostProcess.__init__
@@ -379,30 +361,6 @@ def test_a_precision_that_this_process_cannot_change_to_is_one_line(tiny: Tiny) 
         train(tiny("other", precision="bf16"))
 
 
-def test_a_data_set_without_boxes_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    data = shutil.copytree(tiny().data, tmp_path / "empty")
-    annotations = data / "instances_train.json"
-    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
-    with pytest.raises(ConfigError, match=r"none of the 12 training images of .* has a box"):
-        train(tiny(data=str(data)))
-
-
-def test_the_last_weights_are_the_best_where_no_image_of_the_validation_split_has_a_box(
-    tiny: Tiny, tmp_path: Path
-) -> None:
-    class Listener(Reporter):
-        def message(self, text: str) -> None:
-            heard.append(text)
-
-    heard: list[str] = []
-    data = shutil.copytree(tiny().data, tmp_path / "empty")
-    annotations = data / "instances_val.json"
-    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
-    run = train(tiny(data=str(data)), reporter=Listener()).run
-    assert load_checkpoint(run.best)["step"] == 6
-    assert any("none of the 4 validation images has a box: there is no AP" in text for text in heard)
-
-
 def test_labels_out_of_range_on_the_device_end_training_with_one_clear_error(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,16 +374,6 @@ def test_labels_out_of_range_on_the_device_end_training_with_one_clear_error(
     monkeypatch.setattr(Targets, "from_list", broken)
     with pytest.raises(TargetError, match=r"step 1 had true boxes .* label out of range.*detr-fast doctor"):
         train(tiny(epochs=1))
-
-
-def test_the_user_is_told_when_there_are_fewer_queries_than_boxes(tiny: Tiny) -> None:
-    class Listener(Reporter):
-        def message(self, text: str) -> None:
-            heard.append(text)
-
-    heard: list[str] = []
-    train(tiny(epochs=1, model=replace(tiny().model, num_queries=1)), reporter=Listener())
-    assert any("raise --queries" in text for text in heard)
 
 
 def test_weights_of_another_run_start_a_new_one(tiny: Tiny) -> None:
@@ -470,20 +418,3 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(tiny: Tiny, schedul
     run = train(tiny(schedule=schedule, warmup_steps=2, evaluate_every=2)).run
     rates = [record["lr"] / 1e-3 for record in run.read_metrics() if record["kind"] == "train"]
     assert rates == pytest.approx(expected)  # each record holds the rate of the step after it
-
-
-def test_bad_boxes_stop_a_run_or_are_left_out_by_request(tiny: Tiny, scenes: Path, tmp_path: Path):
-    data = tmp_path / "data"
-    shutil.copytree(scenes, data)
-    file = data / "instances_train.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["bbox"][3] = 0
-    file.write_text(json.dumps(content))
-    messages: list[str] = []
-    reporter = Reporter()
-    reporter.message = messages.append  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="detr-fast doctor"):
-        train(tiny(data=str(data), epochs=1), reporter=reporter)
-    result = train(tiny(data=str(data), epochs=1, drop_bad_boxes=True), reporter=reporter)
-    assert result.steps == 3
-    assert "left out: 1 box without area or outside the image" in messages

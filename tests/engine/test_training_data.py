@@ -1,0 +1,87 @@
+"""What a data set asks of a run, and what its user is told of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from detr_fast.data.scenes import generate_scenes
+from detr_fast.engine.checkpoints import load_checkpoint
+from detr_fast.engine.config import TrainConfig
+from detr_fast.engine.errors import ConfigError
+from detr_fast.engine.reporter import Reporter
+from detr_fast.engine.trainer import resume, train
+
+Tiny = Callable[..., TrainConfig]
+
+
+class Listener(Reporter):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def without_boxes(data: str, copy: Path, split: str) -> str:
+    shutil.copytree(data, copy)
+    annotations = copy / f"instances_{split}.json"
+    annotations.write_text(json.dumps(json.loads(annotations.read_text()) | {"annotations": []}))
+    return str(copy)
+
+
+def test_a_run_whose_data_set_has_grown_says_how_its_epochs_are_counted_now(tiny: Tiny, tmp_path: Path) -> None:
+    listener = Listener()
+    run = train(tiny(epochs=2)).run
+    resume(run.path, epochs=2, reporter=listener)
+    assert not [text for text in listener.heard if "had 3 steps" in text]
+    grown = generate_scenes(tmp_path / "grown", train=20, val=4, size=40)
+    assert resume(run.path, epochs=2, data=grown, reporter=listener).steps == 10
+    assert listener.heard[-1] == (
+        "an epoch had 3 steps and has 5 now, as the data or the processes changed: "
+        "2 epochs are 10 steps, of which 6 are done; training goes on in epoch 2"
+    )
+
+
+def test_a_data_set_without_boxes_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    data = without_boxes(tiny().data, tmp_path / "empty", "train")
+    with pytest.raises(ConfigError, match=r"none of the 12 training images of .* has a box"):
+        train(tiny(data=data))
+
+
+def test_the_last_weights_are_the_best_where_no_image_of_the_validation_split_has_a_box(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    listener = Listener()
+    data = without_boxes(tiny().data, tmp_path / "empty", "val")
+    run = train(tiny(data=data), reporter=listener).run
+    assert load_checkpoint(run.best)["step"] == 6
+    assert any("none of the 4 validation images has a box: there is no AP" in text for text in listener.heard)
+
+
+def test_the_user_is_told_when_there_are_fewer_queries_than_boxes(tiny: Tiny) -> None:
+    listener = Listener()
+    train(tiny(epochs=1, model=replace(tiny().model, num_queries=1)), reporter=listener)
+    assert any("raise --queries" in text for text in listener.heard)
+
+
+def test_bad_boxes_stop_a_run_or_are_left_out_by_request(tiny: Tiny, scenes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    file = data / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][3] = 0
+    file.write_text(json.dumps(content))
+    listener = Listener()
+    with pytest.raises(ValueError, match="detr-fast doctor"):
+        train(tiny(data=str(data), epochs=1), reporter=listener)
+    result = train(tiny(data=str(data), epochs=1, drop_bad_boxes=True), reporter=listener)
+    assert result.steps == 3
+    assert "left out: 1 box without area or outside the image" in listener.heard
