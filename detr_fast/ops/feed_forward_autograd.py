@@ -213,7 +213,9 @@ class _Forward(torch.autograd.Function):
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (norm_bias, residual))
         ctx.settings, with_sum, ctx.kept = arguments[9:13], arguments[15], arguments[17]
         normed = norm_weight is not None
-        ctx.mark_non_differentiable(saved, active, *(() if normed else (xhat, rstd)), *(() if with_sum else (total,)))
+        # The sum of what needs no gradient needs none, whatever the norm's parameters do.
+        summed = with_sum and any((*ctx.needs_input_grad[:5], ctx.needs_input_grad[7]))
+        ctx.mark_non_differentiable(saved, active, *(() if normed else (xhat, rstd)), *(() if summed else (total,)))
         ctx.set_materialize_grads(False)
         return y, total, saved, active, xhat, rstd
 

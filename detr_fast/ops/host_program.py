@@ -34,7 +34,7 @@ from detr_fast.ops.host_passes import (
     taken_again,
     without_views,
 )
-from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, SEED, STREAM, Recorder, Unrepeatable, size_of
+from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, SEED, STREAM, Recorder, size_of
 from detr_fast.ops.products import goes_by_eager_ops
 
 ALIGNED = 16  # bytes: what kernels move at once
@@ -279,13 +279,11 @@ def casts_again() -> Iterator[None]:
 
 
 def _patterns(outputs: Sequence[Tensor]) -> list[tuple[bool, ...]]:
-    """For which outputs gradients may arrive: all, and where there are two, either alone."""
-    wanted = [t.requires_grad for t in outputs]
-    if any(wanted) != all(wanted):
-        raise Unrepeatable("a gradient can arrive for some of the outputs only")
-    if not all(wanted):
+    """For which outputs gradients may arrive: all that can have one, and where there are two, either alone."""
+    wanted = tuple(t.requires_grad for t in outputs)
+    if not any(wanted):
         return []
-    return [(True,)] if len(wanted) == 1 else [(True, True), (True, False), (False, True)]
+    return [wanted] if sum(wanted) == 1 else [(True, True), (True, False), (False, True)]
 
 
 def _record_backward(
@@ -320,6 +318,7 @@ class ProgramNode(torch.autograd.Function):
     ) -> Any:
         kept, outputs = program.forward(seed, offset, inputs)
         ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(*(y for y, wanted in zip(outputs, program.differentiable) if not wanted))
         ctx.program, ctx.offset, ctx.again = program, offset, Again(program, again, inputs[count:])
         ctx.set_materialize_grads(False)
         return outputs

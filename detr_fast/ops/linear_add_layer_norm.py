@@ -290,7 +290,8 @@ class _Forward(torch.autograd.Function):
         ctx.save_for_backward(x, weight, norm_weight, seed, xhat, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (bias, residual, norm_bias))
         ctx.offset, ctx.p = arguments[7:9]
-        if not arguments[11]:
+        # The sum of what needs no gradient needs none, whatever the norm's parameters do.
+        if not (arguments[11] and any(ctx.needs_input_grad[:4])):
             ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
         return y, total, xhat, rstd

@@ -88,6 +88,26 @@ def test_what_a_stacks_layers_leave_for_each_other_passes_through_their_nodes():
 
 
 @interpreter
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_layer_whose_following_norm_is_trained_is_a_program(compiled, request):
+    native.use(request.getfixturevalue("host") if compiled else None)
+    module, theirs = stacks("Encoder")
+    (x,), masks = inputs_of("Encoder")
+    trained = ("layers.1.norm1.weight", "norm.bias")
+    for one in (module, theirs):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_(name in trained)
+    results = []
+    with use_backend("triton"):
+        for one in (theirs, module, module, module):
+            y = one(x.detach(), **masks)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [one.get_parameter(n) for n in trained])])
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-3, atol=1e-3)
+    assert [type(one) for one in ENCODER_LAYER.programs.values()] == [HostProgram] * 2
+
+
+@interpreter
 def test_a_program_is_of_one_signature_and_others_get_their_own():
     layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
     with use_backend("triton"):

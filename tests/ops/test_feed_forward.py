@@ -107,6 +107,16 @@ def test_with_a_residual_the_backward_drops_what_the_forward_dropped(kernel, sum
 
 
 @interpreter
+@pytest.mark.parametrize("given", [0, 4, 5, 7])  # x, b2, the norm's weight, the residual
+def test_a_sum_needs_a_gradient_where_what_it_adds_does(kernel, given):
+    inputs = [t.requires_grad_(place == given) for place, t in enumerate((*tensors(), torch.randn(2, 5, 16)))]
+    y, total = ops.feed_forward_add_layer_norm(*inputs[:7], residual=inputs[7], return_sum=True)
+    assert (y.requires_grad, total.requires_grad) == (True, given != 5)
+    (gradient,) = torch.autograd.grad(y.square().sum(), inputs[given])
+    assert gradient.abs().max() > 0
+
+
+@interpreter
 @pytest.mark.parametrize("form", FORMS)
 def test_the_double_backward_is_right(kernel, form):
     leaves = [t.requires_grad_() for t in (*tensors((7,)), torch.randn(7, 16))]

@@ -71,6 +71,17 @@ def test_either_result_may_be_all_that_is_used(triton, used):
 
 
 @interpreter
+@pytest.mark.parametrize("given", [0, 2, 3, 4])  # x, bias, residual, the norm's weight
+def test_a_sum_needs_a_gradient_where_what_it_adds_does(triton, given):
+    inputs = [t.requires_grad_(place == given) for place, t in enumerate(tensors())]
+    y, total = with_sum(*inputs)
+    assert (y.requires_grad, total.requires_grad) == (True, given < 4)
+    (gradient,) = torch.autograd.grad(y.square().sum(), inputs[given])
+    (expected,) = torch.autograd.grad(eager_with_sum(*inputs)[0].square().sum(), inputs[given])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+@interpreter
 def test_norm_and_gradients_stay_finite_where_the_sum_overflows_fp16(triton):
     x, w, b, residual, norm_weight, norm_bias = (t.half() for t in tensors((6,)))
     residual, b = residual + 60_000, b.clone()
