@@ -79,6 +79,9 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 _NAMES = ("multi_scale_deformable_attention", "multi_scale_deformable_attention_v2")  # of such functions
 _HELD = "ms_deformable_attn_core"  # the attribute of D-FINE's modules that holds one
+_BESIDE = (
+    "_detr_fast_held"  # the same once more: behind a property of its name torch.compile of 2.11 never finds the first
+)
 
 
 class DeformableAttention(Scriptable):
@@ -102,6 +105,7 @@ class HeldDeformableAttention(Scriptable):
     """A module that holds such a function, of its own Python module: D-FINE's and DEIMv2's."""
 
     _detr_fast_functions: tuple[Sampling, Sampling]  # theirs, and what takes its place
+    _detr_fast_held: Sampling
 
     @classmethod
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
@@ -112,13 +116,13 @@ class HeldDeformableAttention(Scriptable):
     @property
     def ms_deformable_attn_core(self) -> Sampling:
         """Before what the instance holds under that name."""
-        held: Sampling = self.__dict__[_HELD]
+        held: Sampling = self._detr_fast_held
         theirs, place = self._detr_fast_functions
         return place if held is theirs else held
 
     @ms_deformable_attn_core.setter
     def ms_deformable_attn_core(self, held: Sampling) -> None:
-        self.__dict__[_HELD] = held
+        self.__dict__[_HELD] = self.__dict__[_BESIDE] = held
 
 
 class OffsetsToHeld(FromOffsets, HeldDeformableAttention):
@@ -126,7 +130,7 @@ class OffsetsToHeld(FromOffsets, HeldDeformableAttention):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         theirs, _ = self._detr_fast_functions
-        first: Any = super() if self.__dict__[_HELD] is theirs else super(FromOffsets, self)
+        first: Any = super() if self._detr_fast_held is theirs else super(FromOffsets, self)
         return first.forward(*args, **kwargs)
 
 
@@ -197,3 +201,12 @@ class HuggingFaceSampling(Adapter):
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
         return f"detr_fast.ops.deformable_attention ({joined_of(replacement).__name__})"
+
+    @classmethod
+    def switched(cls, module: Module) -> None:
+        if isinstance(module, HeldDeformableAttention):
+            module.__dict__[_BESIDE] = module.__dict__[_HELD]
+
+    @classmethod
+    def restored(cls, module: Module) -> None:
+        module.__dict__.pop(_BESIDE, None)

@@ -131,28 +131,23 @@ def test_where_no_kernel_is_to_run_each_projection_is_called_once(name, calls):
 def test_where_no_kernel_runs_theirs_does_to_the_bit_also_in_a_copy_and_under_compile(name):
     module = made(name).eval()
     expected = with_gradients(module)
-    theirs = compiled(module)
     detr_fast.accelerate(module)
     for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert all(torch.equal(*pair) for pair in zip(with_gradients(one), expected, strict=True))
     with use_backend(deformable_attention="eager"), torch.no_grad():
-        ours = compiled(module)
+        torch.testing.assert_close(compiled(module), expected[0])
         assert torch.equal(call(module), expected[0])
-    assert (ours is None) <= (theirs is None)
-    if ours is not None:
-        torch.testing.assert_close(ours, expected[0])
 
 
 def compiled(module):
-    """What the module gives in one graph; None where PyTorch can't compile transformers' code: 2.11 can't where it checks sizes."""
+    """What the module gives in one graph; in several where PyTorch can't compile transformers' own code: 2.11 can't where it checks sizes."""
     torch.compiler.reset()
     try:
-        with torch.no_grad():
-            return call(torch.compile(module, fullgraph=True, backend="eager"))
-    except InternalTorchDynamoError:
-        if torch.__version__ >= (2, 12):
+        return call(torch.compile(module, fullgraph=True, backend="eager"))
+    except InternalTorchDynamoError as error:
+        if torch.__version__ >= (2, 12) or "Pending unbacked symbols" not in str(error):
             raise
-        return None
+        return call(torch.compile(module, backend="eager"))
 
 
 def test_a_gpu_launches_once_where_transformers_launches_19_operations():
