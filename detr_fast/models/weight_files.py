@@ -29,19 +29,44 @@ def unpickle(path: Path) -> Any:
         WeightsError: not such a file, damaged, or it wants code executed.
     """
     try:
+        _verify_beginning(path)
         _verify_checksums(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it contains {wanted[1]}, which is no plain data" if wanted else str(error).splitlines()[0][:120]
+        what = f"it contains {wanted[1]}, which is no plain data" if wanted else _first_sentence(error)
         raise WeightsError(
             f"cannot read {path}: {what}, and loading never executes code; save only the state_dict and try again"
         ) from None
     except Exception as error:  # bytes that are no pickle raise whatever the opcodes they happen to spell raise
         text = "" if isinstance(error, KeyError) else str(error)
-        reason = text.splitlines()[0][:120] if text else "it is none"
+        reason = _first_sentence(error) if text else "it is none"
         raise WeightsError(f"cannot read {path} as a checkpoint ({reason}); take a complete copy") from None
+
+
+def _first_sentence(error: Exception) -> str:
+    """What went wrong by the first sentence of PyTorch's message, which may go on for a page."""
+    return re.split(r"[.!?]\s", str(error).splitlines()[0], maxsplit=1)[0]
+
+
+def _verify_beginning(path: Path) -> None:
+    """Raise WeightsError for a text or a page in the place of a checkpoint: torch.load takes such bytes for opcodes."""
+    start = _read_beginning(path)
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive; a pickle, as before torch 1.6
+        what = f"it begins with {start!r}" if start else "it is empty"
+        raise WeightsError(f"cannot read {path} as a checkpoint: {what}; give a file that torch.save wrote")
+
+
+def _read_beginning(path: Path) -> bytes:
+    """The first 32 bytes; WeightsError where they are those of a pointer that Git LFS leaves in a clone."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is not the file, but Git LFS's pointer to it; run 'git lfs pull' in its clone")
+    return start
 
 
 def _verify_checksums(path: Path) -> None:
@@ -75,10 +100,13 @@ def read_safetensors(path: Path) -> tuple[StateDict, Mapping[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        _read_beginning(path)
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, about
+    except WeightsError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is not a safetensors file ({error}); take a complete copy") from None
 

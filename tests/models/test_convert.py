@@ -233,6 +233,9 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 166618694\n"
+
+
 def hugging_face_folder(folder: Path, content: str) -> Path:
     return [write(folder / "x" / name, content).parent for name in ("model.safetensors", "config.json")][-1]
 
@@ -241,8 +244,11 @@ def hugging_face_folder(folder: Path, content: str) -> Path:
     ("make", "message"),
     [
         (lambda folder: folder / "absent.pth", r"no weights at .*absent\.pth; give"),
-        (lambda folder: write(folder / "a.pth", b"nonsense"), r"cannot read .*a\.pth"),
-        (lambda folder: write(folder / "a.pth", b""), r"cannot read .*a\.pth as a checkpoint"),
+        (lambda folder: write(folder / "a.pth", "<html>not here"), r"a\.pth as a checkpoint: it begins with b'<html>not here'"),
+        (lambda folder: write(folder / "a.pth", LFS_POINTER), r"a\.pth is not the file, but Git LFS's pointer to it"),
+        (lambda folder: write(folder / "a.safetensors", LFS_POINTER), r"a\.safetensors is not the file, but Git LFS's"),
+        (lambda folder: write(folder / "a.pth", b"PK\3\4."), r"cannot read .*a\.pth as a checkpoint \([^.]*\); take a complete"),
+        (lambda folder: write(folder / "a.pth", b""), r"cannot read .*a\.pth as a checkpoint: it is empty"),
         (lambda folder: write(folder / "a.safetensors", b"nonsense"), r"a\.safetensors is not a safetensors file"),
         (lambda folder: folder, r"is neither a Hugging Face folder nor a run's; expected config\.json"),
         (
@@ -255,7 +261,7 @@ def hugging_face_folder(folder: Path, content: str) -> Path:
         ),
         (lambda folder: torch.save([1, 2], folder / "a.pth") or folder / "a.pth", "holds no weights"),
     ],
-    ids=["absent", "nonsense", "empty", "nonsense-safetensors", "empty-folder", "damaged-config", "other-model", "no-weights"],
+    ids=["absent", "page", "pointer", "pointer-safetensors", "damaged", "empty", "nonsense-safetensors", "empty-folder", "damaged-config", "other-model", "no-weights"],
 )  # fmt: skip
 def test_files_that_are_no_weights_get_one_line_that_names_them(make, message, tmp_path):
     with pytest.raises(WeightsError, match=message) as error:
