@@ -5,8 +5,6 @@ probabilities = softmax(x @ weight.T + bias)
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,13 +51,15 @@ def linear_softmax_topk(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
         rows = x.reshape(-1, x.shape[-1])
         size = max(k, BLOCK_ELEMENTS // max(1, rows.shape[0]))
         wide = torch.promote_types(x.dtype, torch.float32)
-        best, index = rows.new_empty((rows.shape[0], 0), dtype=wide), torch.empty_like(rows[:, :0], dtype=torch.int64)
-        total = rows.new_full((rows.shape[0], 1), -math.inf, dtype=wide)
         for start in range(0, classes, size):
             block = slice(start, start + size)
             logits = F.linear(rows, weight[block], None if bias is None else bias[block]).to(wide)
-            total = torch.logaddexp(total, logits.logsumexp(-1, keepdim=True))
             values, places = logits.topk(min(k, logits.shape[-1]), -1)
+            block_total = logits.logsumexp(-1, keepdim=True)
+            if start == 0:  # at least k classes, as size is
+                best, index, total = values, places, block_total
+                continue
+            total = torch.logaddexp(total, block_total)
             best, chosen = torch.cat([best, values], -1).topk(k, -1)
             index = torch.cat([index, places + start], -1).gather(-1, chosen)
         shape = (*x.shape[:-1], k)

@@ -56,6 +56,11 @@ def test_probabilities_are_written_once_and_top_k_never_writes_them_all():
     assert "aten._softmax.default" not in best.launches
 
 
+def test_top_k_of_a_vocabulary_that_is_one_block_takes_five_operations():
+    x, weight, bias = inputs()
+    assert sum(count(lambda: ops.linear_softmax_topk(x, weight, bias, k=4)).launches.values()) == 5
+
+
 def test_k_outside_the_classes_is_refused():
     x, weight, bias = inputs()
     with pytest.raises(ValueError, match=r"k must lie in \[1, V\] = \[1, 13\]; got 14"):
