@@ -55,9 +55,20 @@ def activation_name(activation: Callable[..., Any]) -> str | None:
         return None
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", nn.ReLU: "relu", nn.SiLU: "silu"}.get(
-        type(activation) if isinstance(activation, nn.Module) else activation  # type: ignore[call-overload]
-    )
+    known = type(activation) if isinstance(activation, nn.Module) else activation
+    for one, name in _ACTIVATIONS:  # what is called need not be hashable
+        if one is known:
+            return name
+    return None
+
+
+_ACTIVATIONS: tuple[tuple[Any, str], ...] = (
+    (F.relu, "relu"),
+    (F.gelu, "gelu"),
+    (F.silu, "silu"),
+    (nn.ReLU, "relu"),
+    (nn.SiLU, "silu"),
+)
 
 
 def norm_of_sum(x: Tensor, residual: Tensor, norm: Any, p: float = 0.0) -> Tensor:

@@ -162,9 +162,10 @@ def _without_sum(x: Tensor, linear1: Any, activation: Any, dropout: Any, linear2
 
 def add_norm(y: Tensor, x: Tensor, dropout: Any, norm: Any, pre_norm: bool = False) -> Any:
     """norm(x + dropout(y)), which is one op while both are plain; pre_norm: (the sum, its norm)."""
-    if _may_fuse(x, dropout, norm) and norm.weight.ndim == 1 and norms_are_free():
+    one_shape = y.shape == x.shape  # the sum may broadcast one of them
+    if one_shape and _may_fuse(x, dropout, norm) and norm.weight.ndim == 1 and norms_are_free():
         return (sum_and_norm if pre_norm else norm_of_sum)(y, x, norm, probability(dropout))
-    if _takes_sum(x, dropout, norm):
+    if one_shape and _takes_sum(x, dropout, norm):
         return sum_first(add_rms_norm(y, x, norm.weight, norm.eps, probability(dropout), pre_norm))
     total = x + dropout(y)
     return (total, norm(total)) if pre_norm else norm(total)

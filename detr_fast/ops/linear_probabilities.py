@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.products import flat
 
 BLOCK_ELEMENTS = 1 << 24  # logits that exist at once: 64 MiB in fp32
 
@@ -48,7 +49,7 @@ def linear_softmax_topk(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
     if not 1 <= k <= classes:
         raise ValueError(f"k must lie in [1, V] = [1, {classes}]; got {k}")
     with torch.no_grad():
-        rows = x.reshape(-1, x.shape[-1])
+        rows = flat(x)
         size = max(k, BLOCK_ELEMENTS // max(1, rows.shape[0]))
         wide = torch.promote_types(x.dtype, torch.float32)
         for start in range(0, classes, size):

@@ -21,6 +21,13 @@ interpreter = pytest.mark.interpreter
 PADDING = torch.tensor([[False] * 4, [False, False, True, True]])
 
 
+class Unhashable:
+    __hash__ = None  # as a dataclass has it
+
+    def __call__(self, x):
+        return x.clamp(min=0.0)
+
+
 def pair(name, **options):
     """One of our layers and torch.nn's with the same parameters."""
     settings = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "dropout": 0.0, "batch_first": True, **options}
@@ -130,6 +137,20 @@ def test_rows_that_fit_no_tile_meet_their_residual_and_norm_in_one_kernel():
         layer(x)
 
 
+@interpreter
+def test_a_block_that_the_sum_broadcasts_is_torch_nns():
+    ours, original = pair("TransformerEncoderLayer", norm_first=True)
+    for layer in (ours, original):
+        torch.manual_seed(1)
+        layer.linear2 = torch_nn.Linear(24, 1)
+    x = torch.randn(2, 4, 16)
+    with use_backend(add_layer_norm="triton", layer_norm="triton"):
+        torch.testing.assert_close(ours(x), original(x))
+    ours.norm_first = original.norm_first = False
+    with use_backend(add_layer_norm="triton"):
+        torch.testing.assert_close(ours(x), original(x))
+
+
 def test_who_asks_for_another_norm_by_name_gets_it():
     layer, x = pair("TransformerEncoderLayer")[0].to("meta"), torch.randn(2, 4, 16, device="meta")
     with use_backend(**FUSED, layer_norm="eager"):
@@ -152,6 +173,7 @@ def test_unmeasured_gpus_run_the_parts(unmeasured):
         (torch_nn.ReLU(), "relu"),
         (torch_nn.Tanh(), None),
         (torch.sin, None),
+        (Unhashable(), None),
     ],
 )
 def test_activations_are_known_by_function_or_module(activation, name):

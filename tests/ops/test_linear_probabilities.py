@@ -39,6 +39,15 @@ def test_top_k_probabilities_are_softmaxs_without_writing_it(monkeypatch, k):
     assert torch.equal(classes[0], expected.indices)
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_without_features_the_bias_alone_decides(rows):
+    x, weight, bias = inputs(rows=rows, features=0)
+    probabilities, classes = ops.linear_softmax_topk(x, weight, bias, k=2)
+    expected = bias.softmax(-1).topk(2)
+    torch.testing.assert_close(probabilities, expected.values.expand(rows, 2))
+    assert torch.equal(classes, expected.indices.expand(rows, 2))
+
+
 def test_probabilities_are_written_once_and_top_k_never_writes_them_all():
     x, weight = torch.empty(4096, 16, device="meta"), torch.empty(32000, 16, device="meta")
     with torch.no_grad():
