@@ -14,9 +14,13 @@ from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
 
 
-def finite(layer: Any, x: Tensor) -> Tensor:
-    """What the originals clamp in training can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight."""
-    return clamped(x) if layer.training and x.dtype == torch.float16 else x
+def finite(layer: Any, x: Tensor, training: bool | None = None) -> Tensor:
+    """What the originals clamp in training can be infinite only in fp16: a norm's output is at most sqrt(C) times its weight.
+
+    training: where it is not the layer's mode that counts.
+    """
+    training = layer.training if training is None else training
+    return clamped(x) if training and x.dtype == torch.float16 else x
 
 
 def clamped(x: Tensor) -> Tensor:
@@ -43,10 +47,16 @@ def block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
     return norm_of_sum(block(x), x, norm) if parts is None else feed_forward_add_norm(x, parts, norm)
 
 
-def parts_of_layer(layer: Any, inner: str = "activation_dropout") -> FeedForwardParts | None:
-    """The feed-forward block of a layer that holds its parts itself; None where it has to be called. inner: its first dropout's name."""
+def parts_of_layer(
+    layer: Any, inner: str = "activation_dropout", training: bool | None = None
+) -> FeedForwardParts | None:
+    """The feed-forward block of a layer that holds its parts itself; None where it has to be called.
+
+    inner: its first dropout's name. training: where it is not the layer's mode that counts.
+    """
     activation = activation_name(layer.activation_fn)
     if activation is None or not (is_plain(layer.fc1) and is_plain(layer.fc2)):
         return None
-    first, last = (probability(getattr(layer, name), layer.training) for name in (inner, "dropout"))
+    training = layer.training if training is None else training
+    first, last = (probability(getattr(layer, name), training) for name in (inner, "dropout"))
     return FeedForwardParts(layer.fc1, activation, first, layer.fc2, last)

@@ -18,7 +18,13 @@ from detr_fast.adapters.blocks import (
     is_dispatched,
     is_plain,
 )
-from detr_fast.adapters.hugging_face_blocks import block_add_norm, decode, decoder_comes_apart, finite
+from detr_fast.adapters.hugging_face_blocks import (
+    block_add_norm,
+    decode,
+    decoder_comes_apart,
+    finite,
+    parts_of_layer,
+)
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
 from detr_fast.ops.dropout import shared_seed
@@ -156,3 +162,112 @@ class LwDetrMLP(Scriptable):
             return None
         p = probability(self.dropout, self.training)
         return FeedForwardParts(self.fc1, activation, p, self.fc2, p)
+
+
+class _PixelLayer(Scriptable):
+    """An encoder layer that holds its feed-forward block's parts itself."""
+
+    def _trains(self: Any) -> bool:
+        """Whether it drops, and clamps what it gives."""
+        return self.training  # type: ignore[no-any-return]
+
+    def _parts(self: Any, x: Any) -> FeedForwardParts | None:
+        """None where the original is to run."""
+        if not comes_apart(x, self.self_attn_layer_norm, self.final_layer_norm):
+            return None
+        return parts_of_layer(self, training=self._trains())
+
+    def _encoded(self: Any, parts: FeedForwardParts, x: Tensor, mask: Any, **given: Any) -> tuple[Tensor, Any]:
+        """What the layer makes of x, and the weights of its attention."""
+        with shared_seed():
+            y, weights = self.self_attn(
+                hidden_states=x,
+                attention_mask=mask,
+                encoder_hidden_states=x,
+                encoder_attention_mask=mask,
+                **given,
+            )
+            x = norm_of_sum(y, x, self.self_attn_layer_norm, parts.output_dropout_p)
+            x = feed_forward_add_norm(x, parts, self.final_layer_norm)
+            return finite(self, x, self._trains()), weights
+
+
+class GroundingDinoDeformableLayer(_PixelLayer):
+    """The part of Grounding DINO's encoder layer that is for the image."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Any]:
+        levels = dict(
+            zip(_LEVELS, (reference_points, spatial_shapes, spatial_shapes_list, level_start_index)),
+            position_embeddings=position_embeddings,
+            output_attentions=output_attentions,
+        )
+        parts = self._parts(hidden_states)
+        if parts is None:
+            return super().forward(hidden_states, attention_mask, **levels)  # type: ignore[misc]
+        return self._encoded(parts, hidden_states, attention_mask, **levels)
+
+
+class Mask2FormerPixelLayer(_PixelLayer):
+    """The encoder layer of Mask2Former's pixel decoder."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
+        levels = {
+            "position_embeddings": position_embeddings,
+            "reference_points": reference_points,
+            "spatial_shapes_list": spatial_shapes_list,
+            "level_start_index": level_start_index,
+            "output_attentions": output_attentions,
+        }
+        parts = self._parts(hidden_states)
+        if parts is None:
+            return super().forward(hidden_states, attention_mask, **levels)  # type: ignore[misc]
+        x, weights = self._encoded(parts, hidden_states, attention_mask, **levels)
+        return (x, weights.transpose(1, 0)) if output_attentions else (x,)
+
+
+class OneFormerPixelLayer(_PixelLayer):
+    """The encoder layer of OneFormer's pixel decoder, which its configuration tells whether it trains."""
+
+    def _trains(self: Any) -> bool:
+        return self.is_training  # type: ignore[no-any-return]
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        level_start_index: Any = None,
+        output_attentions: bool = False,
+        spatial_shapes_list: Any = None,
+    ) -> tuple[Tensor, ...]:
+        levels = dict(
+            zip(_LEVELS, (reference_points, spatial_shapes, spatial_shapes_list, level_start_index)),
+            position_embeddings=position_embeddings,
+            output_attentions=output_attentions,
+        )
+        parts = self._parts(hidden_states)
+        if parts is None:
+            return super().forward(hidden_states, attention_mask, **levels)  # type: ignore[misc]
+        x, weights = self._encoded(parts, hidden_states, attention_mask, **levels)
+        return (x, weights) if output_attentions else (x,)

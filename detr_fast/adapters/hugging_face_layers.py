@@ -15,6 +15,7 @@ from torch.nn import Module
 from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_biased as biased
 from detr_fast.adapters import hugging_face_deformable as deformable
+from detr_fast.adapters import hugging_face_masked as masked
 from detr_fast.adapters import hugging_face_others as others
 from detr_fast.adapters import hugging_face_weighing as weighing
 from detr_fast.adapters.base import (
@@ -291,6 +292,11 @@ _CODE: dict[str, type[Module]] = {
     "6e62030a3f3af3d1": deformable.RTDetrDecoderLayer,
     "bd39da64d9d088bf": deformable.LwDetrDecoderLayer,
     "70e9ff27ea699a31": deformable.LwDetrMLP,
+    "e700e6119e5361b1": deformable.GroundingDinoDeformableLayer,
+    "e27dd4d73bcc1df1": deformable.Mask2FormerPixelLayer,
+    "46bc545e86e47128": deformable.OneFormerPixelLayer,
+    "2740326ccce0497b": masked.Mask2FormerDecoderLayer,
+    "8484aea33ede5c5c": masked.OneFormerDecoderLayer,
 }
 _CHUNK = ("self attention_output", "intermediate output")
 _PARTS: dict[str, tuple[type[Module], ...]] = {"dense": (nn.Linear,), "dropout": (nn.Dropout,)}

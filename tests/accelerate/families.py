@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.accelerate.segmenters import SEGMENTERS
+
 transformers = pytest.importorskip("transformers")
 
 IMAGES = {"image_size": 32, "patch_size": 8}
@@ -326,6 +328,7 @@ MODELS = {
     "DabDetr's decoder": (lambda: dab_detr_layer("Decoder"), attend, {"attention": 2, "add_layer_norm": 2}),
     "GroundingDino": (grounding_dino_layer, ground, {"attention": 2, "add_layer_norm": 4, "feed_forward": 1}),
     "Mask2Former": (mask2former_attention, attend_to_each_other, {"attention": 2}),
+    **SEGMENTERS,
     "Sam": (two_way_block, point, {"add_layer_norm": 7, "layer_norm": 1}),
     "Yolos": (
         lambda: vision("Yolos", image_size=[32, 32], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),

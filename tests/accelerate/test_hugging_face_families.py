@@ -40,7 +40,18 @@ def test_copied_layers_are_as_before_and_run_on_our_ops(name, assert_unchanged):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("DabDetr's encoder", 1), ("DabDetr's decoder", 2), ("GroundingDino", 3), ("Mask2Former", 3)]
+    ("name", "weights"),
+    [
+        ("DabDetr's encoder", 1),
+        ("DabDetr's decoder", 2),
+        ("GroundingDino", 3),
+        ("Mask2Former", 3),
+        ("Mask2Former's decoder", 8),
+        ("OneFormer's decoder, normalised first", 8),
+        ("GroundingDino's pixels", 1),
+        ("Mask2Former's pixels", 1),
+        ("OneFormer's pixels", 1),
+    ],
 )
 def test_weights_that_are_asked_for_are_theirs(name, weights):
     make, call, _ = MODELS[name]
@@ -228,6 +239,11 @@ KNOWN = {
     "rt_detr.RTDetrDecoderLayer": hugging_face_layers,
     "lw_detr.LwDetrDecoderLayer": hugging_face_layers,
     "lw_detr.LwDetrMLP": hugging_face_layers,
+    "grounding_dino.GroundingDinoDeformableLayer": hugging_face_layers,
+    "mask2former.Mask2FormerPixelDecoderEncoderLayer": hugging_face_layers,
+    "oneformer.OneFormerPixelDecoderEncoderLayer": hugging_face_layers,
+    "mask2former.Mask2FormerMaskedAttentionDecoderLayer": hugging_face_layers,
+    "oneformer.OneFormerTransformerDecoderLayer": hugging_face_layers,
 }
 
 

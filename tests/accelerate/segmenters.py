@@ -1,0 +1,89 @@
+"""Layers of transformers' Mask2Former, OneFormer and Grounding DINO, and how tests call them: a part of `families.MODELS`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+SEGMENTER = {"hidden_dim": 32, "num_attention_heads": 4, "dim_feedforward": 48, "dropout": 0.0}
+
+
+def mask2former_layer(before):
+    """A decoder layer of Mask2Former's."""
+    config = transformers.Mask2FormerConfig(**SEGMENTER, pre_norm=before)
+    return transformers.models.mask2former.modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer(config)
+
+
+def one_former_layer(before):
+    """A decoder layer of OneFormer's."""
+    config = transformers.OneFormerConfig(**SEGMENTER, pre_norm=before)
+    return transformers.models.oneformer.modeling_oneformer.OneFormerTransformerDecoderLayer(config)
+
+
+def segment(layer, weights=False):
+    """Queries that see a part of three levels' tokens each; the first one sees nothing, which OneFormer mends."""
+    generator = torch.Generator().manual_seed(2)
+    queries, position = torch.randn(2, 5, 2, 32, generator=generator, dtype=torch.float64)
+    levels, positions = torch.randn(2, 3, 12, 2, 32, generator=generator, dtype=torch.float64)
+    hidden = torch.rand(8, 5, 12, generator=generator) < 0.5
+    mends = hasattr(layer, "ffn")
+    hidden[0, 0] = mends
+    found = []
+    for level in range(3):
+        if mends:
+            found += layer(level, queries, [*levels], [*positions], hidden.clone(), position, weights)
+        else:
+            given = {"encoder_hidden_states": [*levels], "encoder_attention_mask": hidden}
+            found += layer(queries, level, None, [*positions], position, **given, output_attentions=weights)
+    return found
+
+
+def pixel_layer(family):
+    """An encoder layer over several levels of an image's features."""
+    sizes = {"d_model": 32, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "encoder_n_points": 2, "dropout": 0.0}
+    if family == "GroundingDino":
+        options = {"num_feature_levels": 3, "activation_dropout": 0.0, "disable_custom_kernels": True}
+        config = transformers.GroundingDinoConfig(**sizes, **options)
+        return transformers.models.grounding_dino.modeling_grounding_dino.GroundingDinoDeformableLayer(config)
+    options = {"encoder_feedforward_dim": 48, "feature_strides": [4, 8], "feature_size": 32}
+    if family == "OneFormer":
+        config = transformers.OneFormerConfig(**SEGMENTER, **options, conv_dim=32, is_training=True)
+        return transformers.models.oneformer.modeling_oneformer.OneFormerPixelDecoderEncoderLayer(config)
+    config = transformers.Mask2FormerConfig(**SEGMENTER, **options)
+    return transformers.models.mask2former.modeling_mask2former.Mask2FormerPixelDecoderEncoderLayer(config)
+
+
+def encode_pixels(layer, weights=False):
+    generator = torch.Generator().manual_seed(2)
+    x, position = torch.randn(2, 2, 12, 32, generator=generator, dtype=torch.float64)
+    points = torch.rand(2, 12, 3, 2, generator=generator, dtype=torch.float64)
+    sizes = [(2, 3), (2, 2), (1, 2)]
+    padding = torch.arange(12).expand(2, 12) >= torch.tensor([[12], [9]])
+    levels = {"spatial_shapes_list": sizes, "level_start_index": torch.tensor([0, 6, 10])}
+    if "Mask2Former" not in type(layer).__name__:
+        levels["spatial_shapes"] = torch.tensor(sizes)
+    found = layer(x, padding, position, points, **levels, output_attentions=weights)
+    return [y for y in found if y is not None][: 2 if weights else 1]
+
+
+SEGMENTERS = {
+    **{
+        f"{name}'s decoder{how}": (
+            lambda make=make, before=bool(how): make(before),
+            segment,
+            {"attention": 6, "add_layer_norm": 6 if how else 9, "feed_forward": 3},
+        )
+        for name, make in (("Mask2Former", mask2former_layer), ("OneFormer", one_former_layer))
+        for how in ("", ", normalised first")
+    },
+    **{
+        f"{name}'s pixels": (
+            lambda name=name: pixel_layer(name),
+            encode_pixels,
+            {"add_layer_norm": 2, "feed_forward": 1},
+        )
+        for name in ("GroundingDino", "Mask2Former", "OneFormer")
+    },
+}
