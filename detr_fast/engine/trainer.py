@@ -35,6 +35,7 @@ from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.errors import ConfigError, Interrupted, TrainingDiverged
 from detr_fast.engine.evaluation import evaluate_model, sample_pictures
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
+from detr_fast.engine.optimization import parameter_groups, rate_factor
 from detr_fast.engine.reporter import Reporter
 from detr_fast.engine.run_folder import RunFolder, atomic_write
 from detr_fast.engine.signals import StopSignals
@@ -165,15 +166,7 @@ class Trainer:
         self.best = -math.inf
         if state is not None:
             load_weights(model, state["model"], RunFolder(config.run).checkpoint)
-        if config.lr_backbone == 0:  # as in the original; nor is its backward computed
-            model.backbone[0].requires_grad_(False)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone")]},
-            {
-                "params": [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone")],
-                "lr": config.lr_backbone,
-            },
-        ]
+        groups = parameter_groups(model, config)
         model = model.to(self.device)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -223,13 +216,7 @@ class Trainer:
         set_rng_state(state["rng"])
 
     def _rate(self, step: int) -> float:
-        """The learning rate's factor at a step: warm-up, then the schedule."""
-        config = self.config
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "linear":
-            return max(0.0, (self.total_steps - step) / max(1, self.total_steps - config.warmup_steps))
-        return 0.1 if step >= config.lr_drop * self.total_steps else 1.0
+        return rate_factor(self.config, step, self.total_steps)
 
     def _summary(self) -> str:
         config, data = self.config, self.data
