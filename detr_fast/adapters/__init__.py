@@ -17,6 +17,7 @@ _ADAPTERS = {
     "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
     "detr_fast.adapters.hugging_face_loss.HuggingFaceLoss": "transformers",
     "detr_fast.adapters.rms_norms.RMSNorms": None,
+    "detr_fast.adapters.rms_layers.RMSNormLayers": None,
     "detr_fast.adapters.frozen_resnet.FrozenResNets": None,
     "detr_fast.adapters.timm.Timm": "timm",
     "detr_fast.adapters.torchvision.Torchvision": "torchvision",

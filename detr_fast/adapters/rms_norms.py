@@ -1,5 +1,4 @@
-"""RMSNorm classes of transformers, and whoever has copied their code, on `ops.rms_norm`; and Llama's decoder layer, whose second norm takes
-the sum before it.
+"""RMSNorm classes of transformers, and whoever has copied their code, on `ops.rms_norm`.
 
 Copies differ in where they round, so they are known by all of their code (`base.fingerprint`). They take the mean of squares in fp32 and write
 each step to memory; the kernel does so in one launch and rounds once, at the end, to the dtype that theirs come to. Where no kernel takes the
@@ -27,10 +26,7 @@ from detr_fast.adapters.base import (
     why_not_switch,
 )
 from detr_fast.adapters.blocks import is_dispatched
-from detr_fast.nn.bare import is_bare
-from detr_fast.nn.blocks import rms_norms_are_free
-from detr_fast.ops.add_rms_norm import ADD_RMS_NORM
-from detr_fast.ops.rms_norm import RMS_NORM, result_dtype
+from detr_fast.ops.rms_norm import RMS_NORM
 
 
 def _normalised(x: Any, weight: Any, eps: float, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -61,42 +57,6 @@ class Llama4RMSNorm(Scriptable):
         if is_dispatched(x):
             y = _normalised(x, self.weight, self.eps, torch.promote_types(x.dtype, self.weight.dtype))
         return super().forward(x) if y is None else y  # type: ignore[misc]
-
-
-class LlamaDecoderLayer(Scriptable):
-    """Llama's layer and its many copies: the sum behind attention and its norm are one op."""
-
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        given |= {"use_cache": use_cache, "position_embeddings": position_embeddings, **kwargs}
-        norm = self.post_attention_layernorm
-        if not (is_dispatched(hidden_states) and isinstance(norm, LlamaRMSNorm) and is_bare(norm)):
-            return super().forward(hidden_states, **given)  # type: ignore[misc,no-any-return]
-        y, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
-        total, y = _sum_and_norm(y, hidden_states, norm)
-        return total + self.mlp(y)  # type: ignore[no-any-return]
-
-
-def _sum_and_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """residual + x, and its norm: by one kernel, where that gives the dtype that Llama's does."""
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    if rms_norms_are_free() and result_dtype(dtype, x.device.type) == torch.promote_types(dtype, norm.weight.dtype):
-        arguments = (x, residual, norm.weight, norm.variance_epsilon, 0.0, True)
-        kernel = ADD_RMS_NORM.kernel(*arguments)
-        if kernel is not None:
-            y, total = kernel.run(*arguments)
-            return total, y
-    total = residual + x
-    return total, norm(total)
 
 
 class OlmoRMSNorm(Scriptable):
@@ -161,7 +121,6 @@ _NORM = "ca4c65479fe5191b"
 _CODE: dict[tuple[str | None, str | None], type[Module]] = {
     ("91da25249da50ad8", None): LlamaRMSNorm,
     ("efb961b8e0d76a41", _NORM): Llama4RMSNorm,
-    ("0df2f77903ae34c9", None): LlamaDecoderLayer,
     ("cfcfee9dce3b6411", None): OlmoRMSNorm,
     ("0b6e282afb263e49", None): OlmoRMSNorm,  # with the weight in fp32
     ("e2a4b994da9dd984", None): T5LayerNorm,
@@ -172,11 +131,11 @@ _CODE: dict[tuple[str | None, str | None], type[Module]] = {
     ("db3e6a3c253832e1", None): NanoChatRMSNorm,  # with the factor rounded, too
 }
 # What the code of each of them reads, one or the other: others need no second look.
-_READ = {"rsqrt", "_norm", "post_attention_layernorm"}
+_READ = {"rsqrt", "_norm"}
 
 
 class RMSNorms(Adapter):
-    """Classes whose code is that of the norms above, or of the layer, wherever they are defined."""
+    """Classes whose code is that of the norms above, wherever they are defined."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
@@ -201,12 +160,12 @@ def _known(kind: Any) -> type[Module] | None:
     parts = [kind.forward, *filter(None, [getattr(kind, "_norm", None)])]
     if not all(inspect.isfunction(inspect.unwrap(part)) for part in parts) or not _READ & names_used(kind.forward):
         return None
-    if not kind.__module__.startswith("transformers.") and not all(map(_means_what_it_says, parts)):
+    if not kind.__module__.startswith("transformers.") and not all(map(means_what_it_says, parts)):
         return None
     return _CODE.get((fingerprint(parts[0]), fingerprint(parts[1]) if len(parts) > 1 else None))
 
 
-def _means_what_it_says(function: Any) -> bool:
+def means_what_it_says(function: Any) -> bool:
     """Whether nothing is wrapped around a function, and what its code calls torch is torch."""
     if hasattr(function, "__wrapped__") or function.__closure__:
         return False
@@ -218,6 +177,6 @@ def _why_unknown(kind: Any) -> str | None:
     """Why a class is left alone that is an RMSNorm by its name, or by the class that it is derived from."""
     bases = [base for base in kind.__mro__[1:] if issubclass(base, Module)]
     for base in bases:
-        if _known(base) not in (None, LlamaDecoderLayer):
+        if _known(base) is not None:
             return f"{kind.__name__} overrides forward or _norm of {base.__name__}"
     return "its code is that of no RMSNorm that is known here" if "RMSNorm" in kind.__name__ else None

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detr_fast
 from detr_fast import use_backend
+from detr_fast.adapters import rms_layers
+from detr_fast.adapters.base import fingerprint
 from detr_fast.explanation import explaining
 from detr_fast.testing import count
 
@@ -123,9 +125,18 @@ def test_without_a_kernel_their_own_code_runs(name, dtype):
     assert type(holder[0]) is type(original)
 
 
+MORE = {
+    "Mixtral": {"num_local_experts": 2, "experts_implementation": "eager"},  # others take no fp64
+    "Granite": {"residual_multiplier": 0.5},
+    "Gemma3": {"rope_parameters": None},
+}
+
+
 def language_model(kind):
     sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = getattr(transformers, f"{kind}Config")(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, **MORE.get(kind, {})}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")(**sizes, **tokens)
     torch.manual_seed(1)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
@@ -143,25 +154,21 @@ def read(model):
     return [model(input_ids=IDS, attention_mask=PADDING).logits]
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma3"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral", "Granite", "Phi3", "Gemma3", "Glm4"])
 def test_a_language_model_is_as_before(kind, assert_unchanged):
-    if kind == "Gemma3":  # its configuration is the text's alone
-        model = transformers.Gemma3ForCausalLM(
-            transformers.Gemma3TextConfig(
-                vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            )
-        )  # fmt: skip
-    else:
-        model = language_model(kind)
+    model = language_model(kind)
     report = assert_unchanged(model, read)
     assert sum("RMSNorm" in one.now for one in report.switched) >= 5
+    assert sum(one.now.endswith("DecoderLayer") for one in report.switched) == 2
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("hooked", [False, True])
-def test_a_llama_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(hooked, step):
-    model = language_model("Llama")
+@pytest.mark.parametrize(
+    ("kind", "hooked", "counted"),
+    [("Llama", False, (2, 3)), ("Llama", True, (0, 5)), ("Granite", False, (2, 3)), ("Gemma3", False, (2, 11))],
+)
+def test_a_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(kind, hooked, counted, step):
+    model = language_model(kind)
     outputs, gradients = step(model, read)
     detr_fast.accelerate(model)
     if hooked:
@@ -171,10 +178,50 @@ def test_a_llama_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(
         found, found_gradients = step(model, read, {"rms_norm": "triton", "add_rms_norm": "triton"})
     added = sum(r.calls for r in records if (r.op, r.chosen) == ("add_rms_norm", "triton"))
     alone = sum(r.calls for r in records if (r.op, r.chosen) == ("rms_norm", "triton"))
-    assert (added, alone) == ((0, 5) if hooked else (2, 3))
+    assert (added, alone) == counted
     torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-4)
     for name, expected in gradients.items():
         torch.testing.assert_close(found_gradients[name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+LAYERS = "llama.Llama mixtral.Mixtral granite.Granite phi3.Phi3 gemma3.Gemma3 glm4.Glm4 glm4v.Glm4vText"
+
+
+def test_the_code_of_each_layer_that_is_known_is_transformers():
+    found = set()
+    for name in [*(f"{layer}DecoderLayer" for layer in LAYERS.split()), "qwen2_vl.Qwen2VLVisionBlock"]:
+        model, kind = name.split(".")
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        found.add(fingerprint(getattr(module, kind).forward))
+    assert found == set(rms_layers._CODE)
+
+
+class VisionBlocks(nn.Module):
+    """A block of Qwen2-VL's vision model, and one of Qwen2.5-VL's, which normalises otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        for model, of in (("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL")):
+            sizes = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+            module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+            settings = importlib.import_module(f"transformers.models.{model}.configuration_{model}")
+            config = getattr(settings, f"{of}VisionConfig")(**sizes)
+            config._attn_implementation = "sdpa"
+            setattr(self, model, getattr(module, f"{of}VisionBlock")(config))
+
+    def forward(self, x):
+        angles = torch.linspace(0, 3, 6 * 8, dtype=x.dtype).view(6, 8)
+        for block in self.children():
+            x = block(x, torch.tensor([0, 4, 6]), position_embeddings=(angles.cos(), angles.sin()))
+        return x
+
+
+def test_blocks_of_vision_models_take_their_second_norm_with_the_sum(assert_unchanged):
+    torch.manual_seed(1)
+    x = torch.randn(6, 32, dtype=torch.float64)
+    report = assert_unchanged(VisionBlocks(), lambda model: [model(x)])
+    assert sum("VisionBlock" in one.now for one in report.switched) == 2
+    assert not report.left
 
 
 def test_a_small_call_on_a_gpu_launches_no_more_than_it_did(unmeasured):
