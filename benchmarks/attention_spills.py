@@ -80,6 +80,8 @@ def variant_of(kernel: str, case: Case, generation: str) -> Variant:
     if kernel == "rows":
         return rows_variant(form, case["dlse"])
     mask, run = case["mask"] or (None, 1)
+    if case.get("shared") in ("columns", "both"):  # no neighbours
+        run = 0
     form = Form(
         dtype,
         dim,

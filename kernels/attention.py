@@ -32,7 +32,17 @@ from .attention_program import (
     shared_head,
 )
 from .attention_split import Parts, combine_variant, key_parts
-from .attention_tiles import dot, drawn, dropped, load_keys, load_tile, masked_scores, store_tile, visible_keys
+from .attention_tiles import (
+    dot,
+    drawn,
+    dropped,
+    load_keys,
+    load_mask,
+    load_tile,
+    masked_scores,
+    store_tile,
+    visible_keys,
+)
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 
@@ -86,9 +96,14 @@ def _attend(
         if MASKED:
             visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
         k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
+        mask = None
+        if MASKED and hiding[3] is not None and FORM[7] <= 1:
+            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
-            scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
+            scores = masked_scores(
+                scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM, mask=mask
+            )
             higher = tl.maximum(highest, tl.max(scores, 1))
             # A row that has seen no visible key yet: -inf less -inf would be NaN.
             shift = tl.where(higher == -float("inf"), 0.0, higher)

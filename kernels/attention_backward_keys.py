@@ -20,6 +20,7 @@ from .attention_tiles import (
     dot,
     drawn,
     dropped,
+    load_mask,
     load_rows,
     load_tile,
     masked_scores,
@@ -82,10 +83,13 @@ def _pass_over_queries(
             delta = delta * (1.0 / deferred(drop[4]))
         q = load_tile(q_ptr + tl.cast(start, tl.int64) * q_row, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
         dout = load_tile(dout_ptr + tl.cast(start, tl.int64) * dout_row, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
+        mask = None
+        if MASKED and hiding[3] is not None and FORM[7] <= 1:
+            mask = load_mask(hiding, start, column_start, L, S, BLOCK_M, BLOCK_N, FORM, True, keys)
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(
-                scores * scale, hiding, start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, True, keys
+                scores * scale, hiding, start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, True, keys, mask
             )
             weights = tl.exp2(scores - lse[None, :])
         else:

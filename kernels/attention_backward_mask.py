@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .attention_program import at, mask_end, mask_place, own_sequence, shared_head
-from .attention_tiles import deferred, dot, drawn, dropped, load_tile, masked_scores, visible_keys
+from .attention_tiles import deferred, dot, drawn, dropped, load_mask, load_tile, masked_scores, visible_keys
 from .launch import jit, tl
 from .overlap import wait_for_previous
 
@@ -139,9 +139,22 @@ def attention_backward_mask_kernel(
                 v_here = v_base + tl.cast(column_start, tl.int64) * v_row
                 k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
                 v = load_tile(v_here, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
+                mask = None
+                if FORM[7] <= 1:
+                    mask = load_mask(hiding, row_start, column_start, own_L, end_run, BLOCK_M, BLOCK_N, FORM)
                 scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 scores = masked_scores(
-                    scores * scale, hiding, row_start, column_start, own_L, end_run, visible, BLOCK_M, BLOCK_N, FORM
+                    scores * scale,
+                    hiding,
+                    row_start,
+                    column_start,
+                    own_L,
+                    end_run,
+                    visible,
+                    BLOCK_M,
+                    BLOCK_N,
+                    FORM,
+                    mask=mask,
                 )
                 weights = tl.exp2(scores - lse[:, None])
                 dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)

@@ -20,6 +20,7 @@ from .attention_tiles import (
     drawn,
     dropped,
     load_keys,
+    load_mask,
     load_tile,
     masked_scores,
     store_tile,
@@ -73,9 +74,14 @@ def _pass_over_keys(
             visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
         k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
         v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, FORM)
+        mask = None
+        if MASKED and hiding[3] is not None and FORM[7] <= 1:
+            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
-            scores = masked_scores(scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
+            scores = masked_scores(
+                scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM, mask=mask
+            )
             weights = tl.exp2(scores - lse[:, None])
         else:
             weights = tl.exp2(scores * scale - lse[:, None])

@@ -112,27 +112,37 @@ ATTENTION_MASK = {
     64: TileConfig(32, 64, 8, 1),
 }
 ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
-# What alone takes more than 168 registers with a mask that is loaded one by one: by generation, head dimension and bytes of its elements. 8 to
-# 24 bytes spilled, and in two programs a multiprocessor instead of three a score takes 3 to 7 % fewer cycles.
+# What alone takes more than 168 registers with a mask that is loaded one by one: by generation and bytes of its elements. 8 to 16 bytes
+# spilled, and in two programs a multiprocessor instead of three a score takes up to 4 % fewer cycles.
 ATTENTION_MASK_CROWDED = {
-    ("ampere", 16, 2): {"dropout", "padding"},
-    ("ampere", 32, 2): {"dropout", "padding"},
-    ("ampere", 16, 4): {"dropout"},
-    ("ampere", 32, 4): {"dropout", "causal", "padding", "packed"},
-    ("hopper", 32, 4): {"padding"},
-    ("blackwell", 32, 4): {"causal", "padding", "packed"},
+    ("ampere", 2): {"causal"},
+    ("ampere", 4): {"dropout", "causal", "packed", "periodic"},
+    ("hopper", 4): {"padding"},
+    ("blackwell", 4): {"padding", "packed"},
 }
 ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
-# Elements of a mask that are loaded one by one have an address each: 4 a lane, or 8 to 16 in a single stage where that spills nothing.
-# Cycles a score without other masks on sm_80 / sm_90, and those of 4 a lane, which are bound by shared memory.
+# Of a mask whose elements are loaded one by one, as rows start anywhere, each row of a tile has an address: 8 to 16 elements a lane, in a single stage.
+# Where a row's elements are no neighbours each has one, and lanes 4 of them, or as many as others where that spills nothing.
+# Behind them: cycles a score without other masks on sm_80 / sm_90. 4 a lane, which shared memory binds, took .578 to 1.05.
 ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
 ATTENTION_SCATTERED_ROWS = {
-    ("forward", 32): TileConfig(64, 32, 4, 1),  # .240 / .243, for .664 / .688
-    ("forward", 64): TileConfig(64, 16, 4, 1),  # .438 / .418, for .930 / .930; 32 columns .477 / .451
-    ("queries", 32): TileConfig(64, 32, 4, 1),  # .177 / .172, for .617 / .625
-    ("queries", 64): TileConfig(64, 32, 4, 1),  # .208 / .187, for .633 / .633
-    ("keys", 32): TileConfig(32, 64, 4, 1),  # .186 / .187, for .656 / .680
-    ("keys", 64): TileConfig(16, 64, 4, 1),  # .266 / .224, for .578 / .531; 32 rows spill 8 bytes on sm_80
+    ("forward", 32): TileConfig(64, 32, 4, 1),  # .162 / .165
+    ("forward", 64): TileConfig(64, 16, 4, 1),  # .242 / .244; of 32 columns up to a fifth less, with 254 registers
+    ("queries", 32): TileConfig(64, 32, 4, 1),  # .157 / .151
+    ("queries", 64): TileConfig(64, 32, 4, 1),  # .196 / .176
+    ("keys", 32): TileConfig(32, 64, 4, 1),  # .181 / .181
+    ("keys", 64): TileConfig(16, 64, 4, 1),  # .254 / .200; 32 rows spill on sm_120
+    ("atomics", 32): TileConfig(32, 64, 4, 1),  # .255 / .213
+    ("atomics", 64): TileConfig(16, 64, 4, 1),  # .539 / .285
+}
+# At 65 to 128. Cycles a score of a float32 mask with dropout and padding, and those of 4 a lane. Keys on sm_80 spill 32 to 96 bytes in larger tiles, and
+# what was compiled for sm_120 8 to 200.
+ATTENTION_SCATTERED_WIDE = {
+    ("ampere", "forward"): TileConfig(128, 32, 8, 1),  # .310, for 1.30
+    ("ampere", "queries"): TileConfig(64, 16, 4, 1),  # .883, for 1.14
+    ("hopper", "forward"): TileConfig(64, 32, 4, 1),  # .277, for 1.23
+    ("hopper", "queries"): TileConfig(64, 32, 4, 1),  # .269, for 1.07
+    ("hopper", "keys"): TileConfig(16, 64, 4, 1),  # .342, for .977
 }
 
 
@@ -151,6 +161,7 @@ def attention_config(
     padding: bool,
     packed: bool,
     partial: bool,
+    periodic: bool,
     few: bool,
     generation: str,
 ) -> TileConfig:
@@ -158,8 +169,8 @@ def attention_config(
 
     In 16 bits and up to a head dimension of 128, what spills a register is listed in docs/attention.md.
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
-    whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once;
-    mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. partial: rows fill no block. few: tiles of 128 are under FEW_TILES.
+    whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once, 0 where a row's elements are no neighbours;
+    mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. partial: rows fill no block. periodic: the mask's batch elements come again. few: tiles of 128 are under FEW_TILES.
     generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
@@ -168,9 +179,8 @@ def attention_config(
             # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
             features = {"dropout": dropout, "causal": causal, "padding": padding, "packed": packed}
             present = {name for name, value in features.items() if value}
-            crowded = scattered and (
-                partial or bool(present & ATTENTION_MASK_CROWDED.get((generation, block, mask_size), set()))
-            )
+            alone = ATTENTION_MASK_CROWDED.get((generation, mask_size), set())
+            crowded = scattered and (mask_run == 0 or (periodic and "periodic" in alone) or bool(present & alone))
             if block <= 32 and (len(present) >= 2 or crowded):
                 config = replace(config, registers=255)
             return config
@@ -187,10 +197,8 @@ def attention_config(
         crowded = generation == "blackwell" or (block >= 64 and crowded)
         return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1)
     if scattered and itemsize == 2 and block <= 128:
-        few_features = not (packed or partial) and sum((dropout, causal, padding)) <= 1
-        if few_features and generation in ("ampere", "hopper"):
-            return ATTENTION_SCATTERED_ROWS.get((kernel, max(32, block)), ATTENTION_SCATTERED)
-        return ATTENTION_SCATTERED
+        count = sum((dropout, causal, padding))
+        return _scattered_config(kernel, max(32, block), bool(mask_run), generation, partial, packed, count)
     if generation == "hopper" and itemsize == 2 and not masked:
         content = "packed dropout" if dropout and packed else "dropout" if dropout else "listed" if listed else "plain"
         key = kernel, max(32, block), content
@@ -307,3 +315,23 @@ def _atomics_config(itemsize: int, block: int, dropout: bool, masked: bool, gene
         # On sm_80 .320 a score for a head dimension of 24, where 16 rows in 2 stages spill and take .547.
         return replace(config, rows=32, columns=64, num_stages=1)
     return replace(config, rows=16 if masked and (dropout or block == 64) else 32)
+
+
+def _scattered_config(
+    kernel: str, block: int, neighbours: bool, generation: str, partial: bool, packed: bool, features: int
+) -> TileConfig:
+    """Of a 16-bit call with a mask that is loaded one by one; neighbours: whether a row's elements are; features: how many of dropout, causal order, padding."""
+    atomics = kernel == "atomics"
+    config = ATTENTION_SCATTERED_ROWS.get((kernel, block), ATTENTION_SCATTERED)
+    if not neighbours:
+        others = atomics or partial or packed or features > 1 or generation not in ("ampere", "hopper")
+    elif block == 128:
+        config = ATTENTION_SCATTERED_WIDE.get((generation, kernel), ATTENTION_SCATTERED)
+        # 8 bytes spilled
+        others = (kernel == "keys" and partial and features > 1) or (kernel == "queries" and features > 2)
+    elif atomics and block == 32 and generation == "ampere" and features > 2:
+        return TileConfig(16, 64, 4, 1)  # .578 a score, where 32 rows take .373 and spill 16 bytes
+    else:
+        # On sm_120 16 bytes would spill of rows that fill no block, in as many cycles.
+        others = not generation or (atomics and block == 64 and generation == "blackwell")
+    return ATTENTION_SCATTERED if others else config

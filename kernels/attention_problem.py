@@ -28,7 +28,7 @@ class Form:
     """What the machine programs of a call depend on, besides the configuration of tiles.
 
     head_dim, value_dim: whole runs of 16 bytes. mask_vector: neighbouring elements of a mask that stay together at a multiple of 16
-    bytes or of their size, 1 where some do not. mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
+    bytes or of their size, 1 where some do not, 0 where they are no neighbours. mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
     generation: of the GPU, see `launch.generation`. periodic: whether the mask's batch elements come again, see `Problem`.
     """
 
@@ -305,12 +305,13 @@ def _config(form: Form, kernel: str) -> TileConfig:
         masked=form.mask is not None,
         listed=form.listed,
         causal=form.causal,
-        scattered=form.mask is not None and form.mask_vector == 1,
+        scattered=form.mask is not None and form.mask_vector <= 1,
         mask_run=16 if form.mask is None else form.mask_vector * form.mask.itemsize,
         mask_size=0 if form.mask is None else form.mask.itemsize,
         padding=form.padding,
         packed=form.packed,
         partial=form.partial,
+        periodic=form.periodic,
         few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,
     )
@@ -353,10 +354,10 @@ def places(tensor: Tensor | None) -> tuple[int, int, int]:
 
 
 def mask_run(mask: Tensor) -> int:
-    """The longest run, up to 16 bytes, at whose multiples all rows of the mask (B, H, L, S) start and end."""
+    """The longest run, up to 16 bytes, at whose multiples all rows of the mask (B, H, L, S) start and end; 0: a row's elements are no neighbours."""
     strides = mask.stride()
-    if strides[3] != 1:
-        return 1
+    if strides[3] != 1 and mask.shape[3] > 1:
+        return 0
     size = mask.element_size()
     together = mask.data_ptr() // size | strides[2] | _together(mask.shape, strides)
     return min(16 // size, together & -together)

@@ -80,7 +80,7 @@ def own_sequence(packed, batch, L, S):
 def mask_end(ends_ptr, mask_ptr, S, MASK_VEC: tl.constexpr):
     """Where the runs of a mask's row end that hold the sequence's S keys: in a packed batch rows are as long as the longest one."""
     end = S
-    if ends_ptr is not None and mask_ptr is not None:
+    if ends_ptr is not None and mask_ptr is not None and MASK_VEC > 1:
         end = tl.cdiv(S, MASK_VEC) * MASK_VEC
     return end
 

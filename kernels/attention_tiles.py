@@ -152,6 +152,53 @@ def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr, LISTED: tl.constexpr
 
 
 @jit
+def load_mask(
+    hiding,
+    row_start,
+    column_start,
+    L,
+    S,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORM: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+    columns=None,
+):
+    """A tile of the mask, (ROWS, COLUMNS) or transposed; False or zeros where there is none.
+
+    One by one, as MASK_VEC <= 1 says, it is to be loaded before the scores are computed: else Triton gives them the layout of such a load, too,
+    and takes rows' maxima, and in the forward exponentials, once in each of both.
+    """
+    MASK_VEC: tl.constexpr = FORM[7]
+    _, _, _, mask_ptr, mask_start, mask_row, mask_column, _, _ = hiding
+    column = tl.arange(0, COLUMNS) if columns is None else columns
+    if TRANSPOSED:
+        row, column = tl.arange(0, ROWS)[None, :], column[:, None]
+    else:
+        row, column = tl.arange(0, ROWS)[:, None], column[None, :]
+    mask_start += tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
+    base = mask_ptr + mask_start
+    if MASK_VEC <= 1:
+        exists = (row < L - row_start) & (column < S - column_start)
+    else:
+        exists = (row < L - row_start) & (column // MASK_VEC < (S - column_start) // MASK_VEC)
+    if MASK_VEC == 0:
+        pointers = base + (row * mask_row + column * mask_column)
+    elif MASK_VEC == 1:  # a row's elements are at constant distances: an address a row, not one each
+        pointers = (base + row * mask_row) + column
+    elif TRANSPOSED:
+        run: tl.constexpr = MASK_VEC * ((mask_ptr.dtype.element_ty.primitive_bitwidth + 7) // 8)
+        pointers = tl.multiple_of(base + (row * mask_row + column), (run, 1))
+    else:
+        pointers = run_pointers(base, row * mask_row, column, MASK_VEC)
+    if mask_ptr.dtype.element_ty == tl.int1:
+        tile = tl.load(pointers, mask=exists, other=False)
+    else:
+        tile = tl.load(pointers, mask=exists, other=0.0)
+    return tile
+
+
+@jit
 def masked_scores(
     scores,
     hiding,
@@ -165,35 +212,27 @@ def masked_scores(
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
     columns=None,
+    mask=None,
 ):
     """Scores of a tile, (ROWS, COLUMNS) or transposed, -inf where a key is hidden.
 
     columns: which column of the tile each is, where not in order: not with an attn_mask.
-    visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere.
+    visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere. mask: from `load_mask`, or None where it is loaded here.
     """
     CAUSAL: tl.constexpr = FORM[4]
-    MASK_VEC: tl.constexpr = FORM[7]
-    _, _, _, mask_ptr, mask_start, mask_row, mask_column, _, _ = hiding
+    mask_ptr = hiding[3]
     column = tl.arange(0, COLUMNS) if columns is None else columns
     if TRANSPOSED:
         row, column = tl.arange(0, ROWS)[None, :], column[:, None]
     else:
         row, column = tl.arange(0, ROWS)[:, None], column[None, :]
     if mask_ptr is not None:
-        mask_start += tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
-        base = mask_ptr + mask_start
-        exists = (row < L - row_start) & (column // MASK_VEC < (S - column_start) // MASK_VEC)
-        if MASK_VEC == 1:
-            pointers = base + (row * mask_row + column * mask_column)
-        elif TRANSPOSED:
-            run: tl.constexpr = MASK_VEC * ((mask_ptr.dtype.element_ty.primitive_bitwidth + 7) // 8)
-            pointers = tl.multiple_of(base + (row * mask_row + column), (run, 1))
-        else:
-            pointers = run_pointers(base, row * mask_row, column, MASK_VEC)
+        if mask is None:
+            mask = load_mask(hiding, row_start, column_start, L, S, ROWS, COLUMNS, FORM, TRANSPOSED, columns)
         if mask_ptr.dtype.element_ty == tl.int1:
-            scores = tl.where(tl.load(pointers, mask=exists, other=False), scores, -float("inf"))
+            scores = tl.where(mask, scores, -float("inf"))
         else:
-            scores += tl.load(pointers, mask=exists, other=0.0).to(tl.float32) * 1.4426950408889634
+            scores += mask.to(tl.float32) * 1.4426950408889634
     if CAUSAL:
         scores = tl.where(row + row_start >= column + column_start, scores, -float("inf"))
     if visible is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention_copies import copy_rows
 from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, mask_place
-from .attention_tiles import dot, kept, load_tile, masked_scores, visible_keys
+from .attention_tiles import dot, kept, load_mask, load_tile, masked_scores, visible_keys
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 from .rows import run_pointers
@@ -89,10 +89,15 @@ def attention_weights_kernel(
         )
         k_here = at(k_ptr, (k_batch, k_head, k_row), batch, head // group, column_start)
         k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         mask_start = mask_place(batch, head, mask_batch, mask_head, batches, PERIODIC)
         hiding = (None, 0, 0, mask_ptr, mask_start, mask_row, mask_column, None, 0)
-        scores = masked_scores(scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM)
+        mask = None
+        if mask_ptr is not None and MASK_VEC <= 1:
+            mask = load_mask(hiding, row_start, column_start, L, S, BLOCK_M, BLOCK_N, FORM)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        scores = masked_scores(
+            scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, mask=mask
+        )
         lse = tl.load(lse_ptr + head * L + row, mask=exists, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero
         weights = tl.exp2(scores - lse[:, None])

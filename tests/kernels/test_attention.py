@@ -111,9 +111,10 @@ def test_tiles_for_hopper_are_as_accurate_as_eager(interpreter, monkeypatch, dty
 
 
 # Tiles for masks whose rows start anywhere: 64 queries by 32 or 16 keys, in the keys' kernel 64 keys by 32 or 16 queries.
-@pytest.mark.parametrize(("dtype", "dim"), [(BF16, 32), (FP16, 64)])
-def test_tiles_for_masks_whose_rows_start_anywhere_are_as_accurate_as_eager(interpreter, dtype, dim):
-    check(dtype, qkv(1, 65, 97, 1, dim), None, torch.randn(65, 97), generation="ampere")
+@pytest.mark.parametrize(("dtype", "dim", "transposed"), [(BF16, 32, False), (FP16, 64, False), (BF16, 32, True)])
+def test_tiles_for_masks_whose_rows_start_anywhere_are_as_accurate_as_eager(interpreter, dtype, dim, transposed):
+    mask = torch.randn(97, 65).T if transposed else torch.randn(65, 97)
+    check(dtype, qkv(1, 65, 97, 1, dim), None, mask, generation="ampere")
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, in the interpreter
@@ -225,7 +226,8 @@ def test_masks_are_read_in_the_longest_aligned_runs():
     assert mask_run(mask[..., 1:]) == 1
     assert mask_run(mask.half()) == 8
     assert mask_run(mask.half()[..., :36]) == 4
-    assert mask_run(mask[..., :1].expand(2, 1, 8, 48)) == 1
+    assert mask_run(mask[..., :1]) == 1
+    assert mask_run(mask[..., :1].expand(2, 1, 8, 48)) == mask_run(mask.transpose(2, 3)) == 0
 
 
 @pytest.mark.parametrize("kind", ["end", "scattered", "all"])
