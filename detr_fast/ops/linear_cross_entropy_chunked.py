@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer by PyTorch's operations, on a block of rows at a time; see `linear_cross_entropy`.
 
-What is kept for backward is one number a row, the logarithm of the softmax's sum; backward computes each block again.
+What is kept for backward is one number a row, the logarithm of the label's probability; backward computes each block again.
 Products are in x's dtype with sums in fp32, the loss is in fp32, and the gradient of the logits in x's dtype, as eager's.
 Source: Wijmans et al., 2024, arXiv:2411.09009, "Cut Your Losses in Large-Vocabulary Language Models".
 """
@@ -42,26 +42,25 @@ def _ignored(of: _Labels) -> Tensor:
     return (of.counts if of.present is None else of.present) == 0
 
 
-def _losses(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> Tensor:
-    loss = (lse - logits.gather(1, of.labels[rows, None])[:, 0]) * of.counts[rows]
+def _losses(logs: Tensor, of: _Labels, rows: slice) -> tuple[Tensor, Tensor]:
+    """Of the logarithms of rows' probabilities (n, V): the losses, and the labels' logarithms, (n,) each."""
+    at_label = logs.gather(1, of.labels[rows, None])[:, 0]
+    loss = -at_label * of.counts[rows]
     if of.present is None:
-        return loss
-    class_weight = of.class_weight
-    if class_weight is None:
-        everything = lse * logits.shape[1] - logits.sum(1)
-    else:
-        everything = lse * class_weight.sum() - logits @ class_weight
-    return loss * (1.0 - of.share) + everything * of.present[rows] * (of.share / logits.shape[1])
+        return loss, at_label
+    everything = logs.sum(1) if of.class_weight is None else logs @ of.class_weight
+    return loss * (1.0 - of.share) - everything * of.present[rows] * (of.share / logs.shape[1]), at_label
 
 
-def _logit_gradient(logits: Tensor, lse: Tensor, of: _Labels, rows: slice) -> tuple[Tensor, Tensor]:
+def _logit_gradient(logits: Tensor, at_labels: Tensor, of: _Labels, rows: slice) -> tuple[Tensor, Tensor]:
     """Of the rows' losses for the logits, (n, V) in their dtype, but for a factor of each row; and that factor, (n,).
 
-    The factor meets x and the product with weight instead, which have fewer elements.
+    at_labels: (n,), the logarithms of the labels' probabilities. The factor meets x and the product with weight instead, which
+    have fewer elements.
     """
     counts, label = of.counts[rows], of.labels[rows, None]
     classes = logits.shape[1]
-    chosen = logits.gather(1, label)[:, 0].to(lse.dtype).sub_(lse).exp_()  # 1 less 16 bits of it would be 0 too often
+    chosen = at_labels.exp()  # 1 less 16 bits of it would be 0 too often
     gradient = logits.softmax(1)
     if of.present is None:
         return gradient.scatter_(1, label, (chosen - 1.0)[:, None].to(gradient.dtype)), counts
@@ -94,24 +93,21 @@ class Chunked(torch.autograd.Function):
         share: float,
     ) -> Tensor:
         of = _Labels(labels, counts, class_weight, present, share)
-        losses, lses = torch.empty_like(counts), torch.empty_like(counts)
+        losses, at_labels = torch.empty_like(counts), torch.empty_like(counts)
         with torch.autocast(x.device.type, enabled=False):
             for rows in _blocks(x, weight):
-                logits = F.linear(x[rows], weight, bias).to(counts.dtype)
-                # One kernel, and what it wrote at the label; `logsumexp` would be five.
-                place = labels[rows, None]
-                lses[rows] = lse = (logits.gather(1, place) - logits.log_softmax(1).gather(1, place))[:, 0]
-                losses[rows] = _losses(logits, lse, of, rows)
-                del logits  # or the next block's would be computed beside them
+                logs = F.linear(x[rows], weight, bias).to(counts.dtype).log_softmax(1)
+                losses[rows], at_labels[rows] = _losses(logs, of, rows)
+                del logs  # or the next block's would be computed beside them
         # Their logits may be NaN. Not in place, which torch 2.11 compiles to losses without gradients.
         losses = losses.masked_fill(_ignored(of), 0.0)
-        ctx.save_for_backward(x, weight, bias, lses, labels, counts, class_weight, present)
+        ctx.save_for_backward(x, weight, bias, at_labels, labels, counts, class_weight, present)
         ctx.share = share
         return losses
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, bias, lses, labels, counts, class_weight, present = ctx.saved_tensors
+        x, weight, bias, at_labels, labels, counts, class_weight, present = ctx.saved_tensors
         of, wanted = _Labels(labels, counts, class_weight, present, ctx.share), ctx.needs_input_grad[:3]
         dtype = of.counts.dtype
         # The mean over nothing divides by zero: what is ignored has no gradient even so, as in PyTorch.
@@ -120,14 +116,14 @@ class Chunked(torch.autograd.Function):
 
             def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 logits = F.linear(x, weight, bias).to(dtype)
-                return _losses(logits, logits.logsumexp(1), of, slice(None))
+                return _losses(logits.log_softmax(1), of, slice(None))[0]
 
             return (*eager_gradients(again, (x, weight, bias), g, wanted), *[None] * 5)
 
         dx = torch.empty_like(x) if wanted[0] else None
         dw = db = None
         for rows in _blocks(x, weight):
-            gradient, factor = _logit_gradient(F.linear(x[rows], weight, bias), lses[rows], of, rows)
+            gradient, factor = _logit_gradient(F.linear(x[rows], weight, bias), at_labels[rows], of, rows)
             factor = (factor * g[rows])[:, None]
             if dx is not None:
                 torch.mul(gradient @ weight, factor, out=dx[rows])

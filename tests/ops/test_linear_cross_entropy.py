@@ -84,6 +84,19 @@ def test_rows_that_are_ignored_leave_the_loss_as_it_is_even_if_they_are_nan(back
 
 @interpreter
 @pytest.mark.parametrize("backend", ["eager", "chunked", "triton"])
+def test_a_label_whose_class_is_ruled_out_has_an_infinite_loss_and_a_gradient(backend):
+    x, weight, bias, target = inputs(rows=5, ignored=False)
+    bias[target[0]] = -torch.inf
+    x.requires_grad_()
+    with use_backend(linear_cross_entropy=backend):
+        found = ops.linear_cross_entropy(x, weight, bias, target, reduction="sum")
+    expected = reference(x, weight, bias, target, reduction="sum")
+    assert found == expected == torch.inf
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+
+
+@interpreter
+@pytest.mark.parametrize("backend", ["eager", "chunked", "triton"])
 def test_a_single_row_needs_no_leading_dimension(backend):
     x, weight, bias, target = inputs(rows=1, ignored=False)
     with use_backend(linear_cross_entropy=backend):
@@ -135,6 +148,23 @@ def test_the_double_backward_is_right(chunked):
 
     for one, other in zip(penalty(ops.linear_cross_entropy), penalty(reference)):
         torch.testing.assert_close(one, other)
+
+
+def test_the_double_backward_of_large_logits_is_as_accurate_as_eager(chunked):
+    *leaves, target = inputs(ignored=False)
+    leaves[0] *= 40
+
+    def penalty(function, dtype):
+        given = [t.to(dtype).requires_grad_() for t in leaves]
+        first = torch.autograd.grad(function(*given, target), given, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), given[1])[0].double()
+
+    truth = penalty(reference, torch.float64)
+    ours, eager = (
+        (penalty(f, torch.float32) - truth).abs().max() / truth.abs().max()
+        for f in (ops.linear_cross_entropy, reference)
+    )
+    assert ours <= 2 * eager + 1e-6
 
 
 def assert_double_backward_through_shared_weights(leaves, ids, target):
