@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Module
 
+from detr_fast.adapters import hugging_face_backbones as backbones
 from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_biased as biased
 from detr_fast.adapters import hugging_face_deformable as deformable
@@ -297,6 +298,17 @@ _CODE: dict[str, type[Module]] = {
     "46bc545e86e47128": deformable.OneFormerPixelLayer,
     "2740326ccce0497b": masked.Mask2FormerDecoderLayer,
     "8484aea33ede5c5c": masked.OneFormerDecoderLayer,
+    "1ef759eb55b12ed5": backbones.RfDetrDinov2Layer,
+    "49838d96076f51de": backbones.LwDetrViTLayer,
+    "65fe060bb08bbf46": backbones.DINOv3Layer,
+    "7b7e596e95c55a69": backbones.SegformerLayer,
+    "dd5c78419bd11c28": backbones.PvtV2Layer,
+    "135b85b6edd6c22e": backbones.PvtV2SelfAttention,
+    "398c50058b46f726": backbones.PvtSelfAttention,
+    "4c29f0fe2d451489": backbones.BeitLayer,
+    "167261bba3a98976": backbones.SamVisionLayer,
+    "2127b8d6abe4c57b": backbones.Sam3DetrEncoderLayer,
+    "552cca2c4ce3c0f1": backbones.Sam3DetrDecoderLayer,
 }
 _CHUNK = ("self attention_output", "intermediate output")
 _PARTS: dict[str, tuple[type[Module], ...]] = {"dense": (nn.Linear,), "dropout": (nn.Dropout,)}

@@ -25,9 +25,10 @@ def _takes(x: Any, mask: Tensor | None, weights: Any) -> bool:
     return not weights and is_dispatched(x) and (mask is None or mask.is_floating_point())
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, p: float, scale: float | None = None
 ) -> Tensor:
+    """Attention of q, k and v (B, L, H * E) with numbers that are added to scores, likewise."""
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
     y: Tensor = ATTENTION(q, k, v, None, None if mask is None else mask.to(q.dtype), False, p, scale)
     return y.flatten(2)
@@ -60,7 +61,7 @@ class DabDetrEncoderAttention(Scriptable):
         x = hidden_states + object_queries
         p = probability(self.attention_dropout, self.training)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(hidden_states)
-        return self.out_proj(_attend(q, k, v, self.num_heads, attention_mask, p, self.scaling)), None
+        return self.out_proj(attend(q, k, v, self.num_heads, attention_mask, p, self.scaling)), None
 
 
 class DabDetrAttention(Scriptable):
@@ -79,7 +80,7 @@ class DabDetrAttention(Scriptable):
             return super().forward(hidden_states, attention_mask, *rest)  # type: ignore[misc]
         p = probability(self.attention_dropout, self.training)
         heads = (self.attention_heads, attention_mask, p, self.scaling)
-        return self.output_proj(_attend(hidden_states, key_states, value_states, *heads)), None
+        return self.output_proj(attend(hidden_states, key_states, value_states, *heads)), None
 
 
 class DabDetrSelfAttention(Scriptable):
@@ -151,7 +152,7 @@ class GroundingDinoAttention(Scriptable):
         if not _takes(queries, attention_mask, output_attentions):
             return super().forward(queries, keys, values, attention_mask, output_attentions)  # type: ignore[misc]
         q, k, v = self.query(queries), self.key(keys), self.value(values)
-        y = _attend(q, k, v, self.num_attention_heads, attention_mask, probability(self.dropout))
+        y = attend(q, k, v, self.num_attention_heads, attention_mask, probability(self.dropout))
         return (self.out_proj(y),)
 
 
@@ -234,4 +235,4 @@ class Mask2FormerAttention(Scriptable):
             mask = mask.view(x.shape[0], self.num_heads, x.shape[1], x.shape[1])
         p = probability(self.dropout, self.training)
         q, k, v = self.q_proj(keys), self.k_proj(keys), self.v_proj(x)
-        return self.out_proj(_attend(q, k, v, self.num_heads, mask, p, self.scaling)).transpose(0, 1), None
+        return self.out_proj(attend(q, k, v, self.num_heads, mask, p, self.scaling)).transpose(0, 1), None

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.accelerate.backbones import BACKBONES
 from tests.accelerate.segmenters import SEGMENTERS
 
 transformers = pytest.importorskip("transformers")
@@ -328,6 +329,7 @@ MODELS = {
     "DabDetr's decoder": (lambda: dab_detr_layer("Decoder"), attend, {"attention": 2, "add_layer_norm": 2}),
     "GroundingDino": (grounding_dino_layer, ground, {"attention": 2, "add_layer_norm": 4, "feed_forward": 1}),
     "Mask2Former": (mask2former_attention, attend_to_each_other, {"attention": 2}),
+    **BACKBONES,
     **SEGMENTERS,
     "Sam": (two_way_block, point, {"add_layer_norm": 7, "layer_norm": 1}),
     "Yolos": (
@@ -340,7 +342,7 @@ MODELS = {
     "DINOv3ViT": (
         lambda: vision("DINOv3ViT", pos_embed_rescale=None, num_register_tokens=1),
         look,
-        {"attention": 2, "feed_forward": 2},
+        {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
     ),
     "Swin": (
         lambda: swin(add_pooling_layer=False),
@@ -350,7 +352,11 @@ MODELS = {
     "Swinv2": (lambda: swin("Swinv2", add_pooling_layer=False), look_at_windows, {"attention": 4}),
     "DonutSwin": (lambda: swin("DonutSwin", add_pooling_layer=False), look_at_windows, {"attention": 4}),
     "MPNet": (mpnet, read, {"attention": 2, "add_layer_norm": 4}),
-    "Beit": (lambda: biased_vision("Beit"), look, {"attention": 2, "feed_forward": 2}),
+    "Beit": (
+        lambda: biased_vision("Beit"),
+        look,
+        {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
+    ),
     "Data2VecVision": (lambda: biased_vision("Data2VecVision"), look, {"attention": 2}),
     "T5": (t5, translate_all, {"attention": 12, "feed_forward": 8}),
     "Bart": (lambda: seq2seq("Bart"), translate, {"attention": 5, "add_layer_norm": 8, "feed_forward": 3}),

@@ -244,6 +244,17 @@ KNOWN = {
     "oneformer.OneFormerPixelDecoderEncoderLayer": hugging_face_layers,
     "mask2former.Mask2FormerMaskedAttentionDecoderLayer": hugging_face_layers,
     "oneformer.OneFormerTransformerDecoderLayer": hugging_face_layers,
+    "rf_detr.RfDetrDinov2Layer": hugging_face_layers,
+    "lw_detr.LwDetrViTLayer": hugging_face_layers,
+    "dinov3_vit.DINOv3ViTLayer": hugging_face_layers,
+    "segformer.SegformerLayer": hugging_face_layers,
+    "pvt_v2.PvtV2BlockLayer": hugging_face_layers,
+    "pvt_v2.PvtV2SelfAttention": hugging_face_layers,
+    "pvt.PvtEfficientSelfAttention": hugging_face_layers,
+    "beit.BeitLayer": hugging_face_layers,
+    "sam.SamVisionLayer": hugging_face_layers,
+    "sam3.Sam3DetrEncoderLayer": hugging_face_layers,
+    "sam3.Sam3DetrDecoderLayer": hugging_face_layers,
 }
 
 

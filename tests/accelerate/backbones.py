@@ -1,0 +1,112 @@
+"""Small backbones of transformers, and layers of SAM 3's detector, and how tests call them: a part of `families.MODELS`."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+WINDOWS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "out_indices": [2],
+}
+PYRAMID = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [16, 32],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "num_attention_heads": [2, 4],
+    "mlp_ratios": [2, 2],
+    "drop_path_rate": 0.0,
+}
+
+
+def parts(model, file):
+    return importlib.import_module(f"transformers.models.{model}.{file}_{model}")
+
+
+def backbone(model, kind, **options):
+    """Of two layers: one attends in windows, one in all of the image."""
+    config = getattr(parts(model, "configuration"), f"{kind}Config")(**WINDOWS, **options)
+    made = getattr(parts(model, "modeling"), f"{kind}Backbone")(config)
+    for name, parameter in made.named_parameters():
+        if "gamma" in name:  # which are not set at first
+            torch.nn.init.normal_(parameter)
+    return made
+
+
+def features(model):
+    """What a backbone or a model makes of two images."""
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = model(images.to(next(model.parameters()).dtype))
+    return [*found.feature_maps] if "feature_maps" in found else [found.last_hidden_state]
+
+
+def pyramid(kind, **options):
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**PYRAMID | options))
+
+
+def sam_vision():
+    """In whose windows of 2 by 2 an image of 5 by 5 patches does not fit."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48, "output_channels": 8}
+    image = {"image_size": 40, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1]}
+    return transformers.models.sam.modeling_sam.SamVisionEncoder(transformers.SamVisionConfig(**sizes, **image)).layers
+
+
+def through(layers):
+    x = torch.randn(2, 5, 5, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for layer in layers:
+        x = layer(x)
+    return [x]
+
+
+def sam3_layer(kind):
+    config = getattr(parts("sam3", "configuration"), f"Sam3DETR{kind}Config")(
+        hidden_size=32, num_attention_heads=4, intermediate_size=48, dropout=0.0
+    )
+    config._attn_implementation = "sdpa"
+    return getattr(parts("sam3", "modeling"), f"Sam3Detr{kind}Layer")(config)
+
+
+def prompt(layer):
+    generator = torch.Generator().manual_seed(2)
+    image, position = torch.randn(2, 2, 12, 32, generator=generator, dtype=torch.float64)
+    words, queries, query_position = torch.randn(3, 2, 6, 32, generator=generator, dtype=torch.float64)
+    if "Encoder" in type(layer).__name__:
+        return [layer(image, words, position)]
+    return [layer(queries, query_position[:, 1:], words, image, position)]
+
+
+BACKBONES = {
+    "RfDetr's backbone": (
+        lambda: backbone("rf_detr", "RfDetrDinov2", num_windows=2, window_block_indexes=[0], use_mask_token=False),
+        features,
+        {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
+    ),
+    "LwDetr's backbone": (
+        lambda: backbone("lw_detr", "LwDetrViT", num_windows=4, window_block_indices=[0], pretrain_image_size=32),
+        features,
+        {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
+    ),
+    "Segformer": (lambda: pyramid("Segformer"), features, {"attention": 2, "add_layer_norm": 2}),
+    "PvtV2": (lambda: pyramid("PvtV2", image_size=32), features, {"attention": 2, "add_layer_norm": 2}),
+    "PvtV2, linear": (lambda: pyramid("PvtV2", image_size=32, linear_attention=True), features, {"attention": 2}),
+    "Pvt": (
+        lambda: pyramid("Pvt", image_size=32, patch_sizes=[4, 2], sequence_reduction_ratios=[2, 1]),
+        features,
+        {"attention": 2},
+    ),
+    "SamVision": (sam_vision, through, {"add_layer_norm": 2, "feed_forward": 2}),
+    "Sam3's encoder": (lambda: sam3_layer("Encoder"), prompt, {"attention": 2, "add_layer_norm": 2}),
+    "Sam3's decoder": (lambda: sam3_layer("Decoder"), prompt, {"attention": 3, "add_layer_norm": 4}),
+}
