@@ -20,6 +20,7 @@ _ADAPTERS = {
     "detr_fast.adapters.rms_layers.RMSNormLayers": None,
     "detr_fast.adapters.frozen_resnet.FrozenResNets": None,
     "detr_fast.adapters.timm.Timm": "timm",
+    "detr_fast.adapters.timm_blocks.TimmBlocks": "timm",
     "detr_fast.adapters.torchvision.Torchvision": "torchvision",
     "detr_fast.adapters.feed_forward.FeedForwardBlocks": None,
     "detr_fast.adapters.original_detr.OriginalDetr": None,

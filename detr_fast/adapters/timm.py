@@ -90,12 +90,11 @@ class Block(theirs.Block, Scriptable):
     """The same block; the sum behind attention and the second norm are one op."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """As timm's, which runs where something scales or drops attention's output."""
-        direct = type(self.ls1) is nn.Identity and type(self.drop_path1) is nn.Identity
-        if not direct or not comes_apart(x, self.norm2, self.ls1, self.drop_path1):
+        """As timm's."""
+        if not comes_apart(x, self.norm2):
             return super().forward(x, attn_mask, is_causal)
         y = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        x, y = sum_and_norm(y, x, self.norm2)
+        x, y = sum_and_norm(self.drop_path1(self.ls1(y)), x, self.norm2)
         return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 

@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_as_before(name, training, assert_unchanged):
     assert sum(r.op == "attention" for r in records) == 2
     assert sum(r.op == "feed_forward" for r in records) == 2
     added = sum(r.calls for r in records if r.op == "add_layer_norm")
-    assert added == (0 if name == "timm, normalised queries and keys" else 2)  # whose outputs are scaled first
+    assert added == 2
     assert sum(r.calls for r in records if r.op == "layer_norm") == norms - added
 
 
@@ -92,17 +92,37 @@ def timm_swin(version=1):
     return model
 
 
-SWINS = {
-    "timm": (timm_swin, (32, 24), {"attention": 3, "feed_forward": 3}),
+def timm_other(kind, **options):
+    models = pytest.importorskip(f"timm.models.{kind.lower()}")
+    torch.manual_seed(1)
+    sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+    model = getattr(models, kind)(**sizes, num_classes=3, **options)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "gamma" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+ALL = {"attention": 2, "feed_forward": 2, "add_layer_norm": 2}
+OTHERS = {
+    "EVA": (lambda: timm_other("Eva"), (24, 24), ALL),
+    "EVA, rotated": (
+        lambda: timm_other("Eva", use_rot_pos_emb=True, qkv_fused=False, init_values=0.1),
+        (24, 24),
+        ALL,
+    ),
+    "BEiT": (lambda: timm_other("Beit", use_rel_pos_bias=True, init_values=0.1), (24, 24), ALL),
+    "BEiT, one bias": (lambda: timm_other("Beit", use_shared_rel_pos_bias=True), (24, 24), ALL),
+    "timm": (timm_swin, (32, 24), {"attention": 3, "feed_forward": 3, "add_layer_norm": 3}),
     "timm, second version": (lambda: timm_swin(2), (32, 24), {"attention": 3, "feed_forward": 3}),
     "torchvision": (torchvision_swin, (24, 20), {"attention": 4, "feed_forward": 4, "add_layer_norm": 4}),
     "torchvision, second version": (lambda: torchvision_swin(2), (24, 20), {"attention": 4, "feed_forward": 4}),
 }
 
 
-@pytest.mark.parametrize("name", SWINS)
-def test_attention_in_windows_is_as_before(name, assert_unchanged):
-    make, size, ops = SWINS[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_with_biases_by_position_or_rotated_it_is_as_before(name, assert_unchanged):
+    make, size, ops = OTHERS[name]
 
     def call(model):
         images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
