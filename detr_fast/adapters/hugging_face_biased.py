@@ -71,7 +71,8 @@ class SwinLayer(Scriptable):
         height, width = input_dimensions
         with shared_seed():
             x = self.layernorm_before(hidden_states).view(-1, height, width, hidden_states.shape[-1])
-            x, _ = self.maybe_pad(x, height, width)
+            if height % self.window_size or width % self.window_size:  # else it is a copy for nothing
+                x, _ = self.maybe_pad(x, height, width)
             size = x.shape[1:3]
             x = partition(self.cyclic_shift(x), self.window_size, self.window_size)
             mask = self.get_attn_mask(*size, dtype=x.dtype, device=x.device)

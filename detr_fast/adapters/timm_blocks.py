@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
 from detr_fast.adapters.blocks import comes_apart, is_dispatched, is_plain
-from detr_fast.adapters.windows import attend
+from detr_fast.adapters.windows import attend, merged, partition
 from detr_fast.nn.blocks import probability, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
 
@@ -115,7 +115,14 @@ def _scaled(y: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 class SwinBlock(Scriptable):
-    """Swin's block, whose features are (B, height, width, C)."""
+    """Swin's block, whose features are (B, height, width, C). Where windows fit in them, they are not copied to pad nothing."""
+
+    detr_fast_is_known: bool  # whether its method `_attn` has the code that we know
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        code = fingerprint(original._attn)  # type: ignore[attr-defined]
+        return {"detr_fast_is_known": code == "0daf3c612703d8f1"}
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not comes_apart(x, self.norm2):
@@ -123,6 +130,17 @@ class SwinBlock(Scriptable):
         x, y = sum_and_norm(self.drop_path1(self._attn(self.norm1(x))), x, self.norm2)
         y = self.drop_path2(self.mlp(y.flatten(1, 2)))
         return x + y.view(x.shape)
+
+    def _attn(self: Any, x: Tensor) -> Tensor:
+        (rows, columns), (down, right) = self.window_size, self.shift_size
+        _, height, width, _ = x.shape
+        if not self.detr_fast_is_known or height % rows or width % columns:
+            return super()._attn(x)  # type: ignore[misc,no-any-return]
+        if down or right:
+            x = torch.roll(x, (-down, -right), (1, 2))
+        mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
+        y = merged(self.attn(partition(x, rows, columns), mask=mask), rows, columns, height, width)
+        return torch.roll(y, (down, right), (1, 2)) if down or right else y
 
 
 # By the fingerprint of a forward.

@@ -71,7 +71,8 @@ def _attend_in_windows(attention: Any, given: Tensor, logit_scale: Tensor | None
     """torchvision's `shifted_window_attention` of (B, height, width, C)."""
     rows, columns = window = attention.window_size
     _, height, width, channels = given.shape
-    x = F.pad(given, (0, 0, 0, -width % columns, 0, -height % rows))
+    right, below = -width % columns, -height % rows
+    x = F.pad(given, (0, 0, 0, right, 0, below)) if right or below else given  # which would be a copy for nothing
     _, padded_height, padded_width, _ = x.shape
     # A window that is as large as the features is not shifted.
     shift = [s if w < size else 0 for s, w, size in zip(attention.shift_size, window, x.shape[1:3])]

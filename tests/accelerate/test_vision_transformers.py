@@ -136,6 +136,31 @@ def test_with_biases_by_position_or_rotated_it_is_as_before(name, assert_unchang
     assert {op: sum(r.calls for r in records if r.op == op) for op in ops} == ops
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_features_in_which_windows_fit_are_not_padded(library, assert_unchanged):
+    if library == "timm":
+        from timm.models.swin_transformer import SwinTransformerBlock
+
+        block = SwinTransformerBlock(16, (8, 8), 2, window_size=4, shift_size=2)
+    elif library == "torchvision":
+        block = torchvision.models.swin_transformer.SwinTransformerBlock(16, 2, [4, 4], [2, 2])
+    else:
+        swin = pytest.importorskip("transformers.models.swin.modeling_swin")
+        config = swin.SwinConfig(window_size=4, drop_path_rate=0.0, _attn_implementation="sdpa")
+        block = swin.SwinLayer(config, 16, (8, 8), 2, shift_size=2)
+    x = torch.randn(2, 8, 8, 16, dtype=torch.float64)
+    given = (x.flatten(1, 2), (8, 8)) if library == "transformers" else (x,)
+
+    def call(module):
+        found = module(*given)
+        return [found[0] if isinstance(found, tuple) else found]
+
+    assert count(lambda: call(block.double())).launches["aten.constant_pad_nd.default"] == 1
+    assert_unchanged(block, call)
+    with use_backend(attention="eager"):
+        assert "aten.constant_pad_nd.default" not in count(lambda: call(block)).launches
+
+
 @pytest.mark.parametrize("shift", [[2, 0], [0, 1], [1, 2]])
 def test_windows_are_shifted_along_each_axis_as_torchvision_does(shift, assert_unchanged):
     from torchvision.models.swin_transformer import ShiftedWindowAttention
