@@ -167,7 +167,10 @@ def contents_of(layer: nn.Module, op: LayerOp, describe: Describe) -> Contents |
     if found is not None and found.hold(layer):
         return found
     found = read(layer, op, describe)
-    if found is not None:
+    # Parameters that were computed (`functional_call`) keep all alive that they were computed of, and have no program.
+    if found is None or any(p is not None and p.grad_fn is not None for p in found.parameters):
+        _known.pop(layer, None)
+    else:
         _known[layer] = found
     return found
 

@@ -243,6 +243,26 @@ def test_a_layer_that_keeps_what_it_gave_is_freed_all_the_same(compiled, request
 
 
 @interpreter
+@pytest.mark.parametrize("computed", [False, True])
+def test_parameters_that_a_layer_has_no_more_are_freed(computed):
+    layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(2):
+            layer(*inputs, **masks)
+        if computed:
+            others = {name: parameter * 2 for name, parameter in layer.named_parameters()}
+            seen = weakref.ref(others["linear1.weight"])
+            torch.func.functional_call(layer, others, tuple(inputs), masks)
+            del others
+        else:
+            seen = weakref.ref(layer.linear1.weight)
+            layer.linear1 = torch.nn.Sequential(torch.nn.Linear(16, 24))
+            layer(*inputs, **masks)
+    gc.collect()
+    assert seen() is None
+
+
+@interpreter
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_of_gradients_goes_through_a_layer_at_once(compiled, request):
     native.use(request.getfixturevalue("host") if compiled else None)
