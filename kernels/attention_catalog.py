@@ -124,15 +124,15 @@ def _on(form: Form, generation: str) -> Form:
 
 
 def _example(form: Form, keys: int, device: torch.device, atomics: bool = False) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward of 40 queries and some keys; in fp32 rows start anywhere, and are copied."""
+    """Forward and backward of 72 queries and some keys; in fp32 rows start anywhere, and are copied."""
     gap = 1 if form.dtype == torch.float32 else 0
-    dims = ((40, form.head_dim), (keys, form.head_dim), (keys, form.value_dim), (40, form.value_dim))
+    dims = ((72, form.head_dim), (keys, form.head_dim), (keys, form.value_dim), (72, form.value_dim))
     q, k, v, dout = (torch.randn(1, n, 1, dim + gap, device=device).to(form.dtype)[..., :dim] for n, dim in dims)
     padding = mask = None
     if form.padding:
         padding = (torch.arange(keys, device=device) > 50)[None]
     if form.mask is not None:
-        mask = torch.randn(40, keys + gap, device=device)
+        mask = torch.randn(72, keys + gap, device=device)
         mask = mask > 0 if form.mask == torch.bool else mask.to(form.mask)
         mask = mask[:, :keys]
     problem = Problem(
@@ -164,6 +164,6 @@ def _example(form: Form, keys: int, device: torch.device, atomics: bool = False)
 
 
 def _sequences(device: torch.device) -> Sequences:
-    """Two sequences among the example's 40 queries and EXAMPLE_KEYS keys, and some tokens behind them."""
+    """Two sequences among the example's 72 queries and EXAMPLE_KEYS keys, and some tokens behind them."""
     ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ([0, 10, 35], [0, 40, 60]))
     return Sequences(ends_q, ends_k, 25, 40)

@@ -21,6 +21,7 @@ from .rows import MAX_PLANS
 MAX_HEAD_DIM = 256
 MAX_TILE_STRIDE = 1 << 24  # of rows and columns inside a tile, in elements
 LOG2_E = 1.4426950408889634
+SHORT = 64  # queries of a window, of which a tile of 128 would be half empty
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Form:
 
     head_dim, value_dim: whole runs of 16 bytes. mask_vector: neighbouring elements of a mask that stay together at a multiple of 16
     bytes or of their size, 1 where some do not, 0 where they are no neighbours. mask: dtype of attn_mask, or None. few_queries, few_keys: too few for large tiles, where that was measured.
-    generation: of the GPU, see `launch.generation`. periodic: whether the mask's batch elements come again, see `Problem`.
+    short: at most SHORT queries, where there is a mask. generation: of the GPU, see `launch.generation`. periodic: whether the mask's batch elements come again, see `Problem`.
     """
 
     dtype: torch.dtype
@@ -46,6 +47,7 @@ class Form:
     few_keys: bool = False
     generation: str = ""
     periodic: bool = False
+    short: bool = False
 
     @property
     def listed(self) -> bool:
@@ -262,6 +264,7 @@ class Problem:
             self.generation == "hopper" and -(-self.keys // 128) * self.batch * self.heads < FEW_TILES * self.group,
             self.generation,
             self.period > 0,
+            self.mask is not None and self.queries <= SHORT,
         )
 
     def tiles(self, rows: int) -> int:
@@ -312,6 +315,7 @@ def _config(form: Form, kernel: str) -> TileConfig:
         packed=form.packed,
         partial=form.partial,
         periodic=form.periodic,
+        short=form.short,
         few=form.few_keys if kernel in ("keys", "atomics") else form.few_queries,
         generation=form.generation,
     )

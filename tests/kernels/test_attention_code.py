@@ -253,6 +253,17 @@ def test_a_mask_that_is_loaded_one_by_one_costs_as_few_cycles_as_documented(targ
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
+# bf16 with a float32 bias: of a window of 8 x 8, half of a tile of 128 queries would be of none.
+@pytest.mark.offline
+@pytest.mark.parametrize(("target", "kernel", "most"), [("sm_90", "forward", 0.120), ("sm_80", "queries", 0.143)])
+def test_a_window_of_64_tokens_fills_its_tiles(target, kernel, most):
+    tokens = torch.empty(2, 64, 4, 32, device="meta", dtype=torch.bfloat16)
+    bias = torch.empty(4, 64, 64, device="meta")
+    variant = VARIANTS[kernel](Problem(tokens, tokens, tokens, mask=bias, generation=GENERATIONS[target]).form())
+    assert variant.constants["BLOCK_M"] == 64
+    check_loops(variant, target, (most,))
+
+
 # bf16 with a bool mask, whose rows are whole runs of 16 bytes, no padding.
 @pytest.mark.offline
 @pytest.mark.parametrize(
