@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 
 import torch
@@ -28,25 +28,27 @@ def check_probability(p: float, name: str = "dropout_p") -> None:
         raise ValueError(f"{name} must lie in [0, 1]; got {p}")
 
 
-class shared_seed:
+def shared_seed() -> AbstractContextManager[None]:
     """Ops inside the block share one seed, drawn by the first of them; a layer's or a model's forward is such a block.
 
     A region that is checkpointed (`torch.utils.checkpoint`) inside the block draws its own seeds, as its recomputation
     must, which runs outside; a block inside such a region shares again. Under `torch.compile` each op draws, and Inductor
     draws all of them in one launch.
     """
+    # Where a graph breaks inside a block of a class that Dynamo does not know, nothing of the function around it is compiled.
+    return nullcontext() if torch.compiler.is_compiling() else _SharedSeed()
 
+
+class _SharedSeed:
     def __enter__(self) -> None:
-        if not torch.compiler.is_compiling():
-            self._outer = getattr(_local, "scope", None)
-            # A block within a block has nothing to add.
-            _local.scope = self._outer if self._outer is not None and self._outer.holds() else _Scope()
+        self._outer = getattr(_local, "scope", None)
+        # A block within a block has nothing to add.
+        _local.scope = self._outer if self._outer is not None and self._outer.holds() else _Scope()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not torch.compiler.is_compiling():
-            _local.scope = self._outer
+        _local.scope = self._outer
 
 
 @contextmanager

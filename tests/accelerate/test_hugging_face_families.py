@@ -16,7 +16,7 @@ from detr_fast.dispatch import BackendError
 from detr_fast.explanation import explaining
 
 transformers = pytest.importorskip("transformers")
-from tests.accelerate.families import MODELS, SPEECH, seq2seq, source, t5, translate, vision  # noqa: E402
+from tests.accelerate.families import MODELS, SPEECH, decode, lw_detr_layer, seq2seq, source, t5, translate, vision  # noqa: E402
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -278,3 +278,25 @@ def test_where_kernels_are_asked_about_it_still_compiles_to_one_graph(name):
         with use_backend("eager"):
             found = call(torch.compile(model, fullgraph=True, backend="eager"))[0]
     torch.testing.assert_close(found, expected)
+
+
+def test_where_an_attention_breaks_the_graph_the_layer_around_it_is_compiled_as_theirs_is():
+    layer = lw_detr_layer().double().eval()
+    layer.cross_attn.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    graphs = []
+
+    def compiled():
+        torch.compiler.reset()
+        graphs.append(0)
+        layer.compile(backend=counting)
+        return decode(layer)
+
+    def counting(module, _):
+        graphs[-1] += 1
+        return module.forward
+
+    expected = compiled()
+    detr_fast.accelerate(layer)
+    with use_backend("eager"):
+        torch.testing.assert_close(compiled(), expected)
+    assert graphs == [3, 3]
