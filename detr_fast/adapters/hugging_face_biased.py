@@ -6,6 +6,7 @@ asks for weights. Known by all of their code (`base.fingerprint`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +82,70 @@ class SwinLayer(Scriptable):
             y = self.cyclic_shift(y, reverse=True)[:, :height, :width].reshape(hidden_states.shape)
             x, y = sum_and_norm(self.drop_path(y), hidden_states, self.layernorm_after)
             return self.dropout(self.mlp(y)) + x, weights
+
+
+def _in_windows(layer: Any, x: Tensor, size: Any, attend_in: Callable[..., Any]) -> tuple[Tensor, Any]:
+    """What a layer that copies an older Swin makes of x (B, height * width, C), and what its attention gives besides.
+
+    attend_in: that attention, of windows and the height and width of the features that they are in.
+    """
+    height, width = size
+    side, shift = layer.window_size, layer.shift_size
+    y = layer.layernorm_before(x).unflatten(1, (height, width))
+    if height % side or width % side:
+        y, _ = layer.maybe_pad(y, height, width)
+    padded_height, padded_width = y.shape[1:3]
+    if shift > 0:
+        y = torch.roll(y, (-shift, -shift), (1, 2))
+    y, *weights = attend_in(partition(y, side, side), padded_height, padded_width)
+    y = merged(y, side, side, padded_height, padded_width)
+    if shift > 0:
+        y = torch.roll(y, (shift, shift), (1, 2))
+    y = layer.drop_path(y[:, :height, :width].reshape(x.shape))
+    x, y = sum_and_norm(y, x, layer.layernorm_after)
+    return x + layer.output(layer.intermediate(y)), weights
+
+
+class DonutSwinLayer(Scriptable):
+    """Donut's and CLAP's."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        input_dimensions: Any,
+        output_attentions: bool | None = False,
+        always_partition: bool | None = False,
+    ) -> tuple[Tensor, ...]:
+        if not comes_apart(hidden_states, self.layernorm_after):
+            return super().forward(hidden_states, input_dimensions, output_attentions, always_partition)  # type: ignore[misc]
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+
+        def attend_in(y: Tensor, height: int, width: int) -> Any:
+            mask = self.get_attn_mask(height, width, dtype=y.dtype, device=y.device)
+            return self.attention(y, mask, output_attentions=output_attentions)
+
+        with shared_seed():
+            x, weights = _in_windows(self, hidden_states, input_dimensions, attend_in)
+        return (x, weights[0]) if output_attentions else (x,)
+
+
+class MaskFormerSwinLayer(Scriptable):
+    """MaskFormer's."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, input_dimensions: Any, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        if not comes_apart(hidden_states, self.layernorm_after):
+            return super().forward(hidden_states, input_dimensions, output_attentions)  # type: ignore[misc]
+
+        def attend_in(y: Tensor, height: int, width: int) -> Any:
+            mask = self.get_attn_mask((height, width), device=y.device, dtype=y.dtype)
+            return self.attention(y, mask, output_attentions=output_attentions)
+
+        with shared_seed():
+            x, weights = _in_windows(self, hidden_states, input_dimensions, attend_in)
+        return x, *weights
 
 
 class MPNetSelfAttention(Scriptable):

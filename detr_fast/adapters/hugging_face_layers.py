@@ -283,6 +283,8 @@ _CODE: dict[str, type[Module]] = {
     "ff89f20391901c6f": weighing.Mask2FormerAttention,
     "5ea513003bcebe5c": weighing.GroundingDinoDecoderLayer,
     "104f2f1bc583f51e": biased.SwinLayer,
+    "03e21f085b34c529": biased.DonutSwinLayer,
+    "2a79556950c3c0f1": biased.MaskFormerSwinLayer,
     "e9a56d647782a12b": biased.SwinSelfAttention,
     "d35266712074e644": biased.Swinv2SelfAttention,
     "c6ab87410a46552f": biased.MPNetSelfAttention,

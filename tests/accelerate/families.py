@@ -11,6 +11,7 @@ from tests.accelerate.backbones import BACKBONES
 from tests.accelerate.segmenters import SEGMENTERS
 
 transformers = pytest.importorskip("transformers")
+mask_former = pytest.importorskip("transformers.models.maskformer.modeling_maskformer_swin")
 
 IMAGES = {"image_size": 32, "patch_size": 8}
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, **IMAGES}
@@ -255,12 +256,11 @@ def two_way_block():
     return transformers.models.sam.modeling_sam.SamTwoWayAttentionBlock(config)
 
 
-def swin(kind="Swin", **options):
+def swin(kind="Swin", made=None, **options):
     """Windows of 4 by 4, in the second layer of both stages shifted."""
     sizes = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
     config = getattr(transformers, f"{kind}Config")(**sizes, image_size=24, mlp_ratio=2.0, drop_path_rate=0.0)
-    model = getattr(transformers, f"{kind}Model")(config, **options)
-    return with_biases(model)
+    return with_biases((made or getattr(transformers, f"{kind}Model"))(config, **options))
 
 
 def with_biases(model):
@@ -350,7 +350,16 @@ MODELS = {
         {"attention": 4, "feed_forward": 4, "add_layer_norm": 4},
     ),
     "Swinv2": (lambda: swin("Swinv2", add_pooling_layer=False), look_at_windows, {"attention": 4}),
-    "DonutSwin": (lambda: swin("DonutSwin", add_pooling_layer=False), look_at_windows, {"attention": 4}),
+    "DonutSwin": (
+        lambda: swin("DonutSwin", add_pooling_layer=False),
+        look_at_windows,
+        {"attention": 4, "add_layer_norm": 4},
+    ),
+    "MaskFormerSwin": (
+        lambda: swin("MaskFormerSwin", mask_former.MaskFormerSwinModel, add_pooling_layer=False),
+        look_at_windows,
+        {"attention": 4, "add_layer_norm": 4},
+    ),
     "MPNet": (mpnet, read, {"attention": 2, "add_layer_norm": 4}),
     "Beit": (
         lambda: biased_vision("Beit"),

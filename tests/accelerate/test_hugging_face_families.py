@@ -230,6 +230,8 @@ KNOWN = {
     "swin.SwinLayer": hugging_face_layers,
     "swin.SwinAttention": hugging_face_swin,
     "maskformer.maskformer_swin.MaskFormerSwinSelfAttention": hugging_face_layers,
+    "maskformer.maskformer_swin.MaskFormerSwinLayer": hugging_face_layers,
+    "donut.donut_swin.DonutSwinLayer": hugging_face_layers,
     "swinv2.Swinv2SelfAttention": hugging_face_layers,
     "mpnet.MPNetSelfAttention": hugging_face_layers,
     "mpnet.MPNetAttention": hugging_face_layers,
