@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class CapturedStep:
     """One training step: `step(inputs, targets)` returns the losses as device tensors, which hold until the next step.
 
     `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
-    first two steps of each shape run eagerly; they train like all others. Schedulers go on writing numbers to the
+    first two steps of each shape run eagerly; they train like all others. So they do again where the model's mode, which of its
+    parameters are trained, or their memory has changed. Schedulers go on writing numbers to the
     optimizer's groups. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
 
     Args:
@@ -66,7 +68,7 @@ class CapturedStep:
         self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = list(model.parameters())  # those without gradients, too: they may be trained later
         self.clip_norm = clip_norm
         self.ema = ema
         self.averaged = averaged or model
@@ -83,7 +85,12 @@ class CapturedStep:
             self._number = torch.tensor(taken, device=device)
             self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._step = GraphedFunction(
-            self._run, device, reason=reason, before=self._forget_gradients, around=self._capturable
+            self._run,
+            device,
+            reason=reason,
+            before=self._forget_gradients,
+            around=self._capturable,
+            bound=partial(_state, model, self.parameters),
         )
 
     @property
@@ -187,7 +194,9 @@ class CapturedInference:
         reason = why_no_graph(model) if capture else "capture=False"
         if reason is None:
             _warn_of_padding(model)
-        self._forward = GraphedFunction(self._run, device, reason=reason)
+        parameters = list(model.parameters())
+        bound = partial(_state, model, parameters)
+        self._forward = GraphedFunction(self._run, device, reason=reason, bound=bound)
 
     @property
     def reason(self) -> str | None:
@@ -210,6 +219,15 @@ class CapturedInference:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), self.autocast():
             return self.model(*args, **kwargs)
+
+
+def _state(model: nn.Module, parameters: list[nn.Parameter]) -> tuple[Any, ...]:
+    """What of a model a graph is bound to: its mode, which parameters are trained, and where they lie."""
+    trained = tuple([p.requires_grad for p in parameters])
+    try:
+        return model.training, trained, tuple(map(Tensor.data_ptr, parameters))
+    except ValueError:  # lazy modules' lie nowhere until their first call
+        return model.training, trained
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

@@ -40,6 +40,7 @@ class GraphedFunction:
         reason: why nothing can be captured, known beforehand; None where it can.
         before: called before each eager call and each capture, outside the graph.
         around: entered around each call of `function` that is captured, or that warms up for it.
+        bound: what graphs are bound to besides the shapes; where it gives something else, a shape has another graph.
         warmup: eager calls of a shape before it is captured.
     """
 
@@ -51,6 +52,7 @@ class GraphedFunction:
         reason: str | None = None,
         before: Callable[[], None] = lambda: None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        bound: Callable[[], Hashable] | None = None,
         warmup: int = 2,
     ) -> None:
         self.function = function
@@ -58,6 +60,7 @@ class GraphedFunction:
         self.reason = reason
         self.before = before
         self.around = around
+        self.bound = bound
         self.warmup = max(1, warmup)
         self._buckets: dict[Hashable, _Bucket] = {}
         self._pool: Any = None
@@ -67,7 +70,8 @@ class GraphedFunction:
     def __call__(self, *arguments: Any) -> Any:
         if self.reason is not None:
             return self._eagerly(arguments)
-        bucket = self._buckets.setdefault(shapes_of(arguments), _Bucket())
+        key = shapes_of(arguments)
+        bucket = self._buckets.setdefault(key if self.bound is None else (key, self.bound()), _Bucket())
         bucket.calls += 1
         if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
             return self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
@@ -147,7 +151,10 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {name: mapped(entry, change) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(mapped(entry, change) for entry in value)
+        entries = [mapped(entry, change) for entry in value]
+        return (
+            value._make(entries) if hasattr(value, "_make") else type(value)(entries)
+        )  # a named tuple takes them one by one
     return value
 
 

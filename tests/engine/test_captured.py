@@ -7,6 +7,7 @@ import copy
 from collections import UserDict
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -272,6 +273,49 @@ def test_each_shape_has_a_graph_of_its_own_in_one_pool(emulated):
     assert emulated[0].pool is emulated[1].pool
     assert one.step.taken == 11
     assert one.step._number.item() == 11
+
+
+def test_parameters_that_are_trained_later_are_trained_and_clipped(emulated):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.param_groups[0]["capturable"] = True
+    step = CapturedStep(model, lambda y, _: 100 * y.mean(), optimizer, clip_norm=0.5)
+    x, before = torch.randn(8, 4), copy.deepcopy(model[0].state_dict())
+    for _ in range(4):
+        step(x)
+    assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict().items())
+    model.requires_grad_(True)
+    for graphs_then in (1, 1, 2, 2):
+        before = copy.deepcopy(model[0].state_dict())
+        step(x)
+        moved = sum((value - before[name]).square().sum() for name, value in model[0].state_dict().items()).sqrt()
+        assert 0 < moved <= 0.5 + 1e-5
+        assert step.graphs == graphs_then
+
+
+def test_weights_that_lie_in_other_memory_are_read_there(emulated):
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    for _ in range(4):
+        inference(x)
+    model.weight.data = torch.ones(2, 3)
+    for _ in range(4):
+        assert torch.equal(inference(x), model(x))
+    assert inference.graphs == 2
+
+
+def test_named_tuples_are_taken():
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        scale: float
+
+    class Model(nn.Linear):
+        def forward(self, pair):
+            return Pair(super().forward(pair.x) * pair.scale, pair.scale)
+
+    model, given = Model(3, 2), Pair(torch.randn(4, 3), 2.0)
+    assert torch.equal(CapturedInference(model)(given).x, model(given).x)
 
 
 def test_dropout_is_new_on_each_replay(emulated):
