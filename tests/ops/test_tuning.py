@@ -86,6 +86,22 @@ def test_tune_on_a_cpu_measures_from_where_on_assignment_is_worth_threads(cache,
     assert chosen == ["threads"]
 
 
+def test_tune_names_a_folder_that_it_cannot_write_before_it_measures(tmp_path, monkeypatch):
+    from detr_fast.cli.tune import tune
+    from detr_fast.engine.errors import ConfigError
+
+    def measured(*_, **__):
+        raise AssertionError("measured in vain")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETR_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tuning, "tune", measured)
+    with pytest.raises(
+        ConfigError, match=r"cannot write .*regimes.json: .*; set DETR_FAST_CACHE to a folder that you may"
+    ):
+        tune()
+
+
 def test_bench_times_what_begins_with_a_name_and_writes_nothing(cache, monkeypatch, capsys):
     from detr_fast.cli.bench import bench
     from detr_fast.engine.errors import EngineError

@@ -35,7 +35,8 @@ def sources(tmp_path_factory) -> Path:
 def wheel(sources, tmp_path_factory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, sources]
-    subprocess.run(command, check=True, capture_output=True)
+    built = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "absent from the `packages` configuration" not in built.stderr + built.stdout
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
 
