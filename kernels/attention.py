@@ -97,8 +97,10 @@ def _attend(
             visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
         k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
         mask = None
-        if MASKED and hiding[3] is not None and FORM[7] <= 1:
-            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
+        if MASKED and hiding[3] is not None:
+            run: tl.constexpr = FORM[7] * ((hiding[3].dtype.element_ty.primitive_bitwidth + 7) // 8)
+            if FORM[7] <= 1 or run < 4:
+                mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             scores = masked_scores(

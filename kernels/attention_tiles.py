@@ -166,7 +166,7 @@ def load_mask(
 ):
     """A tile of the mask, (ROWS, COLUMNS) or transposed; False or zeros where there is none.
 
-    One by one, as MASK_VEC <= 1 says, it is to be loaded before the scores are computed: else Triton gives them the layout of such a load, too,
+    One by one, or in runs of under 4 bytes, as loads then are not pipelined, it is to be loaded before the scores are computed: else Triton gives them the layout of such a load, too,
     and takes rows' maxima, and in the forward exponentials, once in each of both.
     """
     MASK_VEC: tl.constexpr = FORM[7]

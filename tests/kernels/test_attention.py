@@ -66,7 +66,7 @@ def check(dtype, inputs, padding=None, mask=None, causal=False, scale=None, gene
         (FP16, (1, 130, 100, 1, 64), None, None, True),
         (BF16, (1, 70, 130, 1, 32), "end", None, True),
         (FP32, (2, 31, 32, 1, 32), "scattered", None, True),
-        (FP16, (1, 40, 64, 2, 32), None, "bool rows", False),
+        (FP16, (1, 40, 66, 2, 32), None, "bool rows", False),
         (FP16, (2, 17, 80, 1, 32), "end", "float heads", False),
         (FP32, (1, 40, 40, 2, 8), "scattered", "bool keys", True),
         (BF16, (2, 9, 70, 1, 128), "end", "float keys", False),

@@ -159,6 +159,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
             {"value_dim": 24, "packed": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2},
         ),
         ("sm_120", 64, "keys", {"value_dim": 128, "packed": True, "dropout": True, "causal": True}),
+        ("sm_120", 128, "keys", {"dropout": True, "causal": True}),
         (
             "sm_80",
             64,
@@ -239,17 +240,18 @@ def test_a_float_mask_costs_as_few_cycles_as_documented(target, kernel, most):
 # bf16 with a float mask whose rows start anywhere, as those of 49 columns, no padding.
 @pytest.mark.offline
 @pytest.mark.parametrize(
-    ("target", "kernel", "most"),
+    ("target", "kernel", "mask", "most"),
     [
-        ("sm_90", "forward", 0.166),
-        ("sm_80", "queries", 0.158),
-        ("sm_90", "keys", 0.182),
-        ("sm_80", "atomics", 0.256),
-        ("sm_90", "mask", 0.138),
+        ("sm_90", "forward", torch.bfloat16, 0.166),
+        ("sm_90", "forward", torch.float32, 0.149),
+        ("sm_80", "queries", torch.bfloat16, 0.158),
+        ("sm_90", "keys", torch.bfloat16, 0.182),
+        ("sm_80", "atomics", torch.bfloat16, 0.256),
+        ("sm_90", "mask", torch.bfloat16, 0.138),
     ],
 )
-def test_a_mask_that_is_loaded_one_by_one_costs_as_few_cycles_as_documented(target, kernel, most):
-    form = Form(torch.bfloat16, 32, 32, mask=torch.bfloat16, generation=GENERATIONS[target])
+def test_a_mask_that_is_loaded_one_by_one_costs_as_few_cycles_as_documented(target, kernel, mask, most):
+    form = Form(torch.bfloat16, 32, 32, mask=mask, generation=GENERATIONS[target])
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
@@ -264,14 +266,20 @@ def test_a_window_of_64_tokens_fills_its_tiles(target, kernel, most):
     check_loops(variant, target, (most,))
 
 
-# bf16 with a bool mask, whose rows are whole runs of 16 bytes, no padding.
+# bf16 with a bool mask, whose rows are whole runs of so many bytes, no padding.
 @pytest.mark.offline
 @pytest.mark.parametrize(
-    ("target", "kernel", "most"),
-    [("sm_80", "forward", 0.142), ("sm_90", "forward", 0.114), ("sm_90", "queries", 0.116), ("sm_90", "keys", 0.220)],
+    ("target", "kernel", "run", "most"),
+    [
+        ("sm_80", "forward", 16, 0.142),
+        ("sm_90", "forward", 16, 0.114),
+        ("sm_90", "forward", 2, 0.139),
+        ("sm_90", "queries", 16, 0.116),
+        ("sm_90", "keys", 16, 0.220),
+    ],
 )
-def test_a_bool_mask_is_read_in_runs(target, kernel, most):
-    form = Form(torch.bfloat16, 32, 32, mask=torch.bool, mask_vector=16)
+def test_a_bool_mask_is_read_in_runs(target, kernel, run, most):
+    form = Form(torch.bfloat16, 32, 32, mask=torch.bool, mask_vector=run)
     check_loops(VARIANTS[kernel](form), target, (most,))
 
 
