@@ -60,6 +60,12 @@ VARIANTS = {
         "sm_90",
         wide_rows.parameters_variant((FP32, BF16, FP32), False, True, True, 8),
     ),  # 8
+    "wide_rows_parameters_of_rms_norm": (
+        "sm_80",
+        wide_rows.parameters_variant((FP32, FP16, FP32), True, True, False, 8, False),
+    ),  # 8
+    "cross_entropy_one_by_one": ("sm_90", cross_entropy.cross_entropy_variant(50257, FP16, True, False, True)),  # 8
+    "layer_norm_one_by_one": ("sm_90", layer_norm.forward_variant(768, FP16, FP16, FP16, FP16, 1)),  # 16
     "partial_sums": ("sm_90", rows.sum_partials_variant(256, BF16, BF16)),  # 8
     "layer_norm_backward": ("sm_80", layer_norm.backward_variant(4104, BF16, BF16, BF16, True, True, True, 1)),  # 16
 }
