@@ -31,8 +31,8 @@ class CapturedStep:
     """One training step: `step(inputs, targets)` returns the losses as device tensors, which hold until the next step.
 
     `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
-    first two steps of each shape run eagerly; they train like all others. So they do again where the model's mode, which of its
-    parameters are trained, or their memory has changed. Schedulers go on writing numbers to the
+    first two steps of each shape run eagerly; they train like all others. So they do again where the mode of the model or of a part,
+    which parameters are trained, or their memory has changed. Schedulers go on writing numbers to the
     optimizer's groups. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
 
     Args:
@@ -90,7 +90,7 @@ class CapturedStep:
             reason=reason,
             before=self._forget_gradients,
             around=self._capturable,
-            bound=partial(_state, model, self.parameters),
+            bound=partial(_state, list(model.modules()), self.parameters),
         )
 
     @property
@@ -195,7 +195,7 @@ class CapturedInference:
         if reason is None:
             _warn_of_padding(model)
         parameters = list(model.parameters())
-        bound = partial(_state, model, parameters)
+        bound = partial(_state, list(model.modules()), parameters)
         self._forward = GraphedFunction(self._run, device, reason=reason, bound=bound)
 
     @property
@@ -221,13 +221,14 @@ class CapturedInference:
             return self.model(*args, **kwargs)
 
 
-def _state(model: nn.Module, parameters: list[nn.Parameter]) -> tuple[Any, ...]:
-    """What of a model a graph is bound to: its mode, which parameters are trained, and where they lie."""
+def _state(modules: list[nn.Module], parameters: list[nn.Parameter]) -> tuple[Any, ...]:
+    """What of a model a graph is bound to: the mode of each part, which parameters are trained, and where they lie."""
+    training = tuple([m.training for m in modules])
     trained = tuple([p.requires_grad for p in parameters])
     try:
-        return model.training, trained, tuple(map(Tensor.data_ptr, parameters))
+        return training, trained, tuple(map(Tensor.data_ptr, parameters))
     except ValueError:  # lazy modules' lie nowhere until their first call
-        return model.training, trained
+        return training, trained
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

@@ -305,6 +305,21 @@ def test_weights_that_lie_in_other_memory_are_read_there(emulated):
     assert inference.graphs == 2
 
 
+def test_a_norm_that_is_put_into_eval_mode_learns_no_more_statistics(emulated):
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["capturable"] = True
+    step = CapturedStep(model, lambda y, _: y.square().mean(), optimizer)
+    for _ in range(4):
+        step(torch.randn(8, 4))
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    for graphs_then in (1, 1, 2, 2):
+        step(torch.randn(8, 4))
+        assert torch.equal(model[1].running_mean, before)
+        assert step.graphs == graphs_then
+
+
 def test_named_tuples_are_taken():
     class Pair(NamedTuple):
         x: torch.Tensor
