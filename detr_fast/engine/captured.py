@@ -32,8 +32,9 @@ class CapturedStep:
 
     `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
     first two steps of each shape run eagerly; they train like all others. So they do again where the mode of the model or of a part,
-    which parameters are trained, or their memory has changed. Schedulers go on writing numbers to the
-    optimizer's groups. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
+    which parameters are trained, or the memory of parameters and buffers has changed, and where the optimizer's state was loaded or its
+    settings changed. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
+    all steps eager, as a warning says. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
 
     Args:
         model: in train mode; on one device.
@@ -80,6 +81,8 @@ class CapturedStep:
         reason = why_no_graph(model, optimizer, self.scaler) if capture else "capture=False"
         self._number: Tensor | None = None
         self._rates: list[Tensor] = []
+        self._held = _held_by(optimizer)
+        self._changes = 0  # of what is held, in as many steps one behind the other
         if reason is None:
             _warn_of_padding(self.averaged)
             self._number = torch.tensor(taken, device=device)
@@ -90,7 +93,7 @@ class CapturedStep:
             reason=reason,
             before=self._forget_gradients,
             around=self._capturable,
-            bound=partial(_state, list(model.modules()), self.parameters),
+            bound=partial(self._bound, list(model.modules()), _places(model)),
         )
 
     @property
@@ -108,6 +111,8 @@ class CapturedStep:
 
     def __call__(self, inputs: Any, targets: Any = None) -> dict[str, Tensor]:
         self.taken += 1
+        if self.reason is None:
+            self._look_at_the_optimizer()
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             if not isinstance(group["lr"], Tensor):
                 rate.fill_(group["lr"])
@@ -147,6 +152,28 @@ class CapturedStep:
                 return self.criterion(outputs, targets), {}
         losses = self.criterion(outputs, targets)
         return self.criterion.weighted_sum(losses), losses
+
+    def _bound(self, modules: list[nn.Module], places: Places) -> tuple[Any, ...]:
+        return _state(modules, places), tuple([parameter.requires_grad for parameter in self.parameters])
+
+    def _look_at_the_optimizer(self) -> None:
+        """Drop graphs that hold moments or settings which the optimizer has no more."""
+        held = _held_by(self.optimizer)
+        if held[0] is self._held[0] and held[1] == self._held[1]:
+            self._changes = 0
+            return
+        changed = {name for was, now in zip(self._held[1], held[1]) for name, _ in set(was) ^ set(now)}
+        self._held = held
+        self._step.forget()
+        self._changes += 1
+        if self._changes == 4:  # one step more than what is set up in the first ones
+            warnings.warn(
+                f"detr-fast: the optimizer's {' and '.join(sorted(changed))} changed in four steps one behind the other, and a "
+                "CUDA graph holds all settings but learning rates: such steps run eagerly. Results stay right, only slower. "
+                "A scheduler that changes betas, such as OneCycleLR, takes cycle_momentum=False.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _forget_gradients(self) -> None:
         # In a graph, backward then writes gradients anew on each replay, and adds to none.
@@ -194,8 +221,7 @@ class CapturedInference:
         reason = why_no_graph(model) if capture else "capture=False"
         if reason is None:
             _warn_of_padding(model)
-        parameters = list(model.parameters())
-        bound = partial(_state, list(model.modules()), parameters)
+        bound = partial(_state, list(model.modules()), _places(model))
         self._forward = GraphedFunction(self._run, device, reason=reason, bound=bound)
 
     @property
@@ -221,14 +247,41 @@ class CapturedInference:
             return self.model(*args, **kwargs)
 
 
-def _state(modules: list[nn.Module], parameters: list[nn.Parameter]) -> tuple[Any, ...]:
-    """What of a model a graph is bound to: the mode of each part, which parameters are trained, and where they lie."""
-    training = tuple([m.training for m in modules])
-    trained = tuple([p.requires_grad for p in parameters])
+Places = list[tuple[dict[str, Any], str]]
+
+
+def _places(model: nn.Module) -> Places:
+    """Where a model's modules keep their parameters and buffers: another tensor may be put there."""
+    return [
+        (kept, name)
+        for part in model.modules()
+        for kept in (part._parameters, part._buffers)
+        for name, tensor in kept.items()
+        if tensor is not None
+    ]
+
+
+def _state(modules: list[nn.Module], places: Places) -> tuple[Any, ...]:
+    """What of a model a graph is bound to: the mode of each part, and where parameters and buffers lie."""
+    training = tuple([module.training for module in modules])
     try:
-        return training, trained, tuple(map(Tensor.data_ptr, parameters))
-    except ValueError:  # lazy modules' lie nowhere until their first call
-        return training, trained
+        lies = tuple([tensor.data_ptr() for kept, name in places if (tensor := kept.get(name)) is not None])
+    except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
+        lies = ()
+    return training, lies
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> tuple[Any, list[tuple[tuple[str, str], ...]]]:
+    """What of an optimizer a graph holds: its state, which loading replaces, and the settings that are no tensors."""
+    settings = [
+        tuple(
+            (name, repr(value))
+            for name, value in group.items()
+            if name not in ("params", "lr", "capturable") and not isinstance(value, Tensor)
+        )
+        for group in optimizer.param_groups
+    ]
+    return optimizer.state, settings
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from detr_fast.capture import capture
 
 MAX_GRAPHS = 32
+MAX_SHAPES = 4096  # that are remembered
 
 
 @dataclass
@@ -71,6 +72,8 @@ class GraphedFunction:
         if self.reason is not None:
             return self._eagerly(arguments)
         key = shapes_of(arguments)
+        if len(self._buckets) >= MAX_SHAPES:  # as of a model that lies elsewhere at each call
+            self._buckets = {known: bucket for known, bucket in self._buckets.items() if bucket.graph is not None}
         bucket = self._buckets.setdefault(key if self.bound is None else (key, self.bound()), _Bucket())
         bucket.calls += 1
         if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
@@ -79,6 +82,11 @@ class GraphedFunction:
             static.copy_(given, non_blocking=True)
         bucket.graph.replay()
         return bucket.outputs
+
+    def forget(self) -> None:
+        """Drop all graphs: what they were captured with is no more."""
+        self._buckets.clear()
+        self._pool = None  # PyTorch does not take up a pool again whose graphs are all gone
 
     @property
     def graphs(self) -> int:
@@ -152,9 +160,8 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return {name: mapped(entry, change) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
         entries = [mapped(entry, change) for entry in value]
-        return (
-            value._make(entries) if hasattr(value, "_make") else type(value)(entries)
-        )  # a named tuple takes them one by one
+        # A named tuple takes them one by one.
+        return value._make(entries) if hasattr(value, "_make") else type(value)(entries)
     return value
 
 

@@ -320,6 +320,41 @@ def test_a_norm_that_is_put_into_eval_mode_learns_no_more_statistics(emulated):
         assert step.graphs == graphs_then
 
 
+def test_weights_and_buffers_that_were_assigned_are_those_that_run(emulated):
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(4, 3)
+    inference, other = CapturedInference(model), copy.deepcopy(model)
+    nn.init.ones_(other[1].running_var).mul_(4)
+    for _ in range(4):
+        inference(x)
+    model.load_state_dict(other.state_dict(), assign=True)
+    for graphs_then in (1, 1, 2):
+        assert torch.equal(inference(x), other.eval()(x))
+        assert inference.graphs == graphs_then
+
+
+def test_an_optimizer_that_was_loaded_or_set_otherwise_has_another_graph(emulated):
+    one = training()
+    run(one, range(4))
+    assert one.step.graphs == 1
+    one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+    run(one, range(2))
+    assert one.step.graphs == 0
+    run(one, range(2))
+    assert one.step.graphs == 1
+    one.optimizer.param_groups[0]["weight_decay"] = 0.1
+    run(one, range(1))
+    assert one.step.graphs == 0
+
+
+def test_settings_that_change_at_each_step_leave_steps_eager_and_a_warning_names_them(emulated):
+    one = training()
+    one.schedule = torch.optim.lr_scheduler.OneCycleLR(one.optimizer, max_lr=1e-3, total_steps=20)
+    with pytest.warns(RuntimeWarning, match=r"the optimizer's betas changed .* OneCycleLR, takes cycle_momentum=False"):
+        run(one, range(6))
+    assert one.step.graphs == 0
+    assert one.step.reason is None  # they may stop changing
+
+
 def test_named_tuples_are_taken():
     class Pair(NamedTuple):
         x: torch.Tensor
