@@ -25,8 +25,9 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     where None). Returns (..., B, N) int64, the column of each row; -1 where it has none, because it takes no part or
     because there are more rows than columns. Of several assignments of one total, any may come out.
     NaN and infinite costs outweigh all others, -inf the other way: as few such pairs as possible are made, and the others at
-    the least total (by the Triton kernel where no finite cost is beyond ±1e35). Totals of numbers equal `scipy.optimize.linear_sum_assignment`'s. There is no gradient. Raises ValueError
-    where the shapes do not fit, TypeError where counts are no integers (others than int64 are converted).
+    the least total (by the Triton kernel where no finite cost is beyond ±1e35). Totals of numbers equal
+    `scipy.optimize.linear_sum_assignment`'s. There is no gradient. Raises ValueError where the shapes do not fit, TypeError
+    where counts are no integers (others than int64 are converted).
     Sources: Jonker and Volgenant, 1987, Computing 38; Crouse, 2016, IEEE TAES 52(4).
     """
     if cost.ndim < 2 or (counts is not None and (cost.ndim < 3 or tuple(counts.shape) != (cost.shape[-3],))):
