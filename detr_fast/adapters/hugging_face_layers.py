@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import assume_constant_result
 from torch.nn import Module
 
 from detr_fast.adapters import hugging_face_backbones as backbones
@@ -227,8 +228,13 @@ def _bert_activation(first: Any, last: Any) -> str | None:
     return activation_name(first.intermediate_act_fn)
 
 
-@cache
+@assume_constant_result  # Dynamo would warn of the cache, and trace what is behind it
 def _is_intermediate(forward: Any) -> bool:
+    return _reads_as_intermediate(forward)
+
+
+@cache
+def _reads_as_intermediate(forward: Any) -> bool:
     return reads(forward) == ("self hidden_states", "dense intermediate_act_fn")
 
 
