@@ -1,12 +1,18 @@
-"""A tiny data set and a run that takes a second."""
+"""A tiny data set, a run that takes a second, and CUDA graphs emulated."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+
+from detr_fast.engine import captured
+from tests import stub_cuda
 
 # What a run needs is imported where one is made: captured steps are tested where pycocotools is missing, too.
 if TYPE_CHECKING:
@@ -53,3 +59,20 @@ def tiny(scenes: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(**values | changes)
 
     return config
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """CUDA's graph functions, emulated on the CPU; the value holds the graphs that were captured."""
+    made: list[SimpleNamespace] = []
+
+    @contextlib.contextmanager
+    def record(graph, pool, capture_error_mode):
+        made.append(SimpleNamespace(graph=graph, pool=pool, mode=capture_error_mode))
+        with stub_cuda.captured(graph):
+            yield
+
+    for name, value in {**stub_cuda.stubs(), "graph": record}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(captured, "why_no_graph", lambda *_: None)
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import UserDict
 from dataclasses import replace
@@ -23,7 +22,6 @@ from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction, shapes_of, tensors_of
 from detr_fast.engine.metrics import DeviceMetrics
 from detr_fast.models import ModelConfig, NestedTensor, Targets, build_criterion, build_model
-from tests import stub_cuda
 
 TINY = ModelConfig(
     backbone="conv",
@@ -37,23 +35,6 @@ TINY = ModelConfig(
     backbone_width=4,
     dropout=0.0,
 )
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """CUDA's graph functions, emulated on the CPU; the value holds the graphs that were captured."""
-    made = []
-
-    @contextlib.contextmanager
-    def record(graph, pool, capture_error_mode):
-        made.append(SimpleNamespace(graph=graph, pool=pool, mode=capture_error_mode))
-        with stub_cuda.captured(graph):
-            yield
-
-    for name, value in {**stub_cuda.stubs(), "graph": record}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(captured, "why_no_graph", lambda *_: None)
-    return made
 
 
 def batch(seed, size=(32, 32), count=3, padded=True):
@@ -273,86 +254,6 @@ def test_each_shape_has_a_graph_of_its_own_in_one_pool(emulated):
     assert emulated[0].pool is emulated[1].pool
     assert one.step.taken == 11
     assert one.step._number.item() == 11
-
-
-def test_parameters_that_are_trained_later_are_trained_and_clipped(emulated):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-    model[0].requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.param_groups[0]["capturable"] = True
-    step = CapturedStep(model, lambda y, _: 100 * y.mean(), optimizer, clip_norm=0.5)
-    x, before = torch.randn(8, 4), copy.deepcopy(model[0].state_dict())
-    for _ in range(4):
-        step(x)
-    assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict().items())
-    model.requires_grad_(True)
-    for graphs_then in (1, 1, 2, 2):
-        before = copy.deepcopy(model[0].state_dict())
-        step(x)
-        moved = sum((value - before[name]).square().sum() for name, value in model[0].state_dict().items()).sqrt()
-        assert 0 < moved <= 0.5 + 1e-5
-        assert step.graphs == graphs_then
-
-
-def test_weights_that_lie_in_other_memory_are_read_there(emulated):
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    inference = CapturedInference(model)
-    for _ in range(4):
-        inference(x)
-    model.weight.data = torch.ones(2, 3)
-    for _ in range(4):
-        assert torch.equal(inference(x), model(x))
-    assert inference.graphs == 2
-
-
-def test_a_norm_that_is_put_into_eval_mode_learns_no_more_statistics(emulated):
-    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.param_groups[0]["capturable"] = True
-    step = CapturedStep(model, lambda y, _: y.square().mean(), optimizer)
-    for _ in range(4):
-        step(torch.randn(8, 4))
-    model[1].eval()
-    before = model[1].running_mean.clone()
-    for graphs_then in (1, 1, 2, 2):
-        step(torch.randn(8, 4))
-        assert torch.equal(model[1].running_mean, before)
-        assert step.graphs == graphs_then
-
-
-def test_weights_and_buffers_that_were_assigned_are_those_that_run(emulated):
-    model, x = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(4, 3)
-    inference, other = CapturedInference(model), copy.deepcopy(model)
-    nn.init.ones_(other[1].running_var).mul_(4)
-    for _ in range(4):
-        inference(x)
-    model.load_state_dict(other.state_dict(), assign=True)
-    for graphs_then in (1, 1, 2):
-        assert torch.equal(inference(x), other.eval()(x))
-        assert inference.graphs == graphs_then
-
-
-def test_an_optimizer_that_was_loaded_or_set_otherwise_has_another_graph(emulated):
-    one = training()
-    run(one, range(4))
-    assert one.step.graphs == 1
-    one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
-    run(one, range(2))
-    assert one.step.graphs == 0
-    run(one, range(2))
-    assert one.step.graphs == 1
-    one.optimizer.param_groups[0]["weight_decay"] = 0.1
-    run(one, range(1))
-    assert one.step.graphs == 0
-
-
-def test_settings_that_change_at_each_step_leave_steps_eager_and_a_warning_names_them(emulated):
-    one = training()
-    one.schedule = torch.optim.lr_scheduler.OneCycleLR(one.optimizer, max_lr=1e-3, total_steps=20)
-    with pytest.warns(RuntimeWarning, match=r"the optimizer's betas changed .* OneCycleLR, takes cycle_momentum=False"):
-        run(one, range(6))
-    assert one.step.graphs == 0
-    assert one.step.reason is None  # they may stop changing
 
 
 def test_named_tuples_are_taken():
