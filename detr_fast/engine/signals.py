@@ -18,7 +18,7 @@ class StopSignals:
 
     A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. `announced` says so on stderr at the first. Forked data workers inherit the handler, so a Ctrl-C in the
     terminal, which reaches the whole process group, doesn't kill them under the main process. Off the main thread it does nothing. A SIGHUP that is
-    ignored, as under nohup, stays so.
+    ignored, as under nohup, stays so. Once `ending` is set signals do nothing: if one kept the workers from being ended, Python would wait for them without end.
     """
 
     HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
@@ -27,6 +27,7 @@ class StopSignals:
     def __init__(self, announced: bool = False) -> None:
         self.announced = announced
         self.received: int | None = None
+        self.ending = False
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
 
@@ -44,6 +45,8 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.ending:
+            return
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
         if self.announced and self.received is None and os.getpid() == self._process:

@@ -242,20 +242,21 @@ class Trainer:
         self.reporter.start(self.step, self.total_steps)
         if self.step >= self.total_steps:
             self.reporter.message(f"{counted(self.config.epochs, 'epoch')} done already; give --epochs to go further")
-        try:
-            with StopSignals(announced=self.main) as signals:
+        with StopSignals(announced=self.main) as signals:
+            try:
                 self._end_epoch(signals)  # of a run that was stopped before it evaluated
                 while self.step < self.total_steps:
                     self._train_epoch(signals)
                     self._end_epoch(signals)
-        except Interrupted as stop:
-            if self.saved != self.step:
-                self._save()
-            advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
-            raise Interrupted(stop.signum, advice) from None
-        finally:
-            self.data.stop_workers()
-            self.folder.release()
+            except Interrupted as stop:
+                if self.saved != self.step:
+                    self._save()
+                advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
+                raise Interrupted(stop.signum, advice) from None
+            finally:
+                signals.ending = True
+                self.data.stop_workers()
+                self.folder.release()
         self._draw()
         return TrainResult(
             run=self.folder,
