@@ -50,7 +50,7 @@ class Report:
     """What `accelerate` or `restore` did; prints as a summary, and shows as one in a notebook.
 
     switched: the modules whose class was switched. left: those left alone, with the reason. already: how many were
-    switched before. explanation: what runs on which implementation, where example inputs were given.
+    switched before. own: how many were built from detr_fast.nn. explanation: what runs on which implementation, where example inputs were given.
     """
 
     model: str
@@ -58,12 +58,18 @@ class Report:
     switched: list[Switched] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     already: int = 0
+    own: int = 0
     explanation: Explanation | None = None
 
     def __str__(self) -> str:
         before = f", {self.already} were before" if self.already else ""
         lines = [f"{self.model}: {len(self.switched)} modules {self.action}{before}, {len(self.left)} left alone"]
-        if not self.switched and not self.left and not self.already and self.action == "switched":
+        nothing = not self.switched and not self.left and not self.already and self.action == "switched"
+        if nothing and self.own:
+            lines.append(
+                f"  {self.own} are of detr_fast.nn, which needs no switching; nothing else that is known was found, or selected"
+            )
+        elif nothing:
             lines.append(
                 "  nothing that is known was found, or selected: torch.nn's transformer parts, and the layers of the libraries in docs/accelerate.md; "
                 "build yours from detr_fast.nn"
@@ -91,6 +97,7 @@ class Report:
             "action": self.action,
             **modules,
             "already": self.already,
+            "own": self.own,
             "explanation": explained,
         }
 
@@ -137,6 +144,7 @@ def accelerate(
                 else:
                     report.left.append(Left(name, public_name(type(module)), reason))
             elif chosen:
+                report.own += type(module).__module__.startswith("detr_fast.nn.")
                 _consider(name, module, adapters, report)
         if packed:
             _pack(model, wanted - skipped, report)

@@ -425,3 +425,6 @@ def test_a_model_with_nothing_known_in_it_says_what_would_be():
     report = str(detr_fast.accelerate(nn.Linear(2, 2)))
     assert report.splitlines()[0] == "Linear: 0 modules switched, 0 left alone"
     assert "nothing that is known was found, or selected: torch.nn's transformer parts" in report
+    built = detr_fast.accelerate(detr_fast.nn.TransformerEncoderLayer(8, 2, 8))
+    assert f"{built.own} are of detr_fast.nn, which needs no switching" in str(built)
+    assert built.own == built.as_dict()["own"] == 4  # the layer, its attention and its norms
