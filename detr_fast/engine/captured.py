@@ -162,14 +162,14 @@ class CapturedStep:
         if held[0] is self._held[0] and held[1] == self._held[1]:
             self._changes = 0
             return
-        changed = {name for was, now in zip(self._held[1], held[1]) for name, _ in set(was) ^ set(now)}
+        changed = {name for was, now in zip(self._held[1], held[1]) for name, _ in set(was) ^ set(now)} or {"state"}
         self._held = held
         self._step.forget()
         self._changes += 1
         if self._changes == 4:  # one step more than what is set up in the first ones
             warnings.warn(
                 f"detr-fast: the optimizer's {' and '.join(sorted(changed))} changed in four steps one behind the other, and a "
-                "CUDA graph holds all settings but learning rates: such steps run eagerly. Results stay right, only slower. "
+                "CUDA graph holds the optimizer's state and all settings but learning rates: such steps run eagerly. Results stay right, only slower. "
                 "A scheduler that changes betas, such as OneCycleLR, takes cycle_momentum=False.",
                 RuntimeWarning,
                 stacklevel=3,

@@ -103,3 +103,16 @@ def test_settings_that_change_at_each_step_leave_steps_eager_and_a_warning_names
         train()
     assert step.graphs == 0
     assert step.reason is None  # they may stop changing
+
+
+def test_an_optimizer_that_is_loaded_at_each_step_is_told_likewise(emulated):
+    step, optimizer = regression()
+
+    def train():
+        for _ in range(6):
+            step(torch.randn(8, 4))
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    with pytest.warns(RuntimeWarning, match="the optimizer's state changed in four steps"):
+        train()
+    assert step.graphs == 0
