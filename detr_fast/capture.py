@@ -10,6 +10,9 @@ import torch
 
 FAR = 1 << 40  # random numbers of a thread, in fours: more than all replays of older graphs draw
 _failed: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes on asking them
+_streams: dict[
+    int, Any
+] = {}  # what captures run on, by device: PyTorch's own is one for all, of the device of the first
 
 
 @contextmanager
@@ -26,7 +29,8 @@ def beside_the_default_stream() -> Iterator[None]:
 
 @contextmanager
 def capture(graph: Any, pool: Any = None) -> Iterator[None]:
-    """`torch.cuda.graph(graph, pool)` for this thread: another, say a data loader's that pins memory, is none of its business.
+    """`torch.cuda.graph(graph, pool)` for this thread and the current device: another thread, say a data loader's that pins memory, is
+    none of its business.
 
     After one that failed, PyTorch's own leaves its stream the current one, and its generator refuses to draw outside of graphs
     ("Offset increment outside graph capture"): both are put right. Raises what went wrong first.
@@ -35,10 +39,13 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
     keep the old state: they go on drawing by it, other numbers than what comes after, and `torch.manual_seed` no longer
     reaches them.
     """
+    device = torch.cuda.current_device()
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream()
     try:
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local"),
         ):
             yield
     except Exception as error:

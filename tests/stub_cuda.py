@@ -102,7 +102,7 @@ class Stream:
 
 
 @contextlib.contextmanager
-def captured(cuda_graph, pool=None, capture_error_mode="global"):
+def captured(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     with cuda_graph:
         yield
     cuda_graph.restore()
@@ -117,6 +117,8 @@ def stubs() -> dict[str, Any]:
         "Event": Event,
         "Stream": Stream,
         "current_stream": Stream,
+        "current_device": lambda: 0,
+        "device": lambda device: contextlib.nullcontext(),
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda device=None: None,
         "set_sync_debug_mode": lambda debug_mode: None,

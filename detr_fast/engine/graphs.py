@@ -66,11 +66,16 @@ class GraphedFunction:
         self._buckets: dict[Hashable, _Bucket] = {}
         self._pool: Any = None
         self._stream: Any = None
+        self._replaying: Any = None  # the stream of the last replay
         self._full = False
 
     def __call__(self, *arguments: Any) -> Any:
         if self.reason is not None:
             return self._eagerly(arguments)
+        with torch.cuda.device(self.device):  # a graph holds what runs on streams of the current device
+            return self._call(arguments)
+
+    def _call(self, arguments: tuple[Any, ...]) -> Any:
         key = shapes_of(arguments)
         if len(self._buckets) >= MAX_SHAPES:  # as of a model that lies elsewhere at each call
             self._buckets = {known: bucket for known, bucket in self._buckets.items() if bucket.graph is not None}
@@ -78,10 +83,17 @@ class GraphedFunction:
         bucket.calls += 1
         if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
             return self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
+        self._wait_for_replays()
         for static, given in zip(tensors_of(bucket.inputs), tensors_of(arguments)):
             static.copy_(given, non_blocking=True)
         bucket.graph.replay()
         return bucket.outputs
+
+    def _wait_for_replays(self) -> None:
+        """Let this call's stream wait for the one before it: all graphs work in one memory."""
+        before, self._replaying = self._replaying, torch.cuda.current_stream()
+        if before is not None and before != self._replaying:
+            self._replaying.wait_stream(before)
 
     def forget(self) -> None:
         """Drop all graphs: what they were captured with is no more."""

@@ -67,7 +67,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     made: list[SimpleNamespace] = []
 
     @contextlib.contextmanager
-    def record(graph, pool, capture_error_mode):
+    def record(graph, pool, stream, capture_error_mode):
         made.append(SimpleNamespace(graph=graph, pool=pool, mode=capture_error_mode))
         with stub_cuda.captured(graph):
             yield

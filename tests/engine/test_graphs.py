@@ -1,0 +1,64 @@
+"""The devices and streams that graphs are captured and replayed on."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from detr_fast import capture
+from detr_fast.engine.graphs import GraphedFunction
+from tests import stub_cuda
+
+
+def test_a_graph_is_captured_on_its_own_device_whichever_is_current(emulated, monkeypatch):
+    """On another device's stream nothing of it would be captured, and replays would do nothing."""
+    current, streams = [torch.device("cuda", 0)], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def graph(made, pool, stream, capture_error_mode):
+        streams.append(stream)
+        yield
+
+    class Stream(stub_cuda.Stream):
+        def __init__(self, *_):
+            self.device = current[-1]
+
+    monkeypatch.setattr(capture, "_streams", {})
+    cuda = {"device": device, "current_device": lambda: current[-1].index, "graph": graph, "Stream": Stream}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for index in (1, 0, 1):
+        ran = []
+        graphed = GraphedFunction(lambda ran=ran: ran.append(current[-1].index), torch.device("cuda", index))
+        for _ in range(3):
+            graphed()
+        assert ran == [index] * 3
+        assert graphed.graphs == 1
+    assert [one.device.index for one in streams] == [1, 0, 1]
+    assert streams[0] is streams[2]  # as graphs of one memory pool want it
+
+
+def test_a_replay_waits_for_one_on_another_stream(emulated, monkeypatch):
+    """It writes what the other one may still read."""
+    waits = []
+
+    class Stream(stub_cuda.Stream):
+        def wait_stream(self, stream):
+            waits.append((self, stream))
+
+    first, second = Stream(), Stream()
+    graphed = GraphedFunction(lambda x: x + 1, torch.device("cpu"), warmup=1)
+    graphed(torch.ones(2))
+    for stream, expected in ((first, []), (first, []), (second, [(second, first)]), (second, [])):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None, stream=stream: stream)
+        waits.clear()
+        assert graphed(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert waits == expected
+    assert graphed.graphs == 1
