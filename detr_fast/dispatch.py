@@ -256,7 +256,7 @@ class Op:
 
     def _record(self, decision: _Decision) -> None:
         if not torch.compiler.is_compiling():
-            for recorder in _recorders:
+            for recorder in tuple(_recorders):  # another thread's may leave meanwhile
                 recorder(self.name, decision)
 
     def _decision(self, *args: Any) -> _Decision:

@@ -214,7 +214,7 @@ def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
     if kind == "meta" and (rehearsed := getattr(_rehearsal, "variants", None)) is not None:
         rehearsed.setdefault(variant)
         return
-    for observer in observers:
+    for observer in tuple(observers):  # another thread's may leave meanwhile
         observer(Launch(variant, grid, arguments))
     if kind == "meta":
         return

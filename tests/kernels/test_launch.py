@@ -100,6 +100,15 @@ def test_a_rehearsal_is_its_threads_own_and_hides_no_other_launch_from_observers
     assert seen == ["cpu", "meta"]
 
 
+def test_every_observer_sees_a_launch_during_which_another_leaves(call, monkeypatch):
+    """Two threads record what they launch, as autograd's for two GPUs do: a launch that one misses is missing in its program."""
+    seen, observers = [], []
+    observers += [lambda _: observers.clear(), seen.append]
+    monkeypatch.setattr(launch, "observers", observers)
+    layer_norm.layer_norm_forward(*(t.to("meta") for t in call), 1e-5)
+    assert len(seen) == 1
+
+
 def test_what_is_rehearsed_is_not_counted():
     x = torch.empty(2, device="meta")
     assert count(lambda: launch.compile_launches(lambda: x + x, torch.device("meta"))).total_launches == 0
