@@ -15,6 +15,7 @@ _ADAPTERS = {
     "detr_fast.adapters.hugging_face_layers.HuggingFaceLayers": "transformers",
     "detr_fast.adapters.hugging_face_sampling.HuggingFaceSampling": "transformers",
     "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
+    "detr_fast.adapters.activations.Activations": "transformers",
     "detr_fast.adapters.hugging_face_loss.HuggingFaceLoss": "transformers",
     "detr_fast.adapters.rms_norms.RMSNorms": None,
     "detr_fast.adapters.rms_layers.RMSNormLayers": None,

@@ -1,18 +1,19 @@
 """Layers of language models, and of vision models in the same code, whose second norm takes the sum before it: one op.
 
-Known by all of their code (`base.fingerprint`), wherever they are defined. Norms are RMSNorms that `rms_norms` knows.
+Known by all of their code (`base.fingerprint`), wherever they are defined. Norms are RMSNorms that `rms_norms` knows, or LayerNorms.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
+from detr_fast.adapters import t5_layers as t5
 from detr_fast.adapters.base import (
     Adapter,
     Scriptable,
@@ -24,11 +25,9 @@ from detr_fast.adapters.base import (
     why_not_switch,
 )
 from detr_fast.adapters.blocks import comes_apart, is_dispatched, is_norm
-from detr_fast.adapters.rms_norms import GemmaRMSNorm, LlamaRMSNorm, means_what_it_says
-from detr_fast.nn.bare import is_bare
-from detr_fast.nn.blocks import rms_norms_are_free, sum_and_norm
-from detr_fast.ops.add_rms_norm import ADD_RMS_NORM
-from detr_fast.ops.rms_norm import result_dtype
+from detr_fast.adapters.rms_norms import means_what_it_says
+from detr_fast.adapters.rms_sums import sum_and_rms_norm, takes_sums
+from detr_fast.nn.blocks import sum_and_norm
 
 
 class LlamaDecoderLayer(Scriptable):
@@ -45,11 +44,12 @@ class LlamaDecoderLayer(Scriptable):
 
     def forward(self: Any, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         norm = getattr(self, self._second)
-        if not (is_dispatched(hidden_states) and _takes_sums(norm)):
+        add = _sum_and_norm_of(hidden_states, norm)
+        if add is None:
             return super().forward(hidden_states, *rest, **named)  # type: ignore[misc,no-any-return]
         given = {**self.detr_fast_given, **dict(zip(self.detr_fast_given, rest)), **named}
         y, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
-        total, y = _sum_and_norm(self._attended(y), hidden_states, norm)
+        total, y = add(self._attended(y), hidden_states, norm)
         return total + self._fed(self.mlp(y))  # type: ignore[no-any-return]
 
     def _attended(self: Any, y: Tensor) -> Tensor:
@@ -113,45 +113,20 @@ class VisionBlock(Scriptable):
         **kwargs: Any,
     ) -> Tensor:
         norm = self.norm2
-        layer_norm = is_norm(norm)
-        if not (comes_apart(hidden_states, norm) if layer_norm else is_dispatched(hidden_states) and _takes_sums(norm)):
+        add = _sum_and_norm_of(hidden_states, norm)
+        if add is None:
             return super().forward(hidden_states, cu_seqlens, position_embeddings, **kwargs)  # type: ignore[misc,no-any-return]
         y = self.norm1(hidden_states)
         y = self.attn(y, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
-        total, y = (sum_and_norm if layer_norm else _sum_and_norm)(y, hidden_states, norm)
+        total, y = add(y, hidden_states, norm)
         return total + self.mlp(y)  # type: ignore[no-any-return]
 
 
-def _takes_sums(norm: Any) -> bool:
-    """Whether a norm is one that may be computed with the sum before it."""
-    return isinstance(norm, LlamaRMSNorm | GemmaRMSNorm) and is_bare(norm)
-
-
-def _sum_and_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """residual + x, and its norm: by one kernel, where that gives the dtype that the norm's own code does."""
-    found = _by_kernel(x, residual, norm) if rms_norms_are_free() else None
-    if found is not None:
-        return found[1], found[0]
-    total = residual + x
-    return total, norm(total)
-
-
-def _by_kernel(x: Tensor, residual: Tensor, norm: Any) -> Any:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    gemma = isinstance(norm, GemmaRMSNorm)
-    if gemma:
-        # Asked first: a call that no kernel takes would make the launches of 1 + weight for nothing.
-        small = not torch.compiler.is_compiling() and ADD_RMS_NORM.is_small(x.nbytes, x.device)
-        if small or result_dtype(dtype, x.device.type) != dtype:
-            return None
-        weight, eps = 1.0 + norm.weight.float(), norm.eps
-    else:
-        weight, eps = norm.weight, norm.variance_epsilon
-        if result_dtype(dtype, x.device.type) != torch.promote_types(dtype, weight.dtype):
-            return None
-    arguments = (x, residual, weight, eps, 0.0, True)
-    kernel = ADD_RMS_NORM.kernel(*arguments)
-    return None if kernel is None else kernel.run(*arguments)
+def _sum_and_norm_of(x: Any, norm: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """What computes a sum and such a norm of it, which is a LayerNorm or an RMSNorm; None where the norm has to be called."""
+    if is_norm(norm):
+        return sum_and_norm if comes_apart(x, norm) else None
+    return sum_and_rms_norm if is_dispatched(x) and takes_sums(norm) else None
 
 
 # By the fingerprint of a forward.
@@ -164,9 +139,12 @@ _CODE: dict[str | None, type[Module]] = {
     "923366b8013e47f6": Glm4DecoderLayer,
     "5c22f714c673c9f1": Glm4DecoderLayer,  # GLM-4.1V's
     "8de5806ed00657e9": VisionBlock,
+    "e0313603445c8907": t5.T5Block,
+    "ba20aed234a5021d": t5.UMT5Block,
+    "3bb545510593f980": t5.LongT5Block,
 }
 # What the code of each of them reads, one or the other: others need no second look.
-_READ = {"post_attention_layernorm", "norm2"}
+_READ = {"post_attention_layernorm", "norm2", "layer"}
 
 
 class RMSNormLayers(Adapter):

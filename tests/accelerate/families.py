@@ -139,11 +139,11 @@ def seq2seq(kind, use="Model", **options):
     return getattr(transformers, f"{kind}{use}")(getattr(transformers, f"{kind}Config")(**SEQ2SEQ, **options))
 
 
-def t5(kind="T5Model", **options):
+def t5(kind="T5", use="Model", **options):
     sizes = {"vocab_size": 20, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
     tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = {"num_heads": 4, "relative_attention_num_buckets": 8, "dropout_rate": 0.0, **sizes, **tokens, **options}
-    return with_biases(getattr(transformers, kind)(transformers.T5Config(**config)))
+    return with_biases(getattr(transformers, f"{kind}{use}")(getattr(transformers, f"{kind}Config")(**config)))
 
 
 def source(model):
@@ -367,7 +367,13 @@ MODELS = {
         {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
     ),
     "Data2VecVision": (lambda: biased_vision("Data2VecVision"), look, {"attention": 2}),
-    "T5": (t5, translate_all, {"attention": 12, "feed_forward": 8}),
+    "T5": (t5, translate_all, {"attention": 12, "add_rms_norm": 12, "feed_forward": 8}),
+    "UMT5, gated": (lambda: t5("UMT5"), translate_all, {"attention": 12, "add_rms_norm": 12}),
+    "LongT5": (
+        lambda: t5("LongT5", local_radius=2, encoder_attention_type="transient-global", global_block_size=2),
+        translate,
+        {"add_rms_norm": 6},
+    ),
     "Bart": (lambda: seq2seq("Bart"), translate, {"attention": 5, "add_layer_norm": 8, "feed_forward": 3}),
     "MBart": (lambda: seq2seq("MBart"), translate, {"attention": 5, "add_layer_norm": 5, "feed_forward": 3}),
     "Whisper": (

@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import detr_fast
 from detr_fast import use_backend
-from detr_fast.adapters import rms_layers
+from detr_fast.adapters import rms_layers, t5_layers
 from detr_fast.adapters.base import fingerprint
 from detr_fast.explanation import explaining
 from detr_fast.testing import count
 
 transformers = pytest.importorskip("transformers")
+from tests.accelerate.families import t5, translate  # noqa: E402
+
 timm_layers = pytest.importorskip("timm.layers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")
 qwen = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
@@ -154,30 +156,41 @@ def read(model):
     return [model(input_ids=IDS, attention_mask=PADDING).logits]
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral", "Granite", "Phi3", "Gemma3", "Glm4"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral", "Granite", "Phi3", "Gemma3", "Glm4", "Starcoder2"])
 def test_a_language_model_is_as_before(kind, assert_unchanged):
     model = language_model(kind)
     report = assert_unchanged(model, read)
-    assert sum("RMSNorm" in one.now for one in report.switched) >= 5
+    assert sum(("LayerNorm" if kind == "Starcoder2" else "RMSNorm") in one.now for one in report.switched) >= 5
     assert sum(one.now.endswith("DecoderLayer") for one in report.switched) == 2
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("kind", "hooked", "counted"),
-    [("Llama", False, (2, 3)), ("Llama", True, (0, 5)), ("Granite", False, (2, 3)), ("Gemma3", False, (2, 11))],
+    [
+        ("Llama", False, (2, 3)),
+        ("Llama", True, (0, 5)),
+        ("Granite", False, (2, 3)),
+        ("Gemma3", False, (2, 11)),
+        ("Starcoder2", False, (2, 3)),
+        ("T5", False, (6, 6)),
+        ("T5", True, (0, 12)),
+    ],
 )
 def test_a_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(kind, hooked, counted, step):
-    model = language_model(kind)
-    outputs, gradients = step(model, read)
+    model, call = (t5().float(), translate) if kind == "T5" else (language_model(kind), read)
+    outputs, gradients = step(model, call)
     detr_fast.accelerate(model)
     if hooked:
-        for layer in model.model.layers:
-            layer.post_attention_layernorm.register_forward_hook(lambda *_: None)
+        for module in [*model.modules()]:
+            if type(module).__name__ in ("LlamaDecoderLayer", "T5Block"):
+                part = module.layer[0] if kind == "T5" else module.post_attention_layernorm
+                part.register_forward_hook(lambda *_: None)
+    norm = "layer_norm" if kind == "Starcoder2" else "rms_norm"
     with explaining(model) as records:
-        found, found_gradients = step(model, read, {"rms_norm": "triton", "add_rms_norm": "triton"})
-    added = sum(r.calls for r in records if (r.op, r.chosen) == ("add_rms_norm", "triton"))
-    alone = sum(r.calls for r in records if (r.op, r.chosen) == ("rms_norm", "triton"))
+        found, found_gradients = step(model, call, {norm: "triton", f"add_{norm}": "triton"})
+    added = sum(r.calls for r in records if (r.op, r.chosen) == (f"add_{norm}", "triton"))
+    alone = sum(r.calls for r in records if (r.op, r.chosen) == (norm, "triton"))
     assert (added, alone) == counted
     torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-4)
     for name, expected in gradients.items():
@@ -185,15 +198,31 @@ def test_a_layers_second_norm_takes_the_sum_before_it_unless_it_has_hooks(kind, 
 
 
 LAYERS = "llama.Llama mixtral.Mixtral granite.Granite phi3.Phi3 gemma3.Gemma3 glm4.Glm4 glm4v.Glm4vText"
+BLOCKS = "t5.T5Block umt5.UMT5Block longt5.LongT5Block"
+T5_PARTS = "SelfAttention CrossAttention LocalSelfAttention TransientGlobalSelfAttention FF"
 
 
 def test_the_code_of_each_layer_that_is_known_is_transformers():
     found = set()
-    for name in [*(f"{layer}DecoderLayer" for layer in LAYERS.split()), "qwen2_vl.Qwen2VLVisionBlock"]:
+    for name in [*(f"{layer}DecoderLayer" for layer in LAYERS.split()), "qwen2_vl.Qwen2VLVisionBlock", *BLOCKS.split()]:
         model, kind = name.split(".")
         module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
         found.add(fingerprint(getattr(module, kind).forward))
     assert found == set(rms_layers._CODE)
+
+
+def test_the_code_of_t5s_blocks_parts_is_transformers():
+    found = set()
+    for model, of in (
+        ("t5", "T5"),
+        ("umt5", "UMT5"),
+        ("longt5", "LongT5"),
+        ("switch_transformers", "SwitchTransformers"),
+    ):
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        layers = [getattr(module, f"{of}Layer{part}", None) for part in T5_PARTS.split()]
+        found |= {fingerprint(layer.forward) for layer in layers if layer is not None}
+    assert found == set(t5_layers._LAYERS)
 
 
 class VisionBlocks(nn.Module):
@@ -222,6 +251,20 @@ def test_blocks_of_vision_models_take_their_second_norm_with_the_sum(assert_unch
     report = assert_unchanged(VisionBlocks(), lambda model: [model(x)])
     assert sum("VisionBlock" in one.now for one in report.switched) == 2
     assert not report.left
+
+
+@pytest.mark.parametrize(("name", "launches"), [("NewGELUActivation", 8), ("FastGELUActivation", 9)])
+def test_a_gelu_that_is_written_out_is_one_launch(name, launches, assert_unchanged):
+    activation = getattr(transformers.activations, name)()
+    kind, x = type(activation), torch.linspace(-6, 6, 61, device="meta", dtype=torch.bfloat16)
+    counted = [count(lambda: activation(x)).total_launches]
+    model = nn.Sequential(nn.Linear(1, 61), activation)
+    assert_unchanged(model, lambda one: [one(torch.linspace(-6, 6, 61, dtype=torch.float64)[:, None])])
+    with use_backend("triton"):
+        counted.append(count(lambda: activation(x)).total_launches)
+    assert counted == [launches, 1]
+    detr_fast.restore(activation)
+    assert type(activation) is kind
 
 
 def test_a_small_call_on_a_gpu_launches_no_more_than_it_did(unmeasured):
