@@ -23,7 +23,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from detr_fast import dispatch
@@ -33,6 +38,7 @@ from detr_fast.ops.attention import ATTENTION, Sdpa
 
 NAME = "detr_fast"
 _PADDING = "_detr_fast_padding"
+_PADDING_IN_ORDER = "_detr_fast_padding_in_order"
 # Arguments besides those of `attention` that change nothing in what is computed here, and are passed by encoders, or that are known here.
 _HARMLESS = {"output_hidden_states", "use_cache", "return_dict", "position_ids", "cache_position", "num_items_in_batch"}
 _HARMLESS |= {"sliding_window"}  # which the mask has
@@ -165,13 +171,18 @@ def attention(
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
     padding, mask = split(attention_mask)
+    ordered = _remembered(attention_mask, _PADDING_IN_ORDER)
+    if ordered is not None:
+        padding, mask, causal = ordered, None, True
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     bias = kwargs.get("position_bias")
-    if bias is None:
+    if bias is None and ordered is None:
         return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling, grouped).contiguous(), None
-    if causal and k.shape[1] > q.shape[1]:  # what a static cache has no keys for yet
+    if ordered is None and causal and k.shape[1] > q.shape[1]:  # what a static cache has no keys for yet
         k, v, bias = k[:, : q.shape[1]], v[:, : q.shape[1]], bias[..., : q.shape[1]]
-    given = (q, k, v, padding, _biased(bias, mask, key.dtype), causal, dropout, scaling, grouped)
+    if bias is not None:
+        mask = _biased(bias, mask, key.dtype)
+    given = (q, k, v, padding, mask, causal, dropout, scaling, grouped)
     chosen = ATTENTION.choose(*given)
     if isinstance(chosen, Sdpa):  # theirs then, to the bit
         return sdpa_attention_forward(*arguments, **kwargs)
@@ -241,7 +252,7 @@ def mask(
     """transformers' mask function: bool (B, 1, L, S), True = may attend, or None where nothing is hidden.
 
     Padding of a bidirectional model stays as small as it is, (B, S), seen through strides of 0, and is inverted once for
-    all layers. Everything else is transformers' own for SDPA.
+    all layers. Everything else is transformers' own for SDPA; one of causal order and padding remembers its padding.
     """
     padded = mask_function is bidirectional_mask_function and not use_vmap and attention_mask is not None
     if padded and attention_mask.shape == (batch_size, kv_length) and kv_offset == 0:  # type: ignore[union-attr]
@@ -252,19 +263,36 @@ def mask(
     options = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip, "use_vmap": use_vmap, **kwargs}
     if mask_function is not None:
         options["mask_function"] = mask_function
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **options)
+    found: Any = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **options
+    )
+    first = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length > 1
+    if found is None or use_vmap or not first or mask_function is not causal_mask_function:
+        return found
+    if attention_mask is not None and attention_mask.shape == (batch_size, kv_length):
+        _remember(found, _PADDING_IN_ORDER, ~attention_mask.to(torch.bool))
+    return found
 
 
 def with_padding(mask: Tensor | None, padding: Tensor | None) -> Any:
     """A mask that remembers the padding (B, S), True = padding, that it is made of, except where Dynamo traces."""
-    if padding is not None and not torch.compiler.is_compiling():
-        setattr(mask, _PADDING, padding)
+    if padding is not None:
+        _remember(mask, _PADDING, padding)
     return mask
 
 
 def padding_of(mask: Tensor | None) -> Tensor | None:
     """The padding that a mask remembers."""
-    return None if torch.compiler.is_compiling() else getattr(mask, _PADDING, None)
+    return _remembered(mask, _PADDING)
+
+
+def _remember(mask: Tensor | None, what: str, padding: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        setattr(mask, what, padding)
+
+
+def _remembered(mask: Tensor | None, what: str) -> Tensor | None:
+    return None if torch.compiler.is_compiling() else getattr(mask, what, None)
 
 
 def _must_not_look(visible: Tensor) -> bool:

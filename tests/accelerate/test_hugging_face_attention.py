@@ -80,6 +80,29 @@ def test_fewer_heads_of_keys_run_on_what_is_asked_for_by_name_and_else_on_transf
             assert {r.chosen for r in records if r.op == "attention"} == {"eager"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "apart"),
+    [
+        ("Bert", {"is_decoder": True}, True),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": 8}, False),  # whose mask is also the window's
+    ],
+)
+def test_causal_order_and_padding_stay_apart_where_a_mask_is_made_of_both(kind, options, apart):
+    model = made(kind, **options)
+    expected = last(model)
+    detr_fast.accelerate(model)
+    assert torch.equal(last(model), expected)
+    for backend in ("eager", "sdpa"):
+        with use_backend(attention=backend), explaining(model) as records:
+            torch.testing.assert_close(last(model), expected)
+        shapes = {r.shapes for r in records if r.op == "attention" and r.chosen == backend}
+        assert all(one.endswith("key_padding_mask causal") == apart for one in shapes)
+    with use_backend(attention="eager"), torch.no_grad():
+        cache = model(TOKENS[:, :4], attention_mask=PADDED[:, :4], use_cache=True).past_key_values
+        found = model(TOKENS[:, 4:], attention_mask=PADDED, past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(found, expected[:, 4:])
+
+
 def test_what_attention_is_given_beyond_ours_is_transformers_and_refused_by_name():
     model = made("Bert")
     expected = last(model)
