@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_plain
 from detr_fast.adapters.feed_forward import parts_of
 from detr_fast.adapters.hugging_face_attention import attend_add_norm
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
+
+
+class Told(Scriptable):
+    """A module that returns its attention's weights unless `weights_are_dropped` tells it that nobody looks at them."""
+
+
+def told(part: Any) -> dict[str, bool]:
+    """What such a module is given by name where its weights are dropped; hooks may look at them."""
+    return {"weights_are_dropped": True} if isinstance(part, Told) and is_bare(part) else {}
 
 
 def finite(layer: Any, x: Tensor, training: bool | None = None) -> Tensor:

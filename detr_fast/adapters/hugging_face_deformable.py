@@ -19,11 +19,13 @@ from detr_fast.adapters.blocks import (
     is_plain,
 )
 from detr_fast.adapters.hugging_face_blocks import (
+    Told,
     block_add_norm,
     decode,
     decoder_comes_apart,
     finite,
     parts_of_layer,
+    told,
 )
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
@@ -192,7 +194,7 @@ class _PixelLayer(Scriptable):
             return finite(self, x, self._trains()), weights
 
 
-class GroundingDinoDeformableLayer(_PixelLayer):
+class GroundingDinoDeformableLayer(_PixelLayer, Told):
     """The part of Grounding DINO's encoder layer that is for the image."""
 
     def forward(
@@ -205,6 +207,7 @@ class GroundingDinoDeformableLayer(_PixelLayer):
         spatial_shapes_list: Any = None,
         level_start_index: Any = None,
         output_attentions: bool = False,
+        weights_are_dropped: bool = False,
     ) -> tuple[Tensor, Any]:
         levels = dict(
             zip(_LEVELS, (reference_points, spatial_shapes, spatial_shapes_list, level_start_index)),
@@ -214,7 +217,8 @@ class GroundingDinoDeformableLayer(_PixelLayer):
         parts = self._parts(hidden_states)
         if parts is None:
             return super().forward(hidden_states, attention_mask, **levels)  # type: ignore[misc]
-        return self._encoded(parts, hidden_states, attention_mask, **levels)
+        dropped = told(self.self_attn) if weights_are_dropped else {}
+        return self._encoded(parts, hidden_states, attention_mask, **levels, **dropped)
 
 
 class Mask2FormerPixelLayer(_PixelLayer):

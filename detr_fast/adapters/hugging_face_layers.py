@@ -17,6 +17,7 @@ from detr_fast.adapters import hugging_face_backbones as backbones
 from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_biased as biased
 from detr_fast.adapters import hugging_face_deformable as deformable
+from detr_fast.adapters import hugging_face_grounding as grounding
 from detr_fast.adapters import hugging_face_masked as masked
 from detr_fast.adapters import hugging_face_others as others
 from detr_fast.adapters import hugging_face_weighing as weighing
@@ -288,6 +289,12 @@ _CODE: dict[str, type[Module]] = {
     "7de50f447265321b": weighing.GroundingDinoAttention,
     "ff89f20391901c6f": weighing.Mask2FormerAttention,
     "5ea513003bcebe5c": weighing.GroundingDinoDecoderLayer,
+    "4de406d1e6457a2a": grounding.GroundingDinoEncoder,
+    "dc302c5c1f94b7c1": grounding.GroundingDinoEncoder,  # MM Grounding DINO's, which returns a class of its own
+    "1d3a9998199d6d1a": grounding.GroundingDinoEncoderLayer,
+    "c15c566ad96da74e": grounding.GroundingDinoFusionLayer,
+    "d8c10797b8fa035d": grounding.GroundingDinoBiAttention,
+    "513ee9324b3b9b12": grounding.GroundingDinoTextEnhancerLayer,
     "104f2f1bc583f51e": biased.SwinLayer,
     "03e21f085b34c529": biased.DonutSwinLayer,
     "2a79556950c3c0f1": biased.MaskFormerSwinLayer,

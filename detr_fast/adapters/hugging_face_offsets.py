@@ -2,7 +2,7 @@
 
 Their projections stay modules that are called. Attention weights, which their layers drop, are None, as those of transformers' other
 attentions on kernels are; where somebody asks for them, or has put a hook on the module, and where no kernel takes the call, their
-code runs. Grounding DINO's and OmDet-Turbo's layers return the weights whether anybody asks or not: their modules stay.
+code runs. Grounding DINO's and OmDet-Turbo's modules are to return the weights unless their layers tell them that they are dropped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Scriptable, fingerprint
+from detr_fast.adapters.base import fingerprint
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.adapters.deformable import sampled_around, taken_around
+from detr_fast.adapters.hugging_face_blocks import Told
 from detr_fast.nn.bare import is_bare
 from detr_fast.ops.boundary import is_memory
 
@@ -32,11 +33,15 @@ class Names(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """valid: its mask is True where there is no padding. projected: it has `value_proj` and `output_proj`."""
+    """valid: its mask is True where there is no padding. projected: it has `value_proj` and `output_proj`.
+
+    told: its layers may return the weights, and tell it where they are dropped.
+    """
 
     valid: bool = True
     projected: bool = True
     names: Names | None = None
+    told: bool = False
 
 
 # By the fingerprint of a forward.
@@ -47,6 +52,8 @@ _KINDS = {
     "35e2f6e7c3eceb44": _Kind(names=Names("n_points_list", "n_points_scale", "method")),  # RT-DETR v2's
     # D-FINE's and DEIMv2's
     "409760352e064ef5": _Kind(projected=False, names=Names("num_points_list", "num_points_scale", "decoder_method")),
+    "0d0f4de88be10195": _Kind(told=True),  # Grounding DINO's, both
+    "c42c44df01a71eb4": _Kind(told=True),  # OmDet-Turbo's
 }
 
 
@@ -70,7 +77,7 @@ def _only_samples(kind: type[Module]) -> bool:
     return fingerprint(vars(next(classes))["forward"]) == SAMPLES
 
 
-class FromOffsets(Scriptable):
+class FromOffsets(Told):
     """Its forward, before that of the class or of what else is mixed into it."""
 
     _detr_fast_kind: _Kind
@@ -83,8 +90,10 @@ class FromOffsets(Scriptable):
         found = {"_detr_fast_kind": kind_of_forward(forward), "_detr_fast_arguments": arguments}
         return super().attributes_for(original) | found
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = _attended(self, dict(zip(self._detr_fast_arguments, args)) | kwargs)
+    def forward(self: Any, *args: Any, weights_are_dropped: bool = False, **kwargs: Any) -> Any:
+        found = None
+        if weights_are_dropped or not self._detr_fast_kind.told:
+            found = _attended(self, dict(zip(self._detr_fast_arguments, args)) | kwargs)
         return super().forward(*args, **kwargs) if found is None else (found, None)
 
 

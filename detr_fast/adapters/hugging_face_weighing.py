@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import comes_apart, feed_forward_add_norm, is_dispatched
-from detr_fast.adapters.hugging_face_blocks import parts_of_layer
+from detr_fast.adapters.hugging_face_blocks import parts_of_layer, told
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import norm_of_sum, probability
 from detr_fast.ops.attention import ATTENTION
@@ -28,9 +29,11 @@ def _takes(x: Any, mask: Tensor | None, weights: Any) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, p: float, scale: float | None = None
 ) -> Tensor:
-    """Attention of q, k and v (B, L, H * E) with numbers that are added to scores, likewise."""
+    """Attention of q, k and v (B, L, H * E) with numbers that are added to scores, or bools, True = may attend."""
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-    y: Tensor = ATTENTION(q, k, v, None, None if mask is None else mask.to(q.dtype), False, p, scale)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    y: Tensor = ATTENTION(q, k, v, None, mask, False, p, scale)
     return y.flatten(2)
 
 
@@ -151,9 +154,13 @@ class GroundingDinoAttention(Scriptable):
     ) -> tuple[Tensor, ...]:
         if not _takes(queries, attention_mask, output_attentions):
             return super().forward(queries, keys, values, attention_mask, output_attentions)  # type: ignore[misc]
+        return (self.attended(queries, keys, values, attention_mask),)
+
+    def attended(self: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """What it returns without weights; the mask may also be bool, True = may attend."""
         q, k, v = self.query(queries), self.key(keys), self.value(values)
-        y = attend(q, k, v, self.num_attention_heads, attention_mask, probability(self.dropout))
-        return (self.out_proj(y),)
+        y = attend(q, k, v, self.num_attention_heads, mask, probability(self.dropout))
+        return self.out_proj(y)  # type: ignore[no-any-return]
 
 
 class GroundingDinoDecoderLayer(Scriptable):
@@ -207,7 +214,8 @@ class GroundingDinoDecoderLayer(Scriptable):
             y = self.encoder_attn_text(queries=q, keys=text, values=text, attention_mask=text_mask)[0]
             x = norm_of_sum(y, x, norms[1], p)
             image_masks = {"attention_mask": image_mask, "encoder_attention_mask": image_mask}
-            y = self.encoder_attn(hidden_states=x, encoder_hidden_states=image, **image_masks, **levels)[0]
+            dropped = told(self.encoder_attn)
+            y = self.encoder_attn(hidden_states=x, encoder_hidden_states=image, **image_masks, **levels, **dropped)[0]
             x = norm_of_sum(y, x, norms[2], p)
             return (feed_forward_add_norm(x, parts, self.final_layer_norm),)
 

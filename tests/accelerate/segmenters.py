@@ -68,6 +68,52 @@ def encode_pixels(layer, weights=False):
     return [y for y in found if y is not None][: 2 if weights else 1]
 
 
+def grounding_encoder(kind="GroundingDino"):
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "encoder_n_points": 2,
+    }
+    quiet = dict.fromkeys(
+        ("dropout", "activation_dropout", "attention_dropout", "fusion_dropout", "fusion_droppath"), 0.0
+    )
+    options = {"num_feature_levels": 3, "text_enhancer_dropout": 0.0, "disable_custom_kernels": True, **sizes, **quiet}
+    config = getattr(transformers, f"{kind}Config")(**options)
+    file = "mm_grounding_dino" if kind.startswith("MM") else "grounding_dino"
+    encoder = getattr(getattr(transformers.models, file), f"modeling_{file}")
+    encoder = getattr(encoder, f"{kind}Encoder")(config)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("_param"):  # what scales, which is near zero at first
+            torch.nn.init.normal_(parameter)
+    return encoder
+
+
+def enhance(encoder, weights=False):
+    """Pixels and words, of both of which the second image has fewer; words see those of their own phrase."""
+    generator = torch.Generator().manual_seed(2)
+    x, position = torch.randn(2, 2, 12, 32, generator=generator, dtype=torch.float64)
+    words = torch.randn(2, 6, 32, generator=generator, dtype=torch.float64)
+    phrases = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 2, 3]])
+    found = encoder(
+        vision_features=x,
+        vision_attention_mask=torch.arange(12).expand(2, 12) >= torch.tensor([[12], [9]]),
+        vision_position_embedding=position,
+        spatial_shapes=torch.tensor([(2, 3), (2, 2), (1, 2)]),
+        spatial_shapes_list=[(2, 3), (2, 2), (1, 2)],
+        level_start_index=torch.tensor([0, 6, 10]),
+        valid_ratios=torch.ones(2, 3, 2, dtype=torch.float64),
+        text_features=words,
+        text_attention_mask=torch.arange(6).expand(2, 6) >= torch.tensor([[6], [4]]),
+        text_self_attention_masks=phrases[:, None] != phrases[:, :, None],
+        text_position_ids=torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 0, 1, 0, 0]]),
+        output_attentions=weights,
+    )
+    every = [] if found.attentions is None else [y for kind in found.attentions for y in kind]
+    return [found.last_hidden_state_vision, found.last_hidden_state_text, *every]
+
+
 SEGMENTERS = {
     **{
         f"{name}'s decoder{how}": (
@@ -85,5 +131,14 @@ SEGMENTERS = {
             {"add_layer_norm": 2, "feed_forward": 1},
         )
         for name in ("GroundingDino", "Mask2Former", "OneFormer")
+    },
+    # Where no kernel samples, deformable attention is asked for twice.
+    **{
+        f"{kind}'s encoder": (
+            lambda kind=kind: grounding_encoder(kind),
+            enhance,
+            {"attention": 6, "deformable_attention": 4, "add_layer_norm": 8, "feed_forward": 4},
+        )
+        for kind in ("GroundingDino", "MMGroundingDino")
     },
 }

@@ -49,6 +49,7 @@ def test_copied_layers_are_as_before_and_run_on_our_ops(name, assert_unchanged):
         ("Mask2Former's decoder", 8),
         ("OneFormer's decoder, normalised first", 8),
         ("GroundingDino's pixels", 1),
+        ("GroundingDino's encoder", 9),
         ("Mask2Former's pixels", 1),
         ("OneFormer's pixels", 1),
     ],
@@ -63,6 +64,19 @@ def test_weights_that_are_asked_for_are_theirs(name, weights):
     assert len(found) == 1 + weights
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_grounding_dinos_encoder_gives_weights_to_a_hook():
+    make, call, _ = MODELS["GroundingDino's encoder"]
+    encoder = make().double().eval()
+    expected, seen = call(encoder), []
+    detr_fast.accelerate(encoder)
+    for part in (encoder.layers[0].fusion_layer.attn, encoder.layers[1]):
+        part.register_forward_hook(lambda part, given, found: seen.append(found[1]))
+    with use_backend(attention="eager"):
+        torch.testing.assert_close(call(encoder), expected)
+    (_, to_words), weights = seen
+    assert [tuple(one.shape) for one in (to_words, *weights[:3])] == [(4, 6, 12), (4, 12, 6), (4, 6, 12), (2, 2, 6, 6)]
 
 
 def test_swins_attention_leaves_to_the_registry_what_is_not_ours():
@@ -247,6 +261,12 @@ KNOWN = {
     "lw_detr.LwDetrDecoderLayer": hugging_face_layers,
     "lw_detr.LwDetrMLP": hugging_face_layers,
     "grounding_dino.GroundingDinoDeformableLayer": hugging_face_layers,
+    "grounding_dino.GroundingDinoEncoder": hugging_face_layers,
+    "mm_grounding_dino.MMGroundingDinoEncoder": hugging_face_layers,
+    "grounding_dino.GroundingDinoEncoderLayer": hugging_face_layers,
+    "grounding_dino.GroundingDinoFusionLayer": hugging_face_layers,
+    "grounding_dino.GroundingDinoBiMultiHeadAttention": hugging_face_layers,
+    "grounding_dino.GroundingDinoTextEnhancerLayer": hugging_face_layers,
     "mask2former.Mask2FormerPixelDecoderEncoderLayer": hugging_face_layers,
     "oneformer.OneFormerPixelDecoderEncoderLayer": hugging_face_layers,
     "mask2former.Mask2FormerMaskedAttentionDecoderLayer": hugging_face_layers,
