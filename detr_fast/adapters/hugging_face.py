@@ -178,9 +178,9 @@ def attention(
     bias = kwargs.get("position_bias")
     if bias is None and ordered is None:
         return ATTENTION(q, k, v, padding, mask, causal, dropout, scaling, grouped).contiguous(), None
-    if ordered is None and causal and k.shape[1] > q.shape[1]:  # what a static cache has no keys for yet
-        k, v, bias = k[:, : q.shape[1]], v[:, : q.shape[1]], bias[..., : q.shape[1]]
     if bias is not None:
+        if ordered is None and causal and k.shape[1] > q.shape[1]:  # what a static cache has no keys for yet
+            k, v, bias = k[:, : q.shape[1]], v[:, : q.shape[1]], bias[..., : q.shape[1]]
         mask = _biased(bias, mask, key.dtype)
     given = (q, k, v, padding, mask, causal, dropout, scaling, grouped)
     chosen = ATTENTION.choose(*given)
