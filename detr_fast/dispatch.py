@@ -46,6 +46,7 @@ class _Decision(NamedTuple):
     reasons: dict[str, str]
     note: str | None
     shapes: str
+    lasting: bool = True  # False: for this call alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +274,8 @@ class Op:
                 decision = self._decide(call, requested, prepare=call.tensor_type is not FakeTensor)
                 if len(self._decisions) >= MAX_DECISIONS:  # shapes that vary for ever must not fill the memory
                     self._decisions.clear()
-                self._decisions[key] = decision
+                if decision.lasting:
+                    self._decisions[key] = decision
         return decision
 
     def forget(self) -> None:
@@ -302,6 +304,7 @@ class Op:
     def _decide(self, call: Call, requested: str | None, *, prepare: bool) -> _Decision:
         reasons: dict[str, str] = {}
         failed = False  # a kernel that would have been chosen does not compile
+        lasting = True
         for implementation in self.implementations:
             name = implementation.name
             if requested is not None and name != requested:
@@ -316,13 +319,14 @@ class Op:
             if reason is None and requested is None:
                 reason = implementation.advice(call)
             if reason is None and prepare:
-                reason = self._prepare(implementation, call, warn=requested is None)
+                reason, known = self._prepare(implementation, call, by_name=requested is not None)
                 failed = failed or reason is not None
+                lasting = lasting and known
             if reason is None:
                 # Under a compiler nothing is recorded, and a size that is written down is no symbol any more.
                 if call.situation.regime == "compiled":
                     return _Decision(implementation, reasons, None, "")
-                return _Decision(implementation, reasons, implementation.note(call), call.shapes())
+                return _Decision(implementation, reasons, implementation.note(call), call.shapes(), lasting)
             reasons[name] = reason
         if requested is not None:
             raise BackendError(
@@ -331,22 +335,38 @@ class Op:
             )
         raise BackendError(f"no implementation of {self.name} takes this call: {_listed(reasons)}")
 
-    def _prepare(self, implementation: Implementation, call: Call, *, warn: bool) -> str | None:
+    def _prepare(self, implementation: Implementation, call: Call, *, by_name: bool) -> tuple[str | None, bool]:
+        """Why the call can't be prepared for, and whether that is known of later calls, too."""
         try:
             implementation.prepare(call)
         except Exception as error:  # whatever the compiler throws: the user's step must go on
-            reason = f"its kernel failed to compile ({type(error).__name__}: {_first_line(error)})"
-            self._broken[(implementation.name, implementation.compiled_key(call))] = reason
-            if warn:
+            lasting = not _is_out_of_memory(error)
+            if not lasting and by_name:
+                raise  # whoever takes a smaller batch then waits for this very error
+            what = f"({type(error).__name__}: {_first_line(error)})"
+            whole = ""
+            if not lasting:
+                whole, reason = " for this call", f"its kernel found no memory {what}"
+                advice = "It is tried again at the next call."
+                if (host := native.host) is not None:
+                    host.forget()  # `_found` is not to keep this
+            elif isinstance(error, OSError):
+                reason = f"its kernel could not be compiled on this machine {what}"
+                advice = "Triton writes to TRITON_CACHE_DIR, by default ~/.triton/cache, and to the folder for temporary files."
+            else:
+                reason = f"its kernel failed to compile {what}"
+                advice = f"Please report it with this message at {ISSUES}."
+            if lasting:
+                self._broken[(implementation.name, implementation.compiled_key(call))] = reason
+            if not by_name:
                 warnings.warn(
                     f"detr-fast: {self.name} {call.shapes()} on {call.architecture or call.device_type} falls back from "
-                    f"{implementation.name!r}: {reason}. Results stay right, only slower. Please report it with "
-                    f"this message at {ISSUES}.",
+                    f"{implementation.name!r}{whole}: {reason}. Results stay right, only slower. {advice}",
                     RuntimeWarning,
                     stacklevel=4,
                 )
-            return reason
-        return None
+            return reason, lasting
+        return None, True
 
 
 def _found(known: Any, decide: Callable[[tuple[Any, ...]], Implementation], args: tuple[Any, ...]) -> Implementation:
@@ -406,6 +426,11 @@ def _listed(values: Iterable[Any]) -> str:
     if isinstance(values, Mapping):
         return "; ".join(f"{name}: {reason}" for name, reason in values.items())
     return ", ".join(sorted(str(value).removeprefix("torch.") for value in values))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """By its words, too: Triton's driver raises RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

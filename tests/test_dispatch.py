@@ -164,6 +164,42 @@ def test_a_kernel_that_fails_to_compile_raises_when_asked_for_by_name(op):
         op(torch.ones(2))
 
 
+# As PyTorch, Python, Triton's driver and PyTorch's streams say it.
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("in_cpp", [False, True])
+def test_a_kernel_that_finds_no_memory_falls_back_for_this_call_alone(op, error, in_cpp, request):
+    if in_cpp:
+        request.getfixturevalue("host")
+    fused = op.implementations[0]
+    fused.failure = error
+    with use_backend(doubling="fused"), pytest.raises(type(error)) as raised:
+        op(torch.ones(2))
+    assert raised.value is error
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=r"doubling .* falls back from 'fused' for this call: .*no memory"):
+            assert op.choose(torch.ones(2)).name == "eager"
+    fused.failure = None
+    assert op.choose(torch.ones(2)).name == "fused"
+
+
+def test_a_failure_of_the_machine_that_compiles_is_told_from_one_of_the_kernel(op):
+    op.implementations[0].failure = OSError(28, "No space left on device", "/cache/triton")
+    with pytest.warns(RuntimeWarning, match=r"No space left on device: '/cache/triton'.*TRITON_CACHE_DIR") as warned:
+        op(torch.ones(2))
+    assert "report" not in str(warned[0].message)
+    assert op.choose(torch.ones(2)).name == "eager"
+    assert op.implementations[0].prepared == 1
+
+
 def test_transforms_and_tensor_subclasses_take_the_eager_implementation(op):
     seen = []
 
