@@ -231,11 +231,12 @@ class ChunkedLinearCrossEntropy(Implementation):
             class_weight = class_weight.to(counts.dtype)
             counts = class_weight[labels]
         counts = counts.masked_fill(ignored, 0.0)
-        present = (~ignored).to(counts.dtype) if label_smoothing > 0.0 else None
+        counted = label_smoothing == 0.0 and class_weight is None
+        present = None if counted else (~ignored).to(counts.dtype)
         loss = Chunked.apply(flat(x), weight, bias, labels, counts, class_weight, present, label_smoothing)
         if reduction == "none":
             return loss.view(target.shape).to(out_dtype)
-        return (loss.sum() / counts.sum() if reduction == "mean" else loss.sum()).to(out_dtype)
+        return (loss.sum() / _mean_over(counts) if reduction == "mean" else loss.sum()).to(out_dtype)
 
 
 class EagerLinearCrossEntropy(Implementation):
@@ -286,16 +287,25 @@ def _run(
     inputs = (x, weight, bias, target, class_weight, ignore_index, smoothing)
     losses, counts, *gradients = kernels.linear_cross_entropy_forward(*inputs, (*wanted,), at_once)
     if reduction == "mean":
-        counted = counts.sum()
-        loss = losses.sum() / counted
-        # As PyTorch's: a mean over nothing is NaN, and has gradients of zero.
-        scale = counted.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
+        counted = _mean_over(counts)
+        loss, scale = losses.sum() / counted, counted.reciprocal()
+        # As PyTorch's: the mean of rows that are all ignored is NaN, and has gradients of zero.
+        if class_weight is None:
+            scale = scale.masked_fill_(counts.sum() == 0.0, 0.0)
+        else:
+            scale = scale.masked_fill_((target == ignore_index).all(), 0.0)
     else:
         loss, scale = losses if reduction == "none" else losses.sum(), losses.new_ones(())
         if unit is not None:
             loss, scale = loss * unit, scale * unit
     dx, dw, db = (x.new_empty(0) if d is None else d for d in gradients)
     return loss, scale, dx, dw, db
+
+
+def _mean_over(counts: Tensor) -> Tensor:
+    """What a mean divides by: NaN where rows count nothing, whatever their losses."""
+    counted = counts.sum()
+    return counted.masked_fill(counted == 0.0, math.nan)
 
 
 def _largest_factor(target: Tensor, class_weight: Tensor, ignore_index: int, smoothing: float) -> Tensor:
@@ -341,8 +351,12 @@ class _Forward(torch.autograd.Function):
                 return _eager(x, weight, bias, *inputs[3:], *ctx.settings)
 
             return (*eager_gradients(again, inputs[:3], g, wanted), *[None] * 6)
-        scale = g * scale
-        gradients = (_times(d, scale, of) if want else None for d, of, want in zip((dx, dw, db), inputs, wanted))
+        scale = of_rows = g * scale
+        if inputs[4] is not None and ctx.settings[1] == "mean":  # NaN where no label's class has a weight
+            ignored = inputs[3] == ctx.settings[0]
+            of_rows = scale.masked_fill(ignored, 0.0)[:, None]
+        scales = of_rows, scale, scale
+        gradients = (_times(d, s, of) if want else None for d, s, of, want in zip((dx, dw, db), scales, inputs, wanted))
         return (*gradients, *[None] * 6)
 
 

@@ -27,7 +27,7 @@ GPU_ELEMENTS, GPU_ROWS, TILE = 1 << 25, 512, 128
 class _Labels:
     """What the rows are: labels and counts (N,), class_weight (V,) or None, present (N,), 0 where ignored, else 1.
 
-    share: the label smoothing; where it is 0, present is None.
+    share: the label smoothing; where it is 0 and there are no class weights, present is None, as counts say it.
     """
 
     labels: Tensor
@@ -46,7 +46,7 @@ def _losses(logs: Tensor, of: _Labels, rows: slice) -> tuple[Tensor, Tensor]:
     """Of the logarithms of rows' probabilities (n, V): the losses, and the labels' logarithms, (n,) each."""
     at_label = logs.gather(1, of.labels[rows, None])[:, 0]
     loss = -at_label * of.counts[rows]
-    if of.present is None:
+    if of.share == 0.0 or of.present is None:
         return loss, at_label
     everything = logs.sum(1) if of.class_weight is None else logs @ of.class_weight
     return loss * (1.0 - of.share) - everything * of.present[rows] * (of.share / logs.shape[1]), at_label
@@ -62,7 +62,7 @@ def _logit_gradient(logits: Tensor, at_labels: Tensor, of: _Labels, rows: slice)
     classes = logits.shape[1]
     chosen = at_labels.exp()  # 1 less 16 bits of it would be 0 too often
     gradient = logits.softmax(1)
-    if of.present is None:
+    if of.share == 0.0 or of.present is None:
         return gradient.scatter_(1, label, (chosen - 1.0)[:, None].to(gradient.dtype)), counts
     class_weight, everywhere = of.class_weight, of.present[rows] * (of.share / classes)
     at_label = counts * (1.0 - of.share)

@@ -199,9 +199,28 @@ def assert_nothing_but_ignored_rows_give_nan_and_no_gradient(options):
             assert torch.equal(gradient, torch.zeros_like(gradient)), function
 
 
+def assert_rows_that_count_nothing_give_nan_and_ignored_rows_beside_them_no_gradient():
+    x, weight, bias, target = inputs(rows=7)
+    leaves, one_weighs = [t.requires_grad_() for t in (x, weight, bias)], torch.eye(13)[0]
+    target = target.masked_fill(target == 0, 1)
+    assert {-100} < set(target.tolist())
+    for options in ({"label_smoothing": 0.0}, {"label_smoothing": 0.1}):
+        for function in (reference, ops.linear_cross_entropy):
+            loss = function(*leaves, target, class_weight=one_weighs, **options)
+            assert loss.isnan()
+            dx, dw, db = torch.autograd.grad(loss, leaves)
+            assert torch.equal(dx.isnan(), (target != -100)[:, None].expand_as(dx)), (function, options)
+            assert dw.isnan().all(), (function, options)
+            assert db.isnan().all(), (function, options)
+
+
 @pytest.mark.parametrize("options", IGNORED, ids=lambda options: " ".join(options) or "defaults")
 def test_a_mean_over_nothing_is_nan_and_its_gradients_are_zero(chunked, options):
     assert_nothing_but_ignored_rows_give_nan_and_no_gradient(options)
+
+
+def test_a_mean_over_labels_whose_weights_are_zero_is_nan_with_its_gradients(chunked):
+    assert_rows_that_count_nothing_give_nan_and_ignored_rows_beside_them_no_gradient()
 
 
 def test_autocast_leaves_float64_alone_as_it_does_in_eager(chunked):
@@ -330,6 +349,11 @@ def test_with_the_kernel_weights_that_x_depends_on_count_once_under_create_graph
 @pytest.mark.parametrize("options", IGNORED, ids=lambda options: " ".join(options) or "defaults")
 def test_with_the_kernel_a_mean_over_nothing_is_nan_and_its_gradients_are_zero(triton, options):
     assert_nothing_but_ignored_rows_give_nan_and_no_gradient(options)
+
+
+@interpreter
+def test_with_the_kernel_a_mean_over_labels_whose_weights_are_zero_is_nan_with_its_gradients(triton):
+    assert_rows_that_count_nothing_give_nan_and_ignored_rows_beside_them_no_gradient()
 
 
 @interpreter
