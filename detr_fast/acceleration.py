@@ -16,7 +16,7 @@ from typing import Any
 from torch.nn import Module
 
 from detr_fast.adapters import adapters_for
-from detr_fast.adapters.base import MARK, Adapter, Mark, public_name, why_class_is_taken
+from detr_fast.adapters.base import MARK, Adapter, Mark, public_name, why_class_is_taken, why_not_bypass
 from detr_fast.explanation import Explanation, explain
 
 PACKS = "_detr_fast_packs"  # marks modules that `accelerate` told to pack
@@ -205,6 +205,8 @@ def _consider(name: str, module: Module, adapters: Sequence[type[Adapter]], repo
         if answer is None:
             continue
         kind = type(module)
+        if not isinstance(answer, str) and (reason := why_not_bypass(module, answer)) is not None:
+            answer = reason
         if isinstance(answer, str):
             report.left.append(Left(name, public_name(kind), answer))
         else:

@@ -10,6 +10,7 @@ import textwrap
 from abc import ABC, ABCMeta, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch.nn import Module
@@ -132,6 +133,41 @@ def overriding(module: Module, base: type[Module]) -> type[Module] | None:
         if "forward" in one.__dict__:
             return one
     return None
+
+
+def why_not_bypass(module: Module, replacement: type[Module]) -> str | None:
+    """A reason why the module's forward can't be replaced: a method that it calls, and its replacement's does not, is another than its class had."""
+    kind = type(module)
+    defining = next((i for i, one in enumerate(kind.__mro__) if "forward" in vars(one)), 0)
+    called_still = _names_within(replacement.forward)
+    seen: set[str] = set()
+    waiting = [kind.forward] if replacement.forward is not kind.forward else []
+    while waiting:
+        for name in sorted(_names_within(waiting.pop()) - called_still - seen):
+            seen.add(name)
+            place = next((i for i, one in enumerate(kind.__mro__) if name in vars(one)), None)
+            if place is None or (owner := kind.__mro__[place]) is Module:
+                continue
+            method = inspect.unwrap(getattr(vars(owner)[name], "__func__", vars(owner)[name]))
+            if not inspect.isfunction(method):
+                continue
+            if name in module.__dict__:
+                return f"its {name} was replaced on the instance, and its forward calls it"
+            if place < defining or method.__module__ != owner.__module__:
+                return f"{name} of {owner.__name__} is another than the forward of {kind.__mro__[defining].__name__} was written for"
+            waiting.append(method)
+    return None
+
+
+def _names_within(function: Any) -> frozenset[str]:
+    """What `names_used` gives, functions inside of the function included; nothing where there is no code."""
+    found: set[str] = set()
+    waiting = [getattr(inspect.unwrap(function), "__code__", None)]
+    while waiting:
+        if isinstance(code := waiting.pop(), CodeType):
+            found.update(code.co_names)
+            waiting += code.co_consts
+    return frozenset(found)
 
 
 def names_used(function: Any) -> frozenset[str]:

@@ -327,3 +327,28 @@ def test_where_an_attention_breaks_the_graph_the_layer_around_it_is_compiled_as_
     with use_backend("eager"):
         torch.testing.assert_close(compiled(), expected)
     assert graphs == [3, 3]
+
+
+@pytest.mark.parametrize("where", ["in a subclass", "in the class", "on the instance"])
+def test_an_attention_with_another_helper_that_ours_would_not_call_is_left_alone(where, monkeypatch):
+    model = MODELS["Pvt"][0]().double().eval()
+    attention = next(part for part in model.modules() if type(part).__name__ == "PvtEfficientSelfAttention")
+    kind = type(attention)
+    theirs = kind.transpose_for_scores
+
+    def transpose_for_scores(self, hidden_states):
+        return theirs(self, hidden_states).flip(-1) * 0.5
+
+    if where == "in a subclass":
+        body = {"__module__": kind.__module__, "transpose_for_scores": transpose_for_scores}
+        attention.__class__ = type("Mine", (kind,), body)
+    elif where == "in the class":
+        monkeypatch.setattr(kind, "transpose_for_scores", transpose_for_scores)
+    else:
+        attention.transpose_for_scores = transpose_for_scores.__get__(attention)
+    expected = MODELS["Pvt"][1](model)
+    report = detr_fast.accelerate(model)
+    with use_backend("eager"):
+        torch.testing.assert_close(MODELS["Pvt"][1](model), expected)
+    (reason,) = {one.reason for one in report.left}
+    assert "transpose_for_scores" in reason
