@@ -74,6 +74,7 @@ def _pass_over_queries(
     PRECISION: tl.constexpr = FORM[5]
     VEC: tl.constexpr = FORM[6]
     PAIRED: tl.constexpr = FORM[8]
+    ONE_CHOICE: tl.constexpr = FORM[9]
     row = tl.arange(0, BLOCK_M)
     for start in range(start_row, end_row, BLOCK_M):
         exists = row < L - start
@@ -95,11 +96,18 @@ def _pass_over_queries(
         else:
             weights = tl.exp2(scores * scale - lse[None, :])
         dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
-        shared = weights.to(dout.dtype)
-        if drop[0] is not None:
-            draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed)
-            dweights, shared = dropped(dweights, drop, draws, PAIRED), dropped(shared, drop, draws, PAIRED)
-        dscores = weights * (dweights - delta[None, :])
+        if ONE_CHOICE:
+            chosen = dropped(
+                weights, drop, drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed), PAIRED
+            )
+            shared = chosen.to(dout.dtype)
+            dscores = chosen * dweights - weights * delta[None, :]
+        else:
+            shared = weights.to(dout.dtype)
+            if drop[0] is not None:
+                draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed)
+                dweights, shared = dropped(dweights, drop, draws, PAIRED), dropped(shared, drop, draws, PAIRED)
+            dscores = weights * (dweights - delta[None, :])
         dv = dot(shared, dout, dv, PRECISION)
         dk = dot(dscores.to(q.dtype), q, dk, PRECISION)
         if adding[0] is not None:
@@ -201,6 +209,7 @@ def attention_backward_keys_kernel(
     PERIODIC: tl.constexpr,
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
+    ONE_CHOICE: tl.constexpr,
     FRUGAL: tl.constexpr,
     ONE_SEED: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -212,10 +221,11 @@ def attention_backward_keys_kernel(
     FRUGAL: what follows from the head, and which keys are visible, is worked out anew for each head and after the last one: kept over
     the loops, it would be spilled.
     ONE_SEED: dropout's seed is loaded once. Where each of two loops does, the numbers that follow from it are kept twice, over both.
+    ONE_CHOICE: dropout chooses once among the weights, for dv and dscores, and not among these and what arrives for them.
     COUNTED: FRUGAL, batch element * heads + head is the loop's own number, and not worked out.
     """
     wait_for_previous()
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED, ONE_CHOICE)
     longest_q, longest_k = L, S
     key_index, column_start = own_keys(S, BLOCK_N)
     batch, key_head = batch_and_head(key_index, heads // group)

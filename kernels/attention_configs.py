@@ -92,6 +92,18 @@ ATTENTION_HOPPER_FEW = {
     ("atomics", 32, "dropout"): TileConfig(32, 64, 4, 2),  # 42.8, 52.4
 }
 
+# Up to a head dimension of 32, what the queries' kernel with dropout takes more instructions a score in FEW's tiles of 64: 13.3 for 12.8.
+HALVES_COST = 1.04
+
+
+def halves_end_sooner(tiles: int, halves: int) -> bool:
+    """Whether the busiest of FEW_TILES multiprocessors has at least 5 % less to do with so many halves than with whole tiles.
+
+    Two tiles of 128 rows on a multiprocessor take it nearly twice as long as one does: 13.8 us for one with 14 blocks of keys, 29.0 for two with 16
+    (the forward with dropout on an H200). So time goes by the busiest: 8 x 850 tokens are 448 tiles, 4 on that one for 3.4 on average, or 7 halves for 6.8.
+    """
+    return HALVES_COST * 1.05 * -(-halves // FEW_TILES) <= 2 * -(-tiles // FEW_TILES)
+
 
 # The keys' kernel where it adds up dq, too, keyed by bytes an element and head dimension: five products and one more tile of
 # operands. 64 queries a tile: of 32 rows of dq, two warps of four would compute the same.
@@ -164,6 +176,7 @@ def attention_config(
     periodic: bool,
     short: bool,
     few: bool,
+    uneven: bool,
     generation: str,
 ) -> TileConfig:
     """The configuration of an attention kernel for elements of `itemsize` bytes and head dimensions up to `block`.
@@ -172,7 +185,8 @@ def attention_config(
     dropout, masked (with an attn_mask), causal: their tiles need registers of their own. listed: keys are read through a list,
     whose loads take stages of their own. scattered: an attn_mask is loaded one by one; mask_run: bytes of one that are loaded at once, 0 where a row's elements are no neighbours;
     mask_size: bytes of its elements. padding: with a key padding mask. packed: a packed batch. partial: rows fill no block. periodic: the mask's batch elements come again.
-    short: up to 64 queries. few: tiles of 128 are under FEW_TILES.
+    short: up to 64 queries. few: tiles of 128 are under FEW_TILES. uneven: halves of them
+    end sooner.
     generation: see `launch.generation`.
     """
     if kernel in ("mask", "shared_mask"):
@@ -207,7 +221,8 @@ def attention_config(
         if key not in ATTENTION_HOPPER:
             key = kernel, max(32, block), "dropout" if dropout else "plain"
         if key in ATTENTION_HOPPER and not (causal and kernel in ("keys", "atomics")):  # two loops
-            return (few and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
+            halves = uneven and kernel == "queries" and content == "dropout" and not causal
+            return ((few or halves) and ATTENTION_HOPPER_FEW.get(key)) or ATTENTION_HOPPER[key]
     if kernel == "atomics":
         config = _atomics_config(itemsize, block, dropout, masked or causal, generation)
         if generation == "ampere" and itemsize == 2 and block == 64 and (masked or (partial and dropout)):
