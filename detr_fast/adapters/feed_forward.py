@@ -36,6 +36,7 @@ class _Names(NamedTuple):
     dropout: str | None
     second: str
     output_dropout: str | None
+    early_dropout: str | None = None  # one before the activation, where the op has none: it must not drop anything
 
 
 _KNOWN = {
@@ -68,6 +69,8 @@ _CODE = {
     ),  # ParakeetEncoderFeedForward
     "128ab49c886a85dd": _Names("fc1", "activation", None, "fc2", None),  # VitPoseBackboneMLP
     "7077407459cd7e65": _Names("wi", "act", "dropout", "wo", None),  # T5DenseActDense
+    "379fc92cdf45bb61": _Names("proj_in", "activation", None, "proj_out", None),  # Sam2FeedForward
+    "88d823c453379acc": _Names("fc1", "activation_fn", None, "fc2", None, "dropout"),  # Sam3MLP
     "7f6e062925602053": _Names("fc1", "act", "dropout", "fc2", None),  # NllbMoeDenseActDense
 }
 
@@ -109,6 +112,8 @@ def parts_of(block: Any) -> FeedForwardParts | None:
         return None
     if first.weight.dtype != second.weight.dtype:  # as T5 has it in fp16; its block casts in between
         return None
+    if names.early_dropout is not None and probability(getattr(block, names.early_dropout), block.training):
+        return None
     inner, outer = (
         0.0 if name is None else probability(getattr(block, name), block.training)
         for name in (names.dropout, names.output_dropout)
@@ -129,8 +134,8 @@ def _names_by_code(forward: Any) -> _Names | None:
 
 
 def _has_two_layers(block: Any) -> bool:
-    """D-FINE's blocks and torchvision's may have another number, and torchvision's may normalise in between."""
-    if isinstance(block, nn.Sequential) and len(block) != 5:
+    """D-FINE's blocks, SAM 2's and torchvision's may have another number, and torchvision's may normalise in between."""
+    if (isinstance(block, nn.Sequential) and len(block) != 5) or getattr(block, "sigmoid_output", False):  # SAM 2's
         return False
     return getattr(block, "num_layers", 2) == 2
 

@@ -18,6 +18,7 @@ from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_biased as biased
 from detr_fast.adapters import hugging_face_deformable as deformable
 from detr_fast.adapters import hugging_face_grounding as grounding
+from detr_fast.adapters import hugging_face_hiera as hiera
 from detr_fast.adapters import hugging_face_masked as masked
 from detr_fast.adapters import hugging_face_others as others
 from detr_fast.adapters import hugging_face_weighing as weighing
@@ -322,6 +323,10 @@ _CODE: dict[str, type[Module]] = {
     "398c50058b46f726": backbones.PvtSelfAttention,
     "4c29f0fe2d451489": backbones.BeitLayer,
     "167261bba3a98976": backbones.SamVisionLayer,
+    "a42c8975e18c56a6": hiera.Sam2Block,
+    "e4693ca6a71d8236": hiera.Sam3ViTLayer,
+    "b25600b2d55a4950": hiera.HieraLayer,
+    "318b6fb8784544a8": hiera.HieraAttention,
     "2127b8d6abe4c57b": backbones.Sam3DetrEncoderLayer,
     "552cca2c4ce3c0f1": backbones.Sam3DetrDecoderLayer,
 }

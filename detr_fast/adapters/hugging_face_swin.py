@@ -1,6 +1,7 @@
-"""Swin's attention in transformers, which asks the registry with the mask of shifted windows repeated for each image.
+"""Attentions in transformers that ask the registry, where there is more to gain than by what the registry is given: Swin's and SAM 2's.
 
-Here it is repeated for none (see `windows`). What else is true of attentions that ask the registry holds for it, too.
+Swin's gives it the mask of shifted windows repeated for each image, here it is repeated for none (see `windows`). What else is true of
+attentions that ask the registry holds for them, too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from torch.nn import Module
 from detr_fast.adapters.base import Scriptable, fingerprint, joined, joined_of, kind_of
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.adapters.hugging_face import NAME, HuggingFaceAttention, unknown_of
+from detr_fast.adapters.hugging_face_hiera import Sam2Attention
 from detr_fast.adapters.windows import attend, packed, with_shift
-
-_CODE = {"2459e4d75f280f93"}  # fingerprints of forwards
 
 
 class SwinAttention(Scriptable):
@@ -35,22 +35,28 @@ class SwinAttention(Scriptable):
         return self.o_proj(attend(packed(q, k, v), mask, p, self.scaling)), None
 
 
+# By the fingerprint of a forward: our class.
+_CODE: dict[str, type[Module]] = {"2459e4d75f280f93": SwinAttention, "f79edfb2d96586e8": Sam2Attention}
+
+
 class HuggingFaceSwin(HuggingFaceAttention):
-    """Attentions whose code is that of transformers' Swin."""
+    """Attentions whose code is that of transformers' Swin or SAM 2."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
         kind = kind_of(module)
-        if not (kind.__module__.startswith("transformers.") and _known(kind.forward)):
+        ours = _ours(kind.forward) if kind.__module__.startswith("transformers.") else None
+        if ours is None:
             return None
         answer = super().consider(module)
-        return joined(SwinAttention, kind, kind) if isinstance(answer, type) else answer
+        return joined(ours, kind, kind) if isinstance(answer, type) else answer
 
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
-        return f"{__name__}.{joined_of(replacement).__name__}"
+        ours = joined_of(replacement)
+        return f"{ours.__module__}.{ours.__name__}"
 
 
 @cache
-def _known(forward: Any) -> bool:
-    return fingerprint(forward) in _CODE
+def _ours(forward: Any) -> type[Module] | None:
+    return _CODE.get(fingerprint(forward) or "")

@@ -63,11 +63,50 @@ def sam_vision():
     return transformers.models.sam.modeling_sam.SamVisionEncoder(transformers.SamVisionConfig(**sizes, **image)).layers
 
 
-def through(layers):
-    x = torch.randn(2, 5, 5, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+def through(layers, *size):
+    x = torch.randn(2, *(size or (5, 5, 32)), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for layer in layers:
         x = layer(x)
     return [x]
+
+
+def sam2_vision():
+    """Of three stages: in windows in which an image of 14 by 15 patches does not fit, pooled in such, and in all of the image."""
+    stages = {
+        "embed_dim_per_stage": [16, 32, 64],
+        "num_attention_heads_per_stage": [1, 2, 4],
+        "window_size_per_stage": [4, 4, 2],
+    }
+    config = parts("sam2", "configuration").Sam2HieraDetConfig(
+        **stages, blocks_per_stage=[1, 2, 1], num_query_pool_stages=2, global_attention_blocks=[2], hidden_size=16
+    )
+    config._attn_implementation = "sdpa"
+    kind = parts("sam2", "modeling").Sam2MultiScaleBlock
+    places = [(0, 0), (1, 0), (1, 1), (2, 0)]
+    return torch.nn.ModuleList(kind(config, *place, block) for block, place in enumerate(places))
+
+
+def sam3_vision():
+    image = {"image_size": 40, "patch_size": 8, "pretrain_image_size": 40, "window_size": 2, "global_attn_indexes": [1]}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = parts("sam3", "configuration").Sam3ViTConfig(**sizes, **image)
+    config._attn_implementation = "sdpa"
+    kind = parts("sam3", "modeling").Sam3ViTLayer
+    return torch.nn.ModuleList([kind(config, 2), kind(config, 0)])
+
+
+def hiera():
+    """Its first layer attends in windows, its second pools in such, its third attends to all, and its last pools all."""
+    stages = {
+        "depths": [1, 2, 1],
+        "num_heads": [1, 2, 4],
+        "masked_unit_attention": [True, False, False],
+        "num_query_pool": 2,
+    }
+    config = transformers.HieraConfig(
+        embed_dim=16, image_size=[32, 32], masked_unit_size=[4, 4], mlp_ratio=2.0, **stages
+    )
+    return transformers.HieraModel(config, add_pooling_layer=False)
 
 
 def sam3_layer(kind):
@@ -106,7 +145,14 @@ BACKBONES = {
         features,
         {"attention": 2},
     ),
+    "Sam2Vision": (
+        sam2_vision,
+        lambda layers: through(layers, 14, 15, 16),
+        {"attention": 4, "add_layer_norm": 4, "feed_forward": 4},
+    ),
+    "Sam3Vision": (sam3_vision, through, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
+    "Hiera": (hiera, features, {"attention": 4, "add_layer_norm": 4, "feed_forward": 4}),
     "SamVision": (sam_vision, through, {"add_layer_norm": 2, "feed_forward": 2}),
-    "Sam3's encoder": (lambda: sam3_layer("Encoder"), prompt, {"attention": 2, "add_layer_norm": 2}),
+    "Sam3's encoder": (lambda: sam3_layer("Encoder"), prompt, {"attention": 2, "add_layer_norm": 2, "feed_forward": 1}),
     "Sam3's decoder": (lambda: sam3_layer("Decoder"), prompt, {"attention": 3, "add_layer_norm": 4}),
 }

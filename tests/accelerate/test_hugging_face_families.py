@@ -169,6 +169,23 @@ def test_a_block_whose_layers_differ_in_dtype_is_called():
     assert [one.op for one in records] == ["feed_forward"]
 
 
+def test_a_block_that_drops_before_its_activation_is_called():
+    """SAM 3's; and SAM 2's whose output is a sigmoid's is left alone."""
+    config = transformers.models.sam3.configuration_sam3.Sam3ViTConfig(
+        hidden_size=16, intermediate_size=24, hidden_dropout=0.5
+    )
+    block = transformers.models.sam3.modeling_sam3.Sam3MLP(config)
+    detr_fast.accelerate(block)
+    taken = []
+    for training in (True, False):
+        with explaining(block.train(training)) as records:
+            block(torch.randn(2, 3, 16))
+        taken.append([one.op for one in records])
+    assert taken == [[], ["feed_forward"]]
+    block = transformers.models.sam2.modeling_sam2.Sam2FeedForward(16, 24, 16, 2, sigmoid_output=True)
+    assert not detr_fast.accelerate(block).switched
+
+
 def test_layers_that_read_the_same_are_told_apart_by_what_they_give_their_attentions():
     layers = [transformers.models.rt_detr.modeling_rt_detr.RTDetrDecoderLayer]
     layers += [transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrDecoderLayer]
@@ -267,6 +284,13 @@ KNOWN = {
     "grounding_dino.GroundingDinoFusionLayer": hugging_face_layers,
     "grounding_dino.GroundingDinoBiMultiHeadAttention": hugging_face_layers,
     "grounding_dino.GroundingDinoTextEnhancerLayer": hugging_face_layers,
+    "sam2.Sam2MultiScaleBlock": hugging_face_layers,
+    "sam3.Sam3ViTLayer": hugging_face_layers,
+    "hiera.HieraLayer": hugging_face_layers,
+    "hiera.HieraMaskUnitAttention": hugging_face_layers,
+    "sam2.Sam2FeedForward": feed_forward,
+    "sam3.Sam3MLP": feed_forward,
+    "sam2.Sam2MultiScaleAttention": hugging_face_swin,
     "mask2former.Mask2FormerPixelDecoderEncoderLayer": hugging_face_layers,
     "oneformer.OneFormerPixelDecoderEncoderLayer": hugging_face_layers,
     "mask2former.Mask2FormerMaskedAttentionDecoderLayer": hugging_face_layers,
