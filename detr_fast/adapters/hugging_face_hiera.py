@@ -26,7 +26,7 @@ def _pooled(x: Tensor, stride: Any) -> Tensor:
     return F.max_pool2d(x.permute(0, 3, 1, 2), stride, stride).permute(0, 2, 3, 1) if stride else x
 
 
-def _in_windows(x: Tensor, side: int, attend_in: Callable[[Tensor], Tensor], size: Sequence[int]) -> Tensor:
+def in_windows(x: Tensor, side: int, attend_in: Callable[[Tensor], Tensor], size: Sequence[int]) -> Tensor:
     """What an attention makes of features (B, height, width, C) in windows of `side`, or of all of them where that is 0.
 
     size: height and width of what it makes, which is smaller where it pools.
@@ -54,7 +54,7 @@ class Sam2Block(Scriptable):
             shortcut = _pooled(self.proj(y), self.query_stride)
         with shared_seed():
             size = shortcut.shape[1:3]
-            y = _in_windows(y, self.window_size, lambda x: self.attn(hidden_states=x, **kwargs), size)
+            y = in_windows(y, self.window_size, lambda x: self.attn(hidden_states=x, **kwargs), size)
             x, y = sum_and_norm(y, shortcut, self.layer_norm2)
             return x + self.mlp(y)  # type: ignore[no-any-return]
 
@@ -92,7 +92,7 @@ class Sam3ViTLayer(Scriptable):
 
         with shared_seed():
             size = hidden_states.shape[1:3]
-            y = _in_windows(self.layer_norm1(hidden_states), self.window_size, attend_in, size)
+            y = in_windows(self.layer_norm1(hidden_states), self.window_size, attend_in, size)
             x, y = sum_and_norm(y, hidden_states, self.layer_norm2)
             return x + self.dropout(self.mlp(y))  # type: ignore[no-any-return]
 

@@ -21,6 +21,7 @@ from detr_fast.adapters import hugging_face_grounding as grounding
 from detr_fast.adapters import hugging_face_hiera as hiera
 from detr_fast.adapters import hugging_face_masked as masked
 from detr_fast.adapters import hugging_face_others as others
+from detr_fast.adapters import hugging_face_relative as relative
 from detr_fast.adapters import hugging_face_weighing as weighing
 from detr_fast.adapters.base import (
     Adapter,
@@ -327,6 +328,9 @@ _CODE: dict[str, type[Module]] = {
     "e4693ca6a71d8236": hiera.Sam3ViTLayer,
     "b25600b2d55a4950": hiera.HieraLayer,
     "318b6fb8784544a8": hiera.HieraAttention,
+    "714be91fa59c7690": relative.SamVisionAttention,
+    "f60526141fa0eabd": relative.VitDetAttention,
+    "0d402de836975ea8": relative.VitDetLayer,
     "2127b8d6abe4c57b": backbones.Sam3DetrEncoderLayer,
     "552cca2c4ce3c0f1": backbones.Sam3DetrDecoderLayer,
 }

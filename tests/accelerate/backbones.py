@@ -60,7 +60,21 @@ def sam_vision():
     """In whose windows of 2 by 2 an image of 5 by 5 patches does not fit."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_dim": 48, "output_channels": 8}
     image = {"image_size": 40, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1]}
-    return transformers.models.sam.modeling_sam.SamVisionEncoder(transformers.SamVisionConfig(**sizes, **image)).layers
+    config = transformers.SamVisionConfig(**sizes, **image)
+    return by_distance(transformers.models.sam.modeling_sam.SamVisionEncoder(config).layers)
+
+
+def vit_det(**options):
+    config = transformers.VitDetConfig(**WINDOWS | options, use_relative_position_embeddings=True)
+    return by_distance(transformers.VitDetModel(config))
+
+
+def by_distance(model):
+    """Tables by distance are zero at first."""
+    for name, parameter in model.named_parameters():
+        if "rel_pos_" in name:
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def through(layers, *size):
@@ -152,7 +166,17 @@ BACKBONES = {
     ),
     "Sam3Vision": (sam3_vision, through, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
     "Hiera": (hiera, features, {"attention": 4, "add_layer_norm": 4, "feed_forward": 4}),
-    "SamVision": (sam_vision, through, {"add_layer_norm": 2, "feed_forward": 2}),
+    "VitDet": (
+        lambda: vit_det(window_block_indices=[0], window_size=3, residual_block_indices=[1]),
+        features,
+        {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
+    ),
+    "VitDet, of another size": (
+        lambda: vit_det(image_size=64, out_indices=[2]),
+        features,
+        {"attention": 0, "add_layer_norm": 2, "feed_forward": 2},
+    ),
+    "SamVision": (sam_vision, through, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
     "Sam3's encoder": (lambda: sam3_layer("Encoder"), prompt, {"attention": 2, "add_layer_norm": 2, "feed_forward": 1}),
     "Sam3's decoder": (lambda: sam3_layer("Decoder"), prompt, {"attention": 3, "add_layer_norm": 4}),
 }

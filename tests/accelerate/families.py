@@ -337,7 +337,6 @@ MODELS = {
         look,
         {"attention": 2, "add_layer_norm": 2},
     ),
-    "VitDet": (lambda: vision("VitDet"), look, {"feed_forward": 2}),
     "CLIPVision": (lambda: vision("CLIPVision"), look, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
     "DINOv3ViT": (
         lambda: vision("DINOv3ViT", pos_embed_rescale=None, num_register_tokens=1),

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import detr_fast
 from detr_fast import use_backend
@@ -14,6 +15,7 @@ from detr_fast.adapters import feed_forward, hugging_face_layers, hugging_face_s
 from detr_fast.adapters.base import fingerprint, reads
 from detr_fast.dispatch import BackendError
 from detr_fast.explanation import explaining
+from detr_fast.testing import assert_as_accurate_as_eager
 
 transformers = pytest.importorskip("transformers")
 from tests.accelerate.families import MODELS, SPEECH, decode, lw_detr_layer, seq2seq, source, t5, translate, vision  # noqa: E402
@@ -77,6 +79,27 @@ def test_grounding_dinos_encoder_gives_weights_to_a_hook():
         torch.testing.assert_close(call(encoder), expected)
     (_, to_words), weights = seen
     assert [tuple(one.shape) for one in (to_words, *weights[:3])] == [(4, 6, 12), (4, 12, 6), (4, 6, 12), (2, 2, 6, 6)]
+
+
+@pytest.mark.parametrize("heads", [2, 3])  # the second with a scale that is no power of two
+def test_biases_by_distance_are_as_accurate_in_16_bits_as_written_out(heads):
+    torch.manual_seed(1)
+    options = {"hidden_size": 48, "num_attention_heads": heads, "image_size": 40, "patch_size": 8}
+    kind = transformers.models.sam.modeling_sam.SamVisionSdpaAttention
+    theirs, ours = (kind(transformers.SamVisionConfig(**options), 0) for _ in range(2))
+    detr_fast.accelerate(ours)
+    names = [name for name, _ in theirs.named_parameters()]
+    parameters = [torch.randn_like(p) * p.shape[-1] ** -0.5 for p in theirs.parameters()]
+
+    def run(module):
+        return lambda x, *given: functional_call(module, dict(zip(names, given)), (x,))[0]
+
+    def accelerated(*given):
+        with use_backend(attention="eager"):
+            return run(ours)(*given)
+
+    inputs = (torch.randn(2, 5, 5, 48), *parameters)
+    assert_as_accurate_as_eager(accelerated, reference=run(theirs), inputs=inputs, dtype=torch.bfloat16)
 
 
 def test_swins_attention_leaves_to_the_registry_what_is_not_ours():
@@ -288,6 +311,9 @@ KNOWN = {
     "sam3.Sam3ViTLayer": hugging_face_layers,
     "hiera.HieraLayer": hugging_face_layers,
     "hiera.HieraMaskUnitAttention": hugging_face_layers,
+    "sam.SamVisionSdpaAttention": hugging_face_layers,
+    "vitdet.VitDetAttention": hugging_face_layers,
+    "vitdet.VitDetLayer": hugging_face_layers,
     "sam2.Sam2FeedForward": feed_forward,
     "sam3.Sam3MLP": feed_forward,
     "sam2.Sam2MultiScaleAttention": hugging_face_swin,
