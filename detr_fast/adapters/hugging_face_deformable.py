@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.adapters.base import Scriptable
@@ -109,6 +111,48 @@ class RTDetrDecoderLayer(DeformableDetrDecoderLayer):
     @staticmethod
     def _options(mask: Tensor | None, more: Given) -> tuple[Given, Given]:
         return {"attention_mask": mask, **more}, more
+
+
+class DFineDecoderLayer(Scriptable):
+    """D-FINE's decoder layer, in which a gate is between attention and norm; what it clamps is given to its last norm as it is."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        spatial_shapes_list: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        position = position_embeddings
+        levels = dict(zip(_LEVELS, (reference_points, spatial_shapes, spatial_shapes_list)))
+        memory = {"encoder_hidden_states": encoder_hidden_states}
+        if not comes_apart(hidden_states, self.self_attn_layer_norm):
+            mask = {"encoder_attention_mask": encoder_attention_mask}
+            return super().forward(hidden_states, position, **levels, **memory, **mask, **kwargs)  # type: ignore[misc]
+        p = probability(self.dropout, self.training)
+        with shared_seed():
+            given = {"attention_mask": encoder_attention_mask, "position_embeddings": position, **kwargs}
+            y = self.self_attn(hidden_states=hidden_states, **given)[0]
+            x = norm_of_sum(y, hidden_states, self.self_attn_layer_norm, p)
+            query = x if position is None else x + position
+            y = self.encoder_attn(hidden_states=query, **memory, **levels)[0]
+            x = self.gateway(x, F.dropout(y, p))
+            return self.final_layer_norm((x + self.mlp(x)).clamp(min=-65504, max=65504))  # type: ignore[no-any-return]
+
+
+class DFineGate(Scriptable):
+    """D-FINE's gate, which weighs what a sum and its norm are of."""
+
+    def forward(self: Any, second_residual: Tensor, hidden_states: Tensor) -> Tensor:
+        if not comes_apart(hidden_states, self.norm):
+            return super().forward(second_residual, hidden_states)  # type: ignore[misc]
+        x, y = second_residual, hidden_states
+        first, second = torch.sigmoid(self.gate(torch.cat([x, y], dim=-1))).chunk(2, dim=-1)
+        return norm_of_sum(second * y, first * x, self.norm)
 
 
 class LwDetrDecoderLayer(Scriptable):

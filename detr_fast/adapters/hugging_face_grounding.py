@@ -1,6 +1,6 @@
-"""Grounding DINO's encoder in transformers, in which the image and the words attend to each other.
+"""Grounding DINO's encoder in transformers, in which the image and the words attend to each other, and OmDet-Turbo's layers.
 
-Its layers return the weights of their attentions, and the encoder keeps them only where it is asked to. It is the encoder that knows, and
+Grounding DINO's layers return the weights of their attentions, and the encoder keeps them only where it is asked to. It is the encoder that knows, and
 tells its layers. The attention between an image and words would otherwise write out (batch, heads, pixels, words) many times over.
 Known by all of their code (`base.fingerprint`).
 """
@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import activation_name, comes_apart, feed_forward_add_norm, is_dispatched, is_plain
-from detr_fast.adapters.hugging_face_blocks import Told, told
+from detr_fast.adapters.hugging_face_blocks import Told, finite, told
 from detr_fast.adapters.hugging_face_weighing import GroundingDinoAttention
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability
@@ -237,3 +237,80 @@ class GroundingDinoTextEnhancerLayer(Told):
             return None
         p = probability(self.dropout, self.training)
         return FeedForwardParts(self.fc1, activation, p, self.fc2, p)
+
+
+class OmDetTurboEncoderLayer(Scriptable):
+    """OmDet-Turbo's encoder layer."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        position_embeddings: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, ...]:
+        inside, behind = self.encoder_feedforward_dropout, self.dropout
+        apart = comes_apart(hidden_states, self.self_attn_layer_norm, self.final_layer_norm, inside, behind)
+        parts = _parts_of((self.fc1, self.activation_fn, inside, self.fc2, behind)) if apart else None
+        if output_attentions or parts is None:
+            return super().forward(hidden_states, attention_mask, position_embeddings, output_attentions)  # type: ignore[misc]
+        q = self.with_pos_embed(hidden_states, position_embeddings)
+        with shared_seed():
+            y = self.self_attn(queries=q, keys=q, values=hidden_states, attention_mask=attention_mask)[0]
+            x = norm_of_sum(y, hidden_states, self.self_attn_layer_norm, parts.output_dropout_p)
+            return (finite(self, feed_forward_add_norm(x, parts, self.final_layer_norm)),)
+
+
+class OmDetTurboDecoderLayer(Scriptable):
+    """OmDet-Turbo's decoder layer, whose queries attend to each other and to words at once."""
+
+    def forward(
+        self: Any,
+        decoder_embeddings: Tensor,
+        task_features: Tensor,
+        reference_points: Tensor,
+        vision_features: Tensor,
+        vision_shapes: Tensor,
+        vision_shapes_list: Any,
+        level_start_index: Any = None,
+        attention_mask: Any = None,
+        padding_mask: Any = None,
+        query_position: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Any, ...]:
+        asked = self.output_attentions if output_attentions is None else output_attentions
+        plain = (self.norm1, self.norm2, self.norm3, self.dropout1, self.dropout2)
+        apart = not asked and comes_apart(decoder_embeddings, *plain)
+        parts = _parts_of((self.linear1, self.act, self.dropout3, self.linear2, self.dropout4)) if apart else None
+        if parts is None:
+            image = (reference_points, vision_features, vision_shapes, vision_shapes_list, level_start_index)
+            rest = (attention_mask, padding_mask, query_position, output_attentions, output_hidden_states)
+            return super().forward(decoder_embeddings, task_features, *image, *rest)  # type: ignore[misc]
+        x, words, count = decoder_embeddings, task_features.transpose(0, 1), decoder_embeddings.shape[1]
+        with shared_seed():
+            q = torch.cat((self.with_pos_embed(x, query_position), words), dim=1)
+            x = torch.cat((x, words), dim=1)
+            y = self.self_attn(q, q, x, attention_mask=attention_mask)[0]
+            x, words = norm_of_sum(y, x, self.norm1, probability(self.dropout1)).tensor_split((count,), dim=1)
+            y = self.cross_attn(
+                hidden_states=self.with_pos_embed(x, query_position),
+                attention_mask=padding_mask,
+                encoder_hidden_states=vision_features,
+                reference_points=reference_points.unsqueeze(2),
+                spatial_shapes=vision_shapes,
+                spatial_shapes_list=vision_shapes_list,
+                level_start_index=level_start_index,
+                **told(self.cross_attn),
+            )[0]
+            x = norm_of_sum(y, x, self.norm2, probability(self.dropout2))
+            return feed_forward_add_norm(x, parts, self.norm3), words.transpose(0, 1), None, None
+
+
+def _parts_of(modules: tuple[Any, Any, Any, Any, Any]) -> FeedForwardParts | None:
+    """A feed-forward block of two linear layers, what lies between them, and the dropout behind; None where they are to be called."""
+    first, activation, inside, second, behind = modules
+    name = activation_name(activation)
+    if name is None or not all(map(is_plain, (first, inside, second, behind))):
+        return None
+    return FeedForwardParts(first, name, probability(inside), second, probability(behind))

@@ -76,6 +76,23 @@ def lw_detr_layer():
     return transformers.models.lw_detr.modeling_lw_detr.LwDetrDecoderLayer(config, 0)
 
 
+def fine_layer():
+    """A decoder layer of D-FINE's."""
+    sizes = {name: size for name, size in DETECTOR.items() if name.startswith(("d_model", "decoder", "dropout"))}
+    config = transformers.DFineConfig(**sizes, num_feature_levels=1, backbone_config=None)
+    config._attn_implementation = "sdpa"
+    return transformers.models.d_fine.modeling_d_fine.DFineDecoderLayer(config)
+
+
+def refine(layer):
+    generator = torch.Generator().manual_seed(2)
+    x, position = torch.randn(2, 2, 5, 32, generator=generator, dtype=torch.float64)
+    memory = torch.randn(2, 12, 32, generator=generator, dtype=torch.float64)
+    boxes = torch.rand(2, 5, 1, 4, generator=generator, dtype=torch.float64) * 0.5 + 0.2
+    shapes = {"spatial_shapes": torch.tensor([[3, 4]]), "spatial_shapes_list": [(3, 4)]}
+    return [layer(x, position, boxes, **shapes, encoder_hidden_states=memory)]
+
+
 def decode(layer):
     generator = torch.Generator().manual_seed(2)
     x, position = torch.randn(2, 2, 5, 32, generator=generator, dtype=torch.float64)
@@ -305,6 +322,11 @@ MODELS = {
     "RTDetr": (rt_detr, detect, {"attention": 3, "deformable_attention": 4, "add_layer_norm": 8, "feed_forward": 3}),
     "RTDetr, normalised first": (hybrid_encoder, encode, {"attention": 1, "layer_norm": 2, "feed_forward": 1}),
     "DFine": (fine_encoder, encode, {"attention": 1, "add_layer_norm": 2, "feed_forward": 1}),
+    "DFine's decoder": (
+        fine_layer,
+        refine,
+        {"attention": 1, "deformable_attention": 2, "add_layer_norm": 2, "layer_norm": 1, "feed_forward": 1},
+    ),
     "LwDetr": (
         lw_detr_layer,
         decode,

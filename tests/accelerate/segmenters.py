@@ -68,6 +68,43 @@ def encode_pixels(layer, weights=False):
     return [y for y in found if y is not None][: 2 if weights else 1]
 
 
+def omdet_layer(kind):
+    sizes = {
+        "encoder_hidden_dim": 32,
+        "decoder_hidden_dim": 32,
+        "d_model": 32,
+        "num_attention_heads": 4,
+        "decoder_num_heads": 4,
+    }
+    sizes |= {
+        "encoder_dim_feedforward": 48,
+        "decoder_dim_feedforward": 48,
+        "decoder_num_points": 2,
+        "num_feature_levels": 3,
+    }
+    quiet = {"encoder_dropout": 0.0, "encoder_feedforward_dropout": 0.0, "decoder_dropout": 0.0}
+    backbone = {"backbone_config": transformers.ResNetConfig(), "text_config": transformers.CLIPTextConfig()}
+    config = transformers.OmDetTurboConfig(**sizes, **quiet, **backbone, disable_custom_kernels=True)
+    return getattr(transformers.models.omdet_turbo.modeling_omdet_turbo, f"OmDetTurbo{kind}Layer")(config)
+
+
+def look_for_words(layer, weights=False):
+    """Five queries, and three words, of which the second image has two."""
+    generator = torch.Generator().manual_seed(2)
+    x, position = torch.randn(2, 2, 5, 32, generator=generator, dtype=torch.float64)
+    words = torch.randn(3, 2, 32, generator=generator, dtype=torch.float64)
+    image = torch.randn(2, 12, 32, generator=generator, dtype=torch.float64)
+    boxes = torch.rand(2, 5, 4, generator=generator, dtype=torch.float64) * 0.5 + 0.2
+    hidden = (torch.arange(8) >= torch.tensor([[8], [7]])).double() * torch.finfo(torch.float64).min
+    mask = hidden[:, None, None]
+    if "Encoder" in type(layer).__name__:
+        return [*layer(x, mask[..., 3:], position, weights)]
+    sizes = [(2, 3), (2, 2), (1, 2)]
+    levels = (torch.tensor(sizes), sizes, torch.tensor([0, 6, 10]))
+    given = {"query_position": position, "output_attentions": weights}
+    return [y for y in layer(x, words, boxes, image, *levels, mask, **given) if y is not None]
+
+
 def grounding_encoder(kind="GroundingDino"):
     sizes = {
         "d_model": 32,
@@ -132,6 +169,16 @@ SEGMENTERS = {
         )
         for name in ("GroundingDino", "Mask2Former", "OneFormer")
     },
+    "OmDetTurbo's encoder": (
+        lambda: omdet_layer("Encoder"),
+        look_for_words,
+        {"attention": 1, "add_layer_norm": 2, "feed_forward": 1},
+    ),
+    "OmDetTurbo's decoder": (
+        lambda: omdet_layer("DeformableTransformerDecoder"),
+        look_for_words,
+        {"attention": 1, "deformable_attention": 2, "add_layer_norm": 3, "feed_forward": 1},
+    ),
     # Where no kernel samples, deformable attention is asked for twice.
     **{
         f"{kind}'s encoder": (
