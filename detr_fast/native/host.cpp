@@ -2,7 +2,7 @@
 // node of autograd's. Which instructions those are, Python writes down (`ops.host_program`, `ops.host_native`).
 //
 // Decisions  call -> any object: what the dispatcher chose for calls like it.
-// Repeated   call -> what its program gives; a call met for the first time, or one that somebody looks at, goes to Python.
+// Repeated   call -> what its program gives; a call without one yet (see `kPrice`), or one that somebody looks at, goes to Python.
 // Program    instructions over registers, the forward's and, by which outputs a gradient arrives for, the backward's.
 //
 // "Like it" is a key: all that a program or a decision depends on, of the arguments and of PyTorch's state (see `Key`).
@@ -75,10 +75,16 @@ PyObject* decisions_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
+// To record a call takes the host about as long as so many calls save by its program. Each recording takes that from what an op may
+// spend, each call of a program gives one back. Where that is spent, as where shapes vary for ever, only what has been met so often is
+// recorded; before, whatever is met again.
+constexpr int64_t kPrice = 16, kAllowance = 32 * kPrice;
+
 struct Repeated {
-  Table table;  // Programs; False where a call is to be recorded when it is met again, None where there can be no program of it
+  Table table;  // Programs; how often a call was met that has none yet, None where there can be none of it
   size_t limit = 0;
   int64_t of = generation;
+  int64_t left = kAllowance;
   Py_ssize_t offset = -1;  // the index of the argument that is a seed's offset, or -1
   Object python;           // what runs a call without a program
   Object record;           // (*arguments) -> Program, None, or False where it is to be tried again
@@ -86,17 +92,27 @@ struct Repeated {
 
 Object program_for(Repeated& repeated, const Key& key, PyObject* const* arguments, Py_ssize_t count) {
   const auto found = repeated.table.find(key.words());
-  if (found == repeated.table.end()) {  // to record takes longer than to run: not what is called once
-    keep(repeated.table, repeated.limit, key.words(), Object::borrowed(Py_False));
+  if (found == repeated.table.end()) {
+    keep(repeated.table, repeated.limit, key.words(), Object::stolen(PyLong_FromLong(1)));
     return {};
   }
-  if (is_program(found->second.get())) return found->second;
-  if (found->second.get() != Py_False) return {};
+  if (is_program(found->second.get())) {
+    repeated.left = std::min(repeated.left + 1, kAllowance);
+    return found->second;
+  }
+  if (found->second.get() == Py_None) return {};
+  Object met = Object::stolen(PyLong_FromLongLong(integer(found->second.get()) + 1));
+  if (repeated.left < kPrice && integer(met.get()) <= kPrice) {
+    found->second = met;
+    return {};
+  }
   found->second = Object::borrowed(Py_None);  // until it is recorded, which calls this again
   const Words words = key.words();
   const auto of = generation;
   Object recorded = Object::stolen(PyObject_Vectorcall(repeated.record.get(), arguments, count, nullptr));
-  if (of == generation) keep(repeated.table, repeated.limit, words, recorded);
+  const bool later = recorded.get() == Py_False;
+  if (!later) repeated.left = std::max<int64_t>(repeated.left - kPrice, 0);
+  if (of == generation) keep(repeated.table, repeated.limit, words, later ? met : recorded);
   return is_program(recorded.get()) ? recorded : Object();
 }
 
@@ -116,6 +132,7 @@ PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags
   auto& repeated = held<Repeated>(self);
   const auto count = PyVectorcall_NARGS(flags);
   static thread_local Key key;
+  if (repeated.of != generation) repeated.left = kAllowance;
   tidy(repeated.table, repeated.of);  // ahead of the key: what goes may run Python
   if (settings != nullptr && names == nullptr && !seen() && key.read(arguments, count, repeated.offset) &&
       !key.captured() && on_current_device(key.device().is_cuda() ? key.device().index() : -1)) {
@@ -137,7 +154,7 @@ PyObject* repeated_call(PyObject* self, PyObject* const* arguments, size_t flags
   END_HANDLE_TH_ERRORS
 }
 
-// programs(): what is known: a list of Programs, False and None.
+// programs(): what is known: a list of Programs, numbers and None.
 PyObject* repeated_programs(PyObject* self, PyObject*) {
   HANDLE_TH_ERRORS
   auto& repeated = held<Repeated>(self);
@@ -233,7 +250,7 @@ PyMethodDef decisions_methods[] = {
     {"clear", decisions_clear, METH_NOARGS, "clear()"},
     {}};
 PyMethodDef repeated_methods[] = {
-    {"programs", repeated_programs, METH_NOARGS, "programs(): Programs, False for a call met once, None where there is none"},
+    {"programs", repeated_programs, METH_NOARGS, "programs(): Programs, a number for calls met so often without one, None where there is none"},
     {}};
 PyMemberDef repeated_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Holder<Repeated>, vectorcall), READONLY, nullptr}, {}};

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from detr_fast import native
-from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.nn.bare import HOOKS, is_bare
 from detr_fast.nn.blocks import activation_name
 from detr_fast.nn.multihead_attention import MultiheadAttention
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.host_program import HostProgram
-from detr_fast.ops.layers import LayerOp
+from detr_fast.ops.layers import MAX_PROGRAMS, LayerOp
 
 NORMS = (LayerNorm, nn.LayerNorm)
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -63,7 +62,7 @@ class Contents:
         self._programs: dict[Any, HostProgram] = {}
         # The same, found in C++ where that is in use.
         host = native.host  # once: another thread may have it left out
-        self._known = None if host is None else host.Decisions(MAX_PLANS)
+        self._known = None if host is None else host.Decisions(MAX_PROGRAMS)
         self._state: list[Any] = []
         self.op, self._generation = op, op.generation
         self._parts: list[nn.Module] = []
@@ -147,7 +146,7 @@ class Contents:
         return self._programs.get(call.key)
 
     def remember(self, call: Call, program: HostProgram) -> None:
-        if len(self._programs) >= MAX_PLANS:
+        if len(self._programs) >= MAX_PROGRAMS:
             self._programs.clear()
         self._programs[call.key] = program
         if self._known is not None:

@@ -229,6 +229,7 @@ def _settings_of(norm: Any) -> tuple[Any, ...]:
 
 def _run(program: HostProgram, call: _Call) -> Tensor:
     x: Any = call.arguments[0]
+    call.contents.op.saved()
     seed, first = reserve(x.device, program.draws) if program.draws else (None, 0)
     inputs = [*call.arguments, *call.parameters]
     if not program.backwards:
@@ -252,7 +253,7 @@ def _run(program: HostProgram, call: _Call) -> Tensor:
 
 
 def _program(op: LayerOp, call: _Call) -> HostProgram | None:
-    """The program of a layer that is seen again (a stack's second, say); None where there is none, or not yet."""
+    """The program of a layer that is seen again (a stack's second, say; see `LayerOp`); None where there is none, or not yet."""
     x: Any = call.arguments[0]
     looks = None if call.key is None else signature_of(call.parameters, x.get_device())
     # Of parameters that were computed (`functional_call`), what they were computed of may be among them.
@@ -261,17 +262,15 @@ def _program(op: LayerOp, call: _Call) -> HostProgram | None:
     assert call.key is not None
     key = (call.key, *call.contents.settings, *looks)
     program = op.known(key)
-    if program is False:  # to record takes longer than to run: not what is seen once
-        op.keep(key, None)
-        return None
-    if program is None and not any(p is not None and p._backward_hooks for p in call.parameters):
+    if program is None and op.is_due(key) and not any(p is not None and p._backward_hooks for p in call.parameters):
         seed = reserve(x.device, 0)[0] if call.drops else None
         try:
             with layer_regime():
                 program = record(call.compute, call.arguments, call.parameters, seed)
         except (Unrepeatable, torch.OutOfMemoryError) as error:  # recording keeps all that a step makes
             program = str(error)
-        op.keep(key, program)
+        if program is not None:
+            op.keep(key, program)
     if not isinstance(program, HostProgram):
         return None
     call.contents.remember(call, program)

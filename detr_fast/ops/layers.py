@@ -22,6 +22,8 @@ from detr_fast.ops.host_program import HostProgram
 from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 
 MAX_PROGRAMS = 256  # shapes that vary for ever must not fill the memory
+PRICE = 16  # calls of a program save the host about as much time as its recording took
+ALLOWANCE = 32 * PRICE  # what recordings may cost beyond what calls have saved
 
 
 @dataclass(frozen=True)
@@ -109,29 +111,50 @@ class LayerParts(Implementation):
 
 
 class LayerOp(Op):
-    """A kind of layer, with the programs recorded of it by signature: None before, and why not where there can be none."""
+    """A kind of layer, with the programs recorded of it by signature: before, how often it was met, and why not where there can be none.
+
+    What calls of programs save pays for recordings. Where that and the allowance are spent, as where shapes vary for ever, only a
+    call that has been met more than PRICE times is recorded; before, any that is met again.
+    """
 
     def __init__(self, name: str) -> None:
         parts = (TritonLayer(name), LayerParts())
         super().__init__(name, signature=_signature, describe=_describe, implementations=parts, work=regimes.bytes_of)
-        self.programs: OrderedDict[Any, HostProgram | str | None] = OrderedDict()
+        self.programs: OrderedDict[Any, HostProgram | str | int] = OrderedDict()
+        self.left = ALLOWANCE
         self.generation = object()  # another one when programs are forgotten
 
     def forget(self) -> None:
         super().forget()
         self.programs.clear()
+        self.left = ALLOWANCE
         self.generation = object()
 
-    def known(self, key: Any) -> HostProgram | str | bool | None:
-        """What was kept for a call, and is now the last to go; False where it was never seen."""
-        if key not in self.programs:
-            return False
+    def known(self, key: Any) -> HostProgram | str | None:
+        """What was recorded of a call, or why that can't be, and is now the last to go; None before."""
+        found = self.programs.get(key)
+        if found is None or isinstance(found, int):
+            return None
         self.programs.move_to_end(key)
-        return self.programs[key]
+        return found
 
-    def keep(self, key: Any, program: HostProgram | str | None) -> None:
-        """In place of what was called least recently, where there are too many."""
+    def is_due(self, key: Any) -> bool:
+        """Whether a call that has no program, and is met once more, is to be recorded now."""
+        before = self.programs.get(key, 0)
+        assert isinstance(before, int)
+        self.keep(key, before + 1)
+        return before > 0 and (self.left >= PRICE or before >= PRICE)
+
+    def saved(self) -> None:
+        """A program was called."""
+        self.left = min(self.left + 1, ALLOWANCE)
+
+    def keep(self, key: Any, program: HostProgram | str | int) -> None:
+        """In place of what was called least recently, where there are too many; int: how often it was met."""
+        if not isinstance(program, int):
+            self.left = max(self.left - PRICE, 0)
         self.programs[key] = program
+        self.programs.move_to_end(key)
         while len(self.programs) > MAX_PROGRAMS:
             self.programs.popitem(last=False)
 

@@ -16,6 +16,7 @@ from detr_fast import nn, ops, use_backend
 from detr_fast.ops import host_native, host_program
 from detr_fast.ops.dropout import shared_seed
 from detr_fast.ops.layer_norm import LAYER_NORM
+from detr_fast.ops.layer_norm_autograd import forward
 from detr_fast.testing.quick_interpreter import quick_interpreter
 from tests.seen import Seen, nodes
 
@@ -405,8 +406,6 @@ def test_calls_with_other_settings_are_other_programs():
 
 
 def test_no_program_outlives_what_it_was_made_of(host):
-    from detr_fast.ops.layer_norm_autograd import forward
-
     known()
     assert any(type(one).__name__ == "Program" for one in forward.native.programs())
     host.forget()
@@ -435,3 +434,32 @@ def test_shapes_that_vary_for_ever_do_not_fill_the_memory(host):
         assert repeated(x) is x
         assert len(repeated.programs()) <= 8
     assert decisions.get(torch.empty(1)) is None
+
+
+def test_shapes_that_vary_for_ever_are_soon_recorded_no_more(host):
+    """What recordings cost, calls of programs have to pay for; a shape that comes often is recorded all the same."""
+    recorded, program = [], None
+
+    def record(x, *_):
+        recorded.append(len(x))
+        return program
+
+    def meet(rows, times):
+        given = torch.randn(rows, WIDTH), torch.randn(WIDTH), None, 1e-5, torch.float32, True
+        for _ in range(times):
+            repeated(*given)
+        return recorded.count(rows)
+
+    repeated = host.Repeated(lambda *given: given, record, -1, 4096)
+    assert [meet(rows, 6) for rows in range(1, 41)] == [1] * 32 + [0] * 8
+    assert meet(50, 16) == 0
+    assert meet(50, 1) == 1
+    forward.native(*(given := (torch.randn(60, WIDTH), torch.randn(WIDTH), None, 1e-5, torch.float32, True)))
+    forward.native(*given)
+    (program,) = (one for one in forward.native.programs() if type(one).__name__ == "Program")
+    assert meet(60, 17 + 16) == 1
+    program = None
+    assert meet(61, 2) == 1
+    assert meet(62, 2) == 0
+    host.forget()
+    assert meet(62, 2) == 1

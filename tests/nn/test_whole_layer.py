@@ -281,13 +281,37 @@ def test_a_batch_of_gradients_goes_through_a_layer_at_once(compiled, request):
 def test_programs_called_least_recently_go_first(monkeypatch):
     monkeypatch.setattr(layers, "MAX_PROGRAMS", 2)
     ENCODER_LAYER.keep("hot", "reason")
-    ENCODER_LAYER.keep("once", None)
+    ENCODER_LAYER.keep("once", 1)
     assert ENCODER_LAYER.known("hot") == "reason"
-    ENCODER_LAYER.keep("new", None)
+    ENCODER_LAYER.keep("new", 1)
     assert list(ENCODER_LAYER.programs) == ["hot", "new"]
     ENCODER_LAYER.keep("new", "reason")  # in its own place
     assert list(ENCODER_LAYER.programs) == ["hot", "new"]
-    assert ENCODER_LAYER.known("once") is False
+    assert "once" not in ENCODER_LAYER.programs
+
+
+def test_shapes_that_vary_for_ever_are_soon_recorded_no_more(monkeypatch):
+    """A stack of six layers meets each shape six times; once in a recording, which the other calls do not pay for."""
+    recorded = []
+
+    def layers_meet(shape, times=6):
+        for _ in range(times):
+            if ENCODER_LAYER.known(shape) is not None:
+                ENCODER_LAYER.saved()
+            elif ENCODER_LAYER.is_due(shape):
+                recorded.append(shape)
+                ENCODER_LAYER.keep(shape, "reason")
+
+    for shape in range(60):
+        layers_meet(shape)
+    assert recorded == list(range(len(recorded)))
+    assert 32 <= len(recorded) < 60
+    layers_meet("often", 17)
+    assert recorded[-1] == "often"
+    layers_meet("often", 40)  # which pays for the next ones
+    for shape in range(60, 62):
+        layers_meet(shape)
+    assert recorded[-2:] == [60, 61]
 
 
 @interpreter
