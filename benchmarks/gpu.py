@@ -28,6 +28,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +177,7 @@ def run(parts: list[Section], out: Path, machine: str, seconds: float = SECONDS)
         if not (known and status.startswith("skipped")):
             told = [f"{status}, {time.monotonic() - begun:.0f} s. {last.strip()[:160]}", *failures(output)[:12]]
             report.keep_section(out, name, [line[:200] for line in told])
-        report.write(out, machine, failed)
+        tell(failed, "summary", lambda: report.write(out, machine, failed))
         print(f"- {name}: {status}", flush=True)
         if name == "install" and name in failed:
             import_from_checkout(environment)
@@ -186,11 +188,21 @@ def run(parts: list[Section], out: Path, machine: str, seconds: float = SECONDS)
         shutil.move(path, CACHE / path.name)
     for path in out.glob("_host-*"):
         path.unlink()
-    figures.write(out)
+    tell(failed, "pictures", lambda: figures.write(out))
     drop_large_files(out)
-    print("\n".join(report.page(report.measurements(out), failed, times=False)))
+    tell(failed, "summary", lambda: print("\n".join(report.page(report.measurements(out), failed, times=False))))
     print(f"\nAll times: {out / 'summary.md'}")
     return 1 if failed else 0
+
+
+def tell(failed: list[str], name: str, write: Callable[[], object]) -> None:
+    """Write what tells of results; where it can't be made of what was measured, the run goes on, and counts as failed."""
+    try:
+        write()
+    except Exception:
+        traceback.print_exc()
+        if name not in failed:
+            failed.append(name)
 
 
 def import_from_checkout(environment: dict[str, str]) -> None:

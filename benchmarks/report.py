@@ -49,6 +49,8 @@ def measurements(folder: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:  # cut off in the middle
             continue
+        if not isinstance(entry, dict) or not entry:  # what was left of a line
+            continue
         found[entry.get("case") or next(iter(entry))] = entry
     return list(found.values())
 

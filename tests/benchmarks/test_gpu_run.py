@@ -61,6 +61,17 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path, caps
     assert "print('3 passed')" in (tmp_path / "log.txt").read_text()
 
 
+def test_measurements_that_make_no_page_do_not_stop_the_parts_behind(gpu, tmp_path, capfd):
+    odd = 'open(\'measurements.jsonl\', \'a\').write(\'3\\n{}\\n{"case": "odd", "peers": 3, "claims": []}\\n\')'
+    write = [sys.executable, "-c", f"import os; os.chdir(os.environ['DETR_FAST_RESULTS']); {odd}"]
+    parts = [("odd", write, 30), ("good", [sys.executable, "-c", "print('3 passed')"], 30)]
+    assert gpu.run(parts, tmp_path, "a GPU") == 1
+    told = capfd.readouterr()
+    assert "- good: ok" in told.out
+    assert told.err.count("Traceback") == 4  # the page after each part and at the end, and the pictures
+    assert "section: good" in (tmp_path / "measurements.jsonl").read_text()
+
+
 def test_sections_get_what_is_left_of_the_time_and_the_last_none(gpu, tmp_path, capsys):
     waits = [
         sys.executable,
