@@ -80,13 +80,13 @@ class CapturedStep:
         device = self.parameters[0].device
         reason = why_no_graph(model, optimizer, self.scaler) if capture else "capture=False"
         self._number: Tensor | None = None
-        self._rates: list[Tensor] = []
+        self._rates: list[Tensor] = []  # of the optimizer's groups, where steps are captured
         self._held = _held_by(optimizer)
         self._changes = 0  # of what is held, in as many steps one behind the other
         if reason is None:
             _warn_of_padding(self.averaged)
             self._number = torch.tensor(taken, device=device)
-            self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+            self._rates = self._rates_of_groups(device)
         self._step = GraphedFunction(
             self._run,
             device,
@@ -165,6 +165,7 @@ class CapturedStep:
         changed = {name for was, now in zip(self._held[1], held[1]) for name, _ in set(was) ^ set(now)} or {"state"}
         self._held = held
         self._step.forget()
+        self._rates = self._rates_of_groups(self._step.device)  # groups may have been added
         self._changes += 1
         if self._changes == 4:  # one step more than what is set up in the first ones
             warnings.warn(
@@ -174,6 +175,9 @@ class CapturedStep:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def _rates_of_groups(self, device: torch.device) -> list[Tensor]:
+        return [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
 
     def _forget_gradients(self) -> None:
         # In a graph, backward then writes gradients anew on each replay, and adds to none.

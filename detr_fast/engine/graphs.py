@@ -142,7 +142,8 @@ class GraphedFunction:
                 )
             return False
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        inputs = mapped(arguments, lambda tensor: torch.empty_like(tensor, device=self.device).copy_(tensor))
+        with torch.inference_mode(False), torch.no_grad():  # later calls write to them, in whatever mode
+            inputs = mapped(arguments, lambda tensor: torch.empty_like(tensor, device=self.device).copy_(tensor))
         graph = torch.cuda.CUDAGraph()
         self.before()
         try:

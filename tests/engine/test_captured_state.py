@@ -116,3 +116,32 @@ def test_an_optimizer_that_is_loaded_at_each_step_is_told_likewise(emulated):
     with pytest.warns(RuntimeWarning, match="the optimizer's state changed in four steps"):
         train()
     assert step.graphs == 0
+
+
+def test_a_group_that_is_added_later_goes_by_its_own_learning_rate(emulated):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), torch.randn(8, 4)
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-3, fused=True)
+    step = CapturedStep(model, lambda y, _: y.square().mean(), optimizer)
+    for _ in range(3):
+        step(x)
+    optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 0.0})
+    before = model[1].bias.detach().clone()
+    for graphs_then in (0, 0, 1):
+        step(x)
+        assert step.graphs == graphs_then
+    assert torch.equal(model[1].bias, before)
+    optimizer.param_groups[1]["lr"] = 0.5
+    step(x)
+    assert (model[1].bias - before).abs() > 0.1
+    assert step.graphs == 1
+
+
+def test_inference_that_was_captured_in_inference_mode_runs_outside_of_it_too(emulated):
+    model = nn.Linear(3, 2)
+    inference = CapturedInference(model)
+    with torch.inference_mode():
+        for _ in range(4):
+            inference(torch.randn(4, 3))
+    x = torch.randn(4, 3)
+    assert torch.equal(inference(x), model(x))
+    assert inference.graphs == 1
