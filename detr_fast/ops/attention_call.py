@@ -133,6 +133,7 @@ def signature(
         *map(key, (q, k, v, padding, mask)),
         is_causal,
         dropout_p > 0.0,
+        0.0 <= dropout_p <= 1.0,
         enable_gqa,
         return_lse,
         weights,

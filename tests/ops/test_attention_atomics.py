@@ -244,3 +244,16 @@ def test_on_a_gpu_it_is_as_accurate_as_eager(atomics, dtype, queries, dim, maske
         inputs=[torch.randn(2, n, sized(3, 1), dim, device=DEVICE) for n in lengths],
         dtype=dtype,
     )
+
+
+def test_a_probability_that_is_none_is_no_call_that_was_decided_before():
+    """PyTorch refuses it, whatever was chosen for its like; and those are not left to PyTorch from then on."""
+    ATTENTION.forget()
+    chosen = []
+    with FakeTensorMode():
+        q = torch.empty(64, 850, 8, 32, device="cuda", dtype=torch.bfloat16)
+        mask = torch.empty(64, 1, 850, 850, device="cuda", dtype=torch.bool)
+        for p in (1.5, 0.1, 1.5):
+            chosen.append(ATTENTION.choose(q, q, q, None, mask, False, p, None).name)
+    ATTENTION.forget()
+    assert chosen == ["sdpa", "triton", "sdpa"]
