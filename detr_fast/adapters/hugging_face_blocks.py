@@ -58,15 +58,16 @@ def block_add_norm(block: Any, x: Tensor, norm: Any) -> Tensor:
 
 
 def parts_of_layer(
-    layer: Any, inner: str = "activation_dropout", training: bool | None = None
+    layer: Any, inner: str | None = "activation_dropout", training: bool | None = None
 ) -> FeedForwardParts | None:
     """The feed-forward block of a layer that holds its parts itself; None where it has to be called.
 
-    inner: its first dropout's name. training: where it is not the layer's mode that counts.
+    inner: its first dropout's name, None where there is none. training: where it is not the layer's mode that counts.
     """
     activation = activation_name(layer.activation_fn)
     if activation is None or not (is_plain(layer.fc1) and is_plain(layer.fc2)):
         return None
     training = layer.training if training is None else training
-    first, last = (probability(getattr(layer, name), training) for name in (inner, "dropout"))
+    first = 0.0 if inner is None else probability(getattr(layer, inner), training)
+    last = probability(layer.dropout, training)
     return FeedForwardParts(layer.fc1, activation, first, layer.fc2, last)

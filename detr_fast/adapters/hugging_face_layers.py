@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.compiler import assume_constant_result
 from torch.nn import Module
 
+from detr_fast.adapters import hugging_face_alibi as alibi
 from detr_fast.adapters import hugging_face_backbones as backbones
 from detr_fast.adapters import hugging_face_bart as bart
 from detr_fast.adapters import hugging_face_biased as biased
 from detr_fast.adapters import hugging_face_deformable as deformable
+from detr_fast.adapters import hugging_face_gpt as gpt
 from detr_fast.adapters import hugging_face_grounding as grounding
 from detr_fast.adapters import hugging_face_hiera as hiera
 from detr_fast.adapters import hugging_face_masked as masked
@@ -281,6 +283,12 @@ _CODE: dict[str, type[Module]] = {
     "e39953f8878ed779": others.BlipLayer,
     "50cf7113ad791a59": others.Dinov2Layer,
     "393c6687d98e38a7": others.GPT2Block,
+    "493d672e0cae2daa": gpt.OPTDecoderLayer,
+    "21549d3ba684e4f4": gpt.OPTDecoderLayer,  # BioGPT's
+    "cbf326aba3f4aa19": gpt.GPTNeoBlock,
+    "0b46d63db235bb60": gpt.GPTNeoSelfAttention,
+    "2a5769c22b66b9d0": alibi.BloomBlock,
+    "ba9d830818e53ae2": alibi.MptBlock,
     "a68daa09164a6f07": others.DistilBertLayer,
     "84dac4fc13a20256": others.SamTwoWayBlock,
     "af7d325842f6ce8d": weighing.DabDetrEncoderAttention,

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import detr_fast
 from detr_fast import use_backend
-from detr_fast.adapters import feed_forward, hugging_face_layers, hugging_face_swin
+from detr_fast.adapters import feed_forward, hugging_face_alibi, hugging_face_layers, hugging_face_swin
 from detr_fast.adapters.base import fingerprint, reads
 from detr_fast.dispatch import BackendError
 from detr_fast.explanation import explaining
@@ -278,6 +278,12 @@ KNOWN = {
     "blip.BlipEncoderLayer": hugging_face_layers,
     "dinov2.Dinov2Layer": hugging_face_layers,
     "gpt2.GPT2Block": hugging_face_layers,
+    "opt.OPTDecoderLayer": hugging_face_layers,
+    "biogpt.BioGptDecoderLayer": hugging_face_layers,
+    "gpt_neo.GPTNeoBlock": hugging_face_layers,
+    "gpt_neo.GPTNeoSelfAttention": hugging_face_layers,
+    "bloom.BloomBlock": hugging_face_layers,
+    "mpt.MptBlock": hugging_face_layers,
     "distilbert.TransformerBlock": hugging_face_layers,
     "sam.SamTwoWayAttentionBlock": hugging_face_layers,
     "dab_detr.DetrAttention": hugging_face_layers,
@@ -341,13 +347,18 @@ KNOWN = {
 }
 
 
+def of(name):
+    model, *file, kind = name.split(".")
+    return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{file[0] if file else model}"), kind)
+
+
 def test_all_code_that_is_known_is_transformers():
     found = {feed_forward: set(), hugging_face_layers: set(), hugging_face_swin: set()}
     for name, adapter in KNOWN.items():
-        model, *file, kind = name.split(".")
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{file[0] if file else model}")
-        found[adapter].add(fingerprint(getattr(module, kind).forward))
+        found[adapter].add(fingerprint(of(name).forward))
     assert all(prints == set(adapter._CODE) for adapter, prints in found.items())
+    parts = ("bloom.BloomAttention", "bloom.BloomMLP", "mpt.MptAttention", "mpt.MptMLP")
+    assert {fingerprint(of(name).forward) for name in parts} == hugging_face_alibi._PARTS
 
 
 @pytest.mark.parametrize("name", ["LwDetr", "SiglipVision"])
