@@ -1,4 +1,4 @@
-"""Attentions in transformers that ask the registry, where there is more to gain than by what the registry is given: Swin's and SAM 2's.
+"""Attentions in transformers that ask the registry, where there is more to gain than by what the registry is given: Swin's, SAM 2's, Whisper's.
 
 Swin's gives it the mask of shifted windows repeated for each image, here it is repeated for none (see `windows`). What else is true of
 attentions that ask the registry holds for them, too.
@@ -16,6 +16,7 @@ from detr_fast.adapters.base import Scriptable, fingerprint, joined, joined_of, 
 from detr_fast.adapters.blocks import is_dispatched
 from detr_fast.adapters.hugging_face import NAME, HuggingFaceAttention, unknown_of
 from detr_fast.adapters.hugging_face_hiera import Sam2Attention
+from detr_fast.adapters.hugging_face_whisper import AudioAttention, WhisperAttention
 from detr_fast.adapters.windows import attend, packed, with_shift
 
 
@@ -36,11 +37,16 @@ class SwinAttention(Scriptable):
 
 
 # By the fingerprint of a forward: our class.
-_CODE: dict[str, type[Module]] = {"2459e4d75f280f93": SwinAttention, "f79edfb2d96586e8": Sam2Attention}
+_CODE: dict[str, type[Module]] = {
+    "2459e4d75f280f93": SwinAttention,
+    "f79edfb2d96586e8": Sam2Attention,
+    "9f4f226bc5b0383b": WhisperAttention,
+    "a05f252faa7ced59": AudioAttention,
+}
 
 
 class HuggingFaceSwin(HuggingFaceAttention):
-    """Attentions whose code is that of transformers' Swin or SAM 2."""
+    """Attentions whose code is that of transformers' Swin, SAM 2 or Whisper."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:

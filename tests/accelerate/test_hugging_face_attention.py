@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import detr_fast
 from detr_fast import use_backend
 from detr_fast.dispatch import BackendError
 from detr_fast.explanation import explaining
+from detr_fast.testing import count
 
 transformers = pytest.importorskip("transformers")
 hugging_face = pytest.importorskip("detr_fast.adapters.hugging_face")
@@ -101,6 +104,47 @@ def test_causal_order_and_padding_stay_apart_where_a_mask_is_made_of_both(kind, 
         cache = model(TOKENS[:, :4], attention_mask=PADDED[:, :4], use_cache=True).past_key_values
         found = model(TOKENS[:, 4:], attention_mask=PADDED, past_key_values=cache).last_hidden_state
     torch.testing.assert_close(found, expected[:, 4:])
+
+
+class Attends(torch.nn.Module):
+    """One of transformers' attentions, asked of a model that runs on its SDPA."""
+
+    def __init__(self, model, kind, **options):
+        super().__init__()
+        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        config = transformers.WhisperConfig(d_model=16, decoder_attention_heads=2)
+        config._attn_implementation = "sdpa"
+        self.attention = getattr(module, kind)(16, 2, config=config, **options)
+
+    def forward(self, x, **given):
+        return self.attention(x, **given)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "options"),
+    [
+        ("whisper", "WhisperAttention", {}),
+        ("whisper", "WhisperAttention", {"is_causal": True, "is_decoder": True, "layer_idx": 0}),
+        ("qwen2_audio", "Qwen2AudioAttention", {}),
+    ],
+)
+def test_an_attention_that_copied_queries_keys_and_values_no_longer_does(model, kind, options, assert_unchanged):
+    torch.manual_seed(1)
+    layer = Attends(model, kind, **options)
+    meta = Attends(model, kind, **options).to("meta", torch.bfloat16)
+    x, memory = torch.randn(2, 3, 4, 16, dtype=torch.float64)
+    mask = torch.ones(3, 1, 4, 4, dtype=torch.bool).tril()
+    report = assert_unchanged(layer, lambda one: [one(x), one(x, attention_mask=mask)])
+    assert len(report.switched) == 1
+    assert not report.left
+    if kind == "WhisperAttention":
+        detr_fast.restore(layer)
+        assert_unchanged(layer, lambda one: [one(x, key_value_states=memory)])
+    empty = torch.empty(3, 4, 16, device="meta", dtype=torch.bfloat16)
+    before = count(lambda: meta(empty)).total_launches
+    detr_fast.accelerate(meta)
+    with use_backend("triton"):
+        assert (before, count(lambda: meta(empty)).total_launches) == (10, 5)
 
 
 def test_what_attention_is_given_beyond_ours_is_transformers_and_refused_by_name():

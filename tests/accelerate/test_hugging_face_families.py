@@ -296,6 +296,8 @@ KNOWN = {
     "grounding_dino.GroundingDinoDecoderLayer": hugging_face_layers,
     "swin.SwinLayer": hugging_face_layers,
     "swin.SwinAttention": hugging_face_swin,
+    "whisper.WhisperAttention": hugging_face_swin,
+    "qwen2_audio.Qwen2AudioAttention": hugging_face_swin,
     "maskformer.maskformer_swin.MaskFormerSwinSelfAttention": hugging_face_layers,
     "maskformer.maskformer_swin.MaskFormerSwinLayer": hugging_face_layers,
     "donut.donut_swin.DonutSwinLayer": hugging_face_layers,
