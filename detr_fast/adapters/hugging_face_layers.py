@@ -40,8 +40,10 @@ from detr_fast.adapters.blocks import (
     activation_name,
     comes_apart,
     feed_forward_add_norm,
+    feed_forward_sum,
     is_dispatched,
     is_norm,
+    is_plain,
     linear_add_norm,
 )
 from detr_fast.adapters.hugging_face import padding_of, with_padding
@@ -220,8 +222,8 @@ class YolosLayer(Scriptable):
         with shared_seed():
             y = self.attention(self.layernorm_before(hidden_states), **kwargs)
             x, y = sum_and_norm(y, hidden_states, self.layernorm_after)
-            y = self.output(self.intermediate(y), x)
-        return y
+            parts = _two_modules(self.intermediate, self.output)
+            return self.output(self.intermediate(y), x) if parts is None else feed_forward_sum(y, parts, x)
 
 
 def _bert_activation(first: Any, last: Any) -> str | None:
@@ -231,6 +233,25 @@ def _bert_activation(first: Any, last: Any) -> str | None:
     ):
         return None
     return activation_name(first.intermediate_act_fn)
+
+
+def _two_modules(first: Any, last: Any) -> FeedForwardParts | None:
+    """The block that YOLOS's two modules are, of which the second adds its other input; None where they are to be called."""
+    known = is_bare(first) and is_bare(last) and _is_intermediate(type(first).forward) and _adds(type(last).forward)
+    activation = activation_name(first.intermediate_act_fn) if known else None
+    if activation is None or not all(map(is_plain, (first.dense, last.dense, last.dropout))):
+        return None
+    return FeedForwardParts(first.dense, activation, 0.0, last.dense, probability(last.dropout))
+
+
+@assume_constant_result
+def _adds(forward: Any) -> bool:
+    return _reads_as_output(forward)
+
+
+@cache
+def _reads_as_output(forward: Any) -> bool:
+    return fingerprint(forward) == "c23f37f486bc81ec"
 
 
 @assume_constant_result  # Dynamo would warn of the cache, and trace what is behind it

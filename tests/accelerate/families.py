@@ -357,7 +357,7 @@ MODELS = {
     "Yolos": (
         lambda: vision("Yolos", image_size=[32, 32], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         look,
-        {"attention": 2, "add_layer_norm": 2},
+        {"attention": 2, "add_layer_norm": 2, "feed_forward": 2},
     ),
     "CLIPVision": (lambda: vision("CLIPVision"), look, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
     "DINOv3ViT": (
