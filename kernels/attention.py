@@ -36,6 +36,8 @@ from .attention_tiles import (
     dot,
     drawn,
     dropped,
+    is_covering,
+    is_loaded_first,
     load_keys,
     load_mask,
     load_tile,
@@ -87,6 +89,7 @@ def _attend(
     LISTED: tl.constexpr = FORM[8]
     PAIRED: tl.constexpr = FORM[10]
     LANES: tl.constexpr = FORM[11]
+    COVERED: tl.constexpr = FORM[12]
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -97,14 +100,13 @@ def _attend(
             visible = visible_keys(hiding, start, end_key, BLOCK_N, LISTED)
         k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
         mask = None
-        if MASKED and hiding[3] is not None:
-            run: tl.constexpr = FORM[7] * ((hiding[3].dtype.element_ty.primitive_bitwidth + 7) // 8)
-            if FORM[7] <= 1 or run < 4:
-                mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
+        if MASKED and is_loaded_first(FORM[7], hiding[3]):
+            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
+            shown = None if COVERED else visible
             scores = masked_scores(
-                scores * scale, hiding, row_start, start, L, S, visible, BLOCK_M, BLOCK_N, FORM, mask=mask
+                scores * scale, hiding, row_start, start, L, S, shown, BLOCK_M, BLOCK_N, FORM, mask=mask
             )
             higher = tl.maximum(highest, tl.max(scores, 1))
             # A row that has seen no visible key yet: -inf less -inf would be NaN.
@@ -184,7 +186,22 @@ def attention_forward_kernel(
     wait_for_previous()
     LANES: tl.constexpr = 8 if q_ptr.dtype.element_ty.primitive_bitwidth == 16 else 1
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, LISTED, UNIFORM, PAIRED, LANES)
+    COVERED: tl.constexpr = padding_ptr is None and is_covering(MASK_VEC, mask_ptr, ends_k_ptr)
+    FORM: tl.constexpr = (
+        E,
+        EV,
+        BLOCK_E,
+        BLOCK_EV,
+        CAUSAL,
+        PRECISION,
+        VEC,
+        MASK_VEC,
+        LISTED,
+        UNIFORM,
+        PAIRED,
+        LANES,
+        COVERED,
+    )
     longest = L
     batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)

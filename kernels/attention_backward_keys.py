@@ -20,6 +20,8 @@ from .attention_tiles import (
     dot,
     drawn,
     dropped,
+    is_covering,
+    is_loaded_first,
     load_mask,
     load_rows,
     load_tile,
@@ -85,7 +87,7 @@ def _pass_over_queries(
         q = load_tile(q_ptr + tl.cast(start, tl.int64) * q_row, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
         dout = load_tile(dout_ptr + tl.cast(start, tl.int64) * dout_row, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
         mask = None
-        if MASKED and hiding[3] is not None and FORM[7] <= 1:
+        if MASKED and is_loaded_first(FORM[7], hiding[3], max(BLOCK_E, BLOCK_EV)):
             mask = load_mask(hiding, start, column_start, L, S, BLOCK_M, BLOCK_N, FORM, True, keys)
         scores = dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if MASKED:
@@ -251,7 +253,8 @@ def attention_backward_keys_kernel(
     if dq_ptr is not None:
         # Here all keys of a row of dq meet: a hidden one counts as zero, and must not have a weight that is infinite, whatever
         # the row's log-sum-exp: in the masked pass it scores -inf, in the other one as a visible key, which all rows see.
-        if CAUSAL or mask_ptr is not None:
+        covered: tl.constexpr = padding_ptr is None and is_covering(MASK_VEC, mask_ptr, ends_k_ptr)
+        if (CAUSAL or mask_ptr is not None) and not covered:
             shown = visible
         if mask_ptr is None:
             shown_column = tl.where(visible, keys, tl.max(tl.where(visible, keys, 0), 0))

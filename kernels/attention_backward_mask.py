@@ -4,7 +4,18 @@
 from __future__ import annotations
 
 from .attention_program import at, mask_end, mask_place, own_sequence, shared_head
-from .attention_tiles import deferred, dot, drawn, dropped, load_mask, load_tile, masked_scores, visible_keys
+from .attention_tiles import (
+    deferred,
+    dot,
+    drawn,
+    dropped,
+    is_covering,
+    is_loaded_first,
+    load_mask,
+    load_tile,
+    masked_scores,
+    visible_keys,
+)
 from .launch import jit, tl
 from .overlap import wait_for_previous
 
@@ -140,8 +151,11 @@ def attention_backward_mask_kernel(
                 k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)
                 v = load_tile(v_here, v_row, visible, BLOCK_N, EV, BLOCK_EV, VEC)
                 mask = None
-                if FORM[7] <= 1:
+                if is_loaded_first(MASK_VEC, mask_ptr):
                     mask = load_mask(hiding, row_start, column_start, own_L, end_run, BLOCK_M, BLOCK_N, FORM)
+                shown = visible
+                if padding_ptr is None and is_covering(MASK_VEC, mask_ptr, ends_k_ptr):
+                    shown = None
                 scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
                 scores = masked_scores(
                     scores * scale,
@@ -150,7 +164,7 @@ def attention_backward_mask_kernel(
                     column_start,
                     own_L,
                     end_run,
-                    visible,
+                    shown,
                     BLOCK_M,
                     BLOCK_N,
                     FORM,

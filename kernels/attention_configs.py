@@ -138,14 +138,16 @@ ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
 # Behind them: cycles a score without other masks on sm_80 / sm_90. 4 a lane, which shared memory binds, took .578 to 1.05.
 ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
 ATTENTION_SCATTERED_ROWS = {
-    ("forward", 32): TileConfig(64, 32, 4, 1),  # .162 / .165
-    ("forward", 64): TileConfig(64, 16, 4, 1),  # .242 / .244; of 32 columns up to a fifth less, with 254 registers
-    ("queries", 32): TileConfig(64, 32, 4, 1),  # .157 / .151
-    ("queries", 64): TileConfig(64, 32, 4, 1),  # .196 / .176
+    ("forward", 32): TileConfig(64, 32, 4, 1),  # .149 / .151
+    ("forward", 64): TileConfig(
+        64, 16, 4, 1
+    ),  # .233 / .225; of 32 columns up to a fifth less, with up to 254 registers
+    ("queries", 32): TileConfig(64, 32, 4, 1),  # .142 / .136
+    ("queries", 64): TileConfig(64, 32, 4, 1),  # .188 / .160
     ("keys", 32): TileConfig(32, 64, 4, 1),  # .181 / .181
     ("keys", 64): TileConfig(16, 64, 4, 1),  # .254 / .200; 32 rows spill on sm_120
-    ("atomics", 32): TileConfig(32, 64, 4, 1),  # .255 / .213
-    ("atomics", 64): TileConfig(16, 64, 4, 1),  # .539 / .285
+    ("atomics", 32): TileConfig(32, 64, 4, 1),  # .254 / .207
+    ("atomics", 64): TileConfig(16, 64, 4, 1),  # .539 / .277
 }
 # At 65 to 128. Cycles a score of a float32 mask with dropout and padding, and those of 4 a lane. Keys on sm_80 spill 32 to 96 bytes in larger tiles, and
 # what was compiled for sm_120 8 to 200.

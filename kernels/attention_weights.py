@@ -17,7 +17,16 @@ from torch import Tensor
 from .attention_copies import copy_rows
 from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, mask_place
-from .attention_tiles import dot, kept, load_mask, load_tile, masked_scores, visible_keys
+from .attention_tiles import (
+    dot,
+    is_covering,
+    is_loaded_first,
+    kept,
+    load_mask,
+    load_tile,
+    masked_scores,
+    visible_keys,
+)
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 from .rows import run_pointers
@@ -80,6 +89,9 @@ def attention_weights_kernel(
 
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     visible = visible_keys(padding, column_start, S, BLOCK_N)
+    shown = visible
+    if padding_ptr is None and is_covering(MASK_VEC, mask_ptr):
+        shown = None
     lse_ptr += batch * heads * L + row_start
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for index in range(first_head, heads if AVERAGED else first_head + 1):
@@ -92,11 +104,11 @@ def attention_weights_kernel(
         mask_start = mask_place(batch, head, mask_batch, mask_head, batches, PERIODIC)
         hiding = (None, 0, 0, mask_ptr, mask_start, mask_row, mask_column, None, 0)
         mask = None
-        if mask_ptr is not None and MASK_VEC <= 1:
+        if is_loaded_first(MASK_VEC, mask_ptr):
             mask = load_mask(hiding, row_start, column_start, L, S, BLOCK_M, BLOCK_N, FORM)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         scores = masked_scores(
-            scores * scale, hiding, row_start, column_start, L, S, visible, BLOCK_M, BLOCK_N, FORM, mask=mask
+            scores * scale, hiding, row_start, column_start, L, S, shown, BLOCK_M, BLOCK_N, FORM, mask=mask
         )
         lse = tl.load(lse_ptr + head * L + row, mask=exists, other=-float("inf"))
         lse = tl.where(lse == -float("inf"), float("inf"), lse)  # all weights of an empty row are zero

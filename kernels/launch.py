@@ -59,6 +59,11 @@ def jit(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=run_time)
 
 
+def at_compile_time(function: Callable[..., Any]) -> Any:
+    """`triton.constexpr_function`: a function of constants for kernels; needs no triton to decorate."""
+    return function if triton is None else triton.constexpr_function(function)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One machine program of a kernel.
