@@ -16,6 +16,7 @@ from .attention_program import (
 )
 from .attention_tiles import (
     add_tile,
+    apart,
     deferred,
     dot,
     drawn,
@@ -244,9 +245,7 @@ def attention_backward_keys_kernel(
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
     visible = visible_keys(padding, column_start, S, BLOCK_N, keys=keys)
-    # A maximum of one: k and v are laid out by the narrowest load that Triton finds behind theirs, and it looks behind no
-    # reduction. For the mask's bytes, the products would load q and dout past the pipeline (on sm_80).
-    visible = tl.max(visible.to(tl.int32)[:, None], 1) > 0
+    visible = apart(visible)
     k_visible = load_rows(k_ptr, keys * k_row, visible, E, BLOCK_E, VEC)
     k = k_visible
     shown = None

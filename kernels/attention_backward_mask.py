@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .attention_program import at, mask_end, mask_place, own_sequence, shared_head
 from .attention_tiles import (
+    apart,
     deferred,
     dot,
     drawn,
@@ -146,6 +147,8 @@ def attention_backward_mask_kernel(
                 delta = delta * (1.0 / deferred(rescale))
             for column_start in range(first_column, last_column, BLOCK_N):
                 visible = visible_keys(hiding, column_start, own_S, BLOCK_N)
+                if padding_ptr is not None:
+                    visible = apart(visible)
                 k_here = k_base + tl.cast(column_start, tl.int64) * k_row
                 v_here = v_base + tl.cast(column_start, tl.int64) * v_row
                 k = load_tile(k_here, k_row, visible, BLOCK_N, E, BLOCK_E, VEC)

@@ -115,15 +115,15 @@ ATTENTION_ATOMICS = {
     (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(32, 16, 4, 2),
 }
-# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .238 on
-# sm_80, and on sm_90, where tensor cores take 64 rows, .162 for .250. Narrower where rows share the mask, as its tiles are few then.
-# Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
+# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .207 on
+# sm_80 (.238 with 8 warps, and .238 for .477 with dropout and padding), and on sm_90, where tensor cores take 64 rows, .119 (.162 with 8). Narrower where rows share the
+# mask, as its tiles are few then. Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
 ATTENTION_MASK = {
     16: TileConfig(64, 32, 4, 1, registers=168),
     32: TileConfig(64, 32, 4, 1, registers=168),
-    64: TileConfig(32, 64, 8, 1),
+    64: TileConfig(32, 64, 4, 1),
 }
-ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 8, 1)}
+ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 4, 1)}
 # What alone takes more than 168 registers with a mask that is loaded one by one: by generation and bytes of its elements. 8 to 16 bytes
 # spilled, and in two programs a multiprocessor instead of three a score takes up to 4 % fewer cycles.
 ATTENTION_MASK_CROWDED = {
@@ -139,9 +139,7 @@ ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
 ATTENTION_SCATTERED = TileConfig(32, 32, 8, 1)
 ATTENTION_SCATTERED_ROWS = {
     ("forward", 32): TileConfig(64, 32, 4, 1),  # .149 / .151
-    ("forward", 64): TileConfig(
-        64, 16, 4, 1
-    ),  # .233 / .225; of 32 columns up to a fifth less, with up to 254 registers
+    ("forward", 64): TileConfig(64, 16, 4, 1),  # .233 / .225
     ("queries", 32): TileConfig(64, 32, 4, 1),  # .142 / .136
     ("queries", 64): TileConfig(64, 32, 4, 1),  # .188 / .160
     ("keys", 32): TileConfig(32, 64, 4, 1),  # .181 / .181
@@ -201,6 +199,10 @@ def attention_config(
             crowded = scattered and (mask_run == 0 or (periodic and "periodic" in alone) or bool(present & alone))
             if block <= 32 and (len(present) >= 2 or crowded):
                 config = replace(config, registers=255)
+            if block == 64 and generation == "blackwell":
+                # ptxas alone aims at three programs on sm_120, and spills 8 bytes. With 4 warps, 16 to 24 are spilled on sm_100 where most is loaded one by one.
+                heavy = scattered and dropout and len(present) >= 2
+                config = replace(config, num_warps=8) if heavy else replace(config, registers=255)
             return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
             return ATTENTION_SHARED_MASK
@@ -354,6 +356,8 @@ def _scattered_config(
         others = (kernel == "keys" and partial and features > 1) or (kernel == "queries" and features > 2)
     elif atomics and block == 32 and generation == "ampere" and features > 2:
         return TileConfig(16, 64, 4, 1)  # .578 a score, where 32 rows take .373 and spill 16 bytes
+    elif kernel == "forward" and block == 64 and features <= 1 and generation in ("ampere", "hopper"):
+        return TileConfig(64, 32, 4, 1)  # .195 / .187, with up to 248 registers
     else:
         # On sm_120 16 bytes would spill of rows that fill no block, in as many cycles.
         others = not generation or (atomics and block == 64 and generation == "blackwell")

@@ -152,6 +152,16 @@ def visible_keys(hiding, start, end, BLOCK_N: tl.constexpr, LISTED: tl.constexpr
 
 
 @jit
+def apart(visible):
+    """`visible`, of a block's keys, by a maximum of one each, for products of rows that depend on it.
+
+    Triton lays out k and v by the narrowest load behind theirs, and looks behind no reduction. For a padding mask's bytes, products would take their operands
+    as if these had 8 bits, and load others past the pipeline (on sm_80).
+    """
+    return tl.max(visible.to(tl.int32)[:, None], 1) > 0
+
+
+@jit
 def load_mask(
     hiding,
     row_start,
@@ -252,6 +262,8 @@ def masked_scores(
         if mask is None:
             mask = load_mask(hiding, row_start, column_start, L, S, ROWS, COLUMNS, FORM, TRANSPOSED, columns)
         if mask_ptr.dtype.element_ty == tl.int1:
+            if visible is not None:  # together: one instruction less than to add it
+                mask = mask & (visible[:, None] if TRANSPOSED else visible[None, :])
             scores = tl.where(mask, scores, -float("inf"))
         else:
             scores += mask.to(tl.float32) * 1.4426950408889634
@@ -259,12 +271,13 @@ def masked_scores(
         scores = tl.where(row + row_start >= column + column_start, scores, -float("inf"))
     if visible is not None:
         shown = visible[:, None] if TRANSPOSED else visible[None, :]
-        if mask_ptr is None or mask_ptr.dtype.element_ty == tl.int1:
+        if mask_ptr is None:
             scores += tl.where(shown, 0.0, -float("inf"))  # added, not selected: one instruction fused with the scaling
-        elif TRANSPOSED:  # as below: of NaN and a number the minimum is the number; to select would spill on sm_80
-            scores = tl.minimum(scores, tl.where(shown, float("inf"), -float("inf")))
-        else:  # whatever a float mask holds for a hidden key: NaN, too
-            scores = tl.where(shown, scores, -float("inf"))
+        elif mask_ptr.dtype.element_ty != tl.int1:
+            if TRANSPOSED:  # as below: of NaN and a number the minimum is the number; to select would spill on sm_80
+                scores = tl.minimum(scores, tl.where(shown, float("inf"), -float("inf")))
+            else:  # whatever a float mask holds for a hidden key: NaN, too
+                scores = tl.where(shown, scores, -float("inf"))
     return scores
 
 

@@ -18,6 +18,7 @@ from .attention_copies import copy_rows
 from .attention_problem import COMMON_TYPES, PLACE_TYPES, Form, Problem, places
 from .attention_program import at, mask_place
 from .attention_tiles import (
+    apart,
     dot,
     is_covering,
     is_loaded_first,
@@ -89,6 +90,8 @@ def attention_weights_kernel(
 
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
     visible = visible_keys(padding, column_start, S, BLOCK_N)
+    if padding_ptr is not None:
+        visible = apart(visible)
     shown = visible
     if padding_ptr is None and is_covering(MASK_VEC, mask_ptr):
         shown = None

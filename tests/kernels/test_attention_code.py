@@ -65,6 +65,7 @@ def check_loops(variant, target, most, older=1.29):
         ("sm_90", 128, "forward", (0.126, 0.153)),
         ("sm_90", 128, "queries", (0.188, 0.188)),
         ("sm_90", 128, "keys", (0.251,)),
+        ("sm_80", 64, "weights", (0.083,)),
     ],
 )
 def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, kernel, most):
@@ -127,6 +128,10 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 64, "keys", {"padding": True, "dropout": True, "mask": torch.float32, "periodic": True}),
         ("sm_80", 32, "atomics", {"padding": True, "dropout": True, "causal": True, "mask": torch.float32}),
         ("sm_80", 32, "forward", {"dropout": True, "mask": torch.bfloat16, "mask_vector": 0}),
+        ("sm_80", 32, "atomics", {"padding": True, "mask": torch.bool}),
+        ("sm_80", 64, "mask", {"mask": torch.bfloat16}),
+        ("sm_120", 64, "mask", {"mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_100", 64, "mask", {"padding": True, "dropout": True, "mask": torch.float32}),
         ("sm_80", 24, "atomics", {}),
         ("sm_80", 24, "atomics", {"padding": True}),
         ("sm_80", 24, "atomics", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
@@ -278,6 +283,18 @@ def test_a_window_of_64_tokens_fills_its_tiles(target, kernel, most):
     variant = VARIANTS[kernel](Problem(tokens, tokens, tokens, mask=bias, generation=GENERATIONS[target]).form())
     assert variant.constants["BLOCK_M"] == 64
     check_loops(variant, target, (most,))
+
+
+# bf16 at a head dimension of 64, with dropout and a key padding mask.
+@pytest.mark.offline
+@pytest.mark.parametrize(
+    ("target", "mask", "run", "most"),
+    [("sm_80", torch.float32, 1, 0.260), ("sm_90", torch.bfloat16, 8, 0.188)],
+)
+def test_a_masks_gradient_with_padding_costs_as_few_cycles_as_documented(target, mask, run, most):
+    generation = GENERATIONS[target]
+    form = Form(torch.bfloat16, 64, 64, padding=True, dropout=True, mask=mask, mask_vector=run, generation=generation)
+    check_loops(VARIANTS["mask"](form), target, (most,))
 
 
 # bf16 with a bool mask, whose rows are whole runs of so many bytes, no padding.
