@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .launch import jit, tl
+from .launch import jit, tl, triton
+from .overlap import capability
 
 STEPS = 1 << 16  # of a draw: p's resolution
 
@@ -136,6 +137,31 @@ def keep_tile(
 
 
 @jit
+def drop_tile(
+    x,
+    low,
+    high,
+    offset,
+    threshold,
+    head,
+    row_start,
+    column_start,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """x (ROWS, COLUMNS), fp32 or of 16 bits, where `keep_tile` keeps it, 0 elsewhere; arguments as there."""
+    if VEC == 1 or not has_pairs():
+        kept = keep_tile(low, high, offset, threshold, head, row_start, column_start, ROWS, COLUMNS, VEC=VEC)
+        x = tl.where(kept, x, 0.0)
+    else:
+        # Each half of a word by itself, LLVM would take the last rounds for twice, in 16 and in 32 bits.
+        words, odd = draw_tile(low, high, offset, head, row_start, column_start, ROWS, COLUMNS)
+        x = drop_pairs(x, words, odd, threshold)
+    return x
+
+
+@jit
 def draw_tile(
     low,
     high,
@@ -165,6 +191,15 @@ def draw_tile(
     first, second, third, fourth = _philox(low, high, columns.to(tl.uint32), rows.to(tl.uint32), head, offset)
     word = tl.where(row & 8 != 0, tl.where(column & 8 != 0, fourth, third), tl.where(column & 8 != 0, second, first))
     return word, column & 1 != 0
+
+
+def has_pairs(_semantic: Any = None) -> bool:
+    """Whether `drop_pairs` is to be had: a kernel is compiled for a GPU of NVIDIA's."""
+    return _semantic is not None and capability(str(getattr(_semantic.builder.options, "arch", ""))) > 0
+
+
+if triton is not None and not triton.knobs.runtime.interpret:
+    has_pairs = triton.language.core.builtin(has_pairs)
 
 
 @jit

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .attention_tiles import dot
 from .configs import LINEAR, LINEAR_SCATTERED, MatmulConfig
-from .dropout import Dropout, keep_tile, load_seed
+from .dropout import Dropout, drop_tile, keep_tile, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
@@ -82,6 +82,16 @@ def linear_kernel(
     x_start = row * x_row_stride
     w_base = w_ptr + first_n.to(tl.int64) * w_stride
     bias_base = None if bias_ptr is None else bias_ptr + first_n
+    # With or without the bits, so that a forward that is done again without them gives the same. Elements with an address of their own lack
+    # the registers: 226 on sm_90 for 128.
+    SMALL: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16 and VEC > 1
+    AT_ONCE: tl.constexpr = ACTIVATION == "relu" and seed_ptr is not None and SMALL
+    scaled_bias = 0.0
+    if AT_ONCE and bias_ptr is not None:
+        # Added with the scale, by the same instruction: in front, each of the sums is a copy of it. Other programs lack the registers.
+        n = tl.arange(0, BLOCK_N)
+        scaled_bias = tl.load(bias_base + n, mask=n < columns, other=0.0).to(tl.float32)[None, :] * scale
+        bias_base = None
     if position_ptr is None:
         acc = product(
             *(x_base, x_start, w_base, w_stride, columns, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, VEC, PRECISION),
@@ -104,16 +114,18 @@ def linear_kernel(
     if pre_ptr is not None:
         store_tile(pre_ptr + y_place, N, acc, rows, columns, BLOCK_M, BLOCK_N, VEC)
         acc = acc.to(pre_ptr.dtype.element_ty).to(tl.float32)  # the backward sees no other pre than the forward
-    if active_ptr is None:
+    if AT_ONCE:  # dropout takes two elements of 16 bits, and their bits, at once; see the backward for the scale
+        acc = tl.maximum(acc * scale + scaled_bias, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y_ptr.dtype.element_ty)
+    else:
         acc, _ = activate(acc, ACTIVATION)
     if seed_ptr is not None:
         low, high = load_seed(seed_ptr)
         hidden = tl.full((), 1, tl.int32)
-        kept = keep_tile(low, high, offset, threshold, hidden, first_m, first_n, BLOCK_M, BLOCK_N, VEC=VEC)
-        if active_ptr is not None:  # one comparison for ReLU, dropout and the bits; NaN is active, as PyTorch's
-            kept = kept & ~(acc <= 0)
-            store_active(active_ptr, kept, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
-        acc = tl.where(kept, acc, 0.0) * scale  # see the backward
+        acc = drop_tile(acc, low, high, offset, threshold, hidden, first_m, first_n, BLOCK_M, BLOCK_N, VEC)
+        if not AT_ONCE:
+            acc = (acc * scale).to(y_ptr.dtype.element_ty)
+        if active_ptr is not None:
+            store_active(active_ptr, acc, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
     store_tile(y_ptr + y_place, N, acc, rows, columns, BLOCK_M, BLOCK_N, VEC)
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import launch as launching
 from .attention_tiles import dot
 from .configs import MatmulConfig
-from .dropout import Dropout, dropout_arguments
+from .dropout import Dropout, dropout_arguments, has_pairs
 from .launch import jit, tl
 from .rows import run_pointers
 
@@ -133,20 +133,30 @@ def store_tile(base, row_stride, value, rows, columns, BLOCK_M: tl.constexpr, BL
 
 
 @jit
-def store_active(base, active, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store which elements of a tile are active, a bit each, as `active_words` has them.
+def store_active(base, y, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store which elements of y (BLOCK_M, BLOCK_N), of 16 bits and none under 0, are active, a bit each, as `active_words` has them.
 
-    Tensor cores leave every eighth column of a row to one thread (on sm_90; on sm_80 to the four warps' threads).
+    Tensor cores leave every eighth column of a row to one thread (on sm_90; on sm_80 to the four warps' threads), in pairs
+    of neighbours, whose words are neighbours, too. NaN is active, as PyTorch's.
     """
-    active = tl.reshape(active, (BLOCK_M, BLOCK_N // 8, 8))
-    words = tl.sum(active.to(tl.uint32) << tl.arange(0, BLOCK_N // 8)[None, :, None], 1)
+    if has_pairs():
+        first, second = tl.split(tl.reshape(y.to(tl.uint16, bitcast=True), (BLOCK_M, BLOCK_N // 2, 2)))
+        pairs = tl.reshape(first.to(tl.uint32) | second.to(tl.uint32) << 16, (BLOCK_M, BLOCK_N // 8, 4))
+        # As floats of 16 bits, whatever they are, both are over 0, or no numbers, where they are not 0.
+        over = tl.inline_asm_elementwise(
+            "set.gtu.u32.f16x2 $0, $1, $2;", "=r,r,r", [pairs, pairs * 0], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        words = tl.xor_sum(over & (0x10001 << tl.arange(0, BLOCK_N // 8))[None, :, None].to(tl.uint32), 1)
+    else:
+        active = tl.reshape(~(y.to(tl.float32) <= 0), (BLOCK_M, BLOCK_N // 8, 4, 2))
+        words = tl.sum(tl.sum(active.to(tl.uint32) << _bit_of(BLOCK_N), 3), 1)
     pointers, exists = _words_of(base, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
-    tl.store(pointers, words.to(tl.int16), mask=exists)
+    tl.store(pointers, words.to(tl.int32, bitcast=True), mask=exists)
 
 
 @jit
 def load_active(base, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile's words (BLOCK_M, 8), int16; none active in rows that don't exist."""
+    """A tile's words, two in each of (BLOCK_M, 4), int32; none active in rows that don't exist."""
     pointers, exists = _words_of(base, first_m, first_n, rows, N, BLOCK_M, BLOCK_N)
     return tl.load(pointers, mask=exists, other=0)
 
@@ -154,17 +164,24 @@ def load_active(base, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N:
 @jit
 def is_active(words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which elements of a tile (BLOCK_M, BLOCK_N) are active, from its words."""
-    words = words.to(tl.uint32)[:, None, :] >> tl.arange(0, BLOCK_N // 8)[None, :, None]
+    words = words.to(tl.uint32, bitcast=True)[:, None, :, None] >> _bit_of(BLOCK_N)
     return tl.reshape((words & 1) != 0, (BLOCK_M, BLOCK_N))
 
 
 @jit
+def _bit_of(BLOCK_N: tl.constexpr):
+    """Which bit of a pair of words each element of a row is, in blocks of 8 columns, which are four pairs of neighbours."""
+    return tl.arange(0, BLOCK_N // 8)[None, :, None, None] + 16 * tl.arange(0, 2)[None, None, None, :]
+
+
+@jit
 def _words_of(base, first_m, first_n, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where pairs of words lie, (BLOCK_M, 4), and which exist."""
     tl.static_assert(BLOCK_N == 128)
-    row_words = tl.cdiv(N, BLOCK_N) * 8
+    row_pairs = tl.cdiv(N, BLOCK_N) * 4
     m = tl.arange(0, BLOCK_M)[:, None]
-    base += first_m.to(tl.int64) * row_words + first_n // BLOCK_N * 8
-    return base + (m * row_words + tl.arange(0, 8)[None, :]), m < rows
+    base = base.to(tl.pointer_type(tl.int32)) + (first_m.to(tl.int64) * row_pairs + first_n // BLOCK_N * 4)
+    return base + (m * row_pairs + tl.arange(0, 4)[None, :]), m < rows
 
 
 class Form(NamedTuple):

@@ -126,10 +126,15 @@ def test_products_are_bound_by_the_tensor_cores(target, name):
 
 @offline_only
 @pytest.mark.parametrize(
-    ("name", "most"), [("linear_forward_k256_relu_bf16", 1400), ("linear_norm_forward_c256_bf16", 1950)]
+    ("name", "most"),
+    [
+        ("linear_forward_k256_relu_bf16", 1130),
+        ("linear_backward_k256_relu_bf16", 960),
+        ("linear_norm_forward_c256_bf16", 1950),
+    ],
 )
 def test_what_surrounds_a_product_takes_few_instructions(name, most):
-    """With a comparison each for ReLU, dropout and its bits 1,512; with calls of Philox that no threads share 2,296."""
+    """With Philox's last rounds twice, for halves of its words, 1,384; with bits one by one 1,080; with calls that no threads share 2,296."""
     binary, _, _ = compile_variant(entry(name).variant, "sm_90")
     assert older_compiler() or len(disassemble(binary)) <= most
 
