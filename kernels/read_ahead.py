@@ -25,15 +25,26 @@ if triton is not None and not triton.knobs.runtime.interpret:
 
 
 @jit
-def load_rows(base, tile, row_stride, row, exists, C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
-    """Rows of a tile, as `widened` takes them: (ROWS, BLOCK_C), of 16-bit runs two elements in one (ROWS, BLOCK_C // 2).
+def load_rows(
+    base,
+    tile,
+    row_stride,
+    row,
+    exists,
+    C,
+    BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+    PAIRED: tl.constexpr = True,
+):
+    """Rows of a tile, as `widened` takes them: (ROWS, BLOCK_C), of 16-bit runs, PAIRED, two elements in one (ROWS, BLOCK_C // 2).
 
     exists: which rows there are, whose others are 0, or None for all. A stand-in where base is None.
     """
     found = tile  # for what is absent: loops carry no None
     if base is not None:
         # Carried through a loop as 16-bit elements, each would take a register of its own, and instructions to get there.
-        PAIRS: tl.constexpr = 2 if VEC > 1 and base.dtype.element_ty.primitive_bitwidth == 16 else 1
+        PAIRS: tl.constexpr = 2 if PAIRED and VEC > 1 and base.dtype.element_ty.primitive_bitwidth == 16 else 1
         column = tl.arange(0, BLOCK_C // PAIRS)[None, :]
         start = row[:, None] * row_stride
         offset = tile.to(tl.int64) * (row.shape[0] * row_stride)  # by MAX_ROW_STRIDE, the product fits 32 bits
@@ -72,12 +83,13 @@ def load_tile(
     BLOCK_C: tl.constexpr,
     FULL: tl.constexpr,
     VEC: tl.constexpr,
+    PAIRED: tl.constexpr = True,
 ):
     """What a norm's backward reads of the rows of a tile: of dy, dsum, x and the residual by `load_rows`, mean and rstd."""
-    dy = load_rows(tensors[0], tile, strides[0], row, exists, C, BLOCK_C, FULL, VEC)
-    dsum = load_rows(tensors[1], tile, strides[1], row, exists, C, BLOCK_C, FULL, VEC)
-    x = load_rows(tensors[2], tile, strides[2], row, exists, C, BLOCK_C, FULL, VEC)
-    residual = load_rows(tensors[3], tile, strides[3], row, exists, C, BLOCK_C, FULL, VEC)
+    dy = load_rows(tensors[0], tile, strides[0], row, exists, C, BLOCK_C, FULL, VEC, PAIRED)
+    dsum = load_rows(tensors[1], tile, strides[1], row, exists, C, BLOCK_C, FULL, VEC, PAIRED)
+    x = load_rows(tensors[2], tile, strides[2], row, exists, C, BLOCK_C, FULL, VEC, PAIRED)
+    residual = load_rows(tensors[3], tile, strides[3], row, exists, C, BLOCK_C, FULL, VEC, PAIRED)
     mean, rstd = load_statistic(statistics[0], tile, row, exists), load_statistic(statistics[1], tile, row, exists)
     return dy, dsum, x, residual, mean, rstd
 

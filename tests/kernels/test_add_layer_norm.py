@@ -132,15 +132,16 @@ def test_inputs_and_gradients_may_have_dtypes_and_layouts_of_their_own(interpret
 
 
 @interpreted
-@pytest.mark.parametrize("columns", [64, 9000])
-def test_only_wanted_gradients_are_computed(interpreter, columns):
+@pytest.mark.parametrize(("columns", "dtype"), [(64, torch.float32), (64, torch.bfloat16), (9000, torch.float32)])
+def test_only_wanted_gradients_are_computed(interpreter, columns, dtype):
     x, residual, weight, _, p, _ = inputs(9 if columns == 64 else 1, columns, 0.2, False)
+    residual = residual.to(dtype)
     _, _, mean, rstd = kernels.add_layer_norm_forward(x, residual, weight, None, 1e-5, dropout(p))
     arguments = (x, None, x, residual, weight, mean, rstd, dropout(p))
-    both = {"dx_dtype": x.dtype, "dresidual_dtype": x.dtype}
+    both = {"dx_dtype": x.dtype, "dresidual_dtype": dtype}
     every = kernels.add_layer_norm_backward(*arguments, **both)
     for wanted in range(4):
-        types = [x.dtype if wanted == i else None for i in range(2)]
+        types = [kind if wanted == i else None for i, kind in enumerate(both.values())]
         flags = {"with_dw": wanted == 2, "with_db": wanted == 3}
         some = kernels.add_layer_norm_backward(*arguments, dx_dtype=types[0], dresidual_dtype=types[1], **flags)
         for i, (one, same) in enumerate(zip(some, every)):

@@ -27,6 +27,22 @@ VARIANTS = {
         "sm_80",
         backward_variant(8192, BackwardForm((FP32, None, BF16, FP32, FP32, BF16, FP32), False, True, True), 1),
     ),  # 72
+    "add_layer_norm_backward_of_a_float32_x": (
+        "sm_80",
+        backward_variant(6000, BackwardForm((FP32, None, FP32, BF16, None, FP32, None), False, True, True), 8),
+    ),  # 56
+    "residual_norm_backward_of_40": (
+        "sm_100",
+        backward_variant(40, BackwardForm((FP16, FP16, FP16, None, FP16, FP16, FP16), True, True, True, True), 1),
+    ),  # 8
+    "wide_rows_backward": (
+        "sm_80",
+        wide_rows.backward_variant((FP32, None, FP32, FP16, None, FP32, None), False, 8),
+    ),  # 8
+    "wide_rows_backward_of_rms_norm": (
+        "sm_90",
+        wide_rows.backward_variant((FP32, None, FP32, BF16, None, FP32, None), False, 8, False),
+    ),  # 16
     "residual_norm_backward": (
         "sm_90",
         backward_variant(20, BackwardForm((BF16, BF16, BF16, None, BF16, BF16, BF16), True, True, True, True), 1),
