@@ -98,7 +98,7 @@ class Form:
         """Whether the kernel of the keys keeps as little as possible over its loops: only where it spills, as others take up to 5 % more
         instructions.
         """
-        if self.dtype.itemsize > 2:
+        if self.dtype.itemsize > 2 or (self._crowded_keys and not atomics):
             return False
         if self.packed and not atomics:
             return max(self.blocks) == 128 and (self.causal or self.dropout or self.mask is not None)
@@ -108,11 +108,16 @@ class Form:
         return masked or self.causal or self.partial or (self.packed and self.generation == "blackwell")
 
     @property
-    def one_seed(self) -> bool:
-        """Whether the kernel of the keys, where it is frugal, loads dropout's seed once: on sm_90 that takes up to 6 % more cycles, and is done
+    def _crowded_keys(self) -> bool:
+        """Whether the kernel of the keys, frugal, spills 8 to 24 bytes on sm_120, and nothing where it only loads dropout's seed once."""
+        wide = self.generation == "blackwell" and max(self.blocks) == 128 and self.mask_vector > 1
+        return wide and self.causal and self.dropout and self.mask == torch.float32
+
+    def one_seed(self, frugal: bool) -> bool:
+        """Whether the kernel of the keys loads dropout's seed once, where it is frugal or as above: on sm_90 that takes up to 6 % more cycles, and is done
         where it spills otherwise.
         """
-        small = self.dropout and self.dtype.itemsize == 2 and max(self.blocks) == 128
+        small = self.dropout and self.dtype.itemsize == 2 and max(self.blocks) == 128 and (frugal or self._crowded_keys)
         return small and (self.generation != "hopper" or (self.causal and self.mask is None))
 
     @property

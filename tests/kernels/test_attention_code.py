@@ -166,6 +166,12 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 64, "keys", {"value_dim": 128, "packed": True, "dropout": True, "causal": True}),
         ("sm_120", 128, "keys", {"dropout": True, "causal": True}),
         (
+            "sm_120",
+            96,
+            "keys",
+            {"padding": True, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4},
+        ),
+        (
             "sm_80",
             64,
             "atomics",
