@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .configs import TileConfig
+from .launch import older_compiler
 
 # Keyed by kernel, bytes an element, and the larger head dimension rounded up to a power of two. At most 99 KB of shared
 # memory, which is what sm_86, sm_89 and sm_120 have.
@@ -273,11 +274,20 @@ def attention_config(
         # Of 128 keys a thread of four warps has four that share dropout's calls: .14 a score, where 64 take .21.
         shared = generation == "ampere" and itemsize == 2 and block <= 32
         if shared and not (masked or causal):
-            return replace(config, num_stages=2)
+            # By triton 3.6 two stages spill 16 bytes at 32 (.168 a score packed, for .142; .159 and .146 with padding).
+            return replace(config, num_stages=1 if block == 32 and older_compiler() else 2)
         config = replace(config, columns=max(16, config.columns // 2))
         if dropout and mask_size in (1, 4) and itemsize == 2 and block <= 32 and generation:
             # .240 a score of a float32 mask, where 3 stages spill and take .298; .311 for .363 of a bool one in causal order
             config = replace(config, num_stages=1)
+    if (
+        kernel == "keys"
+        and padding
+        and not (heavy or causal or partial)
+        and (generation, itemsize, block) == ("ampere", 2, 32)
+    ):
+        if older_compiler():  # triton 3.6 spills 16 bytes in three stages; as many cycles
+            config = replace(config, num_stages=2)
     if itemsize == 2 and block <= 64:
         config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
         if (

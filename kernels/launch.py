@@ -325,6 +325,11 @@ def _stand_in(kind: str | None) -> Any:
     return 1.0 if kind == "fp32" else 1
 
 
+def older_compiler() -> bool:
+    """Whether triton is older than 3.8, of which configurations, budgets and documented figures are; 3.6 needs somewhat more registers."""
+    return triton is not None and tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 8)
+
+
 def require_triton() -> None:
     """Raise ImportError with the remedy where triton is not installed."""
     if triton is None:

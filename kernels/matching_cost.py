@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .entry import Budget, Entry
-from .launch import Variant, compile_variant, empty, jit, launch, pointer, tl
+from .launch import Variant, compile_variant, empty, jit, launch, older_compiler, pointer, tl
 from .overlap import wait_for_previous
 from .set_tiles import extend_logsumexp, finite, load_boxes, overlap
 
@@ -158,7 +158,9 @@ def matching_cost_variant(logits: torch.dtype, boxes: torch.dtype, focal: bool) 
     types = (*map(pointer, tensors), "i32", "i32", "i32", "i32", "fp32", "fp32", "fp32")
     # DETR's 100 queries in 4 blocks: 6 layers × 8 images fill a GPU. 64 classes at once: 16 logits a thread.
     constants = {"FOCAL": focal, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_K": 64}
-    return Variant(matching_cost_kernel, types, constants, num_warps=4)
+    # By triton 3.6, ptxas spills 32 bytes on sm_90 for three programs a multiprocessor.
+    registers = 200 if focal and logits.itemsize == 2 and older_compiler() else 0
+    return Variant(matching_cost_kernel, types, constants, num_warps=4, registers=registers)
 
 
 def catalog_entries() -> Iterator[Entry]:

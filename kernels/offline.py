@@ -20,6 +20,7 @@ from . import launch
 from .analysis import RATES, analyse, nvidia_tool
 from .catalog import TARGETS, Entry, entry
 from .launch import Variant
+from .launch import older_compiler as older_compiler
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,6 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
     by_shared = unit.shared_memory // max(1, shared + reserved)
     programs = min(unit.programs, unit.warps // warps, by_registers, by_shared)
     return round(programs * warps / unit.warps, 3)
-
-
-def older_compiler() -> bool:
-    """Whether triton is older than 3.8, of which budgets and documented figures are; 3.6 needs somewhat more."""
-    launch.require_triton()
-    return tuple(int(number) for number in launch.triton.__version__.split(".")[:2]) < (3, 8)
 
 
 def over_budget(one: Entry, compiled: Compiled) -> list[str]:

@@ -199,6 +199,16 @@ def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel,
     assert resources.spills <= (most if older_compiler() else 0)
 
 
+# What spilled 16 bytes by triton 3.6 alone.
+@pytest.mark.offline
+@pytest.mark.parametrize("features", [{"padding": True}, {"packed": True, "dropout": True}])
+def test_keys_on_sm_80_spill_nothing_by_any_version_of_triton(features):
+    _, _, resources = compile_variant(
+        keys_variant(Form(torch.bfloat16, 32, 32, **features, generation="ampere")), "sm_80"
+    )
+    assert resources.spills == 0
+
+
 @pytest.mark.offline
 def test_the_forward_in_fp32_spills_nothing_at_a_head_dimension_of_64():
     _, _, resources = compile_variant(forward_variant(Form(torch.float32, 64, 64, generation="ampere")), "sm_80")
