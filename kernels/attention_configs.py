@@ -34,7 +34,7 @@ ATTENTION = {
     ("keys", 2, 32): TileConfig(32, 128, 4, 3),
     ("keys", 2, 64): TileConfig(64, 32, 4, 2),
     ("keys", 2, 128): TileConfig(16, 128, 8, 2),
-    # 1.20 a score on sm_80, with 8 bytes spilled; 8 warps 1.59, and 756 bytes on AMD
+    # 8 warps spill 756 bytes on AMD
     ("keys", 2, 256): TileConfig(32, 32, 4, 1),
     ("keys", 4, 16): TileConfig(32, 32, 4, 2),
     ("keys", 4, 32): TileConfig(32, 32, 4, 2),
@@ -270,6 +270,9 @@ def attention_config(
         # Where keys are fewer than columns of dk or dv, Triton lays warps along queries, of which 16 are too few, so that all warps compute the
         # same scores: of 64 keys 1.25 a score on sm_80, for .50. See docs/attention.md for what spills.
         return config if not heavy and generation != "blackwell" else replace(config, num_stages=1)
+    if kernel == "keys" and itemsize == 2 and block == 256 and generation in ("ampere", "hopper"):
+        # .71 to 1.22 a score, where one stage takes 1.18 to 2.19 for shared memory; up to 72 bytes are kept over the loops, and none of them moved there.
+        config = replace(config, num_stages=2)
     if heavy and kernel == "keys":
         # Of 128 keys a thread of four warps has four that share dropout's calls: .14 a score, where 64 take .21.
         shared = generation == "ampere" and itemsize == 2 and block <= 32

@@ -199,6 +199,15 @@ def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel,
     assert resources.spills <= (most if older_compiler() else 0)
 
 
+# In one stage 2.19 and 2.17.
+@pytest.mark.offline
+@pytest.mark.parametrize(("target", "dim", "most"), [("sm_80", 200, 1.22), ("sm_90", 256, 1.21)])
+def test_keys_of_over_128_columns_are_read_ahead(target, dim, most):
+    mask = {"mask": torch.float32, "mask_vector": 4}
+    form = Form(torch.bfloat16, dim, dim, padding=True, **mask, generation=GENERATIONS[target])
+    check_loops(keys_variant(form), target, (most,))
+
+
 # What spilled 16 bytes by triton 3.6 alone.
 @pytest.mark.offline
 @pytest.mark.parametrize("features", [{"padding": True}, {"packed": True, "dropout": True}])
