@@ -287,13 +287,14 @@ def _run(
     inputs = (x, weight, bias, target, class_weight, ignore_index, smoothing)
     losses, counts, *gradients = kernels.linear_cross_entropy_forward(*inputs, (*wanted,), at_once)
     if reduction == "mean":
-        counted = _mean_over(counts)
-        loss, scale = losses.sum() / counted, counted.reciprocal()
         # As PyTorch's: the mean of rows that are all ignored is NaN, and has gradients of zero.
         if class_weight is None:
-            scale = scale.masked_fill_(counts.sum() == 0.0, 0.0)
+            counted = counts.sum()
+            scale = counted.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
         else:
-            scale = scale.masked_fill_((target == ignore_index).all(), 0.0)
+            counted = _mean_over(counts)
+            scale = counted.reciprocal().masked_fill_((target == ignore_index).all(), 0.0)
+        loss = losses.sum() / counted
     else:
         loss, scale = losses if reduction == "none" else losses.sum(), losses.new_ones(())
         if unit is not None:
