@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -163,13 +163,13 @@ class GraphedFunction:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with each tensor changed; looks into tuples, lists, dicts and dataclasses."""
+    """`value` with each tensor changed; looks into tuples, lists, mappings, which become dicts, and dataclasses."""
     if isinstance(value, Tensor):
         return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: mapped(entry, change) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
         entries = [mapped(entry, change) for entry in value]
@@ -196,7 +196,7 @@ def shapes_of(value: Any) -> Hashable:
         return tuple(value.shape), value.dtype, value.stride()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(shapes_of(getattr(value, f.name)) for f in dataclasses.fields(value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple((name, shapes_of(entry)) for name, entry in value.items())
     if isinstance(value, (tuple, list)):
         return tuple(map(shapes_of, value))

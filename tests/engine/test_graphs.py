@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import UserDict
 
 import torch
 
@@ -61,4 +62,12 @@ def test_a_replay_waits_for_one_on_another_stream(emulated, monkeypatch):
         waits.clear()
         assert graphed(torch.ones(2)).tolist() == [2.0, 2.0]
         assert waits == expected
+    assert graphed.graphs == 1
+
+
+def test_tensors_are_found_in_mappings_of_any_class(emulated):
+    """Labels of transformers' image processors are a list of such."""
+    graphed = GraphedFunction(lambda labels: labels[0]["boxes"] + 1, torch.device("cpu"), warmup=1)
+    for value in (1.0, 2.0, 3.0):
+        assert graphed([UserDict(boxes=torch.full((2,), value))]).tolist() == [value + 1, value + 1]
     assert graphed.graphs == 1
