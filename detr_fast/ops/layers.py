@@ -141,7 +141,8 @@ class LayerOp(Op):
     def is_due(self, key: Any) -> bool:
         """Whether a call that has no program, and is met once more, is to be recorded now."""
         before = self.programs.get(key, 0)
-        assert isinstance(before, int)
+        if not isinstance(before, int):  # another thread has just recorded it
+            return False
         self.keep(key, before + 1)
         return before > 0 and (self.left >= PRICE or before >= PRICE)
 

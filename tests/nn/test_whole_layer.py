@@ -312,6 +312,7 @@ def test_shapes_that_vary_for_ever_are_soon_recorded_no_more(monkeypatch):
     for shape in range(60, 62):
         layers_meet(shape)
     assert recorded[-2:] == [60, 61]
+    assert not ENCODER_LAYER.is_due(61)  # by another thread
 
 
 @interpreter
