@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,32 @@ from detr_fast.ops.layer_norm_autograd import eager as eager_norm
 from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 
+@overload
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    return_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    *,
+    return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -30,7 +56,18 @@ def add_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     return_sum: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of residual + dropout(x) over the last dimension; with `return_sum` also that sum, for pre-norm layers.
 
     Shapes: x and residual (..., C), weight and bias (C,) or None; the results are (..., C).

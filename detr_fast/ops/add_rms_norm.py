@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,30 @@ from detr_fast.ops.layouts import key
 from detr_fast.ops.rms_norm import EPS, result_dtype
 
 
+@overload
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    dropout_p: float = 0.0,
+    return_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -22,7 +46,17 @@ def add_rms_norm(
     eps: float | None = None,
     dropout_p: float = 0.0,
     return_sum: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    dropout_p: float = 0.0,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm of residual + dropout(x) over the last dimension; with `return_sum` also that sum, for pre-norm layers.
 
     Shapes: x and residual (..., C), weight (C,) or None; the results are (..., C).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,44 @@ def feed_forward(
     return FEED_FORWARD(*arguments) if dispatch.intervening or x.is_cuda else _eager(*arguments)
 
 
+@overload
+def feed_forward_add_layer_norm(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    output_dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    return_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def feed_forward_add_layer_norm(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    output_dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    *,
+    return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
 def feed_forward_add_layer_norm(
     x: Tensor,
     w1: Tensor,
@@ -72,7 +110,24 @@ def feed_forward_add_layer_norm(
     output_dropout_p: float = 0.0,
     residual: Tensor | None = None,
     return_sum: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def feed_forward_add_layer_norm(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    output_dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm(x + dropout(feed_forward(x))): the whole second block of a post-norm transformer layer.
 
     As `feed_forward`; norm_weight and norm_bias (D,). dropout_p acts on the hidden activation, output_dropout_p on what is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,36 @@ from detr_fast.ops.products import (
 from detr_fast.ops.regimes import bytes_of
 
 
+@overload
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    return_sum: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    *,
+    return_sum: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
 def linear_add_layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -44,7 +74,20 @@ def linear_add_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     return_sum: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def linear_add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm(residual + dropout(x @ weight^T + bias)): a block's last product and the norm behind it.
 
     With `return_sum` also what is normalised, for pre-norm transformers, whose next residual it is.

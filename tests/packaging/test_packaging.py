@@ -24,8 +24,10 @@ def sources(tmp_path_factory) -> Path:
     import shutil
 
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "test_faq.py", source / "tests")
     for name in ("detr_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     return source
