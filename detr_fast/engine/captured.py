@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from detr_fast.engine.bound import Bound, held_by
 from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
 from detr_fast.engine.metrics import DeviceMetrics
@@ -31,9 +31,10 @@ class CapturedStep:
     """One training step: `step(inputs, targets)` returns the losses as device tensors, which hold until the next step.
 
     `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
-    first two steps of each shape run eagerly; they train like all others. So they do again where the mode of the model or of a part,
-    which parameters are trained, or the memory of parameters and buffers has changed, and where the optimizer's state was loaded or its
-    settings changed. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
+    first two steps of each shape run eagerly; they train like all others. So they do again where a part of the model, its class or its mode,
+    which parameters are trained, or the memory of parameters and buffers has changed, where hooks came or went, and where the optimizer's
+    state was loaded or its settings changed. Of a hook, a graph repeats the operations on tensors; its own Python runs in eager steps and
+    captures alone. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
     all steps eager, as a warning says. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
 
     Args:
@@ -81,7 +82,7 @@ class CapturedStep:
         reason = why_no_graph(model, optimizer, self.scaler) if capture else "capture=False"
         self._number: Tensor | None = None
         self._rates: list[Tensor] = []  # of the optimizer's groups, where steps are captured
-        self._held = _held_by(optimizer)
+        self._held = held_by(optimizer)
         self._changes = 0  # of what is held, in as many steps one behind the other
         if reason is None:
             _warn_of_padding(self.averaged)
@@ -93,7 +94,7 @@ class CapturedStep:
             reason=reason,
             before=self._forget_gradients,
             around=self._capturable,
-            bound=partial(self._bound, list(model.modules()), _places(model)),
+            bound=Bound(model),
         )
 
     @property
@@ -153,12 +154,9 @@ class CapturedStep:
         losses = self.criterion(outputs, targets)
         return self.criterion.weighted_sum(losses), losses
 
-    def _bound(self, modules: list[nn.Module], places: Places) -> tuple[Any, ...]:
-        return _state(modules, places), tuple([parameter.requires_grad for parameter in self.parameters])
-
     def _look_at_the_optimizer(self) -> None:
         """Drop graphs that hold moments or settings which the optimizer has no more."""
-        held = _held_by(self.optimizer)
+        held = held_by(self.optimizer)
         if held[0] is self._held[0] and held[1] == self._held[1]:
             self._changes = 0
             return
@@ -225,8 +223,7 @@ class CapturedInference:
         reason = why_no_graph(model) if capture else "capture=False"
         if reason is None:
             _warn_of_padding(model)
-        bound = partial(_state, list(model.modules()), _places(model))
-        self._forward = GraphedFunction(self._run, device, reason=reason, bound=bound)
+        self._forward = GraphedFunction(self._run, device, reason=reason, bound=Bound(model))
 
     @property
     def reason(self) -> str | None:
@@ -249,43 +246,6 @@ class CapturedInference:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), self.autocast():
             return self.model(*args, **kwargs)
-
-
-Places = list[tuple[dict[str, Any], str]]
-
-
-def _places(model: nn.Module) -> Places:
-    """Where a model's modules keep their parameters and buffers: another tensor may be put there."""
-    return [
-        (kept, name)
-        for part in model.modules()
-        for kept in (part._parameters, part._buffers)
-        for name, tensor in kept.items()
-        if tensor is not None
-    ]
-
-
-def _state(modules: list[nn.Module], places: Places) -> tuple[Any, ...]:
-    """What of a model a graph is bound to: the mode of each part, and where parameters and buffers lie."""
-    training = tuple([module.training for module in modules])
-    try:
-        lies = tuple([tensor.data_ptr() for kept, name in places if (tensor := kept.get(name)) is not None])
-    except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
-        lies = ()
-    return training, lies
-
-
-def _held_by(optimizer: torch.optim.Optimizer) -> tuple[Any, list[tuple[tuple[str, str], ...]]]:
-    """What of an optimizer a graph holds: its state, which loading replaces, and the settings that are no tensors."""
-    settings = [
-        tuple(
-            (name, repr(value))
-            for name, value in group.items()
-            if name not in ("params", "lr", "capturable") and not isinstance(value, Tensor)
-        )
-        for group in optimizer.param_groups
-    ]
-    return optimizer.state, settings
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

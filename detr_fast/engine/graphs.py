@@ -79,7 +79,12 @@ class GraphedFunction:
         key = shapes_of(arguments)
         if len(self._buckets) >= MAX_SHAPES:  # as of a model that lies elsewhere at each call
             self._buckets = {known: bucket for known, bucket in self._buckets.items() if bucket.graph is not None}
-        bucket = self._buckets.setdefault(key if self.bound is None else (key, self.bound()), _Bucket())
+        whole = key if self.bound is None else (key, self.bound())
+        try:
+            bucket = self._buckets.setdefault(whole, _Bucket())
+        except TypeError:
+            _warn_of_no_hash(key)
+            return self._warm_up(arguments)
         bucket.calls += 1
         if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
             return self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
@@ -160,6 +165,22 @@ class GraphedFunction:
             return False
         bucket.inputs, bucket.graph, bucket.outputs = inputs, graph, outputs
         return True
+
+
+def _warn_of_no_hash(key: Hashable) -> None:
+    """Which arguments can't tell calls apart: such calls run eagerly."""
+
+    def strange(part: Any) -> list[str]:
+        if isinstance(part, tuple):
+            return [name for one in part for name in strange(one)]
+        return [] if isinstance(part, Hashable) else [type(part).__name__]
+
+    warnings.warn(
+        f"detr-fast: an argument that is a {' or '.join(sorted({*strange(key)})) or type(key).__name__} can't tell apart what was captured for which call, as "
+        "such have no hash: these calls run eagerly. Results stay right, only slower. Give tensors, tuples, lists, dictionaries, numbers or strings.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

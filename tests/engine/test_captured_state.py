@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import detr_fast
 from detr_fast.engine.captured import CapturedInference, CapturedStep
 
 
@@ -144,4 +145,99 @@ def test_inference_that_was_captured_in_inference_mode_runs_outside_of_it_too(em
             inference(torch.randn(4, 3))
     x = torch.randn(4, 3)
     assert torch.equal(inference(x), model(x))
+
+
+def doubled(*given):
+    return given[-1] * 2
+
+
+def doubled_first(_, given, *__):
+    return (given[0] * 2,)
+
+
+def doubled_gradient(parameter):
+    parameter.grad.mul_(2)
+
+
+HOOKS = {
+    "forward": lambda model, _: model[0].register_forward_hook(doubled),
+    "forward, of all modules": lambda *_: nn.modules.module.register_module_forward_hook(
+        lambda part, _, y: y * 2 if type(part) is nn.Tanh else None
+    ),
+    "before the forward": lambda model, _: model[1].register_forward_pre_hook(doubled_first),
+    "backward": lambda model, _: model[1].register_full_backward_hook(doubled_first),
+    "before the backward": lambda model, _: model[1].register_full_backward_pre_hook(doubled_first),
+    "of a gradient": lambda model, _: model[0].weight.register_hook(doubled),
+    "behind a gradient": lambda model, _: model[0].weight.register_post_accumulate_grad_hook(doubled_gradient),
+    "before the optimizer's step": lambda model, optimizer: optimizer.register_step_pre_hook(
+        lambda *_: doubled_gradient(model[0].weight)
+    ),
+}
+
+
+@pytest.mark.parametrize("add", HOOKS.values(), ids=HOOKS)
+def test_hooks_that_come_or_go_later_act_as_in_eager_steps(add, emulated):
+    start = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    models, steps, optimizers = [copy.deepcopy(start) for _ in range(2)], [], []
+    for model, capture in zip(models, (True, False)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.param_groups[0]["capturable"] = True
+        steps.append(CapturedStep(model, lambda y, _: y.square().mean(), optimizer, capture=capture))
+        optimizers.append(optimizer)
+    x = torch.randn(8, 4)
+
+    def train():
+        for _ in range(4):
+            losses = [step(x)["loss"] for step in steps]
+            torch.testing.assert_close(*losses)
+            torch.testing.assert_close(*(dict(model.named_parameters()) for model in models))
+        assert steps[0].graphs > 0
+
+    train()
+    # That of all modules is one for both.
+    handles = [
+        add(*each) for each in list(zip(models, optimizers))[: 1 if add is HOOKS["forward, of all modules"] else 2]
+    ]
+    train()
+    for handle in handles:
+        handle.remove()
+    train()
+
+
+def test_a_part_that_was_put_into_anothers_place_is_what_runs(emulated):
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Tanh())), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    for part in (nn.Tanh(), nn.Sequential(nn.Linear(2, 2)), nn.BatchNorm1d(2)):
+        model[1][0] = part.eval()
+        for _ in range(4):
+            torch.testing.assert_close(inference(x), model(x))
+    nn.init.ones_(part.running_var).mul_(4)
+    part.running_var = part.running_var * 9
+    torch.testing.assert_close(inference(x), model(x))
+    assert inference.graphs == 3
+
+
+def test_a_model_that_is_accelerated_after_a_capture_is_captured_anew(emulated):
+    model, x = nn.Sequential(nn.LayerNorm(4)), torch.randn(2, 4)
+    inference = CapturedInference(model)
+    for _ in range(4):
+        inference(x)
+    detr_fast.accelerate(model)
+    for graphs_then in (1, 1, 2):
+        inference(x)
+        assert inference.graphs == graphs_then
+
+
+def test_arguments_that_have_no_hash_leave_their_calls_eager(emulated):
+    class Sum(nn.Linear):
+        def forward(self, x, powers):
+            return sum(nn.Linear.forward(self, x) ** power for power in powers)
+
+    inference, x = CapturedInference(Sum(3, 2)), torch.randn(4, 3)
+    for powers in ({1}, {2}, {1, 2}, {1}, {1}):
+        with pytest.warns(RuntimeWarning, match=r"a set .*have no hash.* run eagerly"):
+            found = inference(x, powers)
+        assert torch.equal(found, inference.model(x, powers))
+    for _ in range(4):
+        assert torch.equal(inference(x, (1, 2)), inference.model(x, (1, 2)))
     assert inference.graphs == 1

@@ -1,0 +1,95 @@
+"""What of a model and its optimizer a captured graph is bound to, besides the shapes of what it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.nn.bare import HOOKS
+
+# Of all modules of the process, as profilers register them.
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+_OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+class Bound:
+    """Called, it gives something else where a graph of the model may no longer compute what a call of the model would.
+
+    Looked at are the classes and modes of all parts, which part is in which place, hooks on parts and on parameters, which parameters
+    are trained, and where parameters and buffers lie.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._readings = 0
+        self._read()
+
+    def _read(self) -> None:
+        """Look where everything is kept, once for each set of parts."""
+        self._readings += 1
+        self._parts = list(self._model.modules())
+        self._children = [part._modules for part in self._parts if part._modules]
+        self._in_place = self._found_in_place()
+        self._hooks: list[Any] = [getattr(part, name) for part in self._parts for name in HOOKS]
+        self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
+        self._parameters, self._buffers = (
+            [
+                (kept, name)
+                for part in self._parts
+                for kept in (getattr(part, which),)
+                for name, t in kept.items()
+                if t is not None
+            ]
+            for which in ("_parameters", "_buffers")
+        )
+
+    def _found_in_place(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable([children.values() for children in self._children]))
+
+    def __call__(self) -> Hashable:
+        found = self._found_in_place()
+        if len(found) != len(self._in_place) or not all(map(is_, found, self._in_place)):
+            self._read()
+        kinds, modes = tuple(map(type, self._parts)), tuple([part.training for part in self._parts])
+        # By their numbers, which no two hooks of a process have.
+        hooks = list(map(tuple, filter(None, self._hooks)))
+        trained = []
+        lies = []
+        try:
+            for kept, name in self._parameters:
+                parameter = kept.get(name)
+                if parameter is not None:
+                    lies.append(parameter.data_ptr())
+                    trained.append(parameter.requires_grad)
+                    if parameter._backward_hooks:
+                        hooks.append(tuple(parameter._backward_hooks))
+                    if parameter._post_accumulate_grad_hooks:
+                        hooks.append(tuple(parameter._post_accumulate_grad_hooks))
+            lies += [buffer.data_ptr() for kept, name in self._buffers if (buffer := kept.get(name)) is not None]
+        except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
+            lies = []
+        return self._readings, kinds, modes, tuple(hooks), tuple(trained), tuple(lies)
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> tuple[Any, list[tuple[tuple[str, str], ...]]]:
+    """What of an optimizer a graph holds: its state, which loading replaces, its settings that are no tensors, and its hooks."""
+    hooks = [tuple(getattr(optimizer, name, ())) for name in _OPTIMIZER_HOOKS]
+    settings = [
+        tuple(
+            (name, repr(value))
+            for name, value in group.items()
+            if name not in ("params", "lr", "capturable") and not isinstance(value, Tensor)
+        )
+        for group in optimizer.param_groups
+    ]
+    return optimizer.state, [(("hooks", repr(hooks)),), *settings]
