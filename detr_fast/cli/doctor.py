@@ -30,7 +30,7 @@ def doctor(
         report = examination.examine(data, progress)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
     if page is not None:
-        with explained(page):
+        with explained(page, option="--page"):
             report.draw(page)
         typer.echo(f"drew {page}", err=True)
     if fix is not None:

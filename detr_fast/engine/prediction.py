@@ -150,7 +150,7 @@ def write_predictions(
 
     Boxes in the JSON are in the file's pixels; pictures are reduced to LONGEST_SIDE.
     """
-    with explained(out):
+    with explained(out, option="--out"):
         out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     taken: set[str] = {JSON_NAME}

@@ -25,15 +25,18 @@ LOCK = ".lock"
 
 
 @contextmanager
-def explained(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn a failure to write `path` into one line that says why, and what to do."""
+def explained(path: Path, remedy: str = "", option: str = "") -> Iterator[None]:
+    """Turn a failure to write `path` into one line that says why, and what to do: `remedy` where the disk is full.
+
+    option: of the command line, by which another place is chosen.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             advice = remedy or "free some space, or write to another disk"
         else:
-            advice = "choose a folder that you may write to"
+            advice = "choose a folder that you may write to" + (option and f" with {option}")
         raise RunFolderError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
 
 
@@ -77,10 +80,10 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | os.PathLike[str], overwrite: bool = False) -> RunFolder:
         run = cls(path)
-        with explained(run.path):
+        with explained(run.path, option="--run"):
             run.path.mkdir(parents=True, exist_ok=True)
-        run.claim()
-        with explained(run.path):
+        run.claim("--run")
+        with explained(run.path, option="--run"):
             occupied = [p for p in (run.checkpoint, run.best, run.metrics) if p.exists()]
             if occupied and not overwrite:
                 run.release()
@@ -94,16 +97,16 @@ class RunFolder:
                 pass
         return run
 
-    def claim(self) -> None:
+    def claim(self, option: str = "") -> None:
         """Keep other processes from training here, until `release` or the end of this one, however it ends.
 
-        Raises RunFolderError where another process does: both would write the same checkpoint and metrics.
+        Raises RunFolderError where another process does: both would write the same checkpoint and metrics. option: as `explained`.
         """
         try:
             import fcntl
         except ImportError:  # Windows
             return
-        with explained(self.path):
+        with explained(self.path, option=option):
             self._claim = open(self.path / LOCK, "a+b")  # noqa: SIM115  # held until `release`
         weakref.finalize(self, self._claim.close)
         try:

@@ -297,7 +297,9 @@ def test_a_read_only_disk_is_named(data, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert run("train", "--data", data, "--run", tmp_path / "run", *SMALL) == 2
-    assert_one_line(capsys, r"cannot write .*run: Read-only file system; choose a folder that you may write to")
+    assert_one_line(
+        capsys, r"cannot write .*run: Read-only file system; choose a folder that you may write to with --run\n"
+    )
 
 
 @contextmanager

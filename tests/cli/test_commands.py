@@ -280,3 +280,11 @@ def test_a_missing_package_is_named_with_a_command_that_installs_it_from_a_clone
     assert "scipy.optimize is not installed" in line
     assert "in a clone of detr-fast: pip install '.[train]'" in line  # on PyPI there is none
     assert code == 2
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_it_without_a_traceback(tmp_path):
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))}
+    command = [sys.executable, "-m", "detr_fast", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
