@@ -1,16 +1,19 @@
 """Layers of OPT, BioGPT and GPT-Neo in transformers: their residual sums with the norms behind them are one op.
 
-GPT-Neo's attention, global or of a window, writes out its scores in fp32 where nobody asks for weights; here they stay in `ops.attention`.
+The attentions of GPT-Neo, global or of a window, and of GPT-J write out their scores in fp32; here they stay in `ops.attention`, where nobody
+asks for weights.
 Known by all of their code (`base.fingerprint`).
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import comes_apart, feed_forward_add_norm, feed_forward_sum, is_dispatched, is_plain
@@ -101,6 +104,46 @@ class GPTNeoSelfAttention(Scriptable):
         mask = joined_with(attention_mask, (self.attention_type,), partial(_joined, order, attention_mask, q.dtype))
         y = attend(packs, mask, probability(self.attn_dropout), 1.0)
         return self.resid_dropout(self.out_proj(y)), None
+
+
+class GPTJAttention(Scriptable):
+    """GPT-J's attention, with rotary positions."""
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        rotate = vars(sys.modules[original.__module__])["apply_rotary_pos_emb"]
+        return {"detr_fast_rotate": staticmethod(rotate)}
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        layer_past: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        use_cache: bool | None = False,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        scale = self.scale_attn
+        taken = not output_attentions and is_dispatched(hidden_states) and is_plain(self.attn_dropout)
+        if not (taken and isinstance(scale, float)):
+            rest = (layer_past, attention_mask, position_ids, use_cache, output_attentions)
+            return super().forward(hidden_states, *rest, **kwargs)  # type: ignore[misc,no-any-return]
+        shape = self.num_attention_heads, self.head_dim
+        q, k, v = (part(hidden_states).unflatten(-1, shape) for part in (self.q_proj, self.k_proj, self.v_proj))
+        table = self._get_embed_positions(position_ids)
+        places = position_ids.unsqueeze(-1).expand(-1, -1, table.shape[-1])
+        angles = torch.gather(table, 1, places).to(k.dtype).chunk(2, -1)
+        q, k = (self._turned(one, angles) for one in (q, k))
+        packs = packed(q, k, v) if layer_past is None else cached(layer_past, self.layer_idx, q, k, v)
+        y = attend(packs, attention_mask, probability(self.attn_dropout), 1 / scale)
+        return self.resid_dropout(self.out_proj(y)), None
+
+    def _turned(self: Any, x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
+        if self.rotary_dim is None:
+            return self.detr_fast_rotate(x, *angles)  # type: ignore[no-any-return]
+        turned = self.detr_fast_rotate(x[..., : self.rotary_dim], *angles)
+        return torch.cat([turned, x[..., self.rotary_dim :]], -1)
 
 
 def _joined(order: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

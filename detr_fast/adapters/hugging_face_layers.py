@@ -308,6 +308,7 @@ _CODE: dict[str, type[Module]] = {
     "21549d3ba684e4f4": gpt.OPTDecoderLayer,  # BioGPT's
     "cbf326aba3f4aa19": gpt.GPTNeoBlock,
     "0b46d63db235bb60": gpt.GPTNeoSelfAttention,
+    "fd18523acb579d31": gpt.GPTJAttention,
     "2a5769c22b66b9d0": alibi.BloomBlock,
     "ba9d830818e53ae2": alibi.MptBlock,
     "a68daa09164a6f07": others.DistilBertLayer,

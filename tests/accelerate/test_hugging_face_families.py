@@ -282,6 +282,7 @@ KNOWN = {
     "biogpt.BioGptDecoderLayer": hugging_face_layers,
     "gpt_neo.GPTNeoBlock": hugging_face_layers,
     "gpt_neo.GPTNeoSelfAttention": hugging_face_layers,
+    "gptj.GPTJAttention": hugging_face_layers,
     "bloom.BloomBlock": hugging_face_layers,
     "mpt.MptBlock": hugging_face_layers,
     "distilbert.TransformerBlock": hugging_face_layers,

@@ -17,7 +17,9 @@ bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
 TOKENS = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUIET = dict.fromkeys(("hidden_dropout", "attention_dropout", "dropout", "resid_dropout", "embed_dropout"), 0.0)
-QUIET |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+QUIET |= dict.fromkeys(
+    ("hidden_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0
+)
 NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
 FEED_FORWARD = {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}
@@ -31,6 +33,11 @@ MODELS = {
     ),
     "BioGpt": ("BioGptForCausalLM", {**WIDTHS, "intermediate_size": 48}, FEED_FORWARD),
     "GPTNeo": ("GPTNeoForCausalLM", {**NEO, "window_size": 3}, FEED_FORWARD),
+    "GPTJ": (
+        "GPTJForCausalLM",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+        {"attention": 2, "feed_forward": 2},
+    ),
     "Bloom": ("BloomForCausalLM", BLOOM, FEED_FORWARD),
     "Bloom, sums of norms": (
         "BloomForCausalLM",
@@ -116,7 +123,7 @@ def test_a_model_is_as_before_on_kernels(name, one_layer, step):
     assert {"attention", "add_layer_norm"} <= {r.op for r in records if r.chosen == "triton"}
 
 
-@pytest.mark.parametrize("name", ["GPTNeo", "Bloom", "Mpt"])
+@pytest.mark.parametrize("name", ["GPTNeo", "GPTJ", "Bloom", "Mpt"])
 def test_weights_that_are_asked_for_are_theirs(name):
     model = made(name).eval()
     expected = model(input_ids=IDS, attention_mask=RIGHT, output_attentions=True)
@@ -128,7 +135,7 @@ def test_weights_that_are_asked_for_are_theirs(name):
     assert all(one is not None for one in found.attentions)
 
 
-@pytest.mark.parametrize("name", ["OPT", "GPTNeo", "Bloom", "Mpt"])
+@pytest.mark.parametrize("name", ["OPT", "GPTNeo", "GPTJ", "Bloom", "Mpt"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
 def test_what_is_generated_stays_the_same_with_and_without_a_cache(name, cache):
     model = made(name).eval()
