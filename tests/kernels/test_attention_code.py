@@ -128,6 +128,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 64, "keys", {"padding": True, "dropout": True, "mask": torch.float32, "periodic": True}),
         ("sm_80", 32, "atomics", {"padding": True, "dropout": True, "causal": True, "mask": torch.float32}),
         ("sm_80", 32, "forward", {"dropout": True, "mask": torch.bfloat16, "mask_vector": 0}),
+        ("sm_80", 32, "keys", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 0}),
         ("sm_80", 32, "atomics", {"padding": True, "mask": torch.bool}),
         ("sm_80", 64, "mask", {"mask": torch.bfloat16}),
         ("sm_120", 64, "mask", {"mask": torch.bfloat16, "mask_vector": 8}),
