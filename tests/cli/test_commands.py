@@ -285,6 +285,8 @@ def test_a_missing_package_is_named_with_a_command_that_installs_it_from_a_clone
 def test_ctrl_c_while_the_command_line_is_imported_ends_it_without_a_traceback(tmp_path):
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))}
-    command = [sys.executable, "-m", "detr_fast", "--help"]
+    # A process that is started in the background ignores Ctrl-C, and so do those that it starts.
+    listening = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", listening + "runpy.run_module('detr_fast', run_name='__main__')", "--help"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

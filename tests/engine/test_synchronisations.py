@@ -6,6 +6,7 @@ tensors, as autograd on fake ones wants a driver.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -115,7 +116,9 @@ def test_a_captured_step_is_what_the_trainer_runs(tiny):
     assert trainer.take_step.reason == "the parameters are on cpu, and CUDA graphs need a GPU"
 
 
-def test_batches_travel_without_blocking_the_host():
+def test_batches_travel_without_blocking_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     given = inputs("cpu")
     with Copies() as copies:
         graphs.moved(given, torch.device("meta"))
