@@ -93,15 +93,16 @@ ATTENTION_HOPPER_FEW = {
     ("atomics", 32, "dropout"): TileConfig(32, 64, 4, 2),  # 42.8, 52.4
 }
 
-# Up to a head dimension of 32, what the queries' kernel with dropout takes more instructions a score in FEW's tiles of 64: 13.3 for 12.8.
-HALVES_COST = 1.04
+# Up to a head dimension of 32, what two tiles of 64 take more instructions than one of 128 in the queries' kernel with dropout: 13,632 for 12,099 with 850
+# keys, 16,188 for 14,565 with 1,050. In the loop 13.3 a score for 12.8; the rest is in front of it and behind it, and in a last block of 64 keys.
+HALVES_COST = 1.12
 
 
 def halves_end_sooner(tiles: int, halves: int) -> bool:
     """Whether the busiest of FEW_TILES multiprocessors has at least 5 % less to do with so many halves than with whole tiles.
 
     Two tiles of 128 rows on a multiprocessor take it nearly twice as long as one does: 13.8 us for one with 14 blocks of keys, 29.0 for two with 16
-    (the forward with dropout on an H200). So time goes by the busiest: 8 x 850 tokens are 448 tiles, 4 on that one for 3.4 on average, or 7 halves for 6.8.
+    (the forward with dropout on an H200). So time goes by the busiest: 4 x 1,050 tokens are 288 tiles, 3 on that one for 2.2 on average, or 5 halves for 4.1.
     """
     return HALVES_COST * 1.05 * -(-halves // FEW_TILES) <= 2 * -(-tiles // FEW_TILES)
 
