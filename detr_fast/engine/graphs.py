@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,14 +185,19 @@ def _warn_of_no_hash(key: Hashable) -> None:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with each tensor changed; looks into tuples, lists, mappings, which become dicts, and dataclasses."""
+    """`value` with each tensor changed; looks into tuples, lists, dataclasses, dicts and other mappings, which keep their class."""
     if isinstance(value, Tensor):
         return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, Mapping):
-        return {name: mapped(entry, change) for name, entry in value.items()}
+        named = {name: mapped(entry, change) for name, entry in value.items()}
+        if isinstance(value, dict) or not isinstance(value, MutableMapping):
+            return named
+        same = copy(value)  # of its class: transformers' batches are read as `batch.labels`, too
+        same.update(named)
+        return same
     if isinstance(value, (tuple, list)):
         entries = [mapped(entry, change) for entry in value]
         # A named tuple takes them one by one.

@@ -71,3 +71,16 @@ def test_tensors_are_found_in_mappings_of_any_class(emulated):
     for value in (1.0, 2.0, 3.0):
         assert graphed([UserDict(boxes=torch.full((2,), value))]).tolist() == [value + 1, value + 1]
     assert graphed.graphs == 1
+
+
+def test_mappings_keep_their_class():
+    """Batches of transformers are read by attributes, too, also where nothing is captured."""
+
+    class Batch(UserDict):
+        def __getattr__(self, name: str):
+            return self.data[name]
+
+    graphed = GraphedFunction(lambda batch: batch.labels + 1, torch.device("cpu"), reason="no GPU")
+    given = Batch(labels=torch.ones(2))
+    assert graphed(given).tolist() == [2.0, 2.0]
+    assert given.labels.tolist() == [1.0, 1.0]
