@@ -38,20 +38,12 @@ class Bound:
         """Look where everything is kept, once for each set of parts."""
         self._readings += 1
         self._parts = list(self._model.modules())
-        self._children = [part._modules for part in self._parts if part._modules]
+        self._children = [part._modules for part in self._parts]  # empty lists of modules grow, too
         self._in_place = self._found_in_place()
         self._hooks: list[Any] = [getattr(part, name) for part in self._parts for name in HOOKS]
         self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
-        self._parameters, self._buffers = (
-            [
-                (kept, name)
-                for part in self._parts
-                for kept in (getattr(part, which),)
-                for name, t in kept.items()
-                if t is not None
-            ]
-            for which in ("_parameters", "_buffers")
-        )
+        self._parameters = [part._parameters for part in self._parts]
+        self._buffers = [part._buffers for part in self._parts]
 
     def _found_in_place(self) -> list[nn.Module | None]:
         return list(chain.from_iterable([children.values() for children in self._children]))
@@ -66,8 +58,7 @@ class Bound:
         trained = []
         lies = []
         try:
-            for kept, name in self._parameters:
-                parameter = kept.get(name)
+            for parameter in chain.from_iterable([kept.values() for kept in self._parameters]):
                 if parameter is not None:
                     lies.append(parameter.data_ptr())
                     trained.append(parameter.requires_grad)
@@ -75,7 +66,8 @@ class Bound:
                         hooks.append(tuple(parameter._backward_hooks))
                     if parameter._post_accumulate_grad_hooks:
                         hooks.append(tuple(parameter._post_accumulate_grad_hooks))
-            lies += [buffer.data_ptr() for kept, name in self._buffers if (buffer := kept.get(name)) is not None]
+            buffers = chain.from_iterable([kept.values() for kept in self._buffers])
+            lies += [buffer.data_ptr() for buffer in buffers if buffer is not None]
         except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
             lies = []
         return self._readings, kinds, modes, tuple(hooks), tuple(trained), tuple(lies)
