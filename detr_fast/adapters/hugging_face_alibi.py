@@ -30,11 +30,15 @@ def joined_with(mask: Tensor | None, others: tuple[Any, ...], join: Callable[[],
     """A mask joined with what it is given with, which the mask remembers for the layers that follow."""
     if mask is None or torch.compiler.is_compiling():
         return join()
-    known = getattr(mask, _JOINED, None)
-    if known is None or len(known[0]) != len(others) or any(a is not b for a, b in zip(known[0], others)):
-        known = others, join()
+    # A mask that is a user's own may be given again, changed in place.
+    version = None if mask.is_inference() else mask._version
+    key = (version, torch.is_inference_mode_enabled(), *map(id, others))
+    known = getattr(mask, _JOINED, {})
+    if key not in known:
+        known = dict([*known.items()][-1:])  # of another kind of layer: GPT-Neo's take turns
+        known[key] = others, join()  # others are kept, so that no id is given twice
         setattr(mask, _JOINED, known)
-    found: Tensor = known[1]
+    found: Tensor = known[key][1]
     return found
 
 

@@ -422,3 +422,21 @@ def test_an_attention_with_another_helper_that_ours_would_not_call_is_left_alone
         torch.testing.assert_close(MODELS["Pvt"][1](model), expected)
     (reason,) = {one.reason for one in report.left}
     assert "transpose_for_scores" in reason
+
+
+def test_what_a_mask_is_joined_with_is_computed_once_for_each_kind_of_layer_and_anew_where_the_mask_changes():
+    mask, made = torch.zeros(2), []
+
+    def join() -> torch.Tensor:
+        made.append(mask + 1)
+        return made[-1]
+
+    for _ in range(2):
+        for kind in ("global", "local"):
+            hugging_face_alibi.joined_with(mask, (kind,), join)
+    assert len(made) == 2
+    mask += 1
+    assert hugging_face_alibi.joined_with(mask, ("global",), join).tolist() == [2.0, 2.0]
+    with torch.inference_mode():
+        hugging_face_alibi.joined_with(mask, ("global",), join)
+    assert not hugging_face_alibi.joined_with(mask, ("global",), join).is_inference()
