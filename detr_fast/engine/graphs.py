@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -185,7 +186,10 @@ def _warn_of_no_hash(key: Hashable) -> None:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with each tensor changed; looks into tuples, lists, dataclasses, dicts and other mappings, which keep their class."""
+    """`value` with each tensor changed; looks into tuples, lists, dataclasses and mappings.
+
+    Mappings become dicts, but for a UserDict, which keeps its class: transformers' batches are read as `batch.labels`, too.
+    """
     if isinstance(value, Tensor):
         return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -193,9 +197,9 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return dataclasses.replace(value, **fields)
     if isinstance(value, Mapping):
         named = {name: mapped(entry, change) for name, entry in value.items()}
-        if isinstance(value, dict) or not isinstance(value, MutableMapping):
+        if not isinstance(value, UserDict):
             return named
-        same = copy(value)  # of its class: transformers' batches are read as `batch.labels`, too
+        same = copy(value)  # whose class has it copy its entries, too
         same.update(named)
         return same
     if isinstance(value, (tuple, list)):

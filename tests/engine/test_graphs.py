@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections import UserDict
+from collections import ChainMap, UserDict
 
 import torch
 
 from detr_fast import capture
-from detr_fast.engine.graphs import GraphedFunction
+from detr_fast.engine.graphs import GraphedFunction, mapped
 from tests import stub_cuda
 
 
@@ -84,3 +84,15 @@ def test_mappings_keep_their_class():
     given = Batch(labels=torch.ones(2))
     assert graphed(given).tolist() == [2.0, 2.0]
     assert given.labels.tolist() == [1.0, 1.0]
+
+
+def test_tensors_moved_out_of_a_mapping_do_not_change_it():
+    class Shelf(ChainMap):  # copies of which share its entries
+        __copy__ = None
+
+        def __reduce__(self):
+            return Shelf, tuple(self.maps)
+
+    given = Shelf({"labels": torch.ones(2)})
+    assert mapped(given, torch.neg)["labels"].tolist() == [-1.0, -1.0]
+    assert given["labels"].tolist() == [1.0, 1.0]
