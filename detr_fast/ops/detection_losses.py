@@ -97,8 +97,9 @@ class DetectionLossesCall(Call):
 
 
 def _signature(logits: Tensor, boxes: Tensor, query: Tensor, *rest: Any) -> tuple[Any, ...]:
-    predictions = tuple((type(t), t.shape, t.dtype, t.device, t.requires_grad) for t in (logits, boxes))
-    return *predictions, query.shape, *(t.device for t in (query, *rest[:5])), rest[-1]
+    predictions = ((t.shape, t.dtype, t.requires_grad) for t in (logits, boxes))
+    places = ((type(t), t.device) for t in (logits, boxes, query, *rest[:5]))
+    return *predictions, query.shape, *places, rest[-1]
 
 
 def _describe(logits: Tensor, boxes: Tensor, query: Tensor, *rest: Any, situation: Situation) -> DetectionLossesCall:

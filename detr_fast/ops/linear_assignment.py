@@ -54,7 +54,7 @@ class AssignmentCall(Call):
 
 
 def _signature(cost: Tensor, counts: Tensor) -> tuple[Any, ...]:
-    return type(cost), cost.shape, cost.dtype, cost.device, counts.device
+    return cost.shape, cost.dtype, *((type(t), t.device) for t in (cost, counts))
 
 
 def _describe(cost: Tensor, counts: Tensor, *, situation: Situation) -> AssignmentCall:

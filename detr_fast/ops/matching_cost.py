@@ -81,8 +81,8 @@ class MatchingCostCall(Call):
 
 
 def _signature(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
-    devices = tuple(t.device for t in (logits, boxes, labels, *rest[:2]))
-    return type(logits), logits.shape, logits.dtype, devices, boxes.dtype, labels.shape, rest[-1]
+    places = ((type(t), t.device) for t in (logits, boxes, labels, *rest[:2]))
+    return logits.shape, logits.dtype, *places, boxes.dtype, labels.shape, rest[-1]
 
 
 def _describe(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any, situation: Situation) -> MatchingCostCall:

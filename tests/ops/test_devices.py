@@ -44,7 +44,7 @@ def call(op, *tensors):
     if op.startswith("deformable_attention"):
         return getattr(ops, op)(tensors[0], [(2, 3)], *tensors[1:])
     if op == "attention_varlen":
-        ends = torch.tensor([0, 6], dtype=torch.int32, device="cuda")
+        ends = torch.tensor([0, 6], dtype=torch.int32, device=tensors[0].device)
         return ops.attention_varlen(*tensors[:3], ends, ends, 6, 6, attn_mask=tensors[3])
     return getattr(ops, op)(*tensors)
 
@@ -57,3 +57,19 @@ def test_a_tensor_left_on_the_cpu_is_refused_also_after_a_call_that_was_right(op
         call(op, *placed)
         with pytest.raises(dispatch.BackendError, match=r"lie on (several devices|one device)"):
             call(op, *placed[:left], tensors[left], *placed[left + 1 :])
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(("op", "which"), [(op, i) for op, tensors in CASES.items() for i in range(len(tensors))])
+def test_a_tensor_of_a_class_of_its_own_is_seen_in_each_place_also_after_a_call_with_plain_ones(op, which):
+    told = []
+    with dispatch.recording(lambda _, decision: told.append(decision)):
+        call(op, *CASES[op])
+        tensors = list(CASES[op])
+        tensors[which] = tensors[which].as_subclass(Mine)
+        call(op, *tensors)
+    assert "Mine" not in str(told[0].reasons)
+    assert "tensor subclass Mine" in told[-1].reasons["triton"]
