@@ -74,7 +74,8 @@ def compile_catalog(entries: Iterable[Entry], targets: Iterable[str], workers: i
     """Compile each entry for each target that it is for, in `workers` processes (up to one per core where None), in the order given.
 
     A failure comes back as a `Compiled` with an error that names kernel, target and remedy. Raises ValueError for an
-    unknown target, RuntimeError where TRITON_INTERPRET is set, ImportError without triton.
+    unknown target, RuntimeError where TRITON_INTERPRET is set, ImportError without triton; OSError, on the way, where
+    this machine can't keep what is compiled.
     """
     jobs = [(one.name, target) for target in _known(targets) for one in entries if one.is_for(target)]
     launch.require_triton()
@@ -182,6 +183,8 @@ def _compile_job(job: tuple[str, str]) -> Compiled:
         cause: BaseException = error
         while cause.__cause__ is not None:  # a jit function inside a kernel wraps what happened
             cause = cause.__cause__
+        if isinstance(cause, OSError):  # a full disk, or a cache that can't be written: no kernel's fault
+            raise OSError(cause.errno, cause.strerror, cause.filename or launch.triton.knobs.cache.dir) from None
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         return Compiled(
             name,

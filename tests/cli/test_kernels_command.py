@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 import typer
+from detr_fast.kernels import offline
 from typer.testing import CliRunner
 
+from detr_fast.cli import main
 from detr_fast.cli.kernels import kernels
 from detr_fast.engine.errors import EngineError
 
@@ -47,8 +50,6 @@ def test_machine_code_assembly_and_index_are_written(one_variant, tmp_path):
 
 
 def test_a_kernel_over_its_budget_is_named_with_its_target_and_remedy(one_variant, monkeypatch):
-    from detr_fast.kernels import offline
-
     monkeypatch.setattr(
         offline, "over_budget", lambda one, compiled: [f"{one.name} for {compiled.target} uses too much"]
     )
@@ -64,8 +65,6 @@ def test_the_table_has_one_line_a_variant_and_target(one_variant):
 
 
 def test_a_failing_compilation_is_an_error_line_and_status_1(one_variant, monkeypatch, tmp_path):
-    from detr_fast.kernels import offline
-
     def failing(*_):
         raise ValueError("no such instruction")
 
@@ -74,6 +73,29 @@ def test_a_failing_compilation_is_an_error_line_and_status_1(one_variant, monkey
     assert result.exit_code == 1
     assert f"Error: {one_variant.name} does not compile for sm_90: no such instruction" in result.stderr
     assert "error" in json.loads((tmp_path / "new" / "index.json").read_text())[0]
+
+
+def test_a_cache_that_cannot_be_written_is_the_machines_fault_and_no_kernels(
+    one_variant, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SystemExit) as end:
+        main(["kernels", "--target", "sm_90"])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {tmp_path / 'file'}")
+    assert line.endswith("; check the path, its permissions and the disk")
+
+
+def test_a_disk_that_is_full_is_told_with_the_folder_of_the_cache(one_variant, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(offline, "compile_variant", failing)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/some/cache")
+    with pytest.raises(OSError, match="No space left on device: '/some/cache'"):
+        run("--target", "sm_90")
 
 
 @pytest.mark.parametrize(
