@@ -12,6 +12,7 @@ import sys
 import typer
 
 from detr_fast.cli.terminal import lasting_output
+from detr_fast.engine.signals import tidy_end
 
 # In the order that `detr-fast --help` lists them.
 COMMANDS = (
@@ -57,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit: 0, 2 for errors of the user's, 129, 130 or 143 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a "–" or "×" is no reason to lose the figures of a long evaluation
         sys.stdout.reconfigure(errors="replace")
-    with lasting_output():
+    with lasting_output(), tidy_end():
         try:
             app(args, prog_name="detr-fast")
         except Exception as error:

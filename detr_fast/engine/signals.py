@@ -63,6 +63,26 @@ class StopSignals:
 
 
 @contextmanager
+def tidy_end() -> Iterator[None]:
+    """While entered, a SIGTERM or SIGHUP that would end the process at once raises SystemExit, by which half-written files are removed; a second one ends it."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise SystemExit(128 + signum)
+
+    handled = [s for s in StopSignals.HANDLED if signal.getsignal(s) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # which alone may set them
+        handled = []
+    for signum in handled:
+        signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum in handled:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+@contextmanager
 def signals_held() -> Iterator[None]:
     """Signals to stop wait until this is left; processes that are started inside hold them until `release_signals`."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows

@@ -185,6 +185,20 @@ def test_ctrl_c_is_answered_at_once() -> None:
     assert run.returncode == -signal.SIGINT
 
 
+def test_a_signal_in_the_middle_of_writing_leaves_nothing_half_written(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from detr_fast import cli\n"
+        "from detr_fast.engine.run_folder import atomic_write\n"
+        "stop = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"cli.app = lambda *_, **__: atomic_write({str(tmp_path / 'photo.png')!r}, stop)\n"
+        "cli.main([])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_predict_names_what_it_cannot_read_in_a_folder_and_goes_on(
     scenes: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
