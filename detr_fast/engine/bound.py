@@ -19,14 +19,15 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+_OFTEN_ZERO = ("p", "dropout", "drop_prob")  # the integer, where there is none
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class Bound:
     """Called, it gives something else where a graph of the model may no longer compute what a call of the model would.
 
-    Looked at are the classes and modes of all parts, which part is in which place, hooks on parts and on parameters, which parameters
-    are trained, and where parameters and buffers lie.
+    Looked at are the classes, modes and fractional settings of all parts (a dropout's `p`, say), forwards of their own, which part is in
+    which place, hooks on parts and on parameters, which parameters are trained, and where parameters and buffers lie.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,20 +40,29 @@ class Bound:
         self._readings += 1
         self._parts = list(self._model.modules())
         self._children = [part._modules for part in self._parts]  # empty lists of modules grow, too
+        self._states = [vars(part) for part in self._parts]
         self._in_place = self._found_in_place()
         self._hooks: list[Any] = [getattr(part, name) for part in self._parts for name in HOOKS]
         self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
         self._parameters = [part._parameters for part in self._parts]
         self._buffers = [part._buffers for part in self._parts]
+        self._settings = [
+            (state, name)
+            for state in self._states
+            for name, value in state.items()
+            if type(value) is float or name in _OFTEN_ZERO
+        ]
 
-    def _found_in_place(self) -> list[nn.Module | None]:
-        return list(chain.from_iterable([children.values() for children in self._children]))
+    def _found_in_place(self) -> list[Any]:
+        found: list[Any] = list(chain.from_iterable([children.values() for children in self._children]))
+        return found + [state.get("forward") for state in self._states]
 
     def __call__(self) -> Hashable:
         found = self._found_in_place()
         if len(found) != len(self._in_place) or not all(map(is_, found, self._in_place)):
             self._read()
         kinds, modes = tuple(map(type, self._parts)), tuple([part.training for part in self._parts])
+        settings = tuple([state.get(name) for state, name in self._settings])
         # By their numbers, which no two hooks of a process have.
         hooks = list(map(tuple, filter(None, self._hooks)))
         trained = []
@@ -70,7 +80,7 @@ class Bound:
             lies += [buffer.data_ptr() for buffer in buffers if buffer is not None]
         except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
             lies = []
-        return self._readings, kinds, modes, tuple(hooks), tuple(trained), tuple(lies)
+        return self._readings, kinds, modes, settings, tuple(hooks), tuple(trained), tuple(lies)
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> tuple[Any, list[tuple[tuple[str, str], ...]]]:

@@ -31,8 +31,8 @@ class CapturedStep:
     """One training step: `step(inputs, targets)` returns the losses as device tensors, which hold until the next step.
 
     `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
-    first two steps of each shape run eagerly; they train like all others. So they do again where a part of the model, its class or its mode,
-    which parameters are trained, or the memory of parameters and buffers has changed, where hooks came or went, and where the optimizer's
+    first two steps of each shape run eagerly; they train like all others. So they do again where a part of the model, its class, its mode or a
+    fraction among its settings, which parameters are trained, or the memory of parameters and buffers has changed, where hooks came or went, and where the optimizer's
     state was loaded or its settings changed. Of a hook, a graph repeats the operations on tensors; its own Python runs in eager steps and
     captures alone. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
     all steps eager, as a warning says. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.

@@ -17,14 +17,16 @@ from torch import Tensor
 from detr_fast.capture import capture
 
 MAX_GRAPHS = 32
+MAX_UNUSED = 1000  # calls; a graph that none of so many needed makes room for another
 MAX_SHAPES = 4096  # that are remembered
 
 
 @dataclass
 class _Bucket:
-    """What belongs to one shape: calls so far, and from the capture on its inputs, graph and outputs."""
+    """What belongs to one shape: calls so far and the last one's number, and from the capture on its inputs, graph and outputs."""
 
     calls: int = 0
+    last: int = 0
     inputs: tuple[Any, ...] = ()
     graph: Any = None
     outputs: Any = None
@@ -66,6 +68,7 @@ class GraphedFunction:
         self.bound = bound
         self.warmup = max(1, warmup)
         self._buckets: dict[Hashable, _Bucket] = {}
+        self._calls = 0
         self._pool: Any = None
         self._stream: Any = None
         self._replaying: Any = None  # the stream of the last replay
@@ -87,7 +90,8 @@ class GraphedFunction:
         except TypeError:
             _warn_of_no_hash(key)
             return self._warm_up(arguments)
-        bucket.calls += 1
+        self._calls += 1
+        bucket.calls, bucket.last = bucket.calls + 1, self._calls
         if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
             return self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
         self._wait_for_replays()
@@ -106,6 +110,13 @@ class GraphedFunction:
         """Drop all graphs: what they were captured with is no more."""
         self._buckets.clear()
         self._pool = None  # PyTorch does not take up a pool again whose graphs are all gone
+
+    def _drop_unused(self) -> None:
+        """Parts, hooks or memory that a graph was bound to may be no more."""
+        oldest = self._calls - MAX_UNUSED
+        self._buckets = {key: one for key, one in self._buckets.items() if one.graph is None or one.last > oldest}
+        if self.graphs == 0:
+            self._pool = None
 
     @property
     def graphs(self) -> int:
@@ -138,6 +149,8 @@ class GraphedFunction:
 
     def _capture(self, bucket: _Bucket, arguments: tuple[Any, ...]) -> bool:
         """Record the function for one shape; False where there is no graph afterwards. Nothing runs in a capture."""
+        if self.graphs >= MAX_GRAPHS:
+            self._drop_unused()
         if self.graphs >= MAX_GRAPHS:
             if not self._full:
                 self._full = True

@@ -328,6 +328,28 @@ def test_too_many_shapes_run_eagerly_and_say_so_once(emulated, monkeypatch, recw
     assert sum("pad batches to fewer sizes" in str(w.message) for w in recwarn.list) == 1
 
 
+def test_graphs_that_nothing_needs_any_more_make_room_for_others(emulated, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "MAX_UNUSED", 6)
+    hooks = 0  # a number that no other hook has
+    graphed = GraphedFunction(lambda x: x + 1, torch.device("cpu"), bound=lambda: hooks, warmup=1)
+
+    def call():
+        for value in range(4):
+            assert graphed(torch.full((2,), float(value)))[0] == value + 1
+
+    for hooks in range(6):
+        call()
+        assert len(emulated) == hooks + 1
+    assert graphed.graphs == 2
+    monkeypatch.setattr(graphs, "MAX_UNUSED", 0)
+    hooks = 6
+    call()
+    assert graphed.graphs == 1
+    # PyTorch does not take up a pool again whose graphs are all gone.
+    assert emulated[0].pool is emulated[-2].pool is not emulated[-1].pool
+
+
 def test_inference_is_replayed(emulated):
     model = build_model(TINY)
     inference = CapturedInference(model)

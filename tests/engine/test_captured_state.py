@@ -217,6 +217,25 @@ def test_a_part_that_was_put_into_anothers_place_is_what_runs(emulated):
     assert inference.graphs == 3
 
 
+def test_a_forward_of_a_parts_own_and_dropout_that_was_set_otherwise_are_what_runs(emulated):
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0)).train(), torch.randn(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.param_groups[0]["capturable"] = True
+    step = CapturedStep(model, lambda y, _: y.square().sum(), optimizer)
+
+    def losses():
+        return [step(x)["loss"].item() for _ in range(4)]
+
+    plain = losses()[0]
+    model[0].forward = lambda x: nn.functional.linear(x, model[0].weight * 2, model[0].bias * 2)
+    assert losses() == pytest.approx([4 * plain] * 4)
+    del model[0].forward
+    assert losses() == pytest.approx([plain] * 4)
+    model[1].p = 1.0
+    assert losses() == [0.0] * 4
+    assert step.graphs == 4
+
+
 def test_a_model_that_is_accelerated_after_a_capture_is_captured_anew(emulated):
     model, x = nn.Sequential(nn.LayerNorm(4)), torch.randn(2, 4)
     inference = CapturedInference(model)
