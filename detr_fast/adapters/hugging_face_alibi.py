@@ -80,8 +80,9 @@ class BloomBlock(_Block):
         with shared_seed():
             y = self.input_layernorm(x)
             residual = y if after else x
-            y = _bloom_attention(self.self_attention, y, alibi, attention_mask, layer_past)
-            p = probability(self.self_attention.hidden_dropout, self.training)
+            attention = self.self_attention
+            y = _bloom_attention(attention, y, alibi, attention_mask, layer_past)
+            p = probability(attention.hidden_dropout, attention.training)
             x, y = sum_and_norm(y, residual, norm, p)
             return feed_forward_sum(y, parts, y if after else x), None
 

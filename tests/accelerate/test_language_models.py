@@ -157,6 +157,18 @@ def test_a_layers_dropout_draws_what_it_drew(name):
         torch.testing.assert_close(read(model)[0], expected)
 
 
+def test_a_parts_own_mode_says_whether_it_drops():
+    model = made("Bloom", hidden_dropout=0.5)
+    for block in model.transformer.h:
+        block.self_attention.eval()
+    torch.manual_seed(4)
+    (expected,) = read(model)
+    detr_fast.accelerate(model)
+    torch.manual_seed(4)
+    with use_backend(attention="eager"):
+        torch.testing.assert_close(read(model)[0], expected)
+
+
 def test_blocks_whose_parts_somebody_looks_at_or_replaced_call_them():
     model = made("Bloom").eval()
     expected = read(model)
