@@ -47,13 +47,17 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class _Step(NamedTuple):
-    """A launch: `run` and what it takes before and behind the stream; places: (index, base, distance) of each pointer."""
+    """A launch: `run` and what it takes before and behind the stream; places: (index, base, distance) of each pointer.
+
+    offsets: indices of arguments that are the offset of dropout's seed.
+    """
 
     run: Callable[..., None]
     grid: tuple[int, int, int]
     handles: tuple[Any, ...]
     arguments: list[Any]
     places: list[tuple[int, int, int]]
+    offsets: list[int]
 
 
 class _Program(NamedTuple):
@@ -88,8 +92,11 @@ class _Recorder(TorchDispatchMode):
             self.launches.append(one)
 
 
-def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """`launcher`, which takes tensors, None and hashable settings and returns new tensors, at less cost when called again."""
+def repeated(launcher: Callable[..., Any], offset: int = -1) -> Callable[..., Any]:
+    """`launcher`, which takes tensors, None and hashable settings and returns new tensors, at less cost when called again.
+
+    offset: the index of the argument that kernels take as `offset`, that of dropout's seed: layers of a stack differ in nothing else.
+    """
     programs: dict[Any, _Program | bool | None] = {}  # False: met once, None: not to be repeated
     _known.append(programs)
 
@@ -100,7 +107,7 @@ def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
         key: list[Any] = [driver]
         bases: list[int] = []
         device = -2
-        for argument in arguments:
+        for argument in arguments if offset < 0 else (*arguments[:offset], *arguments[offset + 1 :]):
             if isinstance(argument, Tensor):
                 address, place = argument.data_ptr(), argument.get_device()
                 # each one's device: what a program gets are addresses, which Triton could no longer refuse
@@ -121,7 +128,8 @@ def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
         whole = tuple(key)
         program = programs.get(whole, True)
         if type(program) is _Program and (device < 0 or device == torch.cuda.current_device()):
-            return _repeat(program, bases, driver.get_current_stream(max(device, 0)))
+            drawn = arguments[offset] if offset >= 0 else 0
+            return _repeat(program, bases, driver.get_current_stream(max(device, 0)), drawn)
         if program is True:  # met for the first time; shapes that vary for ever are not worth a recording
             if len(programs) >= MAX_PLANS:
                 programs.clear()
@@ -151,16 +159,18 @@ def _driver() -> Any:
     return launch.triton.runtime.driver.active
 
 
-def _repeat(program: _Program, bases: list[int], stream: int) -> Any:
+def _repeat(program: _Program, bases: list[int], stream: int, drawn: int) -> Any:
     results = [make() for make in program.results]
     bases += [t.data_ptr() for t in results]
     if program.scratch is not None:
         memory = program.scratch()  # until the launches are queued: the next to get it is queued behind them
         bases.append(memory.data_ptr())
-    for run, grid, handles, arguments, places in program.steps:
+    for run, grid, handles, arguments, places, offsets in program.steps:
         arguments = arguments.copy()
         for index, base, distance in places:
             arguments[index] = bases[base] + distance
+        for index in offsets:
+            arguments[index] = drawn
         run(*grid, stream, *handles, *arguments)
     return tuple(results) if program.several else results[0]
 
@@ -228,7 +238,8 @@ def _program(recorder: _Recorder, tensors: list[Tensor], found: Any) -> _Program
         handles = (program.function, program.metadata, None, None, None)
         values = [None if isinstance(a, Tensor) else a for a in arguments]
         x, y, z = (*grid, 1, 1)[:3]
-        steps.append(_Step(program.run, (x, y, z), handles, [*values, *program.constants], found_places))
+        offsets = [index for index, name in enumerate(variant.kernel.arg_names[: len(values)]) if name == "offset"]
+        steps.append(_Step(program.run, (x, y, z), handles, [*values, *program.constants], found_places, offsets))
     scratch_maker = _maker((total,), (1,), torch.uint8, tensors[0].device) if total else None
     return _Program(makers, isinstance(found, tuple), scratch_maker, steps)
 

@@ -106,13 +106,13 @@ class Boundary:
         run: Callable[..., Any],
         on_cpu: Callable[..., Any],
         autograd: Callable[..., Any],
+        offset: int,
         together: int,
     ) -> None:
-        self._op, self._run, self._on_cpu, self._autograd, self.together = op, run, on_cpu, autograd, together
+        self._op, self._run, self._on_cpu, self._autograd = op, run, on_cpu, autograd
+        self.offset, self.together = offset, together
         self.native: Callable[..., Any] | None = None
-        schema = op._schema  # type: ignore[attr-defined]
-        self.name = schema.name
-        self.offset = next((i for i, a in enumerate(schema.arguments) if a.name == "offset"), -1)
+        self.name = op._schema.name  # type: ignore[attr-defined]
         ops.append(self)
         if attach is not None:
             attach(self)
@@ -202,13 +202,15 @@ def define(
             )
         return run(*args, **kwargs)
 
-    launchers[name], run = run, repeated(run)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.detr_fast, name).default
+    offset = next((i for i, a in enumerate(op._schema.arguments) if a.name == "offset"), -1)
+    launchers[name], run = run, repeated(run, offset)
     _library.impl(name, run, "CUDA")
     _library.impl(name, on_cpu or run_interpreted, "CPU")
     torch.library.register_fake(f"detr_fast::{name}", fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
-    return Boundary(getattr(torch.ops.detr_fast, name).default, run, on_cpu or run_interpreted, autograd, together)
+    return Boundary(op, run, on_cpu or run_interpreted, autograd, offset, together)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

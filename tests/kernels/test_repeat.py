@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.test_host_time import CASES
 from detr_fast import dispatch, implementation, ops, use_backend
 from detr_fast.ops import boundary
+from detr_fast.ops.dropout import shared_seed
 
 pytestmark = pytest.mark.offline
 
@@ -186,6 +187,27 @@ def test_what_launches_depend_on_tells_calls_apart(log: list[Launched], change: 
             assert numbers(log[-1]) == numbers(wanted)
             assert [(t.shape, t.stride(), t.dtype) for t in found] == [(t.shape, t.stride(), t.dtype) for t in expected]
         assert was_repeated(log)
+
+
+def test_layers_that_differ_in_their_dropouts_offset_alone_are_one_and_draw_by_their_own(log: list[Launched]) -> None:
+    def stack(x: Tensor, *parameters: Tensor) -> Tensor:
+        with shared_seed():
+            for _ in range(4):
+                x = ops.add_layer_norm(x, x, *parameters, dropout_p=0.1)
+                x = x + ops.attention(*[x.view(1, 4, 2, 32)] * 3, dropout_p=0.1).view(4, 64)
+        return x
+
+    run = step(stack, [(4, 64), (64,), (64,)])
+    drawn = []
+    for _ in range(2):
+        log.clear()
+        run()
+        kinds = [(one, one.variant.kernel.arg_names) for one in log]
+        drawn.append([one.arguments[names.index("offset")] for one, names in kinds if "offset" in names])
+    assert drawn[0] == drawn[1]
+    assert drawn[1][:8] == list(range(8))
+    assert was_repeated(log)
+    assert all(len(programs) <= 1 for programs in repeat._known)
 
 
 class Elsewhere(Tensor):
