@@ -7,6 +7,7 @@ from typing import Any
 
 HOW = {"wall": "launched eagerly", "graph": "in a CUDA graph", "gpu": "the GPU alone"}  # what is timed
 STEP = "DETR-R50 training step"
+LOSSES = ("transformers' DETR loss", "transformers' RT-DETR loss")
 PEAKS = "peak memory of a training step, beside the model's own"
 LAUNCHES = "kernels in one "
 OURS = ("auto", "triton", "chunked", "uncaptured", "copy")  # and what begins so: no alternative
@@ -31,7 +32,7 @@ def kind(case: str) -> str:
         if sizes.count(",") < 4:
             return "attention that returns its weights"
         name += ", heads of 32" if sizes.endswith(", 32") else ", larger heads"
-    for word in ("DETR's losses", "DETR's focal losses", "matcher and criterion", STEP, "transformers' DETR loss"):
+    for word in ("DETR's losses", "DETR's focal losses", "matcher and criterion", STEP, *LOSSES):
         if name.startswith(word):
             name, how = word, ", forward and backward" if "backward" in case else ""
     if name in ("encoder layer", "decoder layer"):

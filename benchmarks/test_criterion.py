@@ -72,31 +72,79 @@ def test_criterion(backward: bool) -> None:
     compare(case, {name: step(call) for name, call in found.items()}, claims=claims)
 
 
-def losses_in_transformers(device: str, images: int = IMAGES, boxes: int = BOXES) -> dict[str, Callable[[], Tensor]]:
-    """transformers' DETR loss and what `accelerate` puts in its place: the sum of the losses, on the same predictions."""
-    theirs = library("transformers.loss.loss_for_object_detection").ForObjectDetectionLoss
-    ours = library("detr_fast.adapters.hugging_face_loss").object_detection_loss
-    config = library("transformers").DetrConfig(num_labels=CLASSES, auxiliary_loss=True, decoder_layers=LAYERS)
-    torch.manual_seed(0)
-    logits = torch.randn(LAYERS, images, QUERIES, CLASSES + 1, device=device).requires_grad_()
-    found = (torch.rand(LAYERS, images, QUERIES, 4, device=device) * 0.5 + 0.2).requires_grad_()
-    labels = [
+def boxes_of(images: int, boxes: int, classes: int, device: str) -> list[dict[str, Tensor]]:
+    """Labels as transformers takes them."""
+    return [
         {
             "boxes": torch.rand(boxes, 4, device=device) * 0.5 + 0.2,
-            "class_labels": torch.randint(CLASSES, (boxes,), device=device),
+            "class_labels": torch.randint(classes, (boxes,), device=device),
         }
         for _ in range(images)
     ]
 
-    def call(loss: Any) -> Callable[[], Tensor]:
-        return lambda: loss(logits[-1], labels, device, found[-1], config, logits, found)[0]
 
-    calls = {"auto": call(ours), "huggingface": call(theirs)}
+def predictions(shape: tuple[int, ...], classes: int, device: str) -> tuple[Tensor, Tensor]:
+    boxes = torch.rand(*shape, 4, device=device) * 0.5 + 0.2
+    return torch.randn(*shape, classes, device=device).requires_grad_(), boxes.requires_grad_()
+
+
+def losses_in_transformers(device: str, images: int = IMAGES, boxes: int = BOXES) -> dict[str, Callable[[], Tensor]]:
+    """transformers' DETR loss and what `accelerate` puts in its place: the sum of the losses, on the same predictions."""
+    theirs = library("transformers.loss.loss_for_object_detection").ForObjectDetectionLoss
+    ours = library("detr_fast.adapters.hugging_face_loss_detr").object_detection_loss
+    config = library("transformers").DetrConfig(num_labels=CLASSES, auxiliary_loss=True, decoder_layers=LAYERS)
+    torch.manual_seed(0)
+    logits, found = predictions((LAYERS, images, QUERIES), CLASSES + 1, device)
+    labels = boxes_of(images, boxes, CLASSES, device)
+    return checked(lambda loss: loss(logits[-1], labels, device, found[-1], config, logits, found)[0], ours, theirs)
+
+
+def rt_detr_losses_in_transformers(
+    device: str, images: int = IMAGES, boxes: int = BOXES
+) -> dict[str, Callable[[], Tensor]]:
+    """RT-DETR's: 300 queries, 80 classes, the encoder's predictions, and the denoising queries that it has for such images."""
+    theirs = library("transformers.loss.loss_rt_detr").RTDetrForObjectDetectionLoss
+    ours = library("detr_fast.adapters.hugging_face_loss_rt_detr").rt_detr_object_detection_loss
+    config = library("transformers").RTDetrConfig(num_labels=80)
+    torch.manual_seed(0)
+    queries, groups = sized(300, 20), max(1, config.num_denoising // boxes)
+    positive = (torch.arange(groups) * 2 * boxes)[:, None] + torch.arange(boxes)
+    denoising = {
+        "dn_positive_idx": (positive.flatten().to(device),) * images,
+        "dn_num_group": groups,
+        "dn_num_split": [2 * boxes * groups, queries],
+    }
+    logits, found = predictions((images, LAYERS, 2 * boxes * groups + queries), 80, device)
+    encoder = predictions((images, queries), 80, device)
+    labels = boxes_of(images, boxes, 80, device)
+    return checked(
+        lambda loss: loss(
+            logits[:, -1],
+            labels,
+            device,
+            found[:, -1],
+            config,
+            logits,
+            found,
+            *encoder,
+            denoising_meta_values=denoising,
+        )[0],
+        ours,
+        theirs,
+    )
+
+
+def checked(call: Callable[[Any], Tensor], ours: Any, theirs: Any) -> dict[str, Callable[[], Tensor]]:
+    calls = {"auto": lambda: call(ours), "huggingface": lambda: call(theirs)}
     torch.testing.assert_close(calls["auto"](), calls["huggingface"](), rtol=1e-4, atol=1e-5)
     return calls
 
 
-def test_loss_of_accelerated_detectors() -> None:
+IN_TRANSFORMERS = {"DETR": losses_in_transformers, "RT-DETR": rt_detr_losses_in_transformers}
+
+
+@pytest.mark.parametrize("kind", IN_TRANSFORMERS)
+def test_loss_of_accelerated_detectors(kind: str) -> None:
     def step(call: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
             loss = call()
@@ -106,10 +154,10 @@ def test_loss_of_accelerated_detectors() -> None:
         return run
 
     try:
-        calls = losses_in_transformers(DEVICE.type)
+        calls = IN_TRANSFORMERS[kind](DEVICE.type)
     except NotInstalled as error:
         pytest.skip(str(error))
-    case = f"transformers' DETR loss {LAYERS} x {IMAGES} x {BOXES} x {QUERIES}, forward and backward"
+    case = f"transformers' {kind} loss {LAYERS} x {IMAGES} x {BOXES}, forward and backward"
     claims = [Claim("detectors' loss: over transformers' own", ("huggingface",), 2.0)]
     steps = {name: step(call) for name, call in calls.items()}
     compare(case, steps, claims=claims, in_graphs=False)  # targets come from the host
@@ -146,7 +194,9 @@ if __name__ == "__main__":
     for what, steps in (("forward", calls), ("and backward", {n: with_backward(c) for n, c in calls.items()})):
         ours, other, times = in_turn(steps)
         print(line.format(what, ours, "the original's", other, times))
-    for images, boxes in ((2, 8), (4, 8), (8, 8), (8, 20)):
-        both = losses_in_transformers("cpu", images, boxes)
-        ours, other, times = in_turn({name: backward_of(call) for name, call in both.items()})
-        print(line.format(f"{images} images of {boxes} boxes, with backward", ours, "transformers'", other, times))
+    for kind, losses in IN_TRANSFORMERS.items():
+        for images, boxes in ((2, 8), (4, 8), (8, 8), (8, 20)):
+            both = losses("cpu", images, boxes)
+            ours, other, times = in_turn({name: backward_of(call) for name, call in both.items()})
+            case = f"{kind}, {images} images of {boxes} boxes, with backward"
+            print(line.format(case, ours, "transformers'", other, times))

@@ -13,6 +13,11 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Source: Rezatofighi et al., 2019, arXiv:1902.09630.
     """
+    return both_ious(a, b)[1]
+
+
+def both_ious(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union, and the generalised one."""
     a_x, a_y, a_width, a_height = a.unbind(-1)
     b_x, b_y, b_width, b_height = b.unbind(-1)
     overlap_x, enclosing_x = _overlap(a_x, a_width, b_x, b_width)
@@ -20,7 +25,8 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     intersection = overlap_x * overlap_y
     union = a_width * a_height + b_width * b_height - intersection
     enclosing = enclosing_x * enclosing_y
-    return intersection / union + union / enclosing - 1
+    iou = intersection / union
+    return iou, iou + union / enclosing - 1
 
 
 def _overlap(a: Tensor, a_length: Tensor, b: Tensor, b_length: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def rt_detr_config(**options):
     channels = {"encoder_in_channels": [8] * 3, "decoder_in_channels": [32] * 3, "encoder_hidden_dim": 32}
     rest = {"num_attention_heads": 4, "num_denoising": 0, "hidden_expansion": 0.5, **channels, **options}
     backbone = transformers.RTDetrResNetConfig(**STAGES, layer_type="basic")
-    return transformers.RTDetrConfig(**DETECTOR, **rest, backbone_config=backbone)
+    return transformers.RTDetrConfig(**{**DETECTOR, **rest}, backbone_config=backbone)
 
 
 def rt_detr():

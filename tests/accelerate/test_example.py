@@ -17,7 +17,7 @@ def test_a_hugging_face_detr_is_accelerated_in_three_lines_with_a_report(monkeyp
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out
     assert "DetrForObjectDetection: 30 modules switched, 0 left alone" in printed
-    assert "1 × transformers.DetrForObjectDetection -> its loss on detr_fast.ops.detection_losses" in printed
+    assert "1 × transformers.DetrForObjectDetection -> its loss on detr_fast.ops" in printed
     assert "4 × transformers.ResNetBottleNeckLayer -> detr_fast.ops.channel_affine (FrozenResidualBlock)" in printed
     assert "4 × transformers.DetrSelfAttention -> detr_fast.ops.attention" in printed
     assert "model.encoder.layers.1.self_attn: attention B 2 H 4 35×35 hd 16 float32 key_padding_mask" in printed

@@ -18,7 +18,10 @@ pytest.importorskip("scipy")
 from transformers.loss import loss_for_object_detection  # noqa: E402
 from transformers.loss.loss_utils import LOSS_MAPPING  # noqa: E402
 
-from detr_fast.adapters import hugging_face_loss as adapter  # noqa: E402
+from detr_fast.adapters import hugging_face_loss  # noqa: E402
+from detr_fast.adapters import hugging_face_loss_detr as adapter  # noqa: E402
+from detr_fast.adapters.hugging_face_loss_code import names_read  # noqa: E402
+from tests.accelerate.families import rt_detr_config  # noqa: E402
 from tests.accelerate.test_hugging_face_loss import LABELS, QUERIES, labels_of  # noqa: E402
 
 DETECTOR = {
@@ -35,7 +38,7 @@ DETECTOR = {
     "use_timm_backbone": False,
     "auxiliary_loss": True,
 }
-LOSS = "its loss on detr_fast.ops.detection_losses, all decoder layers at once"
+LOSS = "its loss on detr_fast.ops, all decoder layers at once"
 
 
 def detector(kind, task="ObjectDetection", base=None, **options):
@@ -91,6 +94,37 @@ def test_a_models_losses_and_gradients_are_as_before_and_its_loss_is_switched(ki
     detr_fast.restore(model)
     assert model.loss_function is LOSS_MAPPING[model.loss_type]
     assert "_loss_function" not in model.__dict__
+
+
+def rt_detr():
+    return transformers.RTDetrForObjectDetection(
+        rt_detr_config(num_denoising=6, num_labels=LABELS, num_queries=QUERIES)
+    )
+
+
+def rt_detr_v2():
+    settings = rt_detr_config(num_denoising=6, num_labels=LABELS, num_queries=QUERIES).to_dict()
+    return transformers.RTDetrV2ForObjectDetection(transformers.RTDetrV2Config.from_dict(settings))
+
+
+@pytest.mark.parametrize("build", [rt_detr, rt_detr_v2])
+def test_losses_of_detectors_with_denoising_queries_are_as_before(build):
+    torch.manual_seed(1)
+    model = build().train()
+    expected, expected_gradients = detect(model)
+    assert "loss_vfl_dn_1" in expected.loss_dict
+    with detr_fast.accelerated(model) as report, explaining(model) as records:
+        assert losses_switched(report) == [""]
+        found, gradients = detect(model)
+    assert {"matching_cost", "linear_assignment"} <= {record.op for record in records}
+    assert list(found.loss_dict) == list(expected.loss_dict)
+    for name, value in expected.loss_dict.items():
+        torch.testing.assert_close(found.loss_dict[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert gradients.keys() == expected_gradients.keys()
+    scale = max(g.abs().max() for g in expected_gradients.values())
+    for name, value in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-4 * scale, msg=name)
+    assert model.loss_function is LOSS_MAPPING[model.loss_type]
 
 
 def test_copies_and_pickles_keep_it_and_saved_models_do_not_know_of_it(tmp_path):
@@ -171,10 +205,11 @@ def test_segmentation_keeps_its_loss_over_masks():
 
 
 def test_losses_that_are_not_known_are_left_alone_with_a_reason(monkeypatch):
-    known = "ForObjectDetectionLoss, DeformableDetrForObjectDetectionLoss"
+    known = ", ".join(hugging_face_loss._LOSSES)
     model = detector("Detr")
-    model.loss_type = "RTDetrForObjectDetection"
-    assert reasons(model) == [f"its loss, RTDetrForObjectDetectionLoss, is none of those known: {known}"]
+    monkeypatch.setitem(LOSS_MAPPING, "OwnForObjectDetection", mine)
+    model.loss_type = "OwnForObjectDetection"
+    assert reasons(model) == [f"its loss, mine, is none of those known: {known}"]
 
     class OwnForObjectDetection(transformers.DetrForObjectDetection):
         loss_function = property(lambda self: mine)
@@ -223,5 +258,5 @@ def test_a_constant_that_differs_is_code_that_differs():
     def second(x):
         return [0.5 * y.a for y in x]
 
-    assert adapter.names_read(first) == {"a", "0.25"}
-    assert adapter.names_read(first) != adapter.names_read(second)
+    assert names_read(first) == {"a", "0.25"}
+    assert names_read(first) != names_read(second)

@@ -19,7 +19,8 @@ pytest.importorskip("scipy")
 
 from transformers.loss import loss_deformable_detr, loss_for_object_detection  # noqa: E402
 
-from detr_fast.adapters import hugging_face_loss as adapter  # noqa: E402
+from detr_fast.adapters import hugging_face_loss_detr as adapter  # noqa: E402
+from detr_fast.adapters import hugging_face_targets as targets  # noqa: E402
 
 LAYERS, QUERIES, LABELS = 3, 7, 5
 PAIRS = {
@@ -152,7 +153,7 @@ def test_backward_never_waits(name):
 def test_what_the_host_knows_of_targets_travels_in_one_copy_that_does_not_block():
     labels = labels_of((3, 2), "meta")
     with Copies() as copies:
-        adapter._padded(labels, torch.device("meta"), LABELS)
+        targets.padded(labels, torch.device("meta"), LABELS)
     assert copies.blocking == [False]
 
 
@@ -206,7 +207,7 @@ def test_what_transformers_refuses_is_refused_on_a_cpu_and_makes_the_loss_nan_wh
             call(function, *case)
         errors.append(type(error.value))
     assert errors[0] is errors[1]
-    monkeypatch.setattr(adapter, "_has_values", lambda tensor: False)
+    monkeypatch.setattr(adapter, "has_values", lambda tensor: False)
     loss, by_name, _ = call(PAIRS["softmax"][1], *case)
     assert loss.isnan()
     assert all(value.isnan() for name, value in by_name.items() if name.startswith("loss"))

@@ -123,7 +123,7 @@ def detection_loss(rank: int) -> None:
     from accelerate import PartialState
     from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-    from detr_fast.adapters.hugging_face_loss import object_detection_loss
+    from detr_fast.adapters.hugging_face_loss_detr import object_detection_loss
 
     names = (
         "class_cost",

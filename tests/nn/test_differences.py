@@ -155,16 +155,16 @@ def table_positions(twins):
 
 def refused_targets(twins):
     transformers = pytest.importorskip("transformers")
-    from detr_fast.adapters import hugging_face_loss
+    from detr_fast.adapters import hugging_face_loss_detr
 
     config = transformers.DetrConfig(num_labels=3)
     labels = [{"class_labels": torch.tensor([7]), "boxes": torch.full((1, 4), 0.5)}]
     arguments = (torch.zeros(1, 2, 4), labels, "cpu", torch.full((1, 2, 4), 0.5), config)
     with pytest.raises(IndexError):
-        hugging_face_loss.object_detection_loss(*arguments)
+        hugging_face_loss_detr.object_detection_loss(*arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hugging_face_loss, "_has_values", lambda tensor: False)  # as on a GPU
-        assert hugging_face_loss.object_detection_loss(*arguments)[0].isnan()
+        patch.setattr(hugging_face_loss_detr, "has_values", lambda tensor: False)  # as on a GPU
+        assert hugging_face_loss_detr.object_detection_loss(*arguments)[0].isnan()
 
 
 def features_of_16_bits(twins):
