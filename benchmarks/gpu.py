@@ -77,7 +77,11 @@ def main() -> int:
 
 
 def compiled_host(folder: Path) -> list[Path]:
-    return sorted(folder.glob("_host-*.so"))
+    """The host's part of this source and torch, where the folder holds it: with another one's, each process would wait for a compiler."""
+    from detr_fast import native
+
+    path = folder / native.library().name
+    return [path] if path.exists() else []
 
 
 def sections(out: Path) -> list[Section]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from detr_fast.kernels.catalog import CATALOG, Entry
@@ -46,13 +47,28 @@ def graphs() -> int:
 
 
 def _in_processes(names: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Each example's problem, in several processes: most of the time goes to compiling, and one that breaks CUDA breaks no other."""
+    """Each example's problem, in several processes: most of the time goes to compiling, and what breaks CUDA breaks few others."""
     workers = 1 if DEVICE.type != "cuda" else max(1, min(12, (os.cpu_count() or 2) - 2))
     if workers == 1:
         yield from ((name, _problem(name)) for name in names)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=4) as pool:
-        yield from zip(names, pool.map(_problem, names))
+    few = [names[i : i + 4] for i in range(0, len(names), 4)]
+    with ThreadPoolExecutor(workers) as threads:
+        for some, problems in zip(few, threads.map(_in_a_process, few)):
+            yield from zip(some, problems)
+
+
+def _in_a_process(names: list[str], judge: Callable[[str], str | None] | None = None) -> list[str | None]:
+    """These examples' problems, one by one in a process; where one ends it, the next ones have another."""
+    problems: list[str | None] = []
+    while len(problems) < len(names):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                for problem in pool.map(judge or _problem, names[len(problems) :]):
+                    problems.append(problem)
+            except BrokenProcessPool:
+                problems.append("the process ended in it")
+    return problems
 
 
 def _problem(name: str) -> str | None:

@@ -120,17 +120,20 @@ def test_the_hosts_part_is_compiled_beside_the_first_tests_and_kept_for_the_next
     assert files[0] == "tests/benchmarks/test_host.py"
     assert files[-1] == "tests/native/test_on_gpu.py"
     assert "DETR_FAST_NATIVE=0" in checked
-    makes = [
-        sys.executable,
-        "-c",
-        f"from pathlib import Path; Path({str(out / '_host-1.so')!r}).write_text('compiled')",
-    ]
+    name = native.library().name
+    makes = [sys.executable, "-c", f"from pathlib import Path; Path({str(out / name)!r}).write_text('compiled')"]
     assert gpu.run([("native host", makes, 30)], out, "a GPU") == 0
     assert gpu.compiled_host(out) == []
-    assert [path.name for path in gpu.compiled_host(gpu.CACHE)] == ["_host-1.so"]
-    shutil.copy(gpu.CACHE / "_host-1.so", out)
+    assert [path.name for path in gpu.compiled_host(gpu.CACHE)] == [name]
+    shutil.copy(gpu.CACHE / name, out)
     (checked,) = (command for name, command, _ in gpu.sections(out) if name == "tests and checks")
     assert "DETR_FAST_NATIVE=1" in checked
+
+
+def test_a_hosts_part_of_another_source_or_torch_is_none(gpu, tmp_path):
+    (tmp_path / "_host-1.so").touch()
+    (checked,) = (command for name, command, _ in gpu.sections(tmp_path) if name == "tests and checks")
+    assert "DETR_FAST_NATIVE=0" in checked
 
 
 def test_every_part_names_files_that_exist_and_no_section_but_the_checks_takes_most_of_the_time(gpu, tmp_path):
@@ -290,6 +293,12 @@ def test_a_call_that_waits_for_the_host_fails_and_the_others_go_on(calls, capsys
         "FAILED broken: RuntimeError: called a synchronizing CUDA operation",
         f"{calls.CATALOG[1].name}: ok",
     ]
+
+
+def test_an_example_that_ends_its_process_costs_no_other_its_verdict():
+    module = load(SCRIPT.parent / "kernel_calls.py")
+    found = module._in_a_process(["None", "'differs'", "__import__('os').abort()", "None"], eval)
+    assert found == [None, "differs", "the process ended in it", None]
 
 
 @pytest.mark.timeout(1800)  # five minutes of CPU
