@@ -203,8 +203,8 @@ PyObject* set_requests(PyObject*, PyObject* number) {
   END_HANDLE_TH_ERRORS
 }
 
-// unchanged(places, found, parts, kinds, hooks): whether each place (dict, name) still holds the very object that was found there, or
-// None where nothing is, each part is still of its kind, and the dicts at the hooks' places are empty. All are lists.
+// unchanged(places, found, parts, kinds, hooks): whether each place (dict, name) still holds the object of the id that was found there, or
+// None where nothing is, each part, a weak reference, is still of its kind, and the dicts at the hooks' places are empty. All are lists.
 PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5 && std::all_of(arguments, arguments + 5, [](PyObject* one) { return PyList_CheckExact(one); }),
@@ -217,10 +217,11 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   auto [places, found, parts, kinds, hooks] = std::array{arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]};
   bool same = PyList_GET_SIZE(places) == PyList_GET_SIZE(found) && PyList_GET_SIZE(parts) == PyList_GET_SIZE(kinds);
   for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(places); ++i) {
-    same = at(PyList_GET_ITEM(places, i)) == PyList_GET_ITEM(found, i);
+    same = reinterpret_cast<intptr_t>(at(PyList_GET_ITEM(places, i))) == integer(PyList_GET_ITEM(found, i));
   }
   for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(parts); ++i) {
-    same = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(parts, i))) == PyList_GET_ITEM(kinds, i);
+    const Object part = Object::stolen(PyObject_CallNoArgs(PyList_GET_ITEM(parts, i)));
+    same = reinterpret_cast<PyObject*>(Py_TYPE(part.get())) == PyList_GET_ITEM(kinds, i);
   }
   for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(hooks); ++i) {
     const int some = PyObject_IsTrue(at(PyList_GET_ITEM(hooks, i)));

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
+from functools import partial
+from operator import eq
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -49,12 +50,13 @@ Describe = Callable[["Contents", nn.Module], bool]
 class Contents:
     """What a layer computes from: parameters, and all else that its parts read of themselves.
 
-    Read once; `hold` says whether all of that is still what it was.
+    Read once; `hold` says whether all of that is still what it was. Parts and parameters are none of its own to keep: where one is
+    replaced and its memory is freed, no more is known.
     """
 
     def __init__(self, op: LayerOp, describe: Describe) -> None:
         self.describe = describe
-        self.parameters: list[Tensor | None] = []
+        self._parameters: list[Callable[[], Tensor | None]] = []
         self.names: list[str] = []  # of the parameters, as the layer's state_dict has them
         self.settings: list[Any] = []
         self.hidden = 0
@@ -65,17 +67,18 @@ class Contents:
         self._known = None if host is None else host.Decisions(MAX_PROGRAMS)
         self._state: list[Any] = []
         self.op, self._generation = op, op.generation
-        self._parts: list[nn.Module] = []
+        self._parts: list[ref[nn.Module]] = []
         self._kinds: list[type] = []
         self._places: list[tuple[dict[str, Any], str]] = []  # of what may have become another object
         self._hooks: list[tuple[dict[str, Any], str]] = []
-        self._found: list[Any] = []
+        self._found: list[int] = []  # what it was, by its id
+        self._kept: list[Any] = []  # so that no id is given twice
         self._code: list[tuple[Any, Any]] = []  # of classes
 
     def watch(self, part: Any, path: str, *names: str, drops: tuple[str, ...] = ()) -> None:
         """Take the parameters of the part at this path, whose hooks would see its calls, and of its settings what `note` takes."""
-        self._parts.append(part)
-        self.parameters += part._parameters.values()
+        self._parts.append(ref(part))
+        self._parameters += [_nothing if p is None else ref(p) for p in part._parameters.values()]
         self.names += [f"{path}.{name}" for name in part._parameters]
         self._hooks += [(part.__dict__, name) for name in HOOKS]
         self.note(part, *names, drops=drops)
@@ -106,25 +109,35 @@ class Contents:
 
     def close(self) -> Contents:
         """All is read. Programs take parameters by their place, and a parameter that was registered again has another one."""
-        self._kinds = list(map(type, self._parts))
+        self._kinds = self._kinds_now()
         self.settings += [tuple(self.names), tuple(self._kinds)]
-        self._found = [state.get(name) for state, name in self._places]
+        found = [state.get(name) for state, name in self._places]
+        self._found = list(map(id, found))
+        forget = partial(_forget, ref(self))
+        self._kept = [ref(one, forget) if isinstance(one, (Tensor, nn.Module)) else one for one in found]
         return self
+
+    def _kinds_now(self) -> list[type]:
+        return [type(part()) for part in self._parts]
+
+    @property
+    def parameters(self) -> list[Tensor | None]:
+        return [parameter() for parameter in self._parameters]
 
     def hold(self, layer: nn.Module) -> bool:
         return (
-            self._generation is self.op.generation
-            and type(layer) is self.settings[0]
+            type(layer) is self.settings[0]
             and all(kind.forward is forward for kind, forward in self._code)
             and self._unchanged()
+            and self._generation is self.op.generation
         )
 
     def _unchanged(self) -> bool:
         if (host := native.host) is not None:
             return bool(host.unchanged(self._places, self._found, self._parts, self._kinds, self._hooks))
         return (
-            all(map(is_, self._found, [state.get(name) for state, name in self._places]))
-            and list(map(type, self._parts)) == self._kinds
+            all(map(eq, self._found, [id(state.get(name)) for state, name in self._places]))
+            and self._kinds_now() == self._kinds
             and not any(state[name] for state, name in self._hooks)
         )
 
@@ -151,6 +164,16 @@ class Contents:
         self._programs[call.key] = program
         if self._known is not None:
             self._known.put(program, call.stamp, *call.looks)
+
+
+_nothing = type(None)
+
+
+def _forget(contents: ref[Contents], gone: Any) -> None:
+    """A part or a parameter is no more, whose id another object may get: hold nothing, and let go of what the part had."""
+    if (found := contents()) is not None:
+        found._generation = None
+        found._places, found._hooks = [], []
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...]:

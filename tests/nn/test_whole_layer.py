@@ -242,22 +242,50 @@ def test_a_layer_that_keeps_what_it_gave_is_freed_all_the_same(compiled, request
     assert seen() is None
 
 
+def other_parameter(layer):
+    layer.linear1.weight = torch.nn.Parameter(torch.ones(24, 16))
+
+
+def other_part(layer):
+    layer.linear1 = torch.nn.Linear(16, 24)
+
+
+def other_parts(layer):
+    layer.linear1 = torch.nn.Sequential(torch.nn.Linear(16, 24))
+
+
 @interpreter
-@pytest.mark.parametrize("computed", [False, True])
-def test_parameters_that_a_layer_has_no_more_are_freed(computed):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", [other_parameter, other_part, other_parts])
+def test_parameters_that_a_layer_has_no_more_are_freed_at_once(change, compiled, request):
+    native.use(request.getfixturevalue("host") if compiled else None)
+    layer, (inputs, masks) = made("Encoder", dropout=0.0), inputs_of("Encoder")
+    with use_backend("triton"):
+        for _ in range(3):
+            before = layer(*inputs, **masks)
+        assert before.grad_fn.name() == "ProgramNodeBackward"
+        del before
+        seen = weakref.ref(layer.linear1.weight)
+        gc.collect()
+        gc.disable()  # nothing is left to that
+        change(layer)
+        gc.enable()
+        assert seen() is None
+        found = [layer(*inputs, **masks) for _ in range(3)]
+    with use_backend("eager"):
+        torch.testing.assert_close(found, [layer(*inputs, **masks)] * 3)
+
+
+@interpreter
+def test_computed_parameters_are_freed():
     layer, (inputs, masks) = made("Encoder"), inputs_of("Encoder")
     with use_backend("triton"):
         for _ in range(2):
             layer(*inputs, **masks)
-        if computed:
-            others = {name: parameter * 2 for name, parameter in layer.named_parameters()}
-            seen = weakref.ref(others["linear1.weight"])
-            torch.func.functional_call(layer, others, tuple(inputs), masks)
-            del others
-        else:
-            seen = weakref.ref(layer.linear1.weight)
-            layer.linear1 = torch.nn.Sequential(torch.nn.Linear(16, 24))
-            layer(*inputs, **masks)
+        others = {name: parameter * 2 for name, parameter in layer.named_parameters()}
+        seen = weakref.ref(others["linear1.weight"])
+        torch.func.functional_call(layer, others, tuple(inputs), masks)
+        del others
     gc.collect()
     assert seen() is None
 
