@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from math import gcd
 
 import torch
 from detr_fast.kernels import (
@@ -23,6 +24,7 @@ from detr_fast.kernels import (
     linear,
     linear_norm,
     matching_cost,
+    rotary,
     stem,
     wide_rows,
 )
@@ -95,6 +97,9 @@ SPACE: dict[str, Options] = {
     | {"dx": SWITCH, "dresidual": SWITCH},
     "pixel blocks": {"image": DTYPES, "dtype": HALVES},
     "affine pool": {"dtype": HALVES, "channels": (16, 32, 64, 128, 256, 512, 1024)},
+    "rotary embedding": {"dtype": DTYPES, "angles": ("same", "fp32"), "columns": (6, 20, 24, 64, 80, 96, 128, 192, 256)}
+    | {"quarter": SWITCH, "heads": (1, 2, 4), "run": (1, 2, 4, 8), "keys": SWITCH}
+    | {"interleaved": SWITCH, "per_pair": SWITCH, "back": SWITCH},
     "layer norm": {n: NORM[n] for n in ("dtype", "autocast", "weight", "bias", "runs")}
     | CENTRED
     | {"columns": COLUMNS},
@@ -158,6 +163,18 @@ def _has_reference(case: Case) -> bool:
     return case["coordinates"] > 0 or (case["reference"] == "same" and not case.get("dreference"))
 
 
+def _has_run(case: Case) -> bool:
+    """Whether halves, or neighbours, are whole runs, of 16 bytes at most."""
+    pairs = _pairs(case)
+    unit = gcd(2 * pairs if case["interleaved"] else pairs, case["columns"], 16 // case["dtype"].itemsize)
+    return pairs > 0 and unit % case["run"] == 0
+
+
+def _pairs(case: Case) -> int:
+    columns: int = case["columns"]
+    return columns // (8 if case["quarter"] else 2)
+
+
 RULES: dict[str, Callable[[Case], bool]] = {
     "linear": _is_product,
     "linear backward": lambda case: case["bias"] or not case["dbias"],
@@ -171,6 +188,7 @@ RULES: dict[str, Callable[[Case], bool]] = {
     ),
     "detection losses backward": lambda case: case["dlogits"] or case["dboxes"],
     "channel affine backward": lambda case: case["dresidual"] or (case["dx"] and not case["scaled"]),
+    "rotary embedding": _has_run,
     "layer norm backward": _gives_gradients,
     "add layer norm backward": _gives_gradients,
     # Alone it is a LayerNorm's.
@@ -330,6 +348,14 @@ def _channel_affine_backward(case: Case) -> Variant:
     return channel_affine.backward_variant(columns, dtype, dtype, *given, _run(case, dtype))
 
 
+def _rotary(case: Case) -> Variant:
+    dtypes = (case["dtype"],) * (2 if case["keys"] else 1)
+    table = FP32 if case["angles"] == "fp32" else case["dtype"]
+    turn = rotary.Turn(case["interleaved"], case["per_pair"], case["back"])
+    shape = _pairs(case), case["columns"], case["heads"]
+    return rotary.variant_for(dtypes, (table, table), *shape, case["run"], turn)
+
+
 def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...], deformable_attention.Form]:
     dtype, coordinates = case["dtype"], case["coordinates"]
     read = tuple(FP32 if case[name] == "fp32" else dtype for name in ("location", "weight", "reference"))
@@ -372,6 +398,7 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "channel affine backward": _channel_affine_backward,
     "pixel blocks": lambda case: stem.blocks_variant(case["image"], case["dtype"]),
     "affine pool": lambda case: stem.pool_variant(case["channels"], case["dtype"]),
+    "rotary embedding": _rotary,
     "layer norm": _layer_norm,
     "layer norm backward": _layer_norm_backward,
     "add layer norm": _add_layer_norm,

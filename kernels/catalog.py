@@ -21,6 +21,7 @@ from . import (
     linear,
     linear_norm,
     matching_cost,
+    rotary,
     stem,
 )
 from .entry import TARGETS as TARGETS
@@ -41,6 +42,7 @@ FAMILIES = (
     stem,
     attention_catalog,
     deformable_attention,
+    rotary,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())
 

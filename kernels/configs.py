@@ -175,3 +175,23 @@ def deformable_config(channels: int, vector: int, few: bool) -> BlockConfig:
     warps = 1 if few else 4
     rows = max(1, warps * 32 * 8 // block)
     return BlockConfig(rows=rows if vector > 1 else max(1, rows // 2), columns=block, num_warps=warps)
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Of rotary embedding: tokens and heads a program, pairs of channels rounded up to a power of two, and warps."""
+
+    tokens: int
+    heads: int
+    pairs: int
+    num_warps: int
+
+
+def rotary_config(pairs: int, rest: int, heads: int, vector: int, interleaved: bool) -> RotaryConfig:
+    """A run of `vector` elements, or one of each half, a lane for each of four heads, which share a lane's angles: at 16 bits 64 or 128 bytes on their way.
+
+    rest: channels that are copied, rounded up to a power of two.
+    """
+    block, warps = max(4, 1 << (pairs - 1).bit_length()), 4
+    tokens = max(1, warps * 32 * max(vector, 2) // max(2 * block if interleaved else block, rest))
+    return RotaryConfig(tokens, min(4, 1 << max(heads - 1, 0).bit_length()), block, warps)

@@ -21,6 +21,7 @@ from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.qkv_projection import qkv_projection
 from detr_fast.ops.resnet_stem import resnet_stem
 from detr_fast.ops.rms_norm import rms_norm
+from detr_fast.ops.rotary_embedding import rotary_embedding
 
 __all__ = [
     "add_layer_norm",
@@ -45,6 +46,7 @@ __all__ = [
     "qkv_projection",
     "resnet_stem",
     "rms_norm",
+    "rotary_embedding",
 ]
 
 dispatch.read_environment()

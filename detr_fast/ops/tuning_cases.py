@@ -32,6 +32,7 @@ from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 from detr_fast.ops.qkv_projection import QKV_PROJECTION
 from detr_fast.ops.rms_norm import rms_norm
+from detr_fast.ops.rotary_embedding import rotary_embedding
 
 Step = Callable[[], tuple[Tensor, ...]]
 WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = MEASURED_WIDTH, MEASURED_HIDDEN, 850, 100, 8
@@ -279,6 +280,27 @@ def call_step(make: Callable[..., Step], size: Sequence[Any], device: torch.devi
     return make(device, *size, gradients=gradients)
 
 
+def rotary_embedding_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    """Queries and keys as projections give them, and angles as transformers makes them."""
+    q, k = (draw(device, 1, rows, HEADS, WIDTH // HEADS) for _ in range(2))
+    angles = torch.rand(rows, WIDTH // HEADS // 2, device=device).repeat(1, 2)
+    cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    return step_of(lambda q, k: rotary_embedding(q, k, cos, sin), (q, k), gradients)
+
+
+def _rotary_embedding() -> Iterator[Group]:
+    cases = tuple(
+        Case(
+            f"2 × ({rows}, {HEADS}, {WIDTH // HEADS})",
+            4 * rows * WIDTH,
+            partial(call_step, rotary_embedding_step, (rows,)),
+        )
+        for rows in (*ROWS, MANY)
+    )
+    group = Group("rotary_embedding", cases)
+    return iter((group, replace(group, gradients=False)))
+
+
 def _by_rows(op: str, make: Callable[..., Step], *more: int) -> Iterator[Group]:
     cases = tuple(
         Case(f"({rows}, {WIDTH})", rows * WIDTH * 2, partial(call_step, make, (rows,))) for rows in (*ROWS, *more)
@@ -374,6 +396,7 @@ GROUPS = (
     *_by_rows("add_layer_norm", add_layer_norm_step, MANY),
     *_by_rows("rms_norm", rms_norm_step, MANY),
     *_by_rows("add_rms_norm", add_rms_norm_step, MANY),
+    *_rotary_embedding(),
     *_deformable_attention(),
     *_attentions(),
     _packed_attention(),

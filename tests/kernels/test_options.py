@@ -86,6 +86,13 @@ def channel_affine(columns, residual):
     return ops.channel_affine(new(*image), *scales[:2], *more)
 
 
+def rotary_embedding(channels, rotated, per_pair, interleaved, angles, keys, k_grad):
+    q, k = new(2, 5, 4, channels), new(2, 5, 1, channels, grad=k_grad) if keys else None
+    width = channels if rotated == "all" else channels // 4
+    cos, sin = (new(5, width // 2 if per_pair else width, dtype=angles, grad=False) for _ in range(2))
+    return ops.rotary_embedding(q, k, cos, sin, interleaved=interleaved, per_pair=per_pair)
+
+
 def matching_cost(focal, dtype):
     targets = new(2, 3, dtype=INT64), new(2, 3, 4, dtype=FP32, grad=False), new(2, dtype=INT64)
     return ops.matching_cost(new(2, 9, 5, dtype=dtype), new(2, 9, 4, dtype=FP32), *targets, focal=focal)
@@ -201,6 +208,19 @@ CALLS = (
             "known": NO_YES,
         },
     ),
+    (
+        rotary_embedding,
+        "triton",
+        {
+            "channels": (64, 80, 24, 256),
+            "rotated": ("all", "a quarter"),
+            "per_pair": NO_YES,
+            "interleaved": NO_YES,
+            "angles": (BF16, FP32),
+            "keys": NO_YES,
+            "k_grad": NO_YES,
+        },
+    ),
     (matching_cost, "triton", {"focal": NO_YES, "dtype": (BF16, FP32)}),
     (detection_losses, "triton", {"focal": NO_YES, "dtype": (BF16, FP32), "boxes": NO_YES}),
     (feed_forward, "triton", FEED_FORWARD | {"activation": ("quick_gelu",)}),
@@ -212,7 +232,9 @@ def launched(call, backend, case):
     """Forward and backward, which launch nothing on meta tensors, and are told to observers."""
     with use_backend(**{call.__name__.removesuffix("_from_offsets"): backend}):
         results = call(**case)
-        results = [t for t in (results if isinstance(results, tuple) else (results,)) if t.requires_grad]
+        results = [
+            t for t in (results if isinstance(results, tuple) else (results,)) if t is not None and t.requires_grad
+        ]
         if results:
             torch.autograd.backward(results, [torch.empty_like(t) for t in results])
 

@@ -177,6 +177,16 @@ CASES = {
     "attention, atomics": Case("attention", ops.attention, QKV, "triton_atomics"),
     "attention, split keys": Case("attention", ops.attention, ((1, 8, 1, 16), (1, 400, 1, 16), (1, 400, 1, 16))),
     "attention, mask": Case("attention", masked, (*QKV, (2, 8, 16))),
+    "rotary_embedding": Case(
+        "rotary_embedding",
+        lambda q, k: ops.rotary_embedding(q, k, *torch.rand(2, 8, 16)),
+        ((2, 8, 3, 16), (2, 8, 1, 16)),
+    ),
+    "rotary_embedding, partial and interleaved": Case(
+        "rotary_embedding",
+        lambda q: ops.rotary_embedding(q, None, *torch.rand(2, 8, 12), interleaved=True)[0],
+        ((2, 8, 3, 20),),
+    ),
     "attention, one row of a mask": Case("attention", masked, (*QKV, (16,))),
     "attention, a mask that many share": Case(
         "attention", lambda q, k, v, m: ops.attention(q, k, v, attn_mask=m), (*((33, 8, 1, 16),) * 3, (8, 8))
