@@ -16,7 +16,7 @@ from detr_fast.engine.errors import Interrupted
 class StopSignals:
     """While entered, SIGINT, SIGTERM and SIGHUP are remembered, and `check` raises Interrupted for them at a moment of the caller's choice.
 
-    A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. `announced` says so on stderr at the first. Forked data workers inherit the handler, so a Ctrl-C in the
+    A second Ctrl-C doesn't wait: it raises KeyboardInterrupt at once. `announced`, when that will be, is told on stderr at the first. Forked data workers inherit the handler, so a Ctrl-C in the
     terminal, which reaches the whole process group, doesn't kill them under the main process. Off the main thread it does nothing. A SIGHUP that is
     ignored, as under nohup, stays so. Once `ending` is set signals do nothing: if one kept the workers from being ended, Python would wait for them without end.
     """
@@ -24,7 +24,7 @@ class StopSignals:
     HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
     HANDLED = tuple(signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum is not None)
 
-    def __init__(self, announced: bool = False) -> None:
+    def __init__(self, announced: str | None = None) -> None:
         self.announced = announced
         self.received: int | None = None
         self.ending = False
@@ -49,11 +49,11 @@ class StopSignals:
             return
         if self.received == signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.announced and self.received is None and os.getpid() == self._process:
+        if self.announced is not None and self.received is None and os.getpid() == self._process:
             # By the system call: the signal may have come in the middle of a print.
             again = "; Ctrl-C again stops at once, without saving" if signum == signal.SIGINT else ""
             with suppress(OSError):
-                os.write(2, f"\nstopping after this step{again}\n".encode())
+                os.write(2, f"\nstopping {self.announced}{again}\n".encode())
         self.received = signum
 
     def check(self) -> None:

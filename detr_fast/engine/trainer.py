@@ -242,7 +242,8 @@ class Trainer:
         self.reporter.start(self.step, self.total_steps)
         if self.step >= self.total_steps:
             self.reporter.message(f"{counted(self.config.epochs, 'epoch')} done already; give --epochs to go further")
-        with StopSignals(announced=self.main) as signals:
+        when = "after this step" if self._alone else "with the other processes"
+        with StopSignals(when if self.main else None) as signals:
             try:
                 self._end_epoch(signals)  # of a run that was stopped before it evaluated
                 while self.step < self.total_steps:
@@ -283,15 +284,28 @@ class Trainer:
             last = self.step % self.data.steps_per_epoch == 0
             save = self.step - self.saved >= self.config.save_every
             record = None
-            if self.step % self.config.log_every == 0 or last or save or signals.received is not None:
+            if self.step % self.config.log_every == 0 or last or save or (self._alone and signals.received is not None):
                 record = self._log(window, epoch)
                 if save:
                     self._save()
                 window = _Window(self.step)
             self.images += len(batch) * self.accelerator.num_processes
             self.reporter.step(self.step, record)
-            signals.check()
+            if self._alone:
+                signals.check()
+            elif record is not None:  # where all processes wait for their devices
+                self._check_together(signals)
         self.seconds += time.perf_counter() - begun
+
+    @property
+    def _alone(self) -> bool:
+        return self.accelerator.num_processes == 1
+
+    def _check_together(self, signals: StopSignals) -> None:
+        """Raise Interrupted if a signal came to any process: the others would wait for the gradients of one that stopped alone."""
+        received = self.accelerator.gather(torch.tensor([signals.received or 0], device=self.device))
+        if (signum := int(received.max())) != 0:  # type: ignore[union-attr]
+            raise Interrupted(signum)
 
     def _end_epoch(self, signals: StopSignals) -> None:
         """Save, and evaluate where that is due and not done yet."""
@@ -325,7 +339,7 @@ class Trainer:
         """Take the validation split's figures, where there is one, and save them."""
         if self.data.validation is None or self.data.validation_loader is None:
             return
-        alone = self.accelerator.num_processes == 1
+        alone = self._alone
 
         def progress(done: int, total: int) -> None:
             self.reporter.evaluating(done, total)

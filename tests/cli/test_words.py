@@ -170,7 +170,7 @@ def test_ctrl_c_is_answered_at_once() -> None:
     code = (
         "import os, signal\n"
         "from detr_fast.engine.signals import StopSignals\n"
-        "with StopSignals(announced=True) as signals:\n"
+        "with StopSignals('after this step') as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

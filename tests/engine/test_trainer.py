@@ -200,6 +200,19 @@ def test_ctrl_c_in_an_evaluation_does_not_wait_for_its_end_and_costs_no_step(tin
     assert_same_run(whole.run, resume(tiny("parts").run).run)
 
 
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_of_several_processes_stops_all_at_the_same_step(
+    tiny: Tiny, signalled: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_IGN)))
+    trainer = Trainer(tiny(log_every=2), StopAt(1, signal.SIGTERM) if signalled == 0 else Reporter())
+    others = torch.tensor([signal.SIGTERM if signalled == 1 else 0])
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, others]))
+    with pytest.raises(Interrupted, match="stopped by SIGTERM: step 2 of 6 is saved"):
+        trainer.run_all()
+
+
 def test_a_run_without_a_checkpoint_is_started_again_and_not_resumed(tiny: Tiny) -> None:
     with pytest.raises(RuntimeError, match="crashed"):
         train(tiny(epochs=1), reporter=CrashAt(1))
@@ -304,7 +317,7 @@ def test_a_worker_that_still_starts_outlasts_a_signal_to_all(tiny: Tiny, monkeyp
 
 
 def test_a_forked_worker_announces_no_stop(capfd: pytest.CaptureFixture[str]) -> None:
-    with StopSignals(announced=True):
+    with StopSignals("after this step"):
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
