@@ -134,13 +134,34 @@ def rt_detr_losses_in_transformers(
     )
 
 
+def lw_detr_losses_in_transformers(
+    device: str, images: int = IMAGES, boxes: int = BOXES
+) -> dict[str, Callable[[], Tensor]]:
+    """LW-DETR's: 3 layers and the encoder's predictions, 13 groups of 300 queries, 80 classes."""
+    theirs = library("transformers.loss.loss_lw_detr").LwDetrForObjectDetectionLoss
+    ours = library("detr_fast.adapters.hugging_face_loss_lw_detr").lw_detr_object_detection_loss
+    config = library("transformers").LwDetrConfig(num_labels=80)
+    torch.manual_seed(0)
+    queries = sized(300, 20) * config.group_detr
+    logits, found = predictions((config.decoder_layers, images, queries), 80, device)
+    encoder = predictions((images, queries), 80, device)
+    labels = boxes_of(images, boxes, 80, device)
+    return checked(
+        lambda loss: loss(logits[-1], labels, device, found[-1], config, logits, found, *encoder)[0], ours, theirs
+    )
+
+
 def checked(call: Callable[[Any], Tensor], ours: Any, theirs: Any) -> dict[str, Callable[[], Tensor]]:
     calls = {"auto": lambda: call(ours), "huggingface": lambda: call(theirs)}
     torch.testing.assert_close(calls["auto"](), calls["huggingface"](), rtol=1e-4, atol=1e-5)
     return calls
 
 
-IN_TRANSFORMERS = {"DETR": losses_in_transformers, "RT-DETR": rt_detr_losses_in_transformers}
+IN_TRANSFORMERS = {
+    "DETR": losses_in_transformers,
+    "RT-DETR": rt_detr_losses_in_transformers,
+    "LW-DETR": lw_detr_losses_in_transformers,
+}
 
 
 @pytest.mark.parametrize("kind", IN_TRANSFORMERS)

@@ -11,12 +11,11 @@ from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 from detr_fast import dispatch, ops
 from detr_fast.adapters.hugging_face_loss_code import KnownLoss
+from detr_fast.adapters.hugging_face_pairs import weighted
 from detr_fast.adapters.hugging_face_targets import are_targets, has_values, padded
-from detr_fast.nn.weighted_sum import WeightedSum
 
 _ALPHA = 0.25  # of the focal loss on our ops
-_NAMES = ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")
-_sum = WeightedSum()
+NAMES = ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error")
 
 Loss = tuple[Tensor, dict[str, Tensor], Any]
 
@@ -87,10 +86,7 @@ def _loss(
     # Where transformers would look and raise an error, without a look: losses that are NaN, and so are their gradients.
     good = good & (summary[1] == 0)
     by_name = _by_name(values * torch.where(good, 1.0, float("nan")), cardinality)
-    weights = _weights(config)
-    weighted = [name for name in by_name if name in weights]
-    loss = _sum([by_name[name] for name in weighted], [weights[name] for name in weighted])
-    return loss, by_name, auxiliary
+    return weighted(by_name, weights_of(config, 1.0)), by_name, auxiliary
 
 
 def _fits(focal: bool, logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Sequence[Any]) -> bool:
@@ -124,15 +120,16 @@ def _by_name(values: Tensor, cardinality: Tensor) -> dict[str, Tensor]:
     layers = len(cardinality)
     scalars = values.flatten().unbind(0)  # all at once: one launch then puts their gradients together
     rows = (*(scalars[start : start + layers] for start in (0, layers, 2 * layers)), cardinality.float().unbind(0))
-    by_name = {name: row[-1] for name, row in zip(_NAMES, rows)}
+    by_name = {name: row[-1] for name, row in zip(NAMES, rows)}
     for layer in range(layers - 1):
-        by_name |= {f"{name}_{layer}": row[layer] for name, row in zip(_NAMES, rows)}
+        by_name |= {f"{name}_{layer}": row[layer] for name, row in zip(NAMES, rows)}
     return by_name
 
 
-def _weights(config: Any) -> dict[str, float]:
+def weights_of(config: Any, of_class: float) -> dict[str, float]:
+    """What transformers multiplies the last and the earlier layers' losses with."""
     weights = {
-        "loss_ce": 1.0,
+        "loss_ce": float(of_class),
         "loss_bbox": float(config.bbox_loss_coefficient),
         "loss_giou": float(config.giou_loss_coefficient),
     }
@@ -155,6 +152,11 @@ MATCH = (
 )
 CARDINALITY = "0.5 as_tensor device float functional l1_loss len max nn sigmoid sum torch values"
 # What the functions read whose results ours gives; others compute something else.
+OVERLAPS = {
+    "generalized_box_iou": "ValueError all box_iou clamp max min torch",
+    "box_iou": "box_area clamp max min torch",
+    "box_area": "_upcast",
+}
 SHARED = {
     "_set_aux_loss": "zip",
     "ImageLoss.forward": "PartialState _shared_state as_tensor clamp device enumerate float get_loss is_accelerate_available item "
@@ -164,9 +166,7 @@ SHARED = {
     "generalized_box_iou l1_loss nn sum torch zip",
     "ImageLoss._get_source_permutation_idx": "cat enumerate full_like torch",
     "HungarianMatcher.__init__": "ValueError __init__ bbox_cost class_cost giou_cost requires_backends super",
-    "generalized_box_iou": "ValueError all box_iou clamp max min torch",
-    "box_iou": "box_area clamp max min torch",
-    "box_area": "_upcast",
+    **OVERLAPS,
 }
 KNOWN = {
     "ForObjectDetectionLoss": KnownLoss(

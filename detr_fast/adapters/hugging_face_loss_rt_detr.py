@@ -11,15 +11,24 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss import loss_for_object_detection, loss_rt_detr
 
 from detr_fast import dispatch
 from detr_fast.adapters.hugging_face_loss_code import KnownLoss
-from detr_fast.adapters.hugging_face_loss_detr import MATCH, SHARED, Loss
-from detr_fast.adapters.hugging_face_pairs import Batch, Matched, Pairs, box_losses, gathered, matched, sums
-from detr_fast.adapters.hugging_face_targets import Targets, are_targets, counts_of, has_values, padded
+from detr_fast.adapters.hugging_face_loss_detr import MATCH, OVERLAPS, SHARED, Loss
+from detr_fast.adapters.hugging_face_pairs import (
+    Batch,
+    Matched,
+    Pairs,
+    box_losses,
+    class_losses,
+    gathered,
+    matched,
+    named,
+    sums,
+)
+from detr_fast.adapters.hugging_face_targets import Targets, are_predictions, are_targets, counts_of, has_values, padded
 
 _NAMES = ("loss_vfl", "loss_bbox", "loss_giou")
 
@@ -64,8 +73,8 @@ def _loss(
         every, every_box = (one.transpose(0, 1) for one in layers[:2])
         auxiliary = loss_rt_detr._set_aux_loss(every[:-1, :, noisy:], every_box[:-1, :, noisy:])
         auxiliary.extend(loss_rt_detr._set_aux_loss([layers[2]], [layers[3]]))
-        logits = torch.cat((every[:-1, :, noisy:], layers[2][None], logits))
-        boxes = torch.cat((every_box[:-1, :, noisy:], layers[3][None], boxes))
+        logits = torch.cat((logits, every[:-1, :, noisy:], layers[2][None]))
+        boxes = torch.cat((boxes, every_box[:-1, :, noisy:], layers[3][None]))
     with torch.no_grad():
         targets = padded(labels, logits.device, config.num_labels, [_denoised(counts, groups)])
         good = targets.good & (boxes[..., 2:] >= 0).all()
@@ -94,7 +103,12 @@ def _loss(
     )
     # Where transformers would look and raise an error, without a look: losses that are NaN, and so are their gradients.
     values = values * torch.where(good, 1.0, float("nan"))
-    return values.sum(), _by_name(values, len(logits)), auxiliary
+    ends = [
+        "",
+        *(f"_aux_{n}" for n in range(len(logits) - 1)),
+        *(f"_dn_{n}" for one in batches[1:] for n in range(len(one.logits))),
+    ]
+    return values.sum(), named(_NAMES, ends, values), auxiliary
 
 
 def _fits(logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Sequence[Any], denoising: Any) -> bool:
@@ -114,12 +128,10 @@ def _fits(logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Seque
     shapes: list[tuple[int, ...]] = [(images, queries), (images, queries)]
     if layers:
         shapes += [(images, layers[0].shape[1], queries)] * 2 + [(images, queries - noisy)] * 2
-    given = (logits, boxes, *layers)
     return (
         classes == config.num_labels
         and max(counts) <= queries - noisy
-        and all(isinstance(one, Tensor) and one.is_floating_point() for one in given)
-        and all(one.shape == (*shape, (classes, 4)[n % 2]) for n, (one, shape) in enumerate(zip(given, shapes)))
+        and are_predictions((logits, boxes, *layers), shapes, classes)
     )
 
 
@@ -156,19 +168,7 @@ def _known_pairs(targets: Targets, positive: Sequence[Tensor], queries: int) -> 
 
 def _varifocal(pairs: Matched, iou: Tensor, alpha: float, gamma: float) -> Tensor:
     """Of each logit."""
-    weight = alpha * pairs.logits.detach().sigmoid().pow(gamma)
-    weight.scatter_(0, pairs.positive, iou)
-    target = torch.zeros_like(weight).scatter_(0, pairs.positive, iou)
-    return F.binary_cross_entropy_with_logits(pairs.logits, target, weight, reduction="none")
-
-
-def _by_name(values: Tensor, matched: int) -> dict[str, Tensor]:
-    """The last layer's losses, the others' and the encoder's, and those of denoising queries, named and in the order of theirs."""
-    scalars = values.flatten().unbind(0)  # all at once: one launch then puts their gradients together
-    sets = values.shape[1]
-    ends = ["", *(f"_aux_{n}" for n in range(matched - 1)), *(f"_dn_{n}" for n in range(sets - matched))]
-    order = [matched - 1, *range(matched - 1), *range(matched, sets)]
-    return {name + end: scalars[row * sets + one] for end, one in zip(ends, order) for row, name in enumerate(_NAMES)}
+    return class_losses(pairs, alpha * pairs.logits.detach().sigmoid().pow(gamma), iou, iou)
 
 
 def _why_not(config: Any) -> str | None:
@@ -178,7 +178,6 @@ def _why_not(config: Any) -> str | None:
     return None
 
 
-_OVERLAPS = {name: SHARED[name] for name in ("generalized_box_iou", "box_iou", "box_area")}
 _MATCHER = {
     "RTDetrHungarianMatcher.__init__": "ValueError __init__ alpha bbox_cost class_cost gamma giou_cost matcher_alpha "
     "matcher_bbox_cost matcher_class_cost matcher_gamma matcher_giou_cost requires_backends super use_focal_loss",
@@ -186,7 +185,7 @@ _MATCHER = {
 }
 RT_DETR = {
     **_MATCHER,
-    **_OVERLAPS,
+    **OVERLAPS,
     "_set_aux_loss": "zip",
     "RTDetrLoss.__init__": "Buffer RTDetrHungarianMatcher __init__ alpha empty_weight eos_coef eos_coefficient focal_loss_alpha "
     "focal_loss_gamma gamma losses matcher nn num_classes num_labels ones super torch weight_dict weight_loss_bbox "

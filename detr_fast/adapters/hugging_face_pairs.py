@@ -6,15 +6,19 @@ denoising queries, are taken as one list of queries, batch by batch, in which pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast import ops
 from detr_fast.adapters.hugging_face_targets import Targets
+from detr_fast.nn.weighted_sum import WeightedSum
 from detr_fast.ops.boxes import both_ious
+
+_sum = WeightedSum()
 
 
 class Pairs(NamedTuple):
@@ -99,7 +103,40 @@ def box_losses(pairs: Matched) -> tuple[Tensor, Tensor, Tensor]:
     return (pairs.boxes - pairs.true).abs().sum(1), 1 - generalized, iou.detach()
 
 
+def class_losses(pairs: Matched, elsewhere: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Of each logit: weight · BCE(logit, target) where it is a pair's class, and elsewhere · BCE(logit, 0)."""
+    # The threshold beyond which softplus(x) is x: there its distance to x is rounded in fp64, too.
+    losses = elsewhere * F.softplus(pairs.logits, threshold=40)
+    positive = pairs.logits.index_select(0, pairs.positive)
+    return losses.scatter_(
+        0, pairs.positive, F.binary_cross_entropy_with_logits(positive, target, weight, reduction="none")
+    )
+
+
 def sums(values: Tensor, sizes: Sequence[tuple[int, int]], scales: Sequence[float]) -> Tensor:
     """Of (P, number of values) for each batch: the sum of each of its P, times its scale, one after the other."""
     parts = values.split([sets * each for sets, each in sizes])
     return torch.cat([part.view(size).sum(1) * scale for part, size, scale in zip(parts, sizes, scales)])
+
+
+def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:
+    """(P,): by how many objects an image's predictions (P, B, Q, K) are off, on average; an object's sigmoid is over 0.5."""
+    found = (logits.detach().amax(-1).sigmoid() > 0.5).sum(-1)
+    return (found - counts).abs().float().mean(-1)
+
+
+def named(names: Sequence[str], ends: Sequence[str], *values: Tensor) -> dict[str, Tensor]:
+    """Scalars under transformers' names: of all values together, a row for each name and a column for each ending."""
+    # Rows all at once: one launch then puts their gradients together.
+    scalars = [one for part in values for one in part.flatten().unbind(0)]
+    return {
+        name + end: scalars[row * len(ends) + column]
+        for column, end in enumerate(ends)
+        for row, name in enumerate(names)
+    }
+
+
+def weighted(by_name: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The sum of what has a weight, times that."""
+    names = [name for name in by_name if name in weights]
+    return _sum([by_name[name] for name in names], [weights[name] for name in names])

@@ -81,6 +81,14 @@ def _is_target(target: Any, device: torch.device) -> bool:
     )
 
 
+def are_predictions(given: Sequence[Any], shapes: Sequence[Sequence[int]], classes: int) -> bool:
+    """Whether what is given is logits and boxes in turn, of these shapes before the classes or coordinates."""
+    return len(given) == len(shapes) and all(
+        isinstance(one, Tensor) and one.is_floating_point() and one.shape == (*shape, (classes, 4)[n % 2])
+        for n, (one, shape) in enumerate(zip(given, shapes))
+    )
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether a look costs nothing and there is something to see."""
     traced = isinstance(tensor, FakeTensor) or torch.jit.is_tracing()

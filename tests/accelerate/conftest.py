@@ -15,6 +15,14 @@ BACKENDS = [None, {"attention": "sdpa"}, {"attention": "eager", "layer_norm": "e
 
 
 @pytest.fixture
+def fp64():
+    """transformers' losses make class weights and indices of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def step():
     """One forward and backward: the outputs, and the gradients by parameter name. `call` makes tensors of the model."""
 

@@ -53,11 +53,11 @@ def detector(kind, task="ObjectDetection", base=None, **options):
     return (base or getattr(transformers, f"{kind}For{task}"))(settings).eval()
 
 
-def detect(model):
+def detect(model, width=96):
     torch.manual_seed(2)
     labels = labels_of((3, 0))
     model.zero_grad()
-    outputs = model(torch.randn(2, 3, 64, 96), labels=labels)
+    outputs = model(torch.randn(2, 3, 64, width), labels=labels)
     if outputs.loss.requires_grad:
         outputs.loss.backward()
     return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -107,15 +107,47 @@ def rt_detr_v2():
     return transformers.RTDetrV2ForObjectDetection(transformers.RTDetrV2Config.from_dict(settings))
 
 
-@pytest.mark.parametrize("build", [rt_detr, rt_detr_v2])
-def test_losses_of_detectors_with_denoising_queries_are_as_before(build):
+OF_GROUPS = {
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "group_detr": 2,
+    "d_model": 16,
+    "decoder_ffn_dim": 16,
+    "decoder_n_points": 2,
+    "decoder_layers": 2,
+    "c2f_num_blocks": 1,
+    "num_queries": QUERIES,
+    "num_labels": LABELS,
+    "dropout": 0.0,
+}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "out_indices": [1, 2]}
+
+
+def lw_detr():
+    vit = transformers.LwDetrViTConfig(
+        **SMALL, num_windows=4, image_size=64, pretrain_image_size=64, window_block_indices=[0]
+    )
+    config = transformers.LwDetrConfig(**OF_GROUPS, backbone_config=vit, projector_scale_factors=[1.0])
+    return transformers.LwDetrForObjectDetection(config)
+
+
+def rf_detr():
+    vit = transformers.RfDetrDinov2Config(**SMALL, image_size=64, patch_size=16, num_windows=2)
+    return transformers.RfDetrForObjectDetection(transformers.RfDetrConfig(**OF_GROUPS, backbone_config=vit))
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(rt_detr, "loss_vfl_dn_1"), (rt_detr_v2, "loss_vfl_dn_1"), (lw_detr, "loss_ce_enc"), (rf_detr, "loss_ce_enc")],
+)
+def test_losses_of_detectors_with_denoising_queries_or_groups_are_as_before(build, name):
     torch.manual_seed(1)
     model = build().train()
-    expected, expected_gradients = detect(model)
-    assert "loss_vfl_dn_1" in expected.loss_dict
+    expected, expected_gradients = detect(model, 64)
+    assert name in expected.loss_dict
     with detr_fast.accelerated(model) as report, explaining(model) as records:
         assert losses_switched(report) == [""]
-        found, gradients = detect(model)
+        found, gradients = detect(model, 64)
     assert {"matching_cost", "linear_assignment"} <= {record.op for record in records}
     assert list(found.loss_dict) == list(expected.loss_dict)
     for name, value in expected.loss_dict.items():

@@ -31,14 +31,6 @@ NAMES = ["loss_ce", "loss_bbox", "loss_giou", "cardinality_error"]
 CASES = {"an-image-without": (3, 0, 4), "no-objects": (0, 0), "more-than-queries": (9, 2), "one-image": (1,)}
 
 
-@pytest.fixture
-def fp64():
-    """transformers' class weights have the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def config(**options):
     costs = {"class_cost": 1.5, "bbox_cost": 4, "giou_cost": 2.5}
     weights = {"bbox_loss_coefficient": 3, "giou_loss_coefficient": 1.5, "eos_coefficient": 0.2, "focal_alpha": 0.25}
