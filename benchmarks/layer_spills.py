@@ -20,6 +20,7 @@ from detr_fast.kernels import (
     deformable_attention,
     detection_losses,
     feed_forward,
+    gated,
     layer_norm,
     linear,
     linear_norm,
@@ -66,6 +67,8 @@ PRODUCT: Options = {
     "dropout": SWITCH,
     "keep": SWITCH,
 }
+GATE: Options = {"dtype": HALVES, "activation": (*ACTIVATIONS, "quick_gelu"), "runs": SWITCH}
+GATE |= {"form": ("flat", gated.TWO, gated.GATE_FIRST, gated.GATE_LAST), "columns": COLUMNS}
 PREDICTIONS: Options = {"dtype": DTYPES, "boxes": DTYPES, "focal": SWITCH}
 SAMPLES: Options = {"dtype": HALVES, "location": ("same", "fp32"), "weight": ("same", "fp32"), "levels": (1, 3, 4, 6)}
 SAMPLES |= {"channels": (8, 20, 24, 32, 48, 64, 100, 128, 256), "runs": SWITCH}
@@ -95,6 +98,8 @@ SPACE: dict[str, Options] = {
     "channel affine": {"dtype": HALVES, "columns": COLUMNS, "residual": ("none", "plain", "scaled"), "runs": SWITCH},
     "channel affine backward": {"dtype": HALVES, "columns": COLUMNS, "scaled": SWITCH, "runs": SWITCH}
     | {"dx": SWITCH, "dresidual": SWITCH},
+    "gated": GATE,
+    "gated backward": GATE | {"dgate": SWITCH, "dup": SWITCH},
     "pixel blocks": {"image": DTYPES, "dtype": HALVES},
     "affine pool": {"dtype": HALVES, "channels": (16, 32, 64, 128, 256, 512, 1024)},
     "rotary embedding": {"dtype": DTYPES, "angles": ("same", "fp32"), "columns": (6, 20, 24, 64, 80, 96, 128, 192, 256)}
@@ -189,6 +194,9 @@ RULES: dict[str, Callable[[Case], bool]] = {
     "detection losses backward": lambda case: case["dlogits"] or case["dboxes"],
     "channel affine backward": lambda case: case["dresidual"] or (case["dx"] and not case["scaled"]),
     "rotary embedding": _has_run,
+    "gated backward": lambda case: (
+        case["dgate"] or case["dup"] if case["form"] in ("flat", gated.TWO) else case["dgate"] and not case["dup"]
+    ),
     "layer norm backward": _gives_gradients,
     "add layer norm backward": _gives_gradients,
     # Alone it is a LayerNorm's.
@@ -356,6 +364,14 @@ def _rotary(case: Case) -> Variant:
     return rotary.variant_for(dtypes, (table, table), *shape, case["run"], turn)
 
 
+def _gated(case: Case) -> Variant:
+    flat, wanted = case["form"] == "flat", (case["dgate"], case["dup"]) if "dup" in case else None
+    form = gated.TWO if flat else case["form"]
+    return gated.variant_of(
+        case["columns"], case["dtype"], case["activation"], form, flat, _run(case, case["dtype"]), wanted
+    )
+
+
 def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...], deformable_attention.Form]:
     dtype, coordinates = case["dtype"], case["coordinates"]
     read = tuple(FP32 if case[name] == "fp32" else dtype for name in ("location", "weight", "reference"))
@@ -396,6 +412,8 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "assignment": lambda case: assignment.assignment_variant(case["queries"]),
     "channel affine": _channel_affine,
     "channel affine backward": _channel_affine_backward,
+    "gated": _gated,
+    "gated backward": _gated,
     "pixel blocks": lambda case: stem.blocks_variant(case["image"], case["dtype"]),
     "affine pool": lambda case: stem.pool_variant(case["channels"], case["dtype"]),
     "rotary embedding": _rotary,

@@ -94,6 +94,9 @@ CHANNEL_AFFINE = {
     for block in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 }
 
+# 16 elements a lane, as of CHANNEL_AFFINE, a pass over memory, too. Rows of more columns take several programs.
+GATED = BlockConfig(rows=2, columns=1024, num_warps=4)
+
 # 16 elements a lane.
 WIDE_ROWS = BlockConfig(rows=1, columns=4096, num_warps=8)
 WIDE_PARAMETERS = BlockConfig(rows=8, columns=256, num_warps=4, programs=4)

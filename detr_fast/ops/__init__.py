@@ -12,6 +12,7 @@ from detr_fast.ops.channel_affine import channel_affine
 from detr_fast.ops.deformable_attention import deformable_attention, deformable_attention_from_offsets
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import feed_forward, feed_forward_add_layer_norm
+from detr_fast.ops.gated_activation import gated_activation
 from detr_fast.ops.layer_norm import layer_norm
 from detr_fast.ops.linear_add_layer_norm import linear_add_layer_norm
 from detr_fast.ops.linear_assignment import linear_assignment
@@ -36,6 +37,7 @@ __all__ = [
     "detection_losses",
     "feed_forward",
     "feed_forward_add_layer_norm",
+    "gated_activation",
     "layer_norm",
     "linear_add_layer_norm",
     "linear_assignment",

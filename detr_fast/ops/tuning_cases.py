@@ -25,6 +25,7 @@ from detr_fast.ops.attention_varlen import attention_varlen
 from detr_fast.ops.deformable_attention import deformable_attention, deformable_attention_from_offsets
 from detr_fast.ops.detection_losses import detection_losses
 from detr_fast.ops.feed_forward import FEED_FORWARD
+from detr_fast.ops.gated_activation import gated_activation
 from detr_fast.ops.layer_norm import layer_norm
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
 from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -133,6 +134,11 @@ def add_layer_norm_step(device: torch.device, rows: int, gradients: bool = True)
 def rms_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     leaves = (draw(device, rows, WIDTH), draw(device, WIDTH))
     return step_of(lambda x, weight: rms_norm(x, (WIDTH,), weight), leaves, gradients)
+
+
+def gated_activation_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    gate, up = (draw(device, rows, HIDDEN) for _ in range(2))
+    return step_of(gated_activation, (gate, up), gradients)
 
 
 def add_rms_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
@@ -301,9 +307,11 @@ def _rotary_embedding() -> Iterator[Group]:
     return iter((group, replace(group, gradients=False)))
 
 
-def _by_rows(op: str, make: Callable[..., Step], *more: int) -> Iterator[Group]:
+def _by_rows(op: str, make: Callable[..., Step], *more: int, width: int = WIDTH, tensors: int = 1) -> Iterator[Group]:
+    """tensors: how many (rows, width) count as the op's input."""
     cases = tuple(
-        Case(f"({rows}, {WIDTH})", rows * WIDTH * 2, partial(call_step, make, (rows,))) for rows in (*ROWS, *more)
+        Case(f"({rows}, {width})", rows * width * 2 * tensors, partial(call_step, make, (rows,)))
+        for rows in (*ROWS, *more)
     )
     group = Group(op, cases)
     return iter((group, replace(group, gradients=False)))
@@ -397,6 +405,7 @@ GROUPS = (
     *_by_rows("rms_norm", rms_norm_step, MANY),
     *_by_rows("add_rms_norm", add_rms_norm_step, MANY),
     *_rotary_embedding(),
+    *_by_rows("gated_activation", gated_activation_step, width=HIDDEN, tensors=2),
     *_deformable_attention(),
     *_attentions(),
     _packed_attention(),

@@ -93,6 +93,12 @@ def rotary_embedding(channels, rotated, per_pair, interleaved, angles, keys, k_g
     return ops.rotary_embedding(q, k, cos, sin, interleaved=interleaved, per_pair=per_pair)
 
 
+def gated_activation(columns, activation, form, learns):
+    if form == "two":
+        return ops.gated_activation(*(new(70, columns, grad=one) for one in learns), activation)
+    return ops.gated_activation(new(70, 2 * columns), None, activation, form == "gate last")
+
+
 def matching_cost(focal, dtype):
     targets = new(2, 3, dtype=INT64), new(2, 3, 4, dtype=FP32, grad=False), new(2, dtype=INT64)
     return ops.matching_cost(new(2, 9, 5, dtype=dtype), new(2, 9, 4, dtype=FP32), *targets, focal=focal)
@@ -223,6 +229,16 @@ CALLS = (
     ),
     (matching_cost, "triton", {"focal": NO_YES, "dtype": (BF16, FP32)}),
     (detection_losses, "triton", {"focal": NO_YES, "dtype": (BF16, FP32), "boxes": NO_YES}),
+    (
+        gated_activation,
+        "triton",
+        {
+            "columns": (1024, *WIDTHS),
+            "activation": ("relu", "gelu", "gelu_tanh", "silu", "quick_gelu"),
+            "form": ("two", "gate first", "gate last"),
+            "learns": ((True, True), (True, False), (False, True)),
+        },
+    ),
     (feed_forward, "triton", FEED_FORWARD | {"activation": ("quick_gelu",)}),
 )
 PROGRAMS = 64  # half a second each

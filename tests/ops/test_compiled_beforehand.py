@@ -138,6 +138,8 @@ CASES = {
     "channel_affine": Case(
         "channel_affine", lambda x, r: channel_affine(x, *torch.rand(2, 64), r), ((2, 64, 3, 5), (2, 64, 3, 5))
     ),
+    "gated_activation": Case("gated_activation", ops.gated_activation, (ROWS, ROWS)),
+    "gated_activation, halves": Case("gated_activation", ops.gated_activation, ((6, 5, 128),)),
     "deformable_attention": Case("deformable_attention", deformable, ((2, 6, 2, 16), (2, 5, 2, 4, 2), (2, 5, 2, 4))),
     "deformable_attention, from offsets": Case(
         "deformable_attention", from_offsets, ((2, 6, 2, 16), (2, 5, 2, 4), (2, 5, 2, 4, 2), (2, 5, 2, 4))

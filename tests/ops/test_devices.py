@@ -15,6 +15,7 @@ CASES = {
     "channel_affine": [torch.zeros(1, 8, 4, 4), torch.zeros(8), torch.zeros(8)],
     "rotary_embedding": [*[torch.zeros(1, 6, 2, 8)] * 2, *[torch.zeros(6, 8)] * 2],
     "resnet_stem": [torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 7, 7), torch.zeros(16), torch.zeros(16)],
+    "gated_activation": [torch.zeros(2, 8), torch.zeros(2, 8)],
     "linear_assignment": [torch.zeros(2, 3, 5), TRUE[2]],
     "deformable_attention": [torch.zeros(1, 6, 2, 8), torch.zeros(1, 5, 2, 1, 3, 2), torch.zeros(1, 5, 2, 1, 3)],
     "deformable_attention_from_offsets": [

@@ -47,6 +47,8 @@ CASES = {
     "add_layer_norm": (lambda *a: ops.add_layer_norm(*a, dropout_p=0.1), [rows, rows, VECTOR, VECTOR]),
     "rms_norm": (lambda x, w: ops.rms_norm(x, VECTOR, w), [rows, VECTOR]),
     "add_rms_norm": (partial(ops.add_rms_norm, dropout_p=0.1), [rows, rows, VECTOR]),
+    "gated_activation": (ops.gated_activation, [rows, rows]),
+    "gated_activation, halves": (ops.gated_activation, [rows]),
     "linear_add_layer_norm": (ops.linear_add_layer_norm, [rows, (WIDTH, WIDTH), VECTOR, rows, VECTOR, VECTOR]),
     "feed_forward": (partial(ops.feed_forward, dropout_p=0.1), [rows, *BLOCK]),
     "feed_forward_add_layer_norm": (ops.feed_forward_add_layer_norm, [rows, *BLOCK, VECTOR, VECTOR]),

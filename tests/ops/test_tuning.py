@@ -224,6 +224,7 @@ def test_times_in_a_graph_are_those_of_one_of_its_calls(monkeypatch):
         ("layer_norm", "eager", lambda device: tuning_cases.layer_norm_step(device, 3)),
         ("rms_norm", "eager", lambda device: tuning_cases.rms_norm_step(device, 3)),
         ("add_rms_norm", "eager", lambda device: tuning_cases.add_rms_norm_step(device, 3)),
+        ("gated_activation", "eager", lambda device: tuning_cases.gated_activation_step(device, 3)),
         ("matching_cost", "eager", lambda device: tuning_cases.matching_cost_step(device, 1, 3, 9)),
         ("deformable_attention", "eager", lambda device: tuning_cases.deformable_attention_step(device, 1, 2)),
         ("deformable_attention", "eager", lambda device: tuning_cases.from_offsets_step(device, 1, 2)),

@@ -1,0 +1,287 @@
+# mypy: allow-incomplete-defs
+"""The gate of a gated feed-forward block (SwiGLU, GEGLU, ReGLU), forward and backward, in one launch each.
+
+    y = activation(gate) * up,   dup = dy * activation(gate),   dgate = dy * up * activation'(gate)
+
+gate, up and y are (..., F): gate and up are two tensors, or the halves of one, (..., 2 F), which is read and whose gradient is
+written in place. Computed in fp32 and rounded once. The backward keeps gate and up alone, and computes the activation again.
+Source: Shazeer, 2020, arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from .configs import GATED
+from .entry import Budget, Entry
+from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
+from .overlap import wait_for_previous
+from .product_tiles import activate
+from .rows import (
+    MAX_PLANS,
+    MAX_ROW_STRIDE,
+    Plan,
+    address_of,
+    arriving_rows,
+    as_rows,
+    run_length,
+    run_pointers,
+    tile_elements,
+)
+
+MAX_COLUMNS = MAX_ROW_STRIDE // 2  # of y: two halves lie in rows of twice as many
+TWO, GATE_FIRST, GATE_LAST = "two", "gate first", "gate last"  # tensors; of one tensor's halves, which the gate is
+
+
+@jit
+def _tile(
+    rows, F, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr
+):
+    """This program's first row, int64, row numbers (ROWS, 1) from it, column numbers (1, BLOCK_C), and which elements exist.
+
+    FLAT: tensors without gaps are one row of BLOCK_C columns after the other, and `rows` is the number of their elements.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS  # rows * F can pass 2**31; offsets from the first row cannot
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    if FLAT:
+        left = tl.minimum(rows - first * BLOCK_C, BLOCK_C).to(tl.int32)
+        mask = column // VEC < left // VEC
+    elif FULL:
+        mask = (row < tl.minimum(rows - first, ROWS).to(tl.int32)) & (column >= 0)
+    else:
+        mask = (row < tl.minimum(rows - first, ROWS).to(tl.int32)) & (column // VEC < F // VEC)
+    return first, row, column, mask
+
+
+@jit
+def _halves(gate_ptr, up_ptr, F, FORM: tl.constexpr):
+    """Where the gate and the other half start."""
+    if FORM == "gate first":
+        up_ptr = gate_ptr + F
+    if FORM == "gate last":
+        up_ptr = gate_ptr
+        gate_ptr = gate_ptr + F
+    return gate_ptr, up_ptr
+
+
+@jit
+def gated_kernel(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    gate_row_stride: tl.int32,
+    up_row_stride: tl.int32,
+    rows: tl.int64,
+    F: tl.int32,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """FLAT: see `_tile`; strides and F are BLOCK_C then. FULL: F is a multiple of BLOCK_C."""
+    wait_for_previous()
+    first, row, column, mask = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
+    gate_ptr, up_ptr = _halves(gate_ptr, up_ptr, F, FORM)
+    pointers = run_pointers(gate_ptr + first * gate_row_stride, row * gate_row_stride, column, VEC)
+    gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    pointers = run_pointers(up_ptr + first * up_row_stride, row * up_row_stride, column, VEC)
+    up = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    active, _ = activate(gate, ACTIVATION)
+    y = (active * up).to(y_ptr.dtype.element_ty)
+    tl.store(run_pointers(y_ptr + first * F, row * F, column, VEC), y, mask=mask)
+
+
+@jit
+def gated_backward_kernel(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    gate_row_stride: tl.int32,
+    up_row_stride: tl.int32,
+    gradient_row_stride: tl.int32,
+    rows: tl.int64,
+    F: tl.int32,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
+    FULL: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    wait_for_previous()
+    first, row, column, mask = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
+    gate_ptr, up_ptr = _halves(gate_ptr, up_ptr, F, FORM)
+    dgate_ptr, dup_ptr = _halves(dgate_ptr, dup_ptr, F, FORM)
+    dy = tl.load(run_pointers(dy_ptr + first * F, row * F, column, VEC), mask=mask, other=0.0).to(tl.float32)
+    pointers = run_pointers(gate_ptr + first * gate_row_stride, row * gate_row_stride, column, VEC)
+    gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    active, slope = activate(gate, ACTIVATION)
+    place, start = first * gradient_row_stride, row * gradient_row_stride
+    if dgate_ptr is not None:
+        pointers = run_pointers(up_ptr + first * up_row_stride, row * up_row_stride, column, VEC)
+        up = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        dgate = (dy * up * slope).to(dgate_ptr.dtype.element_ty)
+        tl.store(run_pointers(dgate_ptr + place, start, column, VEC), dgate, mask=mask)
+    if dup_ptr is not None:
+        dup = (dy * active).to(dup_ptr.dtype.element_ty)
+        tl.store(run_pointers(dup_ptr + place, start, column, VEC), dup, mask=mask)
+
+
+def gated_forward(gate: Tensor, up: Tensor | None, *, activation: str, gate_last: bool = False) -> Tensor:
+    """activation(gate) * up, (..., F), contiguous, in their dtype; up None: the halves of `gate`, (..., 2 F).
+
+    activation: one of `product_tiles.activate`. gate_last: the gate is the second half.
+    """
+    form = _form(up, gate_last)
+    columns = gate.shape[-1] if up is not None else gate.shape[-1] // 2
+    gate, gate_stride = as_rows(gate)
+    up, up_stride = (None, gate_stride) if up is None else as_rows(up)
+    y = empty((*gate.shape[:-1], columns), gate.dtype, gate.device)
+    addresses = address_of(gate) | address_of(up)
+    sizes = gate.shape[:-1].numel(), columns, gate_stride, up_stride
+    plan = _plan(sizes, gate.dtype, activation, form, addresses % 16)
+    launch(plan.variant, plan.grid, gate, up, y, *plan.sizes)
+    return y
+
+
+def gated_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    *,
+    activation: str,
+    gate_last: bool = False,
+    with_dgate: bool = True,
+    with_dup: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `gated_forward` for gate and up, contiguous, in their dtype, which dy has; of halves, one tensor for both."""
+    form = _form(up, gate_last)
+    columns = dy.shape[-1]
+    dy = arriving_rows(dy.contiguous())[0]
+    gate, gate_stride = as_rows(gate)
+    up, up_stride = (None, gate_stride) if up is None else as_rows(up)
+    dgate = empty(gate.shape, gate.dtype, gate.device) if with_dgate or up is None else None
+    dup = empty(up.shape, up.dtype, up.device) if with_dup and up is not None else None
+    addresses = address_of(dy) | address_of(gate) | address_of(up)
+    sizes = gate.shape[:-1].numel(), columns, gate_stride, up_stride
+    wanted = dgate is not None, dup is not None
+    plan = _plan(sizes, gate.dtype, activation, form, addresses % 16, wanted)
+    launch(plan.variant, plan.grid, dy, gate, up, dgate, dup, *plan.sizes)
+    return dgate, dup
+
+
+def _form(up: Tensor | None, gate_last: bool) -> str:
+    return TWO if up is not None else GATE_LAST if gate_last else GATE_FIRST
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _plan(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    activation: str,
+    form: str,
+    offset: int,
+    wanted: tuple[bool, bool] | None = None,
+) -> Plan:
+    """Of the forward, or with what is wanted of the backward. sizes: rows, columns of y, distances of gate's and of up's rows."""
+    rows, columns, *strides = sizes
+    flat = strides == [columns, columns]
+    vector = run_length(dtype.itemsize, rows * columns if flat else columns | strides[0] | strides[1], offset)
+    variant = variant_of(columns, dtype, activation, form, flat, vector, wanted)
+    block = int(variant.constants["BLOCK_C"])
+    if flat:
+        elements, columns, strides = rows * columns, block, [block, block]
+        grid, rows = (-(-elements // block), 1), elements
+    else:
+        grid = -(-rows // int(variant.constants["ROWS"])), -(-columns // block)
+    if wanted is not None:
+        strides.append(columns if form == TWO else 2 * columns)
+    return Plan(variant, grid, (*strides, rows, columns))
+
+
+def variant_of(
+    columns: int,
+    dtype: torch.dtype,
+    activation: str,
+    form: str,
+    flat: bool,
+    vector: int,
+    wanted: tuple[bool, bool] | None = None,
+) -> Variant:
+    """The program of the forward, or of the backward with those gradients that are wanted; flat: all tensors are without gaps."""
+    widest = GATED.rows * GATED.columns if flat else GATED.columns
+    block = widest if flat else min(widest, max(16, 1 << (columns - 1).bit_length()))
+    rows = 1 if flat else GATED.rows * GATED.columns // block
+    # Without vectors each element has an address and a mask of its own.
+    block, rows = (block, rows) if vector > 1 else (block // 2, rows) if flat else (block, max(1, rows // 2))
+    return _variant(dtype, activation, form, (rows, block), flat, not flat and columns % block == 0, vector, wanted)
+
+
+@cache
+def _variant(
+    dtype: torch.dtype,
+    activation: str,
+    form: str,
+    tile: tuple[int, int],
+    flat: bool,
+    full: bool,
+    vector: int,
+    wanted: tuple[bool, bool] | None,
+) -> Variant:
+    there = (dtype, dtype if form == TWO else None)
+    if wanted is None:
+        kernel, types = gated_kernel, (*map(pointer, (*there, dtype)), "i32", "i32", "i64", "i32")
+    else:
+        written = (dtype if one else None for one in wanted)
+        types = (*map(pointer, (dtype, *there, *written)), "i32", "i32", "i32", "i64", "i32")
+        kernel = gated_backward_kernel
+    constants = {"ACTIVATION": activation, "FORM": form, "ROWS": tile[0], "BLOCK_C": tile[1]}
+    constants |= {"FLAT": flat, "FULL": full, "VEC": vector}
+    return Variant(kernel, types, constants, GATED.num_warps)
+
+
+def catalog_entries() -> Iterator[Entry]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    budget = Budget(80, 0, 64, 0)
+    # What each example runs: activation, dtype, form, columns and rows. The first is listed.
+    examples = (
+        ((("silu", bf16, TWO, 1024, 5), ("gelu_tanh", bf16, GATE_FIRST, 1096, 3)), True, 8),
+        ((("gelu", fp16, GATE_LAST, 101, 37), ("relu", fp32, GATE_FIRST, 1024, 3)), False, 1),
+    )
+    for cases, flat, vector in examples:
+        activation, dtype, form, columns, _ = cases[0]
+        for kind, wanted in (("forward", None), ("backward", (True, form == TWO))):
+            variant = variant_of(columns, dtype, activation, form, flat, vector, wanted)
+            name = f"gated_{kind}_{activation}_{TRITON_TYPES[dtype]}"
+            yield Entry("gated_activation", name, variant, tile_elements(variant), budget, partial(_example, cases))
+
+
+def _example(
+    cases: tuple[tuple[str, torch.dtype, str, int, int], ...], device: torch.device
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward of cases of more than two tiles, the last one not full."""
+    given = []
+    for activation, dtype, form, columns, rows in cases:
+        one, other, dy = (torch.randn(rows, columns, device=device).to(dtype) for _ in range(3))
+        gate, up = (one, other) if form == TWO else (torch.cat([one, other], -1), None)
+        given.append((gate, up, dy, activation, form == GATE_LAST))
+
+    def call() -> tuple[Tensor, ...]:
+        found: list[Tensor | None] = []
+        for gate, up, dy, activation, last in given:
+            found.append(gated_forward(gate, up, activation=activation, gate_last=last))
+            found += gated_backward(dy, gate, up, activation=activation, gate_last=last)
+        return tuple(one for one in found if one is not None)
+
+    return call
