@@ -205,16 +205,22 @@ def rotary_embedding_kernel(
 
 
 def rotary_embedding(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, turn: Turn, heads_first: tuple[bool, bool]
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    turn: Turn,
+    heads_first: tuple[bool, bool],
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, L, H, E) and k (B, L, Hk, E), or None, turned by cos and sin (B or 1, L - turn.first, R), or R / 2 wide where they are per pair.
 
-    Returns both in their own dtypes and new memory, which lies with heads before tokens where `heads_first` says so.
+    Returns both in `out_dtype`, by default their own, and new memory, which lies with heads before tokens where `heads_first` says so.
     Raises ValueError for more than 256 channels.
     """
     q, k = _rows(q), None if k is None else _rows(k)
     cos, sin = _rows(cos), _rows(sin)
-    outputs = [None if t is None else memory_for(t, first) for t, first in zip((q, k), heads_first)]
+    outputs = [None if t is None else memory_for(t, first, out_dtype) for t, first in zip((q, k), heads_first)]
     given = [t for t in (q, k, cos, sin, *outputs) if t is not None]
     layouts = tuple(map(_layout_of, given))
     plan = _plan(layouts, k is not None, turn)
@@ -222,12 +228,12 @@ def rotary_embedding(
     return outputs[0], outputs[1]  # type: ignore[return-value]
 
 
-def memory_for(x: Tensor, heads_first: bool) -> Tensor:
+def memory_for(x: Tensor, heads_first: bool, dtype: torch.dtype | None = None) -> Tensor:
     """New memory for a tensor (B, L, H, E), in that order or with heads before tokens."""
     batch, tokens, heads, columns = x.shape
     if heads_first:
-        return empty((batch, heads, tokens, columns), x.dtype, x.device).transpose(1, 2)
-    return empty(x.shape, x.dtype, x.device)
+        return empty((batch, heads, tokens, columns), dtype or x.dtype, x.device).transpose(1, 2)
+    return empty(x.shape, dtype or x.dtype, x.device)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -247,8 +253,9 @@ def _plan(layouts: tuple[_Layout, ...], with_k: bool, turn: Turn) -> Plan:
     if columns > MAX_COLUMNS:
         raise ValueError(f"heads of {columns} channels: this kernel takes up to {MAX_COLUMNS}")
     k_heads = heads[1][1][2] if with_k else 0
-    dtypes = tuple(one[0] for one in heads), tuple(one[0] for one in tables)
-    variant = variant_for(*dtypes, pairs, columns, max(q_heads, k_heads), run_of(layouts, pairs, columns, turn), turn)
+    dtypes, angles, written = (tuple(one[0] for one in group) for group in (heads, tables, results))
+    run = run_of(layouts, pairs, columns, turn)
+    variant = variant_for(dtypes, angles, pairs, columns, max(q_heads, k_heads), run, turn, written)
     tokens = batches * length
     constants = variant.constants
     chunks = sum(-(-n // constants["HEADS"]) for n in (q_heads, k_heads))
@@ -296,18 +303,22 @@ def _layout_of(x: Tensor) -> _Layout:
 @cache
 def variant_for(
     dtypes: tuple[torch.dtype, ...],
-    tables: tuple[torch.dtype, torch.dtype],
+    tables: tuple[torch.dtype, ...],
     pairs: int,
     columns: int,
     heads: int,
     run: int,
     turn: Turn,
+    results: tuple[torch.dtype, ...] = (),
 ) -> Variant:
-    """The program for q, and k where there are two dtypes, of up to `heads` heads of `columns` channels, read in runs of `run`."""
+    """The program for q, and k where there are two dtypes, of up to `heads` heads of `columns` channels, read in runs of `run`.
+
+    results: dtypes of what is written, where they are others.
+    """
     rest = _rest_block(pairs, columns)
     config = rotary_config(pairs, rest, heads, run, turn.interleaved)
-    own = dtypes if len(dtypes) == 2 else (*dtypes, None)
-    types = (*map(pointer, (*own, *tables, *own)), *("i64",) * 16, *("i32",) * 7)
+    absent = (None,) * (2 - len(dtypes))
+    types = (*map(pointer, (*dtypes, *absent, *tables, *(results or dtypes), *absent)), *("i64",) * 16, *("i32",) * 7)
     constants = {
         "TOKENS": config.tokens,
         "HEADS": config.heads,

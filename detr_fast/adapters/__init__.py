@@ -11,6 +11,7 @@ from detr_fast.adapters.base import Adapter
 # In the order in which they are asked. An adapter for a package is imported where a model has a class of that package.
 _ADAPTERS = {
     "detr_fast.adapters.hugging_face_swin.HuggingFaceSwin": "transformers",
+    "detr_fast.adapters.hugging_face_rotary.HuggingFaceRotary": "transformers",
     "detr_fast.adapters.hugging_face.HuggingFaceAttention": "transformers",
     "detr_fast.adapters.hugging_face_layers.HuggingFaceLayers": "transformers",
     "detr_fast.adapters.hugging_face_sampling.HuggingFaceSampling": "transformers",

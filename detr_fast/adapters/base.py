@@ -10,7 +10,7 @@ import textwrap
 from abc import ABC, ABCMeta, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch.nn import Module
@@ -219,6 +219,16 @@ def _said(node: Any) -> Any:
         return repr(node)
     fields = ((name, value) for name, value in ast.iter_fields(node) if name not in _UNSAID and value not in (None, []))
     return [type(node).__name__, *((name, _said(value)) for name, value in fields)]
+
+
+def with_globals(function: Any, replaced: dict[str, Any]) -> Any:
+    """A function's own code, which finds others under these names of its module."""
+    names = {**function.__globals__, **replaced}
+    # By the module's name torch.compile of 2.11 would look up globals there, and find theirs.
+    del names["__name__"]
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 class _Unannounced:

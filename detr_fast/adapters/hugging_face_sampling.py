@@ -10,13 +10,21 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
+from detr_fast.adapters.base import (
+    Adapter,
+    Scriptable,
+    fingerprint,
+    joined,
+    joined_of,
+    kind_of,
+    why_not_switch,
+    with_globals,
+)
 from detr_fast.adapters.deformable import sampled
 from detr_fast.adapters.hugging_face_offsets import SAMPLES, FromOffsets, kind_of_forward, samples_plainly
 
@@ -147,12 +155,7 @@ def _with_function(kind: type[Module]) -> Callable[..., Any]:
     theirs = forward.__globals__[name]
     place = _place_of(theirs)
     assert place is not None
-    names = {**forward.__globals__, name: partial(place, theirs)}
-    # By the module's name torch.compile of 2.11 would look up globals there, and find theirs.
-    del names["__name__"]
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy
+    return with_globals(forward, {name: partial(place, theirs)})  # type: ignore[no-any-return]
 
 
 def _name_used(forward: Any) -> str | None:

@@ -82,6 +82,7 @@ class RotaryEmbeddingCall(Call):
     k_heads: int
     dtypes: tuple[torch.dtype, ...]  # of k and the angles
     turn: Turn
+    out_dtype: torch.dtype | None
     wanted: tuple[bool, bool]  # which of q and k need a gradient
     table_grad: bool
     one_device: bool
@@ -94,9 +95,16 @@ class RotaryEmbeddingCall(Call):
 
 
 def _signature(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, first: int
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    per_pair: bool,
+    first: int,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    return key(q), key(k), key(cos), key(sin), interleaved, per_pair, first
+    return key(q), key(k), key(cos), key(sin), interleaved, per_pair, first, out_dtype
 
 
 def _describe(
@@ -107,6 +115,7 @@ def _describe(
     interleaved: bool,
     per_pair: bool,
     first: int,
+    out_dtype: torch.dtype | None = None,
     *,
     situation: Situation,
 ) -> RotaryEmbeddingCall:
@@ -123,6 +132,7 @@ def _describe(
         k_heads=0 if k is None or k.ndim != 4 else k.shape[2],
         dtypes=tuple(t.dtype for t in (k, cos, sin) if t is not None),
         turn=Turn(interleaved, per_pair, False, first),
+        out_dtype=out_dtype,
         wanted=(wants_grad(q), wants_grad(k)),
         table_grad=wants_grad(cos, sin),
         one_device=on_one_device(q, k, cos, sin),
@@ -149,6 +159,8 @@ class TritonRotaryEmbedding(TritonImplementation):
         for dtype in call.dtypes:
             if dtype not in self.dtypes:
                 return f"keys or angles of {dtype}: it takes float32, bfloat16 and float16"
+        if call.out_dtype is not None and call.k_heads and call.dtypes[0] != call.dtype:
+            return f"queries of {call.dtype} and keys of {call.dtypes[0]}, where both are wanted in one dtype"
         return None
 
     def advice(self, call: RotaryEmbeddingCall) -> str | None:
@@ -165,7 +177,7 @@ class TritonRotaryEmbedding(TritonImplementation):
         return regimes.note("rotary_embedding", call)
 
     def compiled_key(self, call: RotaryEmbeddingCall) -> Any:
-        kinds = (call.dtype, *call.dtypes), call.turn._replace(first=0), call.wanted
+        kinds = (call.dtype, *call.dtypes, call.out_dtype), call.turn._replace(first=0), call.wanted
         return call.device, call.shape[2:], call.k_heads, kinds, call.layouts
 
     def prepare(self, call: RotaryEmbeddingCall) -> None:
@@ -175,16 +187,26 @@ class TritonRotaryEmbedding(TritonImplementation):
         """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
         q, k, cos, sin = rehearsed(call.layouts)
         firsts = _heads_first(q, k)
-        outputs = kernels.rotary_embedding(q, k, cos, sin, call.turn, firsts)
+        outputs = kernels.rotary_embedding(q, k, cos, sin, call.turn, firsts, call.out_dtype)
         if call.needs_grad:
             found: list[Any] = [(t, one) for t, one, want in zip(outputs, firsts, call.wanted) if want]
             (dq, one), (dk, two) = (*found, (None, False))[:2]
-            kernels.rotary_embedding(dq, dk, cos, sin, call.turn._replace(back=True), (one, two))
+            own = None if call.out_dtype is None else call.dtype
+            kernels.rotary_embedding(dq, dk, cos, sin, call.turn._replace(back=True), (one, two), own)
 
     def run(
-        self, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, first: int
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        per_pair: bool,
+        first: int,
+        out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        turned, other = _turned(q, k, cos, sin, interleaved, per_pair, False, first, list(_heads_first(q, k)))
+        settings = (interleaved, per_pair, False, first, list(_heads_first(q, k)), out_dtype)
+        turned, other = _turned(q, k, cos, sin, *settings)
         return turned, None if k is None else other
 
 
@@ -195,6 +217,7 @@ class EagerRotaryEmbedding(Implementation):
         return eager(*arguments)
 
 
+# A last argument, which adapters give, is the results' dtype where a library's own function has another than q and k.
 ROTARY_EMBEDDING = Op(
     "rotary_embedding",
     signature=_signature,
@@ -205,22 +228,29 @@ ROTARY_EMBEDDING = Op(
 
 
 def eager(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, first: int
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    per_pair: bool,
+    first: int,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same by PyTorch's operations; cos and sin (B or 1, L - first, R), or R / 2 wide."""
     if per_pair:
         cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
-    angles = cos.unsqueeze(2), sin.unsqueeze(2)
-    return _eager(q, *angles, interleaved, first), None if k is None else _eager(k, *angles, interleaved, first)
+    rest = cos.unsqueeze(2), sin.unsqueeze(2), interleaved, first, out_dtype
+    return _eager(q, *rest), None if k is None else _eager(k, *rest)
 
 
-def _eager(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int) -> Tensor:
-    rotated = cos.shape[-1]
+def _eager(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int, dtype: torch.dtype | None) -> Tensor:
+    rotated, dtype = cos.shape[-1], dtype or x.dtype
     part = x[:, first:, :, :rotated]
-    y = (part * cos + _partners(part, interleaved) * sin).to(x.dtype)
+    y = (part * cos + _partners(part, interleaved) * sin).to(dtype)
     if rotated < x.shape[-1]:
-        y = torch.cat((y, x[:, first:, :, rotated:]), -1)
-    return y if first == 0 else torch.cat((x[:, :first], y), 1)
+        y = torch.cat((y, x[:, first:, :, rotated:].to(dtype)), -1)
+    return y if first == 0 else torch.cat((x[:, :first].to(dtype), y), 1)
 
 
 def _partners(x: Tensor, interleaved: bool) -> Tensor:
@@ -251,44 +281,46 @@ def _run(
     back: bool,
     first: int,
     heads_first: list[bool],
+    out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     turn = Turn(interleaved, per_pair, back, first)
     if back:
         q, k = kernels.arriving(q), None if k is None else kernels.arriving(k)
-    turned, other = kernels.rotary_embedding(q, k, cos, sin, turn, (heads_first[0], heads_first[1]))
+    turned, other = kernels.rotary_embedding(q, k, cos, sin, turn, (heads_first[0], heads_first[1]), out_dtype)
     return turned, q.new_empty(0) if other is None else other
 
 
 def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    turned, other = (
-        None if t is None else _new(t, heads_first) for t, heads_first in zip((q, k), rest[-1], strict=True)
-    )
-    assert turned is not None
-    return turned, q.new_empty(0) if other is None else other
+    *_, heads_first, out_dtype = rest
+    return _new(q, heads_first[0], out_dtype), q.new_empty(0) if k is None else _new(k, heads_first[1], out_dtype)
 
 
-def _new(x: Tensor, heads_first: bool) -> Tensor:
+def _new(x: Tensor, heads_first: bool, dtype: torch.dtype | None) -> Tensor:
     batch, tokens, heads, columns = x.shape
-    return x.new_empty((batch, heads, tokens, columns)).transpose(1, 2) if heads_first else x.new_empty(x.shape)
+    if heads_first:
+        return x.new_empty((batch, heads, tokens, columns), dtype=dtype).transpose(1, 2)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any) -> Any:
         ctx.save_for_backward(cos, sin)
-        ctx.rest = rest
+        ctx.rest, ctx.dtype = rest, q.dtype
         turned, other = _turned.below(q, k, cos, sin, *rest)
         ctx.mark_non_differentiable(*(y for y, learns in zip((turned, other), ctx.needs_input_grad) if not learns))
         return turned, other
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> Any:
-        interleaved, per_pair, back, first, heads_first = ctx.rest
+        interleaved, per_pair, back, first, heads_first, out_dtype = ctx.rest
         wanted = ctx.needs_input_grad[:2]
         chosen = [(g, one) for g, one, want in zip(arriving, heads_first, wanted) if want]
         (dq, one), (dk, two) = (*chosen, (None, False))[:2]
-        found = iter(_turned(dq, dk, *ctx.saved_tensors, interleaved, per_pair, not back, first, [one, two]))
-        return *(next(found) if want else None for want in wanted), *(None,) * 7
+        own = None if out_dtype is None else ctx.dtype
+        settings = (interleaved, per_pair, not back, first, [one, two], own)
+        found = iter(_turned(dq, dk, *ctx.saved_tensors, *settings))
+        return *(next(found) if want else None for want in wanted), *(None,) * 8
 
 
 def _autograd(q: Tensor, k: Tensor | None, *rest: Any) -> Any:
@@ -297,7 +329,7 @@ def _autograd(q: Tensor, k: Tensor | None, *rest: Any) -> Any:
 
 _turned = define(
     "rotary_embedding(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool per_pair, bool back, SymInt first, "
-    "bool[2] heads_first) -> (Tensor, Tensor)",
+    "bool[2] heads_first, ScalarType? out_dtype) -> (Tensor, Tensor)",
     run=_run,
     fake=_fake,
     autograd=_autograd,

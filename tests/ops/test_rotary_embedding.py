@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.hardware import DEVICE, sized
 from detr_fast import dispatch, ops
 from detr_fast.dispatch import BackendError, use_backend
-from detr_fast.ops.rotary_embedding import eager
+from detr_fast.ops.rotary_embedding import ROTARY_EMBEDDING, eager
 from detr_fast.testing import assert_as_accurate_as_eager, count
 from detr_fast.testing.interpreter import checked_interpreter
 
@@ -92,6 +92,19 @@ def test_the_kernel_is_as_accurate_as_eager(triton, dtype, shared):
 
 
 @interpreter
+@pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_results_come_in_the_dtype_that_a_library_wants_and_gradients_in_that_of_q_and_k(triton, dtype, wanted):
+    q, k, cos, sin = make_case()
+    settings = (cos, sin, False, False, 0, wanted)
+    assert_as_accurate_as_eager(
+        lambda q, k: ROTARY_EMBEDDING(q, k, *settings),
+        reference=lambda q, k: eager(q, k, *settings[:-1], torch.float64 if q.dtype == torch.float64 else wanted),
+        inputs=(q, k),
+        dtype=dtype,
+    )
+
+
+@interpreter
 def test_results_lie_as_q_and_k_do_and_nothing_but_angles_is_kept(triton):
     q, k, cos, sin = make_case()
     q.requires_grad_(), k.requires_grad_()
@@ -149,7 +162,8 @@ def test_double_and_triple_backward_are_right(triton, interleaved):
 def test_opcheck_accepts_the_op(with_k, back):
     q, k, cos, sin = make_case()
     q.requires_grad_(), k.requires_grad_()
-    torch.library.opcheck(OP, (q, k if with_k else None, cos, sin, back, False, back, 0, [False, with_k]))
+    for dtype in (None, torch.bfloat16):
+        torch.library.opcheck(OP, (q, k if with_k else None, cos, sin, back, False, back, 0, [False, with_k], dtype))
 
 
 @interpreter
