@@ -70,7 +70,6 @@ class CapturedStep:
         self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
-        self.parameters = list(model.parameters())  # those without gradients, too: they may be trained later
         self.clip_norm = clip_norm
         self.ema = ema
         self.averaged = averaged or model
@@ -78,7 +77,7 @@ class CapturedStep:
         self.metrics = metrics
         self.autocast = autocast
         self.taken = taken
-        device = self.parameters[0].device
+        device = next(model.parameters()).device
         reason = why_no_graph(model, optimizer, self.scaler) if capture else "capture=False"
         self._number: Tensor | None = None
         self._rates: list[Tensor] = []  # of the optimizer's groups, where steps are captured
@@ -129,7 +128,7 @@ class CapturedStep:
         if self.clip_norm:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:

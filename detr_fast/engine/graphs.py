@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detr_fast import dispatch
 from detr_fast.capture import capture
 
 MAX_GRAPHS = 32
@@ -23,13 +24,13 @@ MAX_SHAPES = 4096  # that are remembered
 
 @dataclass
 class _Bucket:
-    """What belongs to one shape: calls so far and the last one's number, and from the capture on its inputs, graph and outputs."""
+    """What belongs to one shape: calls so far, from the capture on its inputs, graph and outputs, and the last call's number."""
 
     calls: int = 0
-    last: int = 0
     inputs: tuple[Any, ...] = ()
     graph: Any = None
     outputs: Any = None
+    last: int = 0
 
 
 class GraphedFunction:
@@ -45,7 +46,8 @@ class GraphedFunction:
         reason: why nothing can be captured, known beforehand; None where it can.
         before: called before each eager call and each capture, outside the graph.
         around: entered around each call of `function` that is captured, or that warms up for it.
-        bound: what graphs are bound to besides the shapes; where it gives something else, a shape has another graph.
+        bound: what graphs are bound to besides the shapes, autocast, precision, determinism and what `use_backend` asks for; where it gives
+            something else, a shape has another graph.
         warmup: eager calls of a shape before it is captured.
     """
 
@@ -84,7 +86,7 @@ class GraphedFunction:
         key = shapes_of(arguments)
         if len(self._buckets) >= MAX_SHAPES:  # as of a model that lies elsewhere at each call
             self._buckets = {known: bucket for known, bucket in self._buckets.items() if bucket.graph is not None}
-        whole = key if self.bound is None else (key, self.bound())
+        whole = (key, _state(self.device.type), None if self.bound is None else self.bound())
         try:
             bucket = self._buckets.setdefault(whole, _Bucket())
         except TypeError:
@@ -139,9 +141,11 @@ class GraphedFunction:
         self._stream = stream = self._stream or torch.cuda.Stream(self.device)
         current = torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream), self.around():
-            outputs = self.function(*moved(arguments, self.device))
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream), self.around():
+                outputs = self.function(*moved(arguments, self.device))
+        finally:  # as of a batch for which there is no memory
+            current.wait_stream(stream)
         for tensor in tensors_of(outputs):
             if tensor.is_cuda:
                 tensor.record_stream(current)
@@ -177,9 +181,17 @@ class GraphedFunction:
                 RuntimeWarning,
                 stacklevel=3,
             )
+            self.forget()
             return False
         bucket.inputs, bucket.graph, bucket.outputs = inputs, graph, outputs
         return True
+
+
+def _state(kind: str) -> Hashable:
+    """What PyTorch's operations and ours go by besides their arguments."""
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    precision = [torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv")]
+    return autocast, *precision, torch.are_deterministic_algorithms_enabled(), frozenset(dispatch._requested.items())
 
 
 def _warn_of_no_hash(key: Hashable) -> None:

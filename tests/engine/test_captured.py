@@ -306,16 +306,21 @@ def test_a_failing_capture_falls_back_with_the_reason(emulated):
     calls = []
 
     def function(x):
-        calls.append(1)
-        if len(calls) == 3:
+        calls.append(len(x))
+        if calls.count(2) == 3:
             raise RuntimeError("operation not permitted when stream is capturing")
         return x * 2
 
     graphed = GraphedFunction(function, torch.device("cpu"))
+    for _ in range(3):
+        kept = graphed(torch.ones(1))
+    assert graphed.graphs == 1
     with pytest.warns(RuntimeWarning, match="no CUDA graphs, the capture failed .*operation not permitted"):
         results = [graphed(torch.full((2,), float(i))) for i in range(5)]
     assert [r[0].item() for r in results] == [0, 2, 4, 6, 8]
     assert "the capture failed" in graphed.reason
+    assert graphed.graphs == 0  # which nothing will replay any more, and whose memory eager calls need
+    assert kept.tolist() == [2.0]
 
 
 def test_too_many_shapes_run_eagerly_and_say_so_once(emulated, monkeypatch, recwarn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import detr_fast
+from detr_fast.dispatch import use_backend
 from detr_fast.engine.captured import CapturedInference, CapturedStep
 
 
@@ -234,6 +236,35 @@ def test_a_forward_of_a_parts_own_and_dropout_that_was_set_otherwise_are_what_ru
     model[1].p = 1.0
     assert losses() == [0.0] * 4
     assert step.graphs == 4
+
+
+@pytest.mark.parametrize(
+    "entered", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: use_backend(layer_norm="eager")]
+)
+def test_what_an_eager_call_goes_by_has_a_graph_of_its_own(entered, emulated):
+    model, x = nn.Sequential(nn.Linear(3, 4), detr_fast.nn.LayerNorm(4)), torch.randn(2, 3)
+    inference = CapturedInference(model)
+    for manager in (contextlib.nullcontext, entered, contextlib.nullcontext):
+        with manager():
+            for _ in range(4):
+                expected = model(x)
+                torch.testing.assert_close(inference(x), expected)
+    assert inference.graphs == len(emulated) == 2
+
+
+def test_a_part_that_came_later_is_clipped(emulated):
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.param_groups[0]["capturable"] = True
+    step = CapturedStep(model, lambda y, _: y.square().sum(), optimizer, clip_norm=1e-3)
+    for _ in range(4):
+        step(x)
+    model[1] = nn.Linear(3, 2)
+    optimizer.add_param_group({"params": model[1].parameters(), "capturable": True})
+    before = model[1].weight.detach().clone()
+    for steps in range(1, 5):
+        step(x)
+        assert (model[1].weight - before).norm() <= 1.001e-3 * steps
 
 
 def test_a_model_that_is_accelerated_after_a_capture_is_captured_anew(emulated):

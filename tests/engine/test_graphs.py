@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import ChainMap, UserDict
 
+import pytest
 import torch
 
 from detr_fast import capture
@@ -63,6 +64,25 @@ def test_a_replay_waits_for_one_on_another_stream(emulated, monkeypatch):
         assert graphed(torch.ones(2)).tolist() == [2.0, 2.0]
         assert waits == expected
     assert graphed.graphs == 1
+
+
+def test_what_follows_on_a_call_that_failed_waits_for_what_it_had_begun(emulated, monkeypatch):
+    waits = []
+
+    class Stream(stub_cuda.Stream):
+        def wait_stream(self, stream):
+            waits.append((self, stream))
+
+    def full(x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: side)
+    side = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedFunction(full, torch.device("cpu"))(torch.ones(2))
+    assert waits == [(side, current), (current, side)]
 
 
 def test_tensors_are_found_in_mappings_of_any_class(emulated):

@@ -119,12 +119,13 @@ def test_a_captured_step_is_what_the_trainer_runs(tiny):
 def test_batches_travel_without_blocking_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(graphs, "_state", lambda kind: None)  # meta tensors have no autocast
     given = inputs("cpu")
     with Copies() as copies:
         graphs.moved(given, torch.device("meta"))
         graphed = graphs.GraphedFunction(lambda *_: None, torch.device("meta"))
         static = graphs.mapped(given, lambda tensor: torch.empty_like(tensor, device="meta"))
-        graphed._buckets[graphs.shapes_of(given)] = graphs._Bucket(5, static, mock.Mock())
+        graphed._buckets[graphs.shapes_of(given), None, None] = graphs._Bucket(5, static, mock.Mock())
         graphed(*given)
     assert len(copies.blocking) == 2 * 5  # images, mask, boxes, labels, counts
     assert not any(copies.blocking)
