@@ -18,6 +18,7 @@ from detr_fast.nn.multihead_attention import MultiheadAttention
 from detr_fast.nn.normalization import LayerNorm
 from detr_fast.ops.host_program import HostProgram
 from detr_fast.ops.layers import MAX_PROGRAMS, LayerOp
+from detr_fast.situation import PLAIN_TENSORS
 
 NORMS = (LayerNorm, nn.LayerNorm)
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
@@ -184,7 +185,7 @@ _known: WeakKeyDictionary[nn.Module, Contents] = WeakKeyDictionary()
 
 
 def contents_of(layer: nn.Module, op: LayerOp, describe: Describe) -> Contents | None:
-    """None where a part is not what is expected, or may not be taken apart."""
+    """None where a part is not what is expected, or may not be taken apart (see `read`)."""
     found = _known.get(layer)
     if found is not None and found.hold(layer):
         return found
@@ -198,9 +199,11 @@ def contents_of(layer: nn.Module, op: LayerOp, describe: Describe) -> Contents |
 
 
 def read(layer: nn.Module, op: LayerOp, describe: Describe) -> Contents | None:
+    """None where a part is not what is expected, or a parameter is no plain tensor: quantised or distributed, it takes only what its class knows."""
     found = Contents(op, describe)
     found.settings.append(type(layer))
-    return found.close() if describe(found, layer) else None
+    plain = describe(found, layer) and all(p is None or type(p) in PLAIN_TENSORS for p in found.parameters)
+    return found.close() if plain else None
 
 
 def torch_nn(found: Contents, layer: nn.Module) -> bool:

@@ -289,6 +289,32 @@ def test_a_layer_whose_parts_somebody_looks_at_or_replaces_runs_them(
         assert step(layer, arguments)[0] != ONE
 
 
+class Quantised(torch.Tensor):
+    """A weight that can't be joined with others, as quantised ones can't."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.cat:
+            raise NotImplementedError("no cat of quantised weights")
+        if function is torch.nn.functional.linear:
+            args = [a.as_subclass(torch.Tensor) if isinstance(a, cls) else a for a in args]
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_weights_that_are_no_plain_tensors_are_left_to_the_attention(kind, name, launched):
+    layer, arguments = made(kind)
+    projection = getattr(layer.self_attn, name)
+    weight = projection.weight.detach()
+    with torch.no_grad(), use_backend("triton"):
+        layer(*arguments)
+        projection.weight = torch.nn.Parameter(weight.as_subclass(Quantised), requires_grad=False)
+        for _ in range(3):
+            layer(*arguments)
+
+
 def test_what_is_passed_on_to_the_parts_reaches_them(launched):
     layer, arguments = made("encoder")
     seen = []
