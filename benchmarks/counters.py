@@ -129,6 +129,23 @@ def linear_cross_entropy(library: Any) -> Counts:
     return step(Head(), on_meta(4096, 512), on_meta(32000, 512), torch.empty(4096, device="meta", dtype=torch.int64))
 
 
+def swiglu(library: Any, joined: bool = False) -> Counts:
+    """The block of a language model of 7 billion parameters, 4,096 tokens; joined: gate and up are one projection."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, width: int, hidden: int) -> None:
+            super().__init__()
+            options = {"bias": False, "device": "meta", "dtype": BF16}
+            sizes = (2 * hidden,) if joined else (hidden, hidden)
+            self.projections = torch.nn.ModuleList(library.Linear(width, size, **options) for size in sizes)
+            self.down = library.Linear(hidden, width, **options)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(ops.gated_activation(*(projection(x) for projection in self.projections)))
+
+    return step(Block(4096, 11_008), on_meta(4096, 4096))
+
+
 def _losses(device: str, grad: bool = False) -> Callable[[], torch.Tensor]:
     from detr_fast.models.build import ModelConfig, build_criterion
     from detr_fast.models.structures import Targets
@@ -168,6 +185,8 @@ CASES: dict[str, Callable[[Any], Counts]] = {
     "DETR losses, forward": detr_losses,
     "DETR losses, forward and backward": detr_losses_step,
     "Linear and cross-entropy, 4,096 × 32,000": linear_cross_entropy,
+    "SwiGLU, 4,096 tokens of 4,096 × 11,008": swiglu,
+    "SwiGLU, gate and up in one projection": partial(swiglu, joined=True),
 }
 
 
@@ -186,7 +205,7 @@ def measure(library: Any) -> dict[str, dict[str, int]]:
     For torch.nn, DETR's own modules run PyTorch's operations, and the host matches.
     """
     eager = dict.fromkeys(("matching_cost", "detection_losses", "linear_cross_entropy"), "eager")
-    eager["linear_assignment"] = "threads"
+    eager |= {"gated_activation": "eager", "linear_assignment": "threads"}
     with use_backend("triton") if library is nn else use_backend(**eager):
         return {name: numbers(case(library)) for name, case in CASES.items()}
 

@@ -25,6 +25,7 @@ _ADAPTERS = {
     "detr_fast.adapters.timm_blocks.TimmBlocks": "timm",
     "detr_fast.adapters.torchvision.Torchvision": "torchvision",
     "detr_fast.adapters.feed_forward.FeedForwardBlocks": None,
+    "detr_fast.adapters.gated_blocks.GatedBlocks": None,
     "detr_fast.adapters.original_detr.OriginalDetr": None,
     "detr_fast.adapters.original_deformable.OriginalDeformable": None,
     "detr_fast.adapters.torch_nn.TorchNN": None,

@@ -67,6 +67,8 @@ _FREE = {
     torch.ops.aten.lift_fresh.default,
     torch.ops.aten._local_scalar_dense.default,
 }
+# One kernel on CPUs and GPUs, though PyTorch also has them in parts.
+_WHOLE = {torch.ops.aten.silu_backward.default, torch.ops.aten.mish_backward.default}
 
 
 @dataclass
@@ -107,9 +109,8 @@ class _Operations(TorchDispatchMode):
             self.counts.synchronisations[str(func)] += 1
         if func.namespace == "detr_fast":
             return self._launch(func, args, kwargs)
-        if (
-            func.namespace == "aten"
-        ):  # composites arrive whole in inference mode and inside launchers: count their parts
+        # Composites arrive whole in inference mode and inside launchers: count their parts.
+        if func.namespace == "aten" and func not in _WHOLE:
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +20,13 @@ def test_launches_leave_views_and_allocations_out():
 
 def test_bytes_moved_count_every_operand_and_result_once():
     assert count(torch.add, torch.randn(10), torch.randn(10)).bytes_moved == 3 * 40
+
+
+def test_an_operation_that_is_one_kernel_and_could_be_parts_is_counted_whole():
+    x = torch.empty(4, 8, device="meta", requires_grad=True)
+    counts = count(lambda: torch.autograd.grad(F.silu(x), x, torch.empty_like(x)))
+    assert counts.launches == {"aten.silu.default": 1, "aten.silu_backward.default": 1}
+    assert counts.bytes_moved == 5 * 4 * 8 * 4
 
 
 def test_jagged_tensors_are_counted_and_answer_for_their_sizes_themselves():

@@ -1,0 +1,229 @@
+"""Gated feed-forward blocks (SwiGLU, GEGLU) of transformers, timm, the DINOv2, DINOv3 and Llama repositories, and whoever has copied their code.
+
+down(activation(gate(x)) * up(x)): the product is `ops.gated_activation`, and all else is called as before, so that projections may be wrapped
+(LoRA), quantised or hooked. The mixture-of-experts layers of transformers have the same product between their grouped ones. Classes are known
+by their code (`base.fingerprint`). Where no kernel takes the call, PyTorch computes what theirs does, to the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Module
+
+from detr_fast.adapters.base import (
+    Adapter,
+    Scriptable,
+    fingerprint,
+    joined,
+    joined_of,
+    kind_of,
+    names_used,
+    public_name,
+    why_not_switch,
+)
+from detr_fast.adapters.blocks import activation_name, is_dispatched
+from detr_fast.nn.bare import has_hooks
+from detr_fast.ops.gated_activation import GATED_ACTIVATION
+
+
+class _Names(NamedTuple):
+    """The attributes that hold a block's parts.
+
+    gate, up: the projections; without up, gate gives both, in halves. activation: a module's name, or a function. before, behind: what
+    is called in turn before the projections, and from the product on. gate_last: the gate is the second half. casts: the product is
+    cast to the last projection's dtype, as T5's is, whose last projection may stay in fp32.
+    """
+
+    gate: str
+    up: str | None
+    activation: str | Callable[[Tensor], Tensor]
+    behind: tuple[str, ...]
+    before: tuple[str, ...] = ()
+    gate_last: bool = False
+    casts: bool = False
+
+
+_LLAMA = _Names("gate_proj", "up_proj", "act_fn", ("down_proj",))
+_T5 = _Names("wi_0", "wi_1", "act", ("dropout", "wo"))
+_CODE = {
+    "d933868666754eca": _LLAMA,
+    "03da77c8a4bebb44": _LLAMA,  # Qwen2.5-VL's vision model
+    "74c7b5b5ab5bbf67": _LLAMA,  # Idefics
+    "c601edf8132a3d49": _LLAMA,  # RecurrentGemma
+    "bbb8062c062e7cf2": _LLAMA._replace(activation="activation_fn"),  # Llama 4
+    "7458e7eae3832c0a": _LLAMA._replace(behind=("dropout", "down_proj")),  # T5Gemma
+    "02acbf4298da9b55": _LLAMA._replace(behind=("ffn_sub_norm", "down_proj")),  # BitNet
+    "db502625dabe0130": _Names("gate_up_proj", None, "activation_fn", ("down_proj",)),  # Phi-3, GLM-4
+    "f5206d6a70214880": _Names("input_linear", None, "activation", ("output_linear",)),  # Granite's shared experts
+    "47a1111a2bcc4c79": _Names("Wi", None, "act", ("drop", "Wo")),  # ModernBERT
+    "6232fa5286e1a381": _Names("fc1", None, "activation_fn", ("fc2",), gate_last=True),  # Moonshine's decoder
+    "1ddae88e05edbbfb": _Names("proj", None, "activation_fn", (), gate_last=True),  # CLVP
+    "9065c67ad87d8d41": _Names(  # Phi-4's audio model
+        "gate_up_proj", None, "act_fn", ("dropout", "down_proj", "dropout"), ("layer_norm",), gate_last=True
+    ),
+    "f34c1207dfb87df6": _T5._replace(casts=True),
+    "dd6c2088c40f439b": _T5,  # LongT5
+    "d1453860e714795d": _Names("w_0", "w_1", "act", ()),  # CPM-Ant
+    "c795a56c9bc11a66": _Names("w1", "w3", F.silu, ("w2",)),  # LFM2's, and that of Meta's Llama
+    "abb09e9a038b80d2": _Names("w1", "w2", F.silu, ("w3",)),  # of DINOv3's repository
+    "0a38c62ea38b133c": _Names("w12", None, F.silu, ("w3",)),  # of DINOv2's
+    "7a4b6ad71a5f7261": _Names("fc1_g", "fc1_x", "act", ("drop1", "norm", "fc2", "drop2")),  # timm's SwiGLU
+    "391702fa2c9e4cf0": _Names("fc1", None, "act", ("drop1", "norm", "fc2", "drop2")),  # timm's GluMlp
+    "fc35e98eec5d767e": _Names("w0", "w1", "act", ("drop1", "w2", "drop2"), ("norm",)),  # ViTamin
+}
+_EXPERTS = "6e76de5423df53a9"  # the gate of transformers' experts
+# What the code of each of them reads, one or the other: others need no second look.
+_READ = {names.gate for names in _CODE.values()}
+
+
+def _product(block: Any, activation: Any, gate: Tensor, up: Tensor | None, gate_last: bool) -> Tensor:
+    """activation(gate) * up."""
+    name = activation_name(activation)
+    if name is not None:
+        arguments = (gate, up, name, gate_last)
+        kernel = GATED_ACTIVATION.kernel(*arguments)
+        if kernel is not None:
+            y: Tensor = kernel.run(*arguments)
+            return y
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+        if gate_last:
+            gate, up = up, gate
+    y = activation(gate) * up
+    return y
+
+
+class GatedBlock(Scriptable):
+    """The forward of a block; everything else is the class's that this is mixed into."""
+
+    detr_fast_names: _Names
+    detr_fast_argument: str  # the name that the original has for its input
+
+    @classmethod
+    def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
+        argument = list(inspect.signature(original.forward).parameters)[1]
+        kind: Any = original
+        return {"detr_fast_names": _names(kind), "detr_fast_argument": argument}
+
+    def forward(self: Any, x: Tensor | None = None, /, **named: Tensor) -> Tensor:
+        """As the original's, which runs for CPU tensors."""
+        if x is None and set(named) == {self.detr_fast_argument}:
+            x = named.pop(self.detr_fast_argument)
+        if x is None or named:  # which the original refuses
+            return super().forward(*(() if x is None else (x,)), **named)  # type: ignore[misc]
+        if not is_dispatched(x):
+            return super().forward(x)  # type: ignore[misc]
+        names = self.detr_fast_names
+        for part in names.before:
+            x = getattr(self, part)(x)
+        gate = getattr(self, names.gate)(x)
+        up = None if names.up is None else getattr(self, names.up)(x)
+        activation = _activation(self, names)
+        y = _product(self, activation, gate, up, _gate_last(self, names))
+        for part in names.behind:
+            called = getattr(self, part)
+            if names.casts and part == names.behind[-1]:
+                y = _cast(y, called.weight)
+            y = called(y)
+        return y
+
+
+def _activation(block: Module, names: _Names) -> Any:
+    return getattr(block, names.activation) if isinstance(names.activation, str) else names.activation
+
+
+def _gate_last(block: Module, names: _Names) -> bool:
+    return bool(getattr(block, "gate_last", names.gate_last))  # timm's may be either
+
+
+def _cast(y: Tensor, weight: Any) -> Tensor:
+    """In the dtype of the weight that is next, unless it is quantised."""
+    plain = isinstance(weight, Tensor) and weight.dtype not in (y.dtype, torch.int8)
+    return y.to(weight.dtype) if plain else y
+
+
+class GatedExperts(Scriptable):
+    """The product of transformers' mixture-of-experts layers; their forward calls it between two grouped products."""
+
+    def _apply_gate(self: Any, gate_up_out: Tensor) -> Tensor:
+        if is_dispatched(gate_up_out):
+            return _product(self, self.act_fn, gate_up_out, None, False)
+        return super()._apply_gate(gate_up_out)  # type: ignore[misc,no-any-return]
+
+
+class GatedBlocks(Adapter):
+    """Classes whose code is in the table above, wherever they are defined."""
+
+    @classmethod
+    def consider(cls, module: Module) -> type[Module] | str | None:
+        kind: Any = kind_of(module)
+        if isinstance(module, Scriptable):  # switched already
+            return None
+        if (names := _names(kind)) is not None:
+            return why_not_switch(module) or _why_not(module, names) or joined(GatedBlock, kind, kind)
+        if _has_experts_gate(kind):
+            if "_apply_gate" in module.__dict__:
+                return "its _apply_gate was replaced on the instance"
+            return why_not_switch(module) or _why_not_activation(module, "act_fn") or joined(GatedExperts, kind, kind)
+        return _why_unknown(kind)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        where = " (between experts' products)" if joined_of(replacement) is GatedExperts else ""
+        return f"detr_fast.ops.gated_activation{where}"
+
+
+def _why_not(module: Module, names: _Names) -> str | None:
+    if getattr(module, "chunk_dim", -1) != -1:
+        return "its halves lie in dimension 1, as images' channels"
+    return _why_not_activation(module, names.activation) if isinstance(names.activation, str) else None
+
+
+def _why_not_activation(module: Module, name: str) -> str | None:
+    activation: Any = getattr(module, name)
+    if activation_name(activation) is not None:
+        return None
+    if isinstance(activation, nn.Module) and has_hooks(activation):
+        return f"{name} has hooks, which must see its calls"
+    what = getattr(activation, "__name__", "") or public_name(type(activation))
+    return f"its activation {what} is none that the kernel knows"
+
+
+@cache
+def _names(kind: Any) -> _Names | None:
+    """The attributes that hold the parts of such a block; None of a class that is none."""
+    forward = kind.forward
+    if not inspect.isfunction(inspect.unwrap(forward)) or not _READ & names_used(forward):
+        return None
+    return _CODE.get(fingerprint(forward) or "") if _means_what_it_says(forward) else None
+
+
+def _means_what_it_says(function: Any) -> bool:
+    """Whether nothing is wrapped around a function but by transformers, and what its code calls F is torch.nn.functional."""
+    theirs = str(function.__module__).startswith("transformers.")
+    if not theirs and (hasattr(function, "__wrapped__") or function.__closure__):
+        return False
+    plain: Any = inspect.unwrap(function)
+    return "F" not in names_used(plain) or plain.__globals__.get("F") is F
+
+
+@cache
+def _has_experts_gate(kind: Any) -> bool:
+    gate = getattr(kind, "_apply_gate", None)
+    return inspect.isfunction(gate) and gate.__module__.startswith("transformers.") and fingerprint(gate) == _EXPERTS
+
+
+@cache
+def _why_unknown(kind: Any) -> str | None:
+    """Why a class is left alone that is derived from one that is known."""
+    for base in kind.__mro__[1:]:
+        if issubclass(base, Module) and _names(base) is not None:
+            return f"{kind.__name__} overrides forward of {base.__name__}"
+    return None
