@@ -151,6 +151,27 @@ def lw_detr_losses_in_transformers(
     )
 
 
+def grounding_dino_losses_in_transformers(
+    device: str, images: int = IMAGES, boxes: int = BOXES
+) -> dict[str, Callable[[], Tensor]]:
+    """Grounding DINO's: 6 layers and the encoder's predictions, 900 queries, 20 classes of 2 words of 256 that there may be."""
+    theirs = library("transformers.loss.loss_grounding_dino").GroundingDinoForObjectDetectionLoss
+    ours = library("detr_fast.adapters.hugging_face_loss_grounding").grounding_dino_object_detection_loss
+    config = library("transformers").GroundingDinoConfig(auxiliary_loss=True)
+    torch.manual_seed(0)
+    queries = sized(900, 20)
+    mask = (torch.arange(256, device=device) < 62).expand(images, queries, 256)
+    classes = torch.arange(20, device=device)[:, None] * 3 + 1
+    words = torch.arange(256, device=device)
+    maps = (((words == classes) | (words == classes + 1)).long(),) * images
+    logits, found = predictions((LAYERS, images, queries), 256, device)
+    encoder, encoder_boxes = predictions((images, queries), 256, device)
+    hidden = [one.detach().masked_fill(~mask, float("-inf")).requires_grad_() for one in (logits, encoder)]
+    labels = boxes_of(images, boxes, 20, device)
+    rest = (config, maps, mask, hidden[0], found, hidden[1], encoder_boxes)
+    return checked(lambda loss: loss(hidden[0][-1], labels, device, found[-1], *rest)[0], ours, theirs)
+
+
 def checked(call: Callable[[Any], Tensor], ours: Any, theirs: Any) -> dict[str, Callable[[], Tensor]]:
     calls = {"auto": lambda: call(ours), "huggingface": lambda: call(theirs)}
     torch.testing.assert_close(calls["auto"](), calls["huggingface"](), rtol=1e-4, atol=1e-5)
@@ -161,6 +182,7 @@ IN_TRANSFORMERS = {
     "DETR": losses_in_transformers,
     "RT-DETR": rt_detr_losses_in_transformers,
     "LW-DETR": lw_detr_losses_in_transformers,
+    "Grounding DINO": grounding_dino_losses_in_transformers,
 }
 
 

@@ -15,14 +15,24 @@ from torch.nn import Module
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import PreTrainedModel
 
-from detr_fast.adapters import hugging_face_loss_detr, hugging_face_loss_lw_detr, hugging_face_loss_rt_detr
+from detr_fast.adapters import (
+    hugging_face_loss_detr,
+    hugging_face_loss_grounding,
+    hugging_face_loss_lw_detr,
+    hugging_face_loss_rt_detr,
+)
 from detr_fast.adapters.base import Adapter, names, why_class_is_taken
 from detr_fast.adapters.hugging_face_loss_code import find, names_read, why_other_code
 
 _ATTRIBUTE = "_loss_function"  # where transformers keeps a loss function that was set
 _TASKS = ("ForObjectDetection", "ForSegmentation")
 _PROPERTY = "LOSS_MAPPING _loss_function getattr hasattr logger warning_once"
-_LOSSES = {**hugging_face_loss_detr.KNOWN, **hugging_face_loss_rt_detr.KNOWN, **hugging_face_loss_lw_detr.KNOWN}
+_LOSSES = {
+    **hugging_face_loss_detr.KNOWN,
+    **hugging_face_loss_rt_detr.KNOWN,
+    **hugging_face_loss_lw_detr.KNOWN,
+    **hugging_face_loss_grounding.KNOWN,
+}
 
 
 class HuggingFaceLoss(Adapter):

@@ -27,6 +27,7 @@ from detr_fast.adapters.hugging_face_pairs import (
     matched,
     named,
     sums,
+    together,
     weighted,
 )
 from detr_fast.adapters.hugging_face_targets import are_predictions, are_targets, counts_of, has_values, padded
@@ -61,9 +62,8 @@ def _loss(
     if not _fits(logits, labels, boxes, config, layers, encoder):
         return None
     auxiliary = loss_lw_detr._set_aux_loss(*layers) if layers else None
-    of_layers, boxes_of_layers = ([one[:-1]] for one in layers) if layers else ([], [])
-    logits = torch.cat((logits[None], *of_layers, encoder[0][None]))
-    boxes = torch.cat((boxes[None], *boxes_of_layers, encoder[1][None]))
+    logits = together(logits, layers[:1], encoder[:1])
+    boxes = together(boxes, layers[1:], encoder[1:])
     with torch.no_grad():
         targets = padded(labels, logits.device, config.num_labels)
         good = targets.good & (boxes[..., 2:] >= 0).all()

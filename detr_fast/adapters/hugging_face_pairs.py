@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     pairs: Pairs
 
 
+def together(last: Tensor, layers: Sequence[Tensor], encoder: Sequence[Tensor]) -> Tensor:
+    """The last layer's predictions (B, Q, …), the earlier of all layers', and the encoder's: (P, B, Q, …)."""
+    return torch.cat((last[None], *(one[:-1] for one in layers), *(one[None] for one in encoder)))
+
+
 def matched(
     logits: Tensor, boxes: Tensor, targets: Targets, costs: tuple[float, float, float], focal: bool, groups: int = 1
 ) -> tuple[Pairs, Tensor]:
@@ -70,6 +75,7 @@ class Matched(NamedTuple):
     positive: Tensor  # (T,), where in these a pair's class is
     boxes: Tensor  # (T, 4), predicted
     true: Tensor  # (T, 4)
+    rows: Tensor  # (T,), where in the list of all queries
     sizes: list[tuple[int, int]]  # of each batch: P and its pairs
     logit_sizes: list[tuple[int, int]]  # of each batch: P and its logits
 
@@ -92,6 +98,7 @@ def gathered(batches: Sequence[Batch]) -> Matched:
         positive=row * classes + torch.cat(labels),
         boxes=torch.cat([one.boxes.reshape(-1, 4) for one in batches]).to(dtype).index_select(0, row),
         true=torch.cat(true).to(dtype),
+        rows=row,
         sizes=sizes,
         logit_sizes=[(sets, length * classes) for (sets, _), length in zip(sizes, queries)],
     )

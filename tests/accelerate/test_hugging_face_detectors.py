@@ -159,6 +159,54 @@ def test_losses_of_detectors_with_denoising_queries_or_groups_are_as_before(buil
     assert model.loss_function is LOSS_MAPPING[model.loss_type]
 
 
+@pytest.mark.parametrize("kind", ["GroundingDino", "MMGroundingDino"])
+def test_the_loss_of_detectors_that_a_prompt_tells_what_to_look_for_is_as_before(kind):
+    torch.manual_seed(1)
+    text = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=1100
+    )
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+    )
+    sizes = {name: DETECTOR[name] for name in DETECTOR if "layers" in name or "dim" in name or "heads" in name}
+    rest = {"max_text_len": 12, "num_feature_levels": 3, "decoder_n_points": 2, "encoder_n_points": 2}
+    settings = getattr(transformers, f"{kind}Config")(
+        **sizes,
+        **rest,
+        d_model=32,
+        num_queries=QUERIES,
+        text_config=text,
+        backbone_config=backbone,
+        dropout=0.0,
+        auxiliary_loss=True,
+        disable_custom_kernels=True,
+    )
+    model = getattr(transformers, f"{kind}ForObjectDetection")(settings).eval()
+    words = torch.tensor([[101, 7, 8, 1012, 9, 1012, 102], [101, 5, 1012, 6, 7, 1012, 102]])  # two classes each
+
+    def run():
+        torch.manual_seed(2)
+        labels = labels_of((3, 0))
+        for target in labels:
+            target["class_labels"] %= 2
+        model.zero_grad()
+        outputs = model(
+            torch.randn(2, 3, 64, 96), input_ids=words, attention_mask=torch.ones_like(words), labels=labels
+        )
+        outputs.loss.backward()
+        return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, expected_gradients = run()
+    with detr_fast.accelerated(model) as report, explaining(model) as records:
+        assert losses_switched(report) == [""]
+        found, gradients = run()
+    assert {"matching_cost", "linear_assignment"} <= {record.op for record in records}
+    assert list(found.loss_dict) == list(expected.loss_dict)
+    for name, value in expected.loss_dict.items():
+        torch.testing.assert_close(found.loss_dict[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert gradients.keys() == expected_gradients.keys()
+
+
 def test_copies_and_pickles_keep_it_and_saved_models_do_not_know_of_it(tmp_path):
     model = detector("Detr")
     detr_fast.accelerate(model)
