@@ -25,6 +25,10 @@ class PredictionError(EngineError):
     """An image to predict on is missing, unreadable, or there is none."""
 
 
+class LoaderError(EngineError):
+    """A process that loads images has ended; the state is saved when this reaches the caller."""
+
+
 class TrainingDiverged(EngineError):
     """The loss, a box or a weight is not finite any more."""
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.nn.utils import get_total_norm
 
+from detr_fast.data.batching import Batch
 from detr_fast.data.coco import CocoFolder
 from detr_fast.data.coco_eval import CocoEvaluator
 from detr_fast.data.words import counted
@@ -32,7 +34,7 @@ from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
 from detr_fast.engine.drawing import draw_grid
 from detr_fast.engine.ema import ExponentialMovingAverage
-from detr_fast.engine.errors import ConfigError, Interrupted, TrainingDiverged
+from detr_fast.engine.errors import ConfigError, Interrupted, LoaderError, TrainingDiverged
 from detr_fast.engine.evaluation import evaluate_model, sample_pictures
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
 from detr_fast.engine.optimization import parameter_groups, rate_factor
@@ -76,7 +78,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, reporter: Reporter | 
     Raises:
         RunFolderError: the folder holds a run already, unless `overwrite`; another process trains in it; or it can't be written.
         DataError, ConfigError, WeightsError: the data, the settings or the weights to start from can't be used.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP came; the checkpoint is saved.
+        Interrupted, LoaderError: Ctrl-C, SIGTERM or SIGHUP came, or a process that loads images ended; the checkpoint is saved.
         TrainingDiverged: the loss or a weight is not finite.
     """
     return Trainer(config, reporter or Reporter(), overwrite=overwrite).run_all()
@@ -252,8 +254,7 @@ class Trainer:
             except Interrupted as stop:
                 if self.saved != self.step:
                     self._save()
-                advice = f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
-                raise Interrupted(stop.signum, advice) from None
+                raise Interrupted(stop.signum, self._how_to_go_on) from None
             finally:
                 signals.ending = True
                 self.data.stop_workers()
@@ -276,7 +277,7 @@ class Trainer:
         self.model.train()
         window = _Window(self.step)
         begun = time.perf_counter()
-        for batch, _ in zip(self.data.loader, range(self.data.steps_per_epoch - done)):
+        for batch in self._batches(self.data.steps_per_epoch - done):
             self.take_step(batch.images, batch.targets)
             self.scheduler.step()
             self.step += 1
@@ -296,6 +297,23 @@ class Trainer:
             elif record is not None:  # where all processes wait for their devices
                 self._check_together(signals)
         self.seconds += time.perf_counter() - begun
+
+    def _batches(self, count: int) -> Iterator[Batch]:
+        """So many of this epoch's. Where one can't be loaded, no step is lost."""
+        try:
+            for batch, _ in zip(self.data.loader, range(count)):
+                yield batch
+        except Exception as error:
+            if self.saved != self.step:
+                self._save()
+            ended = str(error).startswith("DataLoader worker (pid") or isinstance(error, (ConnectionError, EOFError))
+            if ended:
+                raise LoaderError(f"{error}: did memory run out? Lower --workers; {self._how_to_go_on}") from error
+            raise
+
+    @property
+    def _how_to_go_on(self) -> str:
+        return f"step {self.step} of {self.total_steps} is saved; go on with '{self.folder.how_to_go_on}'"
 
     @property
     def _alone(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -126,11 +127,19 @@ def _share(loader: DataLoader[Any], accelerator: Accelerator) -> DataLoader[Any]
 
 
 class _SteadyLoader(DataLoader[Any]):
-    """Its workers begin with signals held back, as torch gives them a handler that ends them before they come to `worker_init_fn`."""
+    """Its workers begin with signals held back, as torch gives them a handler that ends them before they come to `worker_init_fn`.
+
+    Where a worker has ended, whoever asks for its batch hears of it, and not by torch's handler whatever runs at that moment, such as a step.
+    """
 
     def __iter__(self) -> Any:
+        of_children = getattr(signal, "SIGCHLD", None)  # None on Windows
+        before = None if of_children is None else signal.getsignal(of_children)
         with signals_held():
-            return super().__iter__()
+            iterator = super().__iter__()
+        if of_children is not None and before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(of_children, before)
+        return iterator
 
 
 class _EveryNth(Sampler[Any]):

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from detr_fast.data import DataError
+from detr_fast.data.coco import CocoDetection
 from detr_fast.data.scenes import generate_scenes
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
-from detr_fast.engine.errors import ConfigError
+from detr_fast.engine.errors import ConfigError, LoaderError
 from detr_fast.engine.reporter import Reporter
 from detr_fast.engine.trainer import resume, train
 
@@ -85,3 +94,46 @@ def test_bad_boxes_stop_a_run_or_are_left_out_by_request(tiny: Tiny, scenes: Pat
     result = train(tiny(data=str(data), epochs=1, drop_bad_boxes=True), reporter=listener)
     assert result.steps == 3
     assert "left out: 1 box without area or outside the image" in listener.heard
+
+
+class KillWorkers(Reporter):
+    """Ends those processes after the first step, as a system does that has no memory left, while something else runs."""
+
+    def step(self, step: int, record: dict[str, Any] | None) -> None:
+        if step == 1:
+            for worker in multiprocessing.active_children():
+                assert worker.pid is not None
+                os.kill(worker.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # where torch's handler would raise
+
+
+def test_where_a_worker_is_killed_no_step_is_interrupted_or_lost(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL)))
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # by another test's loader
+    wait = _MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", lambda self: wait(self, 0.2))  # not 5 s
+    settings = {"batch_size": 1, "epochs": 1, "workers": 1}
+    with pytest.raises(
+        LoaderError, match=r"exited unexpectedly.*--workers; step \d+ of 12 is saved; go on with '.*--res"
+    ):
+        train(tiny("parts", **settings), reporter=KillWorkers())
+    run, whole = resume(tiny("parts").run, workers=0).run, train(tiny("whole", **settings)).run
+    ours, theirs = (load_checkpoint(one.checkpoint)["model"] for one in (run, whole))
+    assert all(weight.equal(theirs[name]) for name, weight in ours.items())
+
+
+def test_an_image_that_cannot_be_read_any_more_costs_no_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, images = CocoDetection.__getitem__, []
+
+    def fail(self: CocoDetection, index: Any) -> Any:
+        images.append(index)
+        if len(images) > 8:
+            raise DataError("image 7: the disk is gone")
+        return read(self, index)
+
+    monkeypatch.setattr(CocoDetection, "__getitem__", fail)
+    with pytest.raises(DataError, match="the disk is gone"):
+        train(tiny())
+    assert load_checkpoint(f"{tiny().run}/checkpoint.pt")["step"] == 2
