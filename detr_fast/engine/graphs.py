@@ -22,9 +22,9 @@ MAX_UNUSED = 1000  # calls; a graph that none of so many needed makes room for a
 MAX_SHAPES = 4096  # that are remembered
 
 
-@dataclass
+@dataclass(eq=False)
 class _Bucket:
-    """What belongs to one shape: calls so far, from the capture on its inputs, graph and outputs, and the last call's number."""
+    """What belongs to one shape: eager calls so far, from the capture on its inputs, graph and outputs, and the last call's number."""
 
     calls: int = 0
     inputs: tuple[Any, ...] = ()
@@ -70,6 +70,7 @@ class GraphedFunction:
         self.bound = bound
         self.warmup = max(1, warmup)
         self._buckets: dict[Hashable, _Bucket] = {}
+        self._captured: list[_Bucket] = []
         self._calls = 0
         self._pool: Any = None
         self._stream: Any = None
@@ -93,9 +94,11 @@ class GraphedFunction:
             _warn_of_no_hash(key)
             return self._warm_up(arguments)
         self._calls += 1
-        bucket.calls, bucket.last = bucket.calls + 1, self._calls
-        if bucket.graph is None and (bucket.calls <= self.warmup or not self._capture(bucket, arguments)):
-            return self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
+        bucket.last = self._calls
+        if bucket.graph is None and (bucket.calls < self.warmup or not self._capture(bucket, arguments)):
+            outputs = self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
+            bucket.calls += 1  # and not of one that failed: an optimizer makes its state in the first
+            return outputs
         self._wait_for_replays()
         for static, given in zip(tensors_of(bucket.inputs), tensors_of(arguments)):
             static.copy_(given, non_blocking=True)
@@ -111,19 +114,20 @@ class GraphedFunction:
     def forget(self) -> None:
         """Drop all graphs: what they were captured with is no more."""
         self._buckets.clear()
+        self._captured.clear()
         self._pool = None  # PyTorch does not take up a pool again whose graphs are all gone
 
     def _drop_unused(self) -> None:
         """Parts, hooks or memory that a graph was bound to may be no more."""
-        oldest = self._calls - MAX_UNUSED
-        self._buckets = {key: one for key, one in self._buckets.items() if one.graph is None or one.last > oldest}
-        if self.graphs == 0:
-            self._pool = None
+        used = [one for one in self._captured if one.last > self._calls - MAX_UNUSED]
+        if len(used) < len(self._captured):
+            self._buckets = {key: one for key, one in self._buckets.items() if one.graph is None or one in used}
+            self._captured, self._pool = used, self._pool if used else None
 
     @property
     def graphs(self) -> int:
         """How many shapes are captured."""
-        return sum(bucket.graph is not None for bucket in self._buckets.values())
+        return len(self._captured)
 
     def __str__(self) -> str:
         if self.reason is not None:
@@ -184,6 +188,7 @@ class GraphedFunction:
             self.forget()
             return False
         bucket.inputs, bucket.graph, bucket.outputs = inputs, graph, outputs
+        self._captured.append(bucket)
         return True
 
 

@@ -85,6 +85,25 @@ def test_what_follows_on_a_call_that_failed_waits_for_what_it_had_begun(emulated
     assert waits == [(side, current), (current, side)]
 
 
+def test_calls_that_failed_warm_up_for_no_capture(emulated):
+    """An optimizer would make its state in the graph, which then makes it anew at each replay."""
+    full = True
+
+    def function(x):
+        if full:
+            raise torch.OutOfMemoryError("out of memory")
+        return x + 1
+
+    graphed = GraphedFunction(function, torch.device("cpu"))
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError):
+            graphed(torch.ones(2))
+    full = False
+    for graphs_then in (0, 0, 1, 1):
+        assert graphed(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert graphed.graphs == graphs_then
+
+
 def test_tensors_are_found_in_mappings_of_any_class(emulated):
     """Labels of transformers' image processors are a list of such."""
     graphed = GraphedFunction(lambda labels: labels[0]["boxes"] + 1, torch.device("cpu"), warmup=1)
