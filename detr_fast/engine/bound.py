@@ -83,8 +83,10 @@ class Bound:
         return self._readings, kinds, modes, settings, tuple(hooks), tuple(trained), tuple(lies)
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> tuple[Any, list[tuple[tuple[str, str], ...]]]:
-    """What of an optimizer a graph holds: its state, which loading replaces, its settings that are no tensors, and its hooks."""
+def held_by(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:
+    """What of an optimizer a graph holds: its state and that of each parameter, which loading replaces and steps add to; its settings
+    that are no tensors, and its hooks.
+    """
     hooks = [tuple(getattr(optimizer, name, ())) for name in _OPTIMIZER_HOOKS]
     settings = [
         tuple(
@@ -94,4 +96,4 @@ def held_by(optimizer: torch.optim.Optimizer) -> tuple[Any, list[tuple[tuple[str
         )
         for group in optimizer.param_groups
     ]
-    return optimizer.state, [(("hooks", repr(hooks)),), *settings]
+    return [optimizer.state, *optimizer.state.values()], [(("hooks", repr(hooks)),), *settings]

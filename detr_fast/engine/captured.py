@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -156,8 +157,9 @@ class CapturedStep:
     def _look_at_the_optimizer(self) -> None:
         """Drop graphs that hold moments or settings which the optimizer has no more."""
         held = held_by(self.optimizer)
-        if held[0] is self._held[0] and held[1] == self._held[1]:
-            self._changes = 0
+        kept = len(held[0]) >= len(self._held[0]) and all(map(is_, held[0], self._held[0]))
+        if kept and held[1] == self._held[1]:
+            self._held, self._changes = held, 0
             return
         changed = {name for was, now in zip(self._held[1], held[1]) for name, _ in set(was) ^ set(now)} or {"state"}
         self._held = held

@@ -93,6 +93,21 @@ def test_an_optimizer_that_was_loaded_or_set_otherwise_has_another_graph(emulate
     assert step.graphs == 0
 
 
+def test_moments_that_were_cleared_begin_anew(emulated):
+    (step, optimizer), (eager, other) = regression(), regression()
+    eager.model.load_state_dict(step.model.state_dict())
+    eager._step.reason = "to compare with"
+    for clear in (False, True):
+        if clear:
+            optimizer.state.clear(), other.state.clear()
+        for seed in range(4):
+            torch.manual_seed(seed)
+            x = torch.randn(8, 4)
+            step(x), eager(x)
+        assert step.graphs == 1
+        torch.testing.assert_close(step.model.state_dict(), eager.model.state_dict())
+
+
 def test_settings_that_change_at_each_step_leave_steps_eager_and_a_warning_names_them(emulated):
     step, optimizer = regression()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=20)
