@@ -37,7 +37,8 @@ class _Names(NamedTuple):
     """The attributes that hold a block's parts.
 
     gate, up: the projections; without up, gate gives both, in halves. activation: a module's name, or a function. before, behind: what
-    is called in turn before the projections, and from the product on. gate_last: the gate is the second half. casts: the product is
+    is called in turn before the projections, and from the product on. gate_last: the gate is the second half; None: where the
+    block says so. casts: the product is
     cast to the last projection's dtype, as T5's is, whose last projection may stay in fp32.
     """
 
@@ -46,7 +47,7 @@ class _Names(NamedTuple):
     activation: str | Callable[[Tensor], Tensor]
     behind: tuple[str, ...]
     before: tuple[str, ...] = ()
-    gate_last: bool = False
+    gate_last: bool | None = False
     casts: bool = False
 
 
@@ -75,7 +76,7 @@ _CODE = {
     "abb09e9a038b80d2": _Names("w1", "w2", F.silu, ("w3",)),  # of DINOv3's repository
     "0a38c62ea38b133c": _Names("w12", None, F.silu, ("w3",)),  # of DINOv2's
     "7a4b6ad71a5f7261": _Names("fc1_g", "fc1_x", "act", ("drop1", "norm", "fc2", "drop2")),  # timm's SwiGLU
-    "391702fa2c9e4cf0": _Names("fc1", None, "act", ("drop1", "norm", "fc2", "drop2")),  # timm's GluMlp
+    "391702fa2c9e4cf0": _Names("fc1", None, "act", ("drop1", "norm", "fc2", "drop2"), gate_last=None),  # timm's GluMlp
     "fc35e98eec5d767e": _Names("w0", "w1", "act", ("drop1", "w2", "drop2"), ("norm",)),  # ViTamin
 }
 _EXPERTS = "6e76de5423df53a9"  # the gate of transformers' experts
@@ -83,9 +84,10 @@ _EXPERTS = "6e76de5423df53a9"  # the gate of transformers' experts
 _READ = {names.gate for names in _CODE.values()}
 
 
-def _product(block: Any, activation: Any, gate: Tensor, up: Tensor | None, gate_last: bool) -> Tensor:
+def _product(activation: Any, gate: Tensor, up: Tensor | None, gate_last: bool) -> Tensor:
     """activation(gate) * up."""
-    name = activation_name(activation)
+    # The class of a function is nothing that Dynamo of torch 2.11 looks into.
+    name = "silu" if activation is F.silu else activation_name(activation)
     if name is not None:
         arguments = (gate, up, name, gate_last)
         kernel = GATED_ACTIVATION.kernel(*arguments)
@@ -126,7 +128,7 @@ class GatedBlock(Scriptable):
         gate = getattr(self, names.gate)(x)
         up = None if names.up is None else getattr(self, names.up)(x)
         activation = _activation(self, names)
-        y = _product(self, activation, gate, up, _gate_last(self, names))
+        y = _product(activation, gate, up, _gate_last(self, names))
         for part in names.behind:
             called = getattr(self, part)
             if names.casts and part == names.behind[-1]:
@@ -140,7 +142,7 @@ def _activation(block: Module, names: _Names) -> Any:
 
 
 def _gate_last(block: Module, names: _Names) -> bool:
-    return bool(getattr(block, "gate_last", names.gate_last))  # timm's may be either
+    return bool(block.gate_last) if names.gate_last is None else names.gate_last
 
 
 def _cast(y: Tensor, weight: Any) -> Tensor:
@@ -154,7 +156,7 @@ class GatedExperts(Scriptable):
 
     def _apply_gate(self: Any, gate_up_out: Tensor) -> Tensor:
         if is_dispatched(gate_up_out):
-            return _product(self, self.act_fn, gate_up_out, None, False)
+            return _product(self.act_fn, gate_up_out, None, False)
         return super()._apply_gate(gate_up_out)  # type: ignore[misc,no-any-return]
 
 
@@ -168,7 +170,7 @@ class GatedBlocks(Adapter):
             return None
         if (names := _names(kind)) is not None:
             return why_not_switch(module) or _why_not(module, names) or joined(GatedBlock, kind, kind)
-        if _has_experts_gate(kind):
+        if _has_experts_gate(kind) and getattr(module, "has_gate", True):
             if "_apply_gate" in module.__dict__:
                 return "its _apply_gate was replaced on the instance"
             return why_not_switch(module) or _why_not_activation(module, "act_fn") or joined(GatedExperts, kind, kind)

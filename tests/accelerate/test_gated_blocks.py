@@ -275,6 +275,17 @@ def test_experts_take_the_gate_of_all_their_tokens_at_once(implementation):
         torch.testing.assert_close(one, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_without_a_gate_are_left_alone():
+    settings = {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": HIDDEN,
+        "mlp_hidden_act": "silu",
+        "moe_latent_size": None,
+    }
+    without = of("nemotron_h", "NemotronHExperts", **settings)
+    assert not detr_fast.accelerate(nn.ModuleList([without])).switched
+
+
 def doubled(forward):
     @functools.wraps(forward)
     def run(self, x):
