@@ -71,6 +71,31 @@ ROW_NORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
 }
 
 
+def liger_silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """Its backward writes the gradients over gate and up."""
+    return library("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply(gate, up)
+
+
+def liger_gelu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """As `liger_silu_product`; GELU by its tangent approximation."""
+    return library("liger_kernel.ops.geglu").LigerGELUMulFunction.apply(gate, up)
+
+
+def liger_silu_of_halves(both: Tensor) -> Tensor:
+    module = library("liger_kernel.ops.swiglu")
+    if not hasattr(module, "LigerFusedGateUpSiLUMulFunction"):
+        raise NotInstalled("this liger-kernel has no gate of halves")
+    return module.LigerFusedGateUpSiLUMulFunction.apply(both)
+
+
+# By activation, and whether gate and up are the halves of one tensor.
+GATES: dict[tuple[str, bool], dict[str, Callable[..., Tensor]]] = {
+    ("silu", False): {"liger": liger_silu_product},
+    ("gelu_tanh", False): {"liger": liger_gelu_product},
+    ("silu", True): {"liger": liger_silu_of_halves},
+}
+
+
 def liger_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return library("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()(weight, x, target)
 

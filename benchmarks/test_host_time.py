@@ -111,6 +111,7 @@ CASES: dict[str, Case] = {
         eager_add_rms_norm,
         [ROW, ROW, LINE],
     ),
+    "gated_activation": (ops.gated_activation, lambda gate, up: F.silu(gate) * up, [ROW, ROW]),
     "linear_add_layer_norm": (
         partial(ops.linear_add_layer_norm, dropout_p=P),
         eager_linear_add_layer_norm,
