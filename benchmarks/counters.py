@@ -146,6 +146,18 @@ def swiglu(library: Any, joined: bool = False) -> Counts:
     return step(Block(4096, 11_008), on_meta(4096, 4096))
 
 
+def rotary_embedding(library: Any) -> Counts:
+    """Queries and keys of 12 heads of 64, 8 sequences of 512 tokens."""
+    q, k = (on_meta(8, 512, 12, 64) for _ in range(2))
+    cos, sin = (on_meta(512, 64, grad=False) for _ in range(2))
+
+    def turn() -> None:
+        results = [t for t in ops.rotary_embedding(q, k, cos, sin) if t is not None]
+        torch.autograd.backward(results, [torch.empty_like(t) for t in results])
+
+    return count(turn)
+
+
 def _losses(device: str, grad: bool = False) -> Callable[[], torch.Tensor]:
     from detr_fast.models.build import ModelConfig, build_criterion
     from detr_fast.models.structures import Targets
@@ -187,6 +199,7 @@ CASES: dict[str, Callable[[Any], Counts]] = {
     "Linear and cross-entropy, 4,096 × 32,000": linear_cross_entropy,
     "SwiGLU, 4,096 tokens of 4,096 × 11,008": swiglu,
     "SwiGLU, gate and up in one projection": partial(swiglu, joined=True),
+    "Rotary embedding, 2 × (8, 512, 12, 64)": rotary_embedding,
 }
 
 
@@ -204,7 +217,7 @@ def measure(library: Any) -> dict[str, dict[str, int]]:
 
     For torch.nn, DETR's own modules run PyTorch's operations, and the host matches.
     """
-    eager = dict.fromkeys(("matching_cost", "detection_losses", "linear_cross_entropy"), "eager")
+    eager = dict.fromkeys(("matching_cost", "detection_losses", "linear_cross_entropy", "rotary_embedding"), "eager")
     eager |= {"gated_activation": "eager", "linear_assignment": "threads"}
     with use_backend("triton") if library is nn else use_backend(**eager):
         return {name: numbers(case(library)) for name, case in CASES.items()}

@@ -106,6 +106,7 @@ def sections(out: Path) -> list[Section]:
         "layers",
         "attention",
         "layer_norm",
+        "rotary_embedding",
         "attention_forms",
         "losses",
         "deformable_attention",

@@ -53,6 +53,12 @@ def liger_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return function(x, weight, 1e-5, in_place=False)
 
 
+def liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (B, H, L, E), whose memory it writes over where heads lie behind tokens, as it does over that of arriving gradients."""
+    found: tuple[Tensor, Tensor] = library("liger_kernel.transformers.rope").liger_rotary_pos_emb(q, k, cos, sin)
+    return found
+
+
 def apex_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     function = library("apex.normalization.fused_layer_norm").FusedLayerNormAffineFunction
     library("fused_layer_norm_cuda")  # apex installs without it, too

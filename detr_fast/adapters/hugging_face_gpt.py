@@ -19,6 +19,7 @@ from detr_fast.adapters.base import Scriptable
 from detr_fast.adapters.blocks import comes_apart, feed_forward_add_norm, feed_forward_sum, is_dispatched, is_plain
 from detr_fast.adapters.hugging_face_alibi import cached, joined_with
 from detr_fast.adapters.hugging_face_blocks import parts_of_layer
+from detr_fast.adapters.rotary_functions import Form, turned
 from detr_fast.adapters.windows import attend, packed
 from detr_fast.nn.blocks import FeedForwardParts, norm_of_sum, probability, sum_and_norm
 from detr_fast.ops.dropout import shared_seed
@@ -133,8 +134,9 @@ class GPTJAttention(Scriptable):
         q, k, v = (part(hidden_states).unflatten(-1, shape) for part in (self.q_proj, self.k_proj, self.v_proj))
         table = self._get_embed_positions(position_ids)
         places = position_ids.unsqueeze(-1).expand(-1, -1, table.shape[-1])
-        angles = torch.gather(table, 1, places).to(k.dtype).chunk(2, -1)
-        q, k = (self._turned(one, angles) for one in (q, k))
+        sin, cos = torch.gather(table, 1, places).to(k.dtype).chunk(2, -1)
+        found = turned(_PAIRS, q, k, cos, sin, False)
+        q, k = (self._turned(one, (sin, cos)) for one in (q, k)) if found is None else found
         packs = packed(q, k, v) if layer_past is None else cached(layer_past, self.layer_idx, q, k, v)
         y = attend(packs, attention_mask, probability(self.attn_dropout), 1 / scale)
         return self.resid_dropout(self.out_proj(y)), None
@@ -144,6 +146,9 @@ class GPTJAttention(Scriptable):
             return self.detr_fast_rotate(x, *angles)  # type: ignore[no-any-return]
         turned = self.detr_fast_rotate(x[..., : self.rotary_dim], *angles)
         return torch.cat([turned, x[..., self.rotary_dim :]], -1)
+
+
+_PAIRS = Form(interleaved=True, per_pair=True, partial=True)  # GPT-J's
 
 
 def _joined(order: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
 from detr_fast.adapters.blocks import comes_apart, is_dispatched, is_plain
+from detr_fast.adapters.rotary_functions import Form, turned
 from detr_fast.adapters.windows import attend, merged, partition
 from detr_fast.nn.blocks import probability, sum_and_norm
 from detr_fast.ops.attention import ATTENTION
@@ -41,9 +42,19 @@ class EvaAttention(Scriptable):
             q, k, v = _projected(self, x).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = (_rotated(self, part, rope).to(v.dtype) for part in (q, k))
+            found = _turned(self, q, k, rope) or (_rotated(self, part, rope) for part in (q, k))
+            q, k = (part.to(v.dtype) for part in found)
         y = self.norm(ATTENTION(q, k, v, None, attn_mask, is_causal, probability(self.attn_drop), None).flatten(2))
         return self.proj_drop(self.proj(y if gate is None else y * gate))  # type: ignore[no-any-return]
+
+
+def _turned(attention: Any, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`_rotated` of both by one kernel; None where no kernel does it."""
+    if rope.ndim == 4 and rope.shape[1] == 1:  # of each image its own, for all heads
+        rope = rope[:, 0]
+    sin, cos = (rope[None] if rope.ndim == 2 else rope).chunk(2, -1)
+    form = Form(interleaved=not getattr(attention, "rotate_half", False), casts=True)
+    return turned(form, q, k, cos, sin, False, attention.num_prefix_tokens) if rope.ndim < 4 else None
 
 
 def _rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
