@@ -228,6 +228,8 @@ def run(case: Case, dtype: torch.dtype, places: list[str], dy_place: str, frozen
         found = case.call(*tensors)
     results = found if isinstance(found, tuple) else (found,)
     for number, y in enumerate(results):
+        if not y.requires_grad:  # what it comes from is frozen
+            continue
         dy = y.new_ones(()).expand(y.shape) if dy_place == "expanded" else lying(torch.randn_like(y), dy_place)
         last = number == len(results) - 1
         torch.autograd.grad(y, [t for t in tensors if t.requires_grad], dy, retain_graph=not last, allow_unused=True)
