@@ -8,7 +8,8 @@
 q is (B, L, H, E) and k (B, L, Hk, E), of any strides between heads and tokens; cos and sin are (B or 1, L, R), R up to E, or with one
 number a pair (B or 1, L, R / 2). Pairs are channels p and R / 2 + p, or, interleaved, 2 p and 2 p + 1. The two of a pair may have cosines
 and sines of their own, so the gradient is another turn with them exchanged; it is the same kernel turned back, and needs nothing but them.
-Channels from R on, and tokens before the first one that is turned, are copied.
+Channels from R on, and tokens before the first one that is turned, are copied. Sorted, neighbours are turned and come as halves, as
+in DeepSeek's models; turned back, halves come as neighbours.
 Source: Su et al., 2021, arXiv:2104.09864 (RoFormer).
 """
 
@@ -37,12 +38,14 @@ class Turn(NamedTuple):
 
     interleaved: pairs are neighbours; else a channel's partner is half of those that are turned away. per_pair: cos and sin have one
     number a pair; else one a channel. back: the transposed turn. first: the tokens before it are copied; those of cos and sin follow.
+    sorts: pairs that are neighbours come as halves; with one number a pair.
     """
 
     interleaved: bool = False
     per_pair: bool = False
     back: bool = False
     first: int = 0
+    sorts: bool = False
 
 
 @jit
@@ -86,18 +89,20 @@ def _turned(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    TO_NEIGHBOURS: tl.constexpr,
 ):
     """HEADS heads of all tokens of this program, from `source` to `to`."""
     batch_stride, row_stride, head_stride, to_batch, to_row, to_head = strides
     pairs, columns = sizes
     cos_a, cos_b, sin_a, sin_b = angles
-    WIDTH: tl.constexpr = 2 * PAIRS if INTERLEAVED else PAIRS
-    column = tl.arange(0, WIDTH)[None, None, :]
+    column = tl.arange(0, 2 * PAIRS if INTERLEAVED else PAIRS)[None, None, :]
+    to_column = tl.arange(0, 2 * PAIRS if TO_NEIGHBOURS else PAIRS)[None, None, :]
     head = chunk * HEADS + tl.arange(0, HEADS)[:, None, None]
     there = exists & (head < heads)
-    mask = there
+    mask, to_mask = there, there
     if not FULL:
         mask = there & (column // VEC < (2 * pairs if INTERLEAVED else pairs) // VEC)
+        to_mask = there & (to_column // VEC < (2 * pairs if TO_NEIGHBOURS else pairs) // VEC)
     far = head.to(tl.int64)
     start = batch * batch_stride + row * row_stride + far * head_stride
     to_start = batch * to_batch + row * to_row + far * to_head
@@ -110,12 +115,12 @@ def _turned(
     y_a = tl.where(turns, a * cos_a - b * sin_a, a)
     y_b = tl.where(turns, b * cos_b + a * sin_b, b)
     kind = to.dtype.element_ty
-    if INTERLEAVED:
-        both = tl.reshape(tl.join(y_a.to(kind), y_b.to(kind)), (HEADS, y_a.shape[1], WIDTH))
-        tl.store(_runs(to, to_start, column, VEC), both, mask=mask)
+    if TO_NEIGHBOURS:
+        both = tl.reshape(tl.join(y_a.to(kind), y_b.to(kind)), (HEADS, y_a.shape[1], 2 * PAIRS))
+        tl.store(_runs(to, to_start, to_column, VEC), both, mask=to_mask)
     else:
-        tl.store(_runs(to, to_start, column, VEC), y_a.to(kind), mask=mask)
-        tl.store(_runs(to, to_start + pairs, column, VEC), y_b.to(kind), mask=mask)
+        tl.store(_runs(to, to_start, to_column, VEC), y_a.to(kind), mask=to_mask)
+        tl.store(_runs(to, to_start + pairs, to_column, VEC), y_b.to(kind), mask=to_mask)
 
 
 @jit
@@ -156,6 +161,7 @@ def rotary_embedding_kernel(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    TO_NEIGHBOURS: tl.constexpr,
     PER_PAIR: tl.constexpr,
     BACK: tl.constexpr,
 ):
@@ -194,13 +200,13 @@ def rotary_embedding_kernel(
         _turned(
             *(q_ptr, q_to, batch, row, exists, turns, chunk, q_heads, angles),
             (q_batch, q_row, q_head, q_to_batch, q_to_row, q_to_head),
-            *(sizes, HEADS, PAIRS, REST, FULL, VEC, INTERLEAVED),
+            *(sizes, HEADS, PAIRS, REST, FULL, VEC, INTERLEAVED, TO_NEIGHBOURS),
         )
     elif k_ptr is not None:
         _turned(
             *(k_ptr, k_to, batch, row, exists, turns, chunk - chunks, k_heads, angles),
             (k_batch, k_row, k_head, k_to_batch, k_to_row, k_to_head),
-            *(sizes, HEADS, PAIRS, REST, FULL, VEC, INTERLEAVED),
+            *(sizes, HEADS, PAIRS, REST, FULL, VEC, INTERLEAVED, TO_NEIGHBOURS),
         )
 
 
@@ -273,7 +279,8 @@ def _steps(table: _Layout) -> tuple[int, int]:
 
 def run_of(layouts: tuple[_Layout, ...], pairs: int, columns: int, turn: Turn) -> int:
     """Neighbouring elements that all tensors keep together at a multiple of their size, or of 16 bytes: 8 at most, and 1 at least."""
-    run = math.gcd(2 * pairs if turn.interleaved else pairs, columns, 16 // layouts[0][0].itemsize)
+    neighbours = turn.interleaved and not turn.sorts
+    run = math.gcd(2 * pairs if neighbours else pairs, columns, 16 // layouts[0][0].itemsize)
     for layout in layouts:
         together, size = _together(layout), layout[0].itemsize
         if together < min(16, run * size):
@@ -326,7 +333,8 @@ def variant_for(
         "REST": rest,
         "FULL": pairs == config.pairs,
         "VEC": run,
-        "INTERLEAVED": turn.interleaved,
+        "INTERLEAVED": turn.interleaved and not (turn.sorts and turn.back),
+        "TO_NEIGHBOURS": turn.interleaved and not (turn.sorts and not turn.back),
         "PER_PAIR": turn.per_pair,
         "BACK": turn.back,
     }
@@ -347,6 +355,7 @@ def catalog_entries() -> Iterator[Entry]:
         "partial_hd80_fp16": (fp16, fp32, 16, 80, 8, halves._replace(per_pair=True)),
         "hd20_fp32_elements": (fp32, fp16, 10, 20, 1, halves),
         "back_hd96_bf16_interleaved": (bf16, fp32, 48, 96, 8, neighbours._replace(back=True)),
+        "sorted_hd64_bf16": (bf16, bf16, 32, 64, 8, Turn(interleaved=True, per_pair=True, sorts=True)),
     }
     for name, (dtype, table, pairs, columns, run, turn) in cases.items():
         variant = variant_for((dtype, dtype), (table, table), pairs, columns, 4, run, turn)
@@ -362,8 +371,11 @@ def _example(
     tokens = rotary_config(pairs, _rest_block(pairs, columns), 4, run, turn.interleaved).tokens
     step = columns if run > 1 else columns + 1  # of single elements: rows that start anywhere
     q, k = (torch.randn(2, tokens + 3, heads, step, device=device).to(dtype)[..., :columns] for heads in (6, 3))
-    cos, sin = (torch.randn(tokens + 2, pairs * (1 if turn.per_pair else 2), device=device).to(table) for _ in range(2))
-    turn = turn._replace(first=1)
+    cos, sin = (
+        torch.randn(tokens + (3 if turn.sorts else 2), pairs * (1 if turn.per_pair else 2), device=device).to(table)
+        for _ in range(2)
+    )
+    turn = turn._replace(first=0 if turn.sorts else 1)
 
     def call() -> tuple[Tensor, ...]:
         results = []

@@ -28,7 +28,7 @@ class Form:
     """How a function turns, besides how its arguments lie.
 
     interleaved: pairs are neighbours. per_pair: cos and sin have one number a pair. first_half: of theirs the first half are read, one number a
-    pair. partial: channels beyond those of cos are copied. casts: the results have q's dtype, and not what q and cos promote to.
+    pair. sorts: neighbours come as halves. partial: channels beyond those of cos are copied. casts: the results have q's dtype, and not what q and cos promote to.
     """
 
     interleaved: bool = False
@@ -36,6 +36,7 @@ class Form:
     first_half: bool = False
     partial: bool = False
     casts: bool = False
+    sorts: bool = False
 
 
 def turned(
@@ -52,7 +53,7 @@ def turned(
     dtype = q.dtype if form.casts else torch.promote_types(q.dtype, torch.promote_types(cos.dtype, sin.dtype))
     if heads_first:
         q, k = q.transpose(1, 2), None if k is None else k.transpose(1, 2)
-    arguments = (q, k, cos, sin, form.interleaved, per_pair, first, dtype)
+    arguments = (q, k, cos, sin, form.interleaved, per_pair, first, dtype, form.sorts)
     kernel = ROTARY_EMBEDDING.kernel(*arguments)
     if kernel is None:
         return None
@@ -124,6 +125,7 @@ _CODE: dict[tuple[str | None, str | None], tuple[Rotary, Form]] = {
     ("e656a8d3f4ab6019", "cea45ee427d0c1f0"): (_of_both, Form(per_pair=True)),  # gpt-oss'
     ("3c3cd7decc4f5720", "fbcbbb283b0cd463"): (_of_both, Form(interleaved=True, partial=True)),  # GLM-4V's
     ("fc909b247d80cace", "fbcbbb283b0cd463"): (_of_both, Form(interleaved=True, casts=True)),  # ERNIE-VL's
+    ("091446e49c71eab1", None): (_of_both, Form(interleaved=True, first_half=True, sorts=True)),  # DeepSeek's
     **{("5fe8b7e25b5ac124", code): (_of_both, Form(interleaved=True)) for code in _NEIGHBOURS},  # BLT's
     **{("f5d527b081d635c5", code): (_of_both, Form(interleaved=True, casts=True)) for code in _NEIGHBOURS},  # Cohere's
     **{  # GLM's, ERNIE's, Helium's
@@ -151,7 +153,11 @@ def place_of(function: Any) -> Rotary | None:
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__") or function.__closure__:
         return None
     called = [function.__globals__.get(name) for name in _PAIRS if name in names_used(function)]
-    if len(called) != 1 or not isinstance(called[0], FunctionType) or function.__globals__.get("torch") is not torch:
+    if (
+        len(called) > 1
+        or not all(isinstance(one, FunctionType) for one in called)
+        or function.__globals__.get("torch") is not torch
+    ):
         return None
-    found = _CODE.get((fingerprint(function), fingerprint(called[0])))
+    found = _CODE.get((fingerprint(function), fingerprint(called[0]) if called else None))
     return None if found is None else partial(found[0], found[1], function)

@@ -27,21 +27,27 @@ def rotary_embedding(
     interleaved: bool = False,
     per_pair: bool = False,
     first: int = 0,
+    sorts: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Turn each pair (a, b) of channels of queries and keys to (a cos - b sin, b cos + a sin).
 
     Shapes: q (B, L, H, E), k (B, L, Hk, E) or None, cos and sin (L, R), (1, L, R) or (B, L, R), R even and at most E: channels from R
     on are left as they are. Pairs are channels p and R / 2 + p, as in Llama; interleaved: 2 p and 2 p + 1, as in RoFormer and GPT-J.
     The two of a pair may have angles of their own. per_pair: cos and sin have one number a pair, and are R / 2 wide. first: tokens
-    before it are left as they are, and cos and sin have L - first.
+    before it are left as they are, and cos and sin have L - first. sorts: neighbours, with one number a pair, come as halves, as in DeepSeek's models.
     Returns both, turned, in their own dtypes: computed in fp32 by the kernel, and in what they and cos promote to by PyTorch, and rounded to that
     at the end. Autocast changes nothing.
     Raises ValueError where the shapes do not fit; BackendError as `use_backend` says.
     Source: Su et al., 2021, arXiv:2104.09864 (RoFormer).
     """
-    arguments = (q, k, _table(cos), _table(sin), interleaved, per_pair, first)
-    if (misfit := _misfit(*arguments)) is not None:
+    arguments = (q, k, _table(cos), _table(sin), interleaved, per_pair, first, None, sorts)
+    if (misfit := _misfit(*arguments[:7])) is not None:
         raise ValueError(misfit)
+    if sorts and not (interleaved and per_pair and first == 0):
+        raise ValueError(
+            f"got sorts=True with interleaved={interleaved}, per_pair={per_pair} and first={first}; expected it with True, True and 0: it is "
+            "for all tokens of neighbours with one number a pair"
+        )
     if not (dispatch.intervening or q.is_cuda):
         return eager(*arguments)
     found: tuple[Tensor, Tensor | None] = ROTARY_EMBEDDING(*arguments)
@@ -103,8 +109,9 @@ def _signature(
     per_pair: bool,
     first: int,
     out_dtype: torch.dtype | None = None,
+    sorts: bool = False,
 ) -> tuple[Any, ...]:
-    return key(q), key(k), key(cos), key(sin), interleaved, per_pair, first, out_dtype
+    return key(q), key(k), key(cos), key(sin), interleaved, per_pair, first, out_dtype, sorts
 
 
 def _describe(
@@ -116,6 +123,7 @@ def _describe(
     per_pair: bool,
     first: int,
     out_dtype: torch.dtype | None = None,
+    sorts: bool = False,
     *,
     situation: Situation,
 ) -> RotaryEmbeddingCall:
@@ -131,7 +139,7 @@ def _describe(
         shape=tuple(q.shape),
         k_heads=0 if k is None or k.ndim != 4 else k.shape[2],
         dtypes=tuple(t.dtype for t in (k, cos, sin) if t is not None),
-        turn=Turn(interleaved, per_pair, False, first),
+        turn=Turn(interleaved, per_pair, False, first, sorts),
         out_dtype=out_dtype,
         wanted=(wants_grad(q), wants_grad(k)),
         table_grad=wants_grad(cos, sin),
@@ -204,8 +212,9 @@ class TritonRotaryEmbedding(TritonImplementation):
         per_pair: bool,
         first: int,
         out_dtype: torch.dtype | None = None,
+        sorts: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        settings = (interleaved, per_pair, False, first, list(_heads_first(q, k)), out_dtype)
+        settings = (interleaved, per_pair, False, first, sorts, list(_heads_first(q, k)), out_dtype)
         turned, other = _turned(q, k, cos, sin, *settings)
         return turned, None if k is None else other
 
@@ -217,7 +226,7 @@ class EagerRotaryEmbedding(Implementation):
         return eager(*arguments)
 
 
-# A last argument, which adapters give, is the results' dtype where a library's own function has another than q and k.
+# `out_dtype`, which adapters give, is the results' dtype where a library's own function has another than q and k.
 ROTARY_EMBEDDING = Op(
     "rotary_embedding",
     signature=_signature,
@@ -236,18 +245,23 @@ def eager(
     per_pair: bool,
     first: int,
     out_dtype: torch.dtype | None = None,
+    sorts: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The same by PyTorch's operations; cos and sin (B or 1, L - first, R), or R / 2 wide."""
     if per_pair:
         cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
-    rest = cos.unsqueeze(2), sin.unsqueeze(2), interleaved, first, out_dtype
+    rest = cos.unsqueeze(2), sin.unsqueeze(2), interleaved, first, out_dtype, sorts
     return _eager(q, *rest), None if k is None else _eager(k, *rest)
 
 
-def _eager(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int, dtype: torch.dtype | None) -> Tensor:
+def _eager(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int, dtype: torch.dtype | None, sorts: bool
+) -> Tensor:
     rotated, dtype = cos.shape[-1], dtype or x.dtype
     part = x[:, first:, :, :rotated]
     y = (part * cos + _partners(part, interleaved) * sin).to(dtype)
+    if sorts:
+        y = torch.cat((y[..., ::2], y[..., 1::2]), -1)
     if rotated < x.shape[-1]:
         y = torch.cat((y, x[:, first:, :, rotated:].to(dtype)), -1)
     return y if first == 0 else torch.cat((x[:, :first].to(dtype), y), 1)
@@ -280,10 +294,11 @@ def _run(
     per_pair: bool,
     back: bool,
     first: int,
+    sorts: bool,
     heads_first: list[bool],
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    turn = Turn(interleaved, per_pair, back, first)
+    turn = Turn(interleaved, per_pair, back, first, sorts)
     if back:
         q, k = kernels.arriving(q), None if k is None else kernels.arriving(k)
     turned, other = kernels.rotary_embedding(q, k, cos, sin, turn, (heads_first[0], heads_first[1]), out_dtype)
@@ -313,14 +328,14 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> Any:
-        interleaved, per_pair, back, first, heads_first, out_dtype = ctx.rest
+        interleaved, per_pair, back, first, sorts, heads_first, out_dtype = ctx.rest
         wanted = ctx.needs_input_grad[:2]
         chosen = [(g, one) for g, one, want in zip(arriving, heads_first, wanted) if want]
         (dq, one), (dk, two) = (*chosen, (None, False))[:2]
         own = None if out_dtype is None else ctx.dtype
-        settings = (interleaved, per_pair, not back, first, [one, two], own)
+        settings = (interleaved, per_pair, not back, first, sorts, [one, two], own)
         found = iter(_turned(dq, dk, *ctx.saved_tensors, *settings))
-        return *(next(found) if want else None for want in wanted), *(None,) * 8
+        return *(next(found) if want else None for want in wanted), *(None,) * 9
 
 
 def _autograd(q: Tensor, k: Tensor | None, *rest: Any) -> Any:
@@ -329,7 +344,7 @@ def _autograd(q: Tensor, k: Tensor | None, *rest: Any) -> Any:
 
 _turned = define(
     "rotary_embedding(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool per_pair, bool back, SymInt first, "
-    "bool[2] heads_first, ScalarType? out_dtype) -> (Tensor, Tensor)",
+    "bool sorts, bool[2] heads_first, ScalarType? out_dtype) -> (Tensor, Tensor)",
     run=_run,
     fake=_fake,
     autograd=_autograd,

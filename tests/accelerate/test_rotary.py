@@ -34,6 +34,22 @@ MODELS = {
     "GLM, neighbours by half of the angles": ("GlmForCausalLM", {**GROUPED, "partial_rotary_factor": 0.5}),
     "Helium": ("HeliumForCausalLM", GROUPED),
     "gpt-oss, one number a pair": ("GptOssForCausalLM", {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "DeepSeek V3, neighbours that come as halves": (
+        "DeepseekV3ForCausalLM",
+        {
+            **WIDTHS,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "GPTJ, neighbours by one number a pair": (
         "GPTJForCausalLM",
         {

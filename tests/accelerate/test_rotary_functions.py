@@ -33,6 +33,7 @@ FUNCTIONS = {
     "cohere": ("apply_rotary_pos_emb", "heads"),
     "glm": ("apply_rotary_pos_emb", "heads"),
     "ernie4_5": ("apply_rotary_pos_emb", "heads"),
+    "deepseek_v3": ("apply_rotary_pos_emb_interleave", "heads"),
     "helium": ("apply_rotary_pos_emb", "heads"),
 }
 PARTIAL = ("gpt_neox", "glmasr", "nemotron", "phi3", "glm4v", "glm")

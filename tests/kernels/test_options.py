@@ -86,11 +86,12 @@ def channel_affine(columns, residual):
     return ops.channel_affine(new(*image), *scales[:2], *more)
 
 
-def rotary_embedding(channels, rotated, per_pair, interleaved, angles, keys, k_grad):
+def rotary_embedding(channels, rotated, per_pair, interleaved, sorts, angles, keys, k_grad):
     q, k = new(2, 5, 4, channels), new(2, 5, 1, channels, grad=k_grad) if keys else None
     width = channels if rotated == "all" else channels // 4
     cos, sin = (new(5, width // 2 if per_pair else width, dtype=angles, grad=False) for _ in range(2))
-    return ops.rotary_embedding(q, k, cos, sin, interleaved=interleaved, per_pair=per_pair)
+    kinds = {"interleaved": interleaved, "per_pair": per_pair, "sorts": sorts and interleaved and per_pair}
+    return ops.rotary_embedding(q, k, cos, sin, **kinds)
 
 
 def gated_activation(columns, activation, form, learns):
@@ -222,6 +223,7 @@ CALLS = (
             "rotated": ("all", "a quarter"),
             "per_pair": NO_YES,
             "interleaved": NO_YES,
+            "sorts": NO_YES,
             "angles": (BF16, FP32),
             "keys": NO_YES,
             "k_grad": NO_YES,

@@ -40,7 +40,8 @@ def angles(batches, tokens, rotated, turn, dtype=torch.float32):
 
 def assert_right(heads, cos, sin, turn, dtype, firsts=(False, False), **settings):
     def reference(*heads):
-        found = eager(*(*heads, None)[:2], cos, sin, turn.interleaved, turn.per_pair, turn.first)
+        kinds = turn.interleaved, turn.per_pair, turn.first, None, turn.sorts
+        found = eager(*(*heads, None)[:2], cos, sin, *kinds)
         return tuple(t for t in found if t is not None)
 
     with checked_interpreter():
@@ -72,6 +73,15 @@ def test_both_ways_are_as_accurate_as_eager(interleaved, per_pair, dtype, table,
     batches, tokens, _, columns = q_shape
     heads = [torch.randn(q_shape)] + ([torch.randn(batches, tokens, k_heads, columns)] if k_heads else [])
     assert_right(heads, *angles(1, tokens, rotated, turn, table), turn, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(("columns", "rotated"), [(64, 64), (20, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_that_come_as_halves_are_as_accurate_as_eager(columns, rotated, dtype):
+    turn = Turn(True, True, sorts=True)
+    heads = [torch.randn(2, 9, n, columns) for n in (3, 1)]
+    assert_right(heads, *angles(2, 9, rotated, turn), turn, dtype)
 
 
 def of_heads_first(x):

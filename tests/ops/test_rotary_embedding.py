@@ -163,7 +163,9 @@ def test_opcheck_accepts_the_op(with_k, back):
     q, k, cos, sin = make_case()
     q.requires_grad_(), k.requires_grad_()
     for dtype in (None, torch.bfloat16):
-        torch.library.opcheck(OP, (q, k if with_k else None, cos, sin, back, False, back, 0, [False, with_k], dtype))
+        torch.library.opcheck(
+            OP, (q, k if with_k else None, cos, sin, back, False, back, 0, False, [False, with_k], dtype)
+        )
 
 
 @interpreter
@@ -249,6 +251,15 @@ def test_what_no_kernel_takes_is_left_to_eager_with_a_reason():
 def test_shapes_that_do_not_fit_are_refused(change):
     with pytest.raises(ValueError, match=r"got q \(.*expected q \(B, L, H, E\), k \(B, L, Hk, E\) or None"):
         ops.rotary_embedding(*change(*make_case()))
+
+
+@pytest.mark.parametrize("wrong", [{"interleaved": False}, {"per_pair": False}, {"first": 1}])
+def test_halves_of_what_is_not_sorted_are_refused(wrong):
+    q, k, cos, sin = make_case(rotated=8)
+    start = wrong.get("first", 0)
+    kinds = {"interleaved": True, "per_pair": True, "sorts": True, **wrong}
+    with pytest.raises(ValueError, match=r"got sorts=True with .*; expected it with True, True and 0"):
+        ops.rotary_embedding(q[..., :16], k, cos[:, start:], sin[:, start:], **kinds)
 
 
 @interpreter
