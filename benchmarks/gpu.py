@@ -107,6 +107,7 @@ def sections(out: Path) -> list[Section]:
         "attention",
         "layer_norm",
         "rotary_embedding",
+        "gated_activation",
         "attention_forms",
         "losses",
         "deformable_attention",
