@@ -348,7 +348,7 @@ def _rest_block(pairs: int, columns: int) -> int:
 
 def catalog_entries() -> Iterator[Entry]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    budget = Budget(148, 2048, 128, 4096)  # registers: 128, and 177 by triton 3.6
+    budget = Budget(148, 4096, 128, 8192)  # registers: 128, and 177 by triton 3.6
     halves, neighbours = Turn(), Turn(interleaved=True)
     cases = {
         "hd64_bf16": (bf16, bf16, 32, 64, 8, halves),
