@@ -7,7 +7,7 @@ from typing import Any
 
 HOW = {"wall": "launched eagerly", "graph": "in a CUDA graph", "gpu": "the GPU alone"}  # what is timed
 STEP = "DETR-R50 training step"
-LOSSES = tuple(f"transformers' {name} loss" for name in ("DETR", "RT-DETR", "LW-DETR", "Grounding DINO"))
+LOSSES = tuple(f"transformers' {name} loss" for name in ("DETR", "RT-DETR", "D-FINE", "LW-DETR", "Grounding DINO"))
 PEAKS = "peak memory of a training step, beside the model's own"
 LAUNCHES = "kernels in one "
 OURS = ("auto", "triton", "chunked", "uncaptured", "copy")  # and what begins so: no alternative

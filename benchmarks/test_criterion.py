@@ -106,6 +106,12 @@ def rt_detr_losses_in_transformers(
     theirs = library("transformers.loss.loss_rt_detr").RTDetrForObjectDetectionLoss
     ours = library("detr_fast.adapters.hugging_face_loss_rt_detr").rt_detr_object_detection_loss
     config = library("transformers").RTDetrConfig(num_labels=80)
+    return of_denoising(config, ours, theirs, device, images, boxes)
+
+
+def of_denoising(
+    config: Any, ours: Any, theirs: Any, device: str, images: int, boxes: int, edges: bool = False
+) -> dict[str, Callable[[], Tensor]]:
     torch.manual_seed(0)
     queries, groups = sized(300, 20), max(1, config.num_denoising // boxes)
     positive = (torch.arange(groups) * 2 * boxes)[:, None] + torch.arange(boxes)
@@ -114,24 +120,24 @@ def rt_detr_losses_in_transformers(
         "dn_num_group": groups,
         "dn_num_split": [2 * boxes * groups, queries],
     }
-    logits, found = predictions((images, LAYERS, 2 * boxes * groups + queries), 80, device)
+    shape = (images, LAYERS, 2 * boxes * groups + queries)
+    logits, found = predictions(shape, 80, device)
+    corners, references = predictions(shape, 4 * 33, device)
+    rest = {"predicted_corners": corners, "initial_reference_points": references.detach()} if edges else {}
     encoder = predictions((images, queries), 80, device)
     labels = boxes_of(images, boxes, 80, device)
-    return checked(
-        lambda loss: loss(
-            logits[:, -1],
-            labels,
-            device,
-            found[:, -1],
-            config,
-            logits,
-            found,
-            *encoder,
-            denoising_meta_values=denoising,
-        )[0],
-        ours,
-        theirs,
-    )
+    arguments = (labels, device, found[:, -1], config, logits, found, *encoder, denoising)
+    return checked(lambda loss: loss(logits[:, -1], *arguments, **rest)[0], ours, theirs)
+
+
+def d_fine_losses_in_transformers(
+    device: str, images: int = IMAGES, boxes: int = BOXES
+) -> dict[str, Callable[[], Tensor]]:
+    """D-FINE's: as RT-DETR's, with the distributions of 33 bins for each edge of a box."""
+    theirs = library("transformers.loss.loss_d_fine").DFineForObjectDetectionLoss
+    ours = library("detr_fast.adapters.hugging_face_loss_d_fine").d_fine_object_detection_loss
+    config = library("transformers").DFineConfig(num_labels=80)
+    return of_denoising(config, ours, theirs, device, images, boxes, edges=True)
 
 
 def lw_detr_losses_in_transformers(
@@ -181,6 +187,7 @@ def checked(call: Callable[[Any], Tensor], ours: Any, theirs: Any) -> dict[str, 
 IN_TRANSFORMERS = {
     "DETR": losses_in_transformers,
     "RT-DETR": rt_detr_losses_in_transformers,
+    "D-FINE": d_fine_losses_in_transformers,
     "LW-DETR": lw_detr_losses_in_transformers,
     "Grounding DINO": grounding_dino_losses_in_transformers,
 }

@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import PreTrainedModel
 
 from detr_fast.adapters import (
+    hugging_face_loss_d_fine,
     hugging_face_loss_detr,
     hugging_face_loss_grounding,
     hugging_face_loss_lw_detr,
@@ -30,6 +31,7 @@ _PROPERTY = "LOSS_MAPPING _loss_function getattr hasattr logger warning_once"
 _LOSSES = {
     **hugging_face_loss_detr.KNOWN,
     **hugging_face_loss_rt_detr.KNOWN,
+    **hugging_face_loss_d_fine.KNOWN,
     **hugging_face_loss_lw_detr.KNOWN,
     **hugging_face_loss_grounding.KNOWN,
 }

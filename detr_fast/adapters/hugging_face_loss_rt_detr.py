@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from detr_fast.adapters.hugging_face_pairs import (
 )
 from detr_fast.adapters.hugging_face_targets import Targets, are_predictions, are_targets, counts_of, has_values, padded
 
-_NAMES = ("loss_vfl", "loss_bbox", "loss_giou")
+NAMES = ("loss_vfl", "loss_bbox", "loss_giou")
 
 
 @torch.compiler.disable  # numbers of boxes would be constants of a graph, which is compiled again for others
@@ -61,18 +61,44 @@ def _loss(
     logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Sequence[Any], denoising: Any
 ) -> Loss | None:
     """transformers' three results, or None where they are to come from transformers."""
+    found = of_all_layers(logits, labels, boxes, config, layers, denoising)
+    if found is None:
+        return None
+    auxiliary = None
+    if layers:
+        noisy = denoising["dn_num_split"][0] if denoising else 0
+        auxiliary = loss_rt_detr._set_aux_loss(*(one[:, :-1, noisy:].transpose(0, 1) for one in layers[:2]))
+        auxiliary.extend(loss_rt_detr._set_aux_loss([layers[2]], [layers[3]]))
+    return found.values.sum(), named(NAMES, found.ends, found.values), auxiliary
+
+
+class Found(NamedTuple):
+    """The losses that all of RT-DETR's line have, and what they are of: one column a layer."""
+
+    values: Tensor  # (3, layers), with their weights, NaN where transformers would raise an error
+    ends: list[str]  # of their names
+    batches: list[
+        Batch
+    ]  # the layers' predictions, the last first and the encoder's last, and those of denoising queries
+    pairs: Matched
+    iou: Tensor  # of each pair
+    scales: list[float]  # of each batch, by which sums are multiplied
+    good: Tensor  # 1, or NaN
+
+
+def of_all_layers(
+    logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Sequence[Any], denoising: Any
+) -> Found | None:
+    """Those losses, or None where they are to come from transformers."""
     if not _fits(logits, labels, boxes, config, layers, denoising):
         return None
     if not layers and has_values(logits) and not dispatch.intervening:
         return None  # of one layer on a CPU
     counts, groups = counts_of(labels), denoising["dn_num_group"] if denoising else 0
     noisy = denoising["dn_num_split"][0] if denoising else 0
-    auxiliary = None
     logits, boxes = logits[None, :, noisy:], boxes[None, :, noisy:]
     if layers:
         every, every_box = (one.transpose(0, 1) for one in layers[:2])
-        auxiliary = loss_rt_detr._set_aux_loss(every[:-1, :, noisy:], every_box[:-1, :, noisy:])
-        auxiliary.extend(loss_rt_detr._set_aux_loss([layers[2]], [layers[3]]))
         logits = torch.cat((logits, every[:-1, :, noisy:], layers[2][None]))
         boxes = torch.cat((boxes, every_box[:-1, :, noisy:], layers[3][None]))
     with torch.no_grad():
@@ -102,18 +128,18 @@ def _loss(
         )
     )
     # Where transformers would look and raise an error, without a look: losses that are NaN, and so are their gradients.
-    values = values * torch.where(good, 1.0, float("nan"))
+    one = torch.where(good, 1.0, float("nan"))
     ends = [
         "",
         *(f"_aux_{n}" for n in range(len(logits) - 1)),
-        *(f"_dn_{n}" for one in batches[1:] for n in range(len(one.logits))),
+        *(f"_dn_{n}" for batch in batches[1:] for n in range(len(batch.logits))),
     ]
-    return values.sum(), named(_NAMES, ends, values), auxiliary
+    return Found(values * one, ends, batches, pairs, iou, scales, one)
 
 
 def _fits(logits: Tensor, labels: Any, boxes: Tensor, config: Any, layers: Sequence[Any], denoising: Any) -> bool:
     """Whether everything is as transformers documents it; if not, transformers' function knows what to do."""
-    if logits.ndim != 3 or not are_targets(labels, logits.shape[0], logits.device) or _why_not(config) is not None:
+    if logits.ndim != 3 or not are_targets(labels, logits.shape[0], logits.device) or why_not(config) is not None:
         return False
     if config.matcher_class_cost == config.matcher_bbox_cost == config.matcher_giou_cost == 0:
         return False
@@ -171,7 +197,7 @@ def _varifocal(pairs: Matched, iou: Tensor, alpha: float, gamma: float) -> Tenso
     return class_losses(pairs, alpha * pairs.logits.detach().sigmoid().pow(gamma), iou, iou)
 
 
-def _why_not(config: Any) -> str | None:
+def why_not(config: Any) -> str | None:
     alpha, gamma = config.matcher_alpha, config.matcher_gamma
     if config.use_focal_loss and (alpha, gamma) != (0.25, 2.0):
         return f"its matcher_alpha and matcher_gamma are {alpha} and {gamma}, and our focal cost has 0.25 and 2.0"
@@ -210,7 +236,7 @@ KNOWN = {
             **RT_DETR,
         },
         (loss_rt_detr, loss_for_object_detection),
-        _why_not,
+        why_not,
         splits=4,
     )
 }

@@ -38,9 +38,7 @@ def padded(
     slot = [b * most + n for b, count in enumerate(counts) for n in range(count)]
     lists = (counts, places, image, slot, *more)
     on_host = torch.tensor([number for one in lists for number in one], dtype=torch.int64, device="cpu")
-    if device.type == "cuda" and torch.cuda.is_available():
-        on_host = on_host.pin_memory()
-    count, place, of_image, of_slot, *rest = on_host.to(device, non_blocking=True).split([len(one) for one in lists])
+    count, place, of_image, of_slot, *rest = sent(on_host, device).split([len(one) for one in lists])
     place = place.view(len(counts), most)
     all_labels = torch.cat([target["class_labels"] for target in labels])
     all_boxes = torch.cat([target["boxes"] for target in labels])
@@ -50,6 +48,13 @@ def padded(
     in_range = (all_labels == nearest).all()
     good = in_range & (all_boxes[..., 2:] >= 0).all() & (all_boxes == all_boxes).all()
     return Targets(all_boxes[place], nearest[place], count, good, all_boxes, nearest, of_image, of_slot, list(rest))
+
+
+def sent(on_host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device, without waiting for it."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        on_host = on_host.pin_memory()
+    return on_host.to(device, non_blocking=True)
 
 
 def counts_of(labels: Sequence[Mapping[str, Tensor]]) -> list[int]:

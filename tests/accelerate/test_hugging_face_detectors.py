@@ -107,6 +107,11 @@ def rt_detr_v2():
     return transformers.RTDetrV2ForObjectDetection(transformers.RTDetrV2Config.from_dict(settings))
 
 
+def d_fine():
+    settings = rt_detr_config(num_denoising=6, num_labels=LABELS, num_queries=QUERIES, max_num_bins=8).to_dict()
+    return transformers.DFineForObjectDetection(transformers.DFineConfig.from_dict(settings | {"model_type": "d_fine"}))
+
+
 OF_GROUPS = {
     "decoder_self_attention_heads": 2,
     "decoder_cross_attention_heads": 2,
@@ -138,7 +143,13 @@ def rf_detr():
 
 @pytest.mark.parametrize(
     ("build", "name"),
-    [(rt_detr, "loss_vfl_dn_1"), (rt_detr_v2, "loss_vfl_dn_1"), (lw_detr, "loss_ce_enc"), (rf_detr, "loss_ce_enc")],
+    [
+        (rt_detr, "loss_vfl_dn_1"),
+        (rt_detr_v2, "loss_vfl_dn_1"),
+        (d_fine, "loss_ddf_dn_0"),
+        (lw_detr, "loss_ce_enc"),
+        (rf_detr, "loss_ce_enc"),
+    ],
 )
 def test_losses_of_detectors_with_denoising_queries_or_groups_are_as_before(build, name):
     torch.manual_seed(1)
