@@ -44,6 +44,32 @@ from .rows import (
 
 
 @jit
+def _add_tile(
+    sums,
+    dweight_ptr,
+    dbias_ptr,
+    ds,
+    x,
+    mean,
+    rstd,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    XHAT: tl.constexpr,
+):
+    """dweight and dbias, where they are wanted, with a tile's share, and x without its mean."""
+    dweight, dbias = sums
+    # Where there is no element, dy = 0 takes x out of every sum.
+    if dbias_ptr is not None:
+        dbias = add_rows(dbias, ds, ROWS, BLOCK_C, GROUPS)
+    if mean is not None:
+        x -= mean[:, None]
+    if dweight_ptr is not None:
+        dweight = add_rows(dweight, (ds if XHAT else ds * rstd[:, None]) * x, ROWS, BLOCK_C, GROUPS)
+    return dweight, dbias, x
+
+
+@jit
 def add_layer_norm_backward_kernel(
     dy_ptr,
     dsum_ptr,
@@ -118,18 +144,16 @@ def add_layer_norm_backward_kernel(
                     x = load_rows(x_ptr, here, x_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
                     residual = load_rows(residual_ptr, here, residual_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
                     keep = keep_rows(low, high, offset, threshold, first + row[:, None], 0, BLOCK_C, VEC)
-                    dy = load_rows(dy_ptr, here, dy_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
-                    mean, rstd = (
-                        load_statistic(mean_ptr, here, row, exists),
-                        load_statistic(rstd_ptr, here, row, exists),
-                    )
-                    loaded = dy, here, x, residual, mean, rstd
+                    mean = load_statistic(mean_ptr, here, row, exists)
+                    rstd = load_statistic(rstd_ptr, here, row, exists)
+                    loaded = here, here, x, residual, mean, rstd
                 else:
                     loaded = load_tile(read, strides, statistics, here, row, exists, C, BLOCK_C, FULL, VEC, PAIRED)
             dy, dsum, x, residual, mean, rstd = loaded
-            ds = widened(dy, dy_ptr.dtype.element_ty)
-            if dsum_ptr is not None and not LATE:
-                dsum = widened(dsum, dsum_ptr.dtype.element_ty)
+            if not LATE:
+                ds = widened(dy, dy_ptr.dtype.element_ty)
+                if dsum_ptr is not None:
+                    dsum = widened(dsum, dsum_ptr.dtype.element_ty)
             if rstd_ptr is not None:
                 x = widened(x, x_ptr.dtype.element_ty)
             if residual_ptr is not None:
@@ -146,22 +170,34 @@ def add_layer_norm_backward_kernel(
                         x = tl.where(keep, x * scale, 0.0)
                     x += residual
 
-                factor = weight
-                if RELOAD:
-                    factor = load_parameters(weight_ptr, column, inside, VEC)
-                # Where there is no element, dy = 0 takes x out of every sum.
-                if dbias_ptr is not None:
-                    dbias = add_rows(dbias, ds, ROWS, BLOCK_C, GROUPS)
-                if XHAT:
-                    if dweight_ptr is not None:
-                        dweight = add_rows(dweight, ds * x, ROWS, BLOCK_C, GROUPS)
-                    ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, None, inverse_c, True)
-                else:
+                sums = dweight, dbias
+                if LATE:
                     if mean_ptr is not None:
                         x -= mean[:, None]
-                    if dweight_ptr is not None:
-                        dweight = add_rows(dweight, ds * rstd[:, None] * x, ROWS, BLOCK_C, GROUPS)
-                    ds = norm_gradient(scaled_gradient(ds, rstd, factor), x, rstd, inverse_c, mean_ptr is not None)
+                    g = tl.zeros((ROWS, BLOCK_C), tl.float32)
+                    if here >= 0:  # always; else ptxas puts these sums off, and keeps what they add until a row's end
+                        read_late = load_rows(dy_ptr, here, dy_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
+                        late = widened(read_late, dy_ptr.dtype.element_ty)
+                        dweight, dbias, _ = _add_tile(
+                            sums, dweight_ptr, dbias_ptr, late, x, None, rstd, ROWS, BLOCK_C, GROUPS, XHAT
+                        )
+                        if RELOAD:
+                            g = scaled_gradient(late, rstd, load_parameters(weight_ptr, column, inside, VEC))
+                        else:
+                            g = scaled_gradient(late, rstd, weight)
+                else:
+                    factor = weight
+                    if RELOAD:
+                        factor = load_parameters(weight_ptr, column, inside, VEC)
+                    centre = mean if mean_ptr is not None else None
+                    dweight, dbias, x = _add_tile(
+                        sums, dweight_ptr, dbias_ptr, ds, x, centre, rstd, ROWS, BLOCK_C, GROUPS, XHAT
+                    )
+                    g = scaled_gradient(ds, rstd, factor)
+                if XHAT:
+                    ds = norm_gradient(g, x, None, inverse_c, True)
+                else:
+                    ds = norm_gradient(g, x, rstd, inverse_c, mean_ptr is not None)
             if dsum_ptr is not None:
                 if LATE:
                     dsum = load_rows(dsum_ptr, here, dsum_row_stride, row, exists, C, BLOCK_C, FULL, VEC)
@@ -373,6 +409,10 @@ def _is_late(form: BackwardForm, block: int, vector: int) -> bool:
 def _reloads(form: BackwardForm, block: int, vector: int) -> bool:
     """Whether each row reads the weight again, whose 16 registers dropout's mask takes: 512 threads have no more than 128 each.
 
-    Kept, 8 to 24 bytes a thread spill; read again, 1 to 6 % more instructions leave DRAM 2.5 times as slow as the busiest pipe.
+    Kept, 8 to 24 bytes a thread spill; read again, 1 to 6 % more instructions (of no whole runs 3 %) leave DRAM 2.5 times as slow as
+    the busiest pipe.
     """
-    return form.dropout and form.dtypes[4] is not None and block == MAX_BLOCK and vector == 8
+    *_, weight, _, dresidual = form.dtypes
+    # Of no whole runs, what gives the residual no gradient has registers left.
+    crowded = vector == 8 or (_is_late(form, block, vector) and dresidual is not None)
+    return form.dropout and weight is not None and block == MAX_BLOCK and crowded

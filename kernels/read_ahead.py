@@ -10,7 +10,7 @@ import torch
 
 from .launch import Variant, jit, tl, triton
 from .overlap import capability
-from .rows import evenly, load_where, persistent_programs, run_pointers
+from .rows import evenly, existing_columns, load_where, persistent_programs, run_pointers
 
 
 def is_blackwell(_semantic: Any = None) -> Any:
@@ -55,7 +55,7 @@ def load_rows(
             pointers = run_pointers(base + offset, start, column, VEC)
         mask = None
         if not FULL:
-            mask = column // (VEC // PAIRS) < C // VEC
+            mask = existing_columns(C // PAIRS, BLOCK_C // PAIRS, VEC // PAIRS)
         if exists is not None:
             mask = exists[:, None] if FULL else exists[:, None] & mask
         found = load_where(pointers, mask, mask is not None)

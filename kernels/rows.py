@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .configs import RowConfig
-from .launch import Variant, empty, jit, launch, pointer, tl
+from .launch import Variant, at_compile_time, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 
 MAX_BLOCK = 8192  # columns that a program holds at once; wide_rows.py goes over more in a loop
@@ -36,20 +36,50 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]  # the arguments behind the tensors
 
 
+@at_compile_time
+def is_scattered(block: int, vector: int) -> bool:
+    """Whether 512 threads read a row one element at a time."""
+    return vector == 1 and block == MAX_BLOCK
+
+
+@jit
+def scattered_columns(BLOCK_C: tl.constexpr):
+    """Where a scattered block's parts of 512 neighbours start, (BLOCK_C // 512, 1), and each thread's column in them, (1, 512)."""
+    # As one number, LLVM takes (thread & 511) | 512 for thread | 512, and no longer for a sum: every second element would have an
+    # address of its own to work out, of two registers. Numbers of two widths Triton adds one after the other.
+    return 512 * tl.arange(0, BLOCK_C // 512).to(tl.int64)[:, None], tl.arange(0, 512)[None, :]
+
+
+@jit
+def existing_columns(C, BLOCK_C: tl.constexpr, VEC: tl.constexpr):
+    """Which columns of a block exist, (1, BLOCK_C): whole runs of VEC do, so accesses stay vectors."""
+    if is_scattered(BLOCK_C, VEC):
+        # By the parts that a thread has, one number: so many masks would take registers, or be packed and unpacked.
+        start, column = scattered_columns(BLOCK_C)
+        inside = tl.reshape(start.to(tl.int32) // 512 < (C - column + 511) // 512, (1, BLOCK_C))
+    else:
+        inside = tl.arange(0, BLOCK_C)[None, :] // VEC < C // VEC
+    return inside
+
+
 @jit
 def column_block(C, BLOCK_C: tl.constexpr, FULL: tl.constexpr, VEC: tl.constexpr):
-    """Column numbers (1, BLOCK_C), which of them exist (whole runs of VEC do, so accesses stay vectors), and 1 / C."""
+    """Column numbers (1, BLOCK_C), which of them exist, and 1 / C."""
     column = tl.arange(0, BLOCK_C)[None, :]
     if FULL:
         return column, tl.full((1, BLOCK_C), True, tl.int1), 1.0 / BLOCK_C
     # Plain division is approximate on GPUs, up to two units off: x of a large mean would inherit them.
-    return column, column // VEC < C // VEC, tl.div_rn(1.0, C.to(tl.float32))
+    return column, existing_columns(C, BLOCK_C, VEC), tl.div_rn(1.0, C.to(tl.float32))
 
 
 @jit
 def run_pointers(base, start, column, VEC: tl.constexpr):
     """base + start + column, a block whose runs of VEC elements each start at a multiple of their size or of 16 bytes."""
-    pointers = base + (start + column)
+    if is_scattered(column.shape[1], VEC):
+        part, thread = scattered_columns(column.shape[1])
+        pointers = tl.reshape(base + start + thread + part, column.shape)
+    else:
+        pointers = base + (start + column)
     if VEC > 1:
         run: tl.constexpr = VEC * ((base.dtype.element_ty.primitive_bitwidth + 7) // 8)
         pointers = tl.multiple_of(pointers, (1, 16 if run > 16 else run))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from detr_fast.kernels import add_layer_norm, cross_entropy, layer_norm, linear, linear_norm, rows, wide_rows
 from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
+from detr_fast.kernels.analysis import analyse
 from detr_fast.kernels.offline import compile_variant, older_compiler
 from detr_fast.kernels.product_tiles import Form
 
@@ -59,6 +61,14 @@ VARIANTS = {
         "sm_90",
         backward_variant(6001, BackwardForm((FP32, BF16, BF16, None, FP32, BF16, BF16), True, True, True), 1),
     ),  # 120
+    "add_layer_norm_backward_without_runs_or_residual": (
+        "sm_90",
+        backward_variant(6001, BackwardForm((FP16, None, FP16, FP16, FP16, FP16, None), True, True, True), 1),
+    ),  # 16
+    "add_layer_norm_backward_of_a_sum_without_residual": (
+        "sm_90",
+        backward_variant(6001, BackwardForm((FP16, FP16, FP16, None, FP16, FP16, None), True, True, True), 1),
+    ),  # 56
     "add_layer_norm_of_24": (
         "sm_80",
         add_layer_norm.forward_variant(24, BF16, BF16, None, FP32, BF16, True, True, 8),
@@ -93,3 +103,13 @@ def test_nothing_spills_in_16_bits_that_once_did(name):
     target, variant = VARIANTS[name]
     _, _, resources = compile_variant(variant, target)
     assert older_compiler() or resources.spills == 0
+
+
+@pytest.mark.offline
+def test_a_row_read_one_element_at_a_time_takes_one_address_a_tensor():
+    variant = layer_norm.backward_variant(8191, BF16, BF16, BF16, True, True, True, 1)
+    binary, _, _ = compile_variant(variant, "sm_90")
+    loop = analyse(binary, 90, 8192 / variant.num_warps)
+    assert (
+        older_compiler() or loop.instructions_per_element < 29
+    )  # 31 where half of the elements have an address of their own
