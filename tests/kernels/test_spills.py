@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from detr_fast.kernels import add_layer_norm, cross_entropy, layer_norm, linear, linear_norm, rows, wide_rows
 from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
 from detr_fast.kernels.analysis import analyse
