@@ -265,16 +265,16 @@ def _plan(layouts: tuple[_Layout, ...], with_k: bool, turn: Turn) -> Plan:
     tokens = batches * length
     constants = variant.constants
     chunks = sum(-(-n // constants["HEADS"]) for n in (q_heads, k_heads))
-    moves = [(*source[2][:3], *to[2][:3]) for source, to in zip(heads, results)]
+    moves = [(*_steps(source), *_steps(to)) for source, to in zip(heads, results)]
     strides = (*moves[0], *(moves[1] if with_k else (0,) * 6), *(s for one in tables for s in _steps(one)))
     sizes = (tokens, max(length, 1), turn.first, q_heads, k_heads, pairs, columns)
     return Plan(variant, (-(-tokens // constants["TOKENS"]), chunks if pairs or columns else 0), (*strides, *sizes))
 
 
-def _steps(table: _Layout) -> tuple[int, int]:
-    """Strides of a table's batch elements and tokens; 0 where all batch elements share it."""
-    _, shape, strides, _ = table
-    return (strides[0] if shape[0] > 1 else 0), strides[1]
+def _steps(layout: _Layout) -> tuple[int, ...]:
+    """Strides of all dimensions but the last; 0 along one of a single element, where any is allowed and lanes beyond it would be anywhere."""
+    _, shape, strides, _ = layout
+    return tuple(stride if size > 1 else 0 for size, stride in zip(shape[:-1], strides))
 
 
 def run_of(layouts: tuple[_Layout, ...], pairs: int, columns: int, turn: Turn) -> int:

@@ -179,6 +179,18 @@ def test_what_transformers_refuses_is_refused_on_a_cpu_and_makes_the_loss_nan_wh
     assert torch.autograd.grad(loss, leaves[0])[0].isnan().any()  # which gradient scalers and logs see
 
 
+def test_a_denoising_box_whose_centre_is_no_number_is_refused_on_a_cpu(monkeypatch):
+    counts = (2, 3)
+    labels, (leaves, denoising) = labels_of(counts), predictions(counts, groups=1)
+    with torch.no_grad():
+        leaves[1][0, 0, denoising["dn_positive_idx"][0][1], 0] = torch.nan
+    for function in (THEIRS, OURS):
+        with pytest.raises(ValueError, match="boxes1 must be"):
+            call(function, leaves, labels, config(), denoising)
+    monkeypatch.setattr(adapter, "has_values", lambda tensor: False)
+    assert call(OURS, leaves, labels, config(), denoising)[0].isnan()
+
+
 def waits(function):
     with FakeTensorMode(), torch.device("cuda"), AnswersYes():
         leaves, denoising = predictions((3, 2), groups=2, device="cuda")

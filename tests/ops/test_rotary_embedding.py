@@ -122,6 +122,18 @@ def test_results_lie_as_q_and_k_do_and_nothing_but_angles_is_kept(triton):
 
 
 @interpreter
+@pytest.mark.parametrize("heads", [1, 2])
+def test_single_tokens_and_heads_may_lie_at_any_distance(triton, heads):
+    """What a stride along one element says is never read, not even as an alignment."""
+    _, k, cos, sin = make_case((1, 1, heads, 16), heads)
+    rows = torch.randn(40).bfloat16()
+    q = rows.as_strided((1, 1, heads, 16), (33, 17, 17 if heads == 1 else 16, 1))
+    found, _ = ops.rotary_embedding(q, k, cos, sin, interleaved=True)
+    expected, _ = eager(q, k, cos, sin, True, False, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@interpreter
 def test_gradients_go_to_whoever_needs_them_whichever_result_is_used(triton):
     for learns in ((True, False), (False, True), (True, True)):
         for used in ((0,), (1,), (0, 1)):
