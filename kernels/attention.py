@@ -40,11 +40,12 @@ from .attention_tiles import (
     is_loaded_first,
     load_keys,
     load_mask,
-    load_tile,
+    load_rows,
     masked_scores,
-    store_tile,
+    store_rows,
     visible_keys,
 )
+from .dropout import spread
 from .launch import Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 
@@ -90,6 +91,8 @@ def _attend(
     PAIRED: tl.constexpr = FORM[10]
     LANES: tl.constexpr = FORM[11]
     COVERED: tl.constexpr = FORM[12]
+    WARPS: tl.constexpr = FORM[13]
+    order = spread(BLOCK_M, WARPS)
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -101,12 +104,12 @@ def _attend(
         k = load_keys(k_ptr, k_row, hiding, start, visible, BLOCK_N, E, BLOCK_E, FORM)
         mask = None
         if MASKED and is_loaded_first(FORM[7], hiding[3]):
-            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
+            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM, order=order)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             shown = None if COVERED else visible
             scores = masked_scores(
-                scores * scale, hiding, row_start, start, L, S, shown, BLOCK_M, BLOCK_N, FORM, mask=mask
+                scores * scale, hiding, row_start, start, L, S, shown, BLOCK_M, BLOCK_N, FORM, order=order, mask=mask
             )
             higher = tl.maximum(highest, tl.max(scores, 1))
             # A row that has seen no visible key yet: -inf less -inf would be NaN.
@@ -122,7 +125,7 @@ def _attend(
         v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, FORM)
         weights = weights.to(v.dtype)
         if drop[0] is not None:
-            weights = dropped(weights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N), PAIRED)
+            weights = dropped(weights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N, order=order), PAIRED)
         accumulator = dot(weights, v, accumulator * shrink[:, None], PRECISION)
     return accumulator, total, highest
 
@@ -181,8 +184,9 @@ def attention_forward_kernel(
     PERIODIC: tl.constexpr,
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """scale: times log2(e). rescale: what dropout multiplies a kept weight by."""
+    """scale: times log2(e). rescale: what dropout multiplies a kept weight by. WARPS: see `spread`."""
     wait_for_previous()
     LANES: tl.constexpr = 8 if q_ptr.dtype.element_ty.primitive_bitwidth == 16 else 1
     LISTED: tl.constexpr = padding_ptr is not None and seed_ptr is None and mask_ptr is None and not CAUSAL
@@ -201,12 +205,14 @@ def attention_forward_kernel(
         PAIRED,
         LANES,
         COVERED,
+        WARPS,
     )
     longest = L
-    batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
+    batch, head, head_index, row_start, _ = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
+    row = spread(BLOCK_M, WARPS)
+    exists = row < L - row_start
     if ends_q_ptr is not None:
-        exists = tl.arange(0, BLOCK_M) < L - row_start
         S = tl.where(row_start < L, S, 0)  # a tile behind its sequence's end has nothing to do
     q_ptr = at(q_ptr, (q_batch, q_head, q_row), index, head, first_q + row_start)
     k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, shared_head(head, group), first_k)
@@ -223,7 +229,7 @@ def attention_forward_kernel(
         batch * S,
     )
     drop = (seed_ptr, head_index, offset, threshold, rescale)
-    q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
+    q = load_rows(q_ptr, row * q_row, exists, E, BLOCK_E, VEC)
     # The maximum is taken before scaling: a negative scale changes q's sign instead (exactly; by a product in fp32, as the
     # interpreter negates bf16 wrongly).
     q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
@@ -277,12 +283,13 @@ def attention_forward_kernel(
     all_heads = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64)  # of all batch elements
     part = tl.program_id(1) * all_heads
     out_ptr = at(out_ptr, (out_batch, out_head, out_row), part // heads + index, head, first_q + row_start)
-    exists = row_start + tl.arange(0, BLOCK_M) < L  # said anew: kept over the loop, it would be spilled
-    store_tile(out_ptr, out_row, exists, accumulator, BLOCK_M, EV, BLOCK_EV, VEC)
+    row = spread(BLOCK_M, WARPS)  # said anew, with what follows: kept over the loop, it would be spilled
+    exists = row_start + row < L
+    store_rows(out_ptr, row * out_row, exists, accumulator, EV, BLOCK_EV, VEC)
     if ends_q_ptr is not None:
         lse = tl.where(exists, lse, -float("inf"))
-        exists = tl.arange(0, BLOCK_M) < longest - row_start
-    tl.store(lse_ptr + (part + head_index) * longest + row_start + tl.arange(0, BLOCK_M), lse, mask=exists)
+        exists = row < longest - row_start
+    tl.store(lse_ptr + (part + head_index) * longest + row_start + row, lse, mask=exists)
 
 
 def attention_forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -344,5 +351,5 @@ def forward_variant(form: Form, split: bool = False) -> Variant:
     )
     types = (*map(pointer, tensors), *PLACE_TYPES * 4, *COMMON_TYPES, *PACKED_TYPES)
     constants = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, **form.constants()}
-    constants |= {"UNIFORM": form.uniform, "PAIRED": form.paired}
+    constants |= {"UNIFORM": form.uniform, "PAIRED": form.paired, "WARPS": form.spread_over("forward")}
     return Variant(attention_forward_kernel, types, constants, config.num_warps, config.num_stages)

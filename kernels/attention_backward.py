@@ -172,8 +172,8 @@ def queries_variant(form: Form, with_dlse: bool = False, split: bool = False, ex
     fp32, listed = torch.float32, torch.int32 if form.padding else None
     rows = (fp32, fp32 if with_dlse else None, fp32, listed)
     tensors = (*(form.dtype,) * 5, fp32 if split else form.dtype)
-    more = {"UNIFORM": form.uniform, "PAIRED": form.paired, "EXACT": exact}
-    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, **more)
+    more, warps = {"UNIFORM": form.uniform, "PAIRED": form.paired, "EXACT": exact}, form.spread_over("queries")
+    return _variant(attention_backward_queries_kernel, "queries", form, tensors, rows, **more, WARPS=warps)
 
 
 @cache
@@ -181,13 +181,14 @@ def keys_variant(form: Form, atomics: bool = False) -> Variant:
     """The program that takes dk and dv; atomics: and adds up dq."""
     tensors = (*(form.dtype,) * 6, torch.float32 if atomics else None)
     kernel = "atomics" if atomics else "keys"
-    warps = form.config(kernel).num_warps if form.dropout and form.mask is None and form.generation else 0
     frugal = form.frugal_keys(atomics)
     more = {"UNIFORM": form.uniform_keys, "PAIRED": form.paired, "ONE_CHOICE": form.one_choice}
     more |= {"FRUGAL": frugal, "ONE_SEED": form.one_seed(frugal)}
     # On Blackwell, causal keys at 128 with dropout spill 8 to 24 bytes more with it.
     more["COUNTED"] = frugal and form.generation != "blackwell"
-    return _variant(attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more, WARPS=warps)
+    return _variant(
+        attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more, WARPS=form.spread_over(kernel)
+    )
 
 
 def _variant(

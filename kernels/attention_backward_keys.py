@@ -27,11 +27,10 @@ from .attention_tiles import (
     load_rows,
     load_tile,
     masked_scores,
-    spread_keys,
     store_rows,
     visible_keys,
 )
-from .dropout import load_seed
+from .dropout import load_seed, spread
 from .launch import jit, tl
 from .overlap import wait_for_previous
 
@@ -78,6 +77,8 @@ def _pass_over_queries(
     VEC: tl.constexpr = FORM[6]
     PAIRED: tl.constexpr = FORM[8]
     ONE_CHOICE: tl.constexpr = FORM[9]
+    WARPS: tl.constexpr = FORM[10]
+    NEIGHBOURS: tl.constexpr = "both" if WARPS > 0 and BLOCK_N >= 32 * WARPS else "rows"
     row = tl.arange(0, BLOCK_M)
     for start in range(start_row, end_row, BLOCK_M):
         exists = row < L - start
@@ -100,16 +101,16 @@ def _pass_over_queries(
             weights = tl.exp2(scores * scale - lse[None, :])
         dweights = dot(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         if ONE_CHOICE:
-            chosen = dropped(
-                weights, drop, drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed), PAIRED
-            )
+            draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed)
+            chosen = dropped(weights, drop, draws, PAIRED, NEIGHBOURS)
             shared = chosen.to(dout.dtype)
             dscores = chosen * dweights - weights * delta[None, :]
         else:
             shared = weights.to(dout.dtype)
             if drop[0] is not None:
                 draws = drawn(drop, start, column_start, BLOCK_M, BLOCK_N, True, keys, seed)
-                dweights, shared = dropped(dweights, drop, draws, PAIRED), dropped(shared, drop, draws, PAIRED)
+                dweights = dropped(dweights, drop, draws, PAIRED, "rows")
+                shared = dropped(shared, drop, draws, PAIRED, "rows")
             dscores = weights * (dweights - delta[None, :])
         dv = dot(shared, dout, dv, PRECISION)
         dk = dot(dscores.to(q.dtype), q, dk, PRECISION)
@@ -228,7 +229,7 @@ def attention_backward_keys_kernel(
     COUNTED: FRUGAL, batch element * heads + head is the loop's own number, and not worked out.
     """
     wait_for_previous()
-    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED, ONE_CHOICE)
+    FORM: tl.constexpr = (E, EV, BLOCK_E, BLOCK_EV, CAUSAL, PRECISION, VEC, MASK_VEC, PAIRED, ONE_CHOICE, WARPS)
     longest_q, longest_k = L, S
     key_index, column_start = own_keys(S, BLOCK_N)
     batch, key_head = batch_and_head(key_index, heads // group)
@@ -243,7 +244,7 @@ def attention_backward_keys_kernel(
         dk_ptr = at(dk_ptr, (dk_batch, dk_head, dk_row), index, key_head, first_k + column_start)
         dv_ptr = at(dv_ptr, (dv_batch, dv_head, dv_row), index, key_head, first_k + column_start)
     padding = (padding_ptr, batch * padding_batch, padding_column, None, 0, 0, 0, None, 0)
-    keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
+    keys = spread(BLOCK_N, WARPS)
     visible = visible_keys(padding, column_start, S, BLOCK_N, keys=keys)
     visible = apart(visible)
     k_visible = load_rows(k_ptr, keys * k_row, visible, E, BLOCK_E, VEC)
@@ -333,7 +334,7 @@ def attention_backward_keys_kernel(
                     FORM,
                 )
     # Said anew: kept over the loop, it would be spilled.
-    keys = tl.arange(0, BLOCK_N) if WARPS == 0 else spread_keys(BLOCK_N, WARPS)
+    keys = spread(BLOCK_N, WARPS)
     if FRUGAL:
         # By other operations than above, or the compiler would keep what it has.
         key_index = end_member // group - 1

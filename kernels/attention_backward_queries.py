@@ -23,11 +23,12 @@ from .attention_tiles import (
     is_loaded_first,
     load_keys,
     load_mask,
-    load_tile,
+    load_rows,
     masked_scores,
-    store_tile,
+    store_rows,
     visible_keys,
 )
+from .dropout import spread
 from .launch import jit, tl
 from .overlap import wait_for_previous
 
@@ -67,6 +68,8 @@ def _pass_over_keys(
     EXACT: tl.constexpr = FORM[10]
     PAIRED: tl.constexpr = FORM[11]
     COVERED: tl.constexpr = FORM[12]
+    WARPS: tl.constexpr = FORM[13]
+    order = spread(BLOCK_M, WARPS)
     # The last block alone: not pipelined, see docs/attention.md; masked blocks of any number are.
     STAGES: tl.constexpr = 1 if MASKED and (LISTED or (hiding[0] is None and hiding[3] is None)) else None
     # From 0: in a loop with another start, Triton finds no neighbouring elements to load at once.
@@ -79,20 +82,23 @@ def _pass_over_keys(
         v = load_keys(v_ptr, v_row, hiding, start, visible, BLOCK_N, EV, BLOCK_EV, FORM)
         mask = None
         if MASKED and is_loaded_first(FORM[7], hiding[3]):
-            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM)
+            mask = load_mask(hiding, row_start, start, L, S, BLOCK_M, BLOCK_N, FORM, order=order)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if MASKED:
             shown = None if COVERED else visible
             scores = masked_scores(
-                scores * scale, hiding, row_start, start, L, S, shown, BLOCK_M, BLOCK_N, FORM, mask=mask
+                scores * scale, hiding, row_start, start, L, S, shown, BLOCK_M, BLOCK_N, FORM, order=order, mask=mask
             )
             weights = tl.exp2(scores - lse[:, None])
         else:
             weights = tl.exp2(scores * scale - lse[:, None])
         dweights = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         if drop[0] is not None:
-            dweights = dropped(dweights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N), PAIRED)
-        dscores = weights * (dweights - delta[:, None])
+            # Among the weights, which are there before dweights: on sm_90, what is to be kept waits for these elsewhere, as bits of a register.
+            chosen = dropped(weights, drop, drawn(drop, row_start, start, BLOCK_M, BLOCK_N, order=order), PAIRED)
+            dscores = chosen * dweights - weights * delta[:, None]
+        else:
+            dscores = weights * (dweights - delta[:, None])
         if EXACT:
             excess += tl.sum(dscores, 1)
         dq = dot(dscores.to(k.dtype), k, dq, PRECISION)
@@ -165,8 +171,9 @@ def attention_backward_queries_kernel(
     UNIFORM: tl.constexpr,
     PAIRED: tl.constexpr,
     EXACT: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e).
+    """statistics: fp32 (2, B, H, L): lse, inf for rows without visible key, and delta. scale: scale_out times log2(e). WARPS: see `spread`.
 
     EXACT: delta, which `out` gives as exactly as it is rounded, is corrected for the launches that follow: a row's dscores add
     up to what arrives for its log-sum-exp.
@@ -188,12 +195,14 @@ def attention_backward_queries_kernel(
         EXACT,
         PAIRED,
         COVERED,
+        WARPS,
     )
     longest = L
-    batch, head, head_index, row_start, exists = own_queries(L, heads, BLOCK_M)
+    batch, head, head_index, row_start, _ = own_queries(L, heads, BLOCK_M)
     index, first_q, L, first_k, S = own_sequence((ends_q_ptr, ends_k_ptr), batch, L, S)
+    row = spread(BLOCK_M, WARPS)
+    exists = row < L - row_start
     if ends_q_ptr is not None:
-        exists = tl.arange(0, BLOCK_M) < L - row_start
         S = tl.where(row_start < L, S, 0)  # a tile behind its sequence's end has nothing to do
     q_ptr = at(q_ptr, (q_batch, q_head, q_row), index, head, first_q + row_start)
     k_ptr = at(k_ptr, (k_batch, k_head, k_row), index, shared_head(head, group), first_k)
@@ -212,10 +221,10 @@ def attention_backward_queries_kernel(
         batch * S,
     )
     drop = (seed_ptr, head_index, offset, threshold, rescale)
-    q = load_tile(q_ptr, q_row, exists, BLOCK_M, E, BLOCK_E, VEC)
-    out = load_tile(out_ptr, out_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
-    dout = load_tile(dout_ptr, dout_row, exists, BLOCK_M, EV, BLOCK_EV, VEC)
-    rows = head_index.to(tl.int64) * longest + row_start + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, row * q_row, exists, E, BLOCK_E, VEC)
+    out = load_rows(out_ptr, row * out_row, exists, EV, BLOCK_EV, VEC)
+    dout = load_rows(dout_ptr, row * dout_row, exists, EV, BLOCK_EV, VEC)
+    rows = head_index.to(tl.int64) * longest + row_start + row
     all_rows = (tl.num_programs(0) // tl.cdiv(longest, BLOCK_M)).to(tl.int64) * longest
     # Programs that share a row's keys all write its statistics, equal to the bit, and read none of them.
     lse, delta = row_statistics(out, dout, lse_ptr, dlse_ptr, statistics_ptr, rows, all_rows, exists)
@@ -270,5 +279,6 @@ def attention_backward_queries_kernel(
         tl.int64
     )  # in batch elements
     dq_ptr = at(dq_ptr, (dq_batch, dq_head, dq_row), part + index, head, first_q + row_start)
-    exists = row_start + tl.arange(0, BLOCK_M) < L  # said anew: kept over the loop, it would be spilled
-    store_tile(dq_ptr, dq_row, exists, dq * scale_out, BLOCK_M, E, BLOCK_E, VEC)
+    row = spread(BLOCK_M, WARPS)  # said anew, with what follows: kept over the loop, it would be spilled
+    exists = row_start + row < L
+    store_rows(dq_ptr, row * dq_row, exists, dq * scale_out, E, BLOCK_E, VEC)

@@ -93,16 +93,16 @@ ATTENTION_HOPPER_FEW = {
     ("atomics", 32, "dropout"): TileConfig(32, 64, 4, 2),  # 42.8, 52.4
 }
 
-# Up to a head dimension of 32, what two tiles of 64 take more instructions than one of 128 in the queries' kernel with dropout: 13,632 for 12,099 with 850
-# keys, 16,188 for 14,565 with 1,050. In the loop 13.3 a score for 12.8; the rest is in front of it and behind it, and in a last block of 64 keys.
-HALVES_COST = 1.12
+# Up to a head dimension of 32, what two tiles of 64 take more instructions than one of 128 in the queries' kernel with dropout: 12,500 for 10,270 with 850
+# keys, 14,800 for 12,300 with 1,050. In the loop 12.0 a score for 10.7; the rest is in front of it and behind it, and in a last block of 64 keys.
+HALVES_COST = 1.22
 
 
 def halves_end_sooner(tiles: int, halves: int) -> bool:
     """Whether the busiest of FEW_TILES multiprocessors has at least 5 % less to do with so many halves than with whole tiles.
 
     Two tiles of 128 rows on a multiprocessor take it nearly twice as long as one does: 13.8 us for one with 14 blocks of keys, 29.0 for two with 16
-    (the forward with dropout on an H200). So time goes by the busiest: 4 x 1,050 tokens are 288 tiles, 3 on that one for 2.2 on average, or 5 halves for 4.1.
+    (the forward with dropout on an H200). So time goes by the busiest: 2 x 1,050 tokens are 144 tiles, 2 on that one for 1.1 on average, or 3 halves for 2.1.
     """
     return HALVES_COST * 1.05 * -(-halves // FEW_TILES) <= 2 * -(-tiles // FEW_TILES)
 
@@ -199,7 +199,9 @@ def attention_config(
             present = {name for name, value in features.items() if value}
             alone = ATTENTION_MASK_CROWDED.get((generation, mask_size), set())
             crowded = scattered and (mask_run == 0 or (periodic and "periodic" in alone) or bool(present & alone))
-            if block <= 32 and (len(present) >= 2 or crowded):
+            # Of a float32 mask with dropout 16 bytes spill with 168 on sm_80.
+            wide = dropout and mask_size == 4 and generation == "ampere"
+            if block <= 32 and (len(present) >= 2 or crowded or wide):
                 config = replace(config, registers=255)
             if block == 64 and generation == "blackwell":
                 # ptxas alone aims at three programs on sm_120, and spills 8 bytes. With 4 warps, 16 to 24 are spilled on sm_100 where most is loaded one by one.
@@ -207,7 +209,8 @@ def attention_config(
                 config = replace(config, num_warps=8) if heavy else replace(config, registers=255)
             return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
-            return ATTENTION_SHARED_MASK
+            # ptxas alone takes 96 there, and spills 8 bytes.
+            return replace(ATTENTION_SHARED_MASK, registers=128 if dropout and generation == "hopper" else 0)
         # ptxas alone takes 96 or 128 there, for more programs a multiprocessor, and spills 8 to 32 bytes (.814 a score for .795).
         limit = 255 if kernel == "shared_mask" and itemsize == 2 and block == 64 and generation == "hopper" else 0
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1, registers=limit)
@@ -242,8 +245,8 @@ def attention_config(
             return config
         if generation == "blackwell":
             if dropout and packed and not causal:
-                # Three programs a multiprocessor of sm_120, where ptxas alone takes 191.
-                return replace(config, registers=168)
+                # Of 168, for three programs a multiprocessor of sm_120, 8 bytes spill.
+                return replace(config, registers=255)
             # Two loops spill 24 bytes in one stage.
             return replace(config, num_stages=2) if dropout and causal else config
         plain = generation == "ampere" and block == 32 and not (dropout or listed or partial)
@@ -260,6 +263,8 @@ def attention_config(
         config = replace(config, columns=16)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
+    if kernel == "queries" and dropout and not masked and (generation, itemsize) == ("ampere", 2) and block <= 32:
+        return config  # .094 a score, and .116 of 64 rows, whose threads use half of dropout's calls
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32 or short))):
         return replace(config, rows=max(16, config.rows // 2))
     if kernel == "queries" and itemsize == 2 and generation == "blackwell":  # 8 bytes spill on sm_120; as many cycles
@@ -294,17 +299,15 @@ def attention_config(
             config = replace(config, num_stages=2)
     if itemsize == 2 and block <= 64:
         config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
-        if (
-            kernel == "forward"
-            and dropout
-            and (masked or (causal and packed))
-            and block == 64
-            and generation == "ampere"
-        ):
+        if kernel == "forward" and dropout and not masked and block == 64 and generation == "ampere":
+            return replace(config, columns=32)  # of 64 columns 16 to 48 bytes spill; as many cycles
+        if kernel == "forward" and dropout and block == 64 and generation == "ampere":
             # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a bool one 32 with padding (.243 for .226), of a
-            # 16-bit one, or of a packed batch in causal order, 8 in 3 stages (.179 for .175; .115 for .109).
+            # 16-bit one 8 in 3 stages (.179 for .175) and 32 with padding (.182 here).
             wide = mask_size == 4 or (mask_size == 1 and padding)
-            return replace(config, num_warps=8) if wide else replace(config, num_stages=2)
+            narrow = mask_size == 2 and (padding or causal or packed)
+            columns = 32 if narrow else config.columns
+            return replace(config, num_warps=8) if wide else replace(config, columns=columns, num_stages=2)
     return config
 
 

@@ -62,6 +62,10 @@ class Form:
             self.dropout and self.dtype.itemsize == 2 and self.generation != "" and self._precision() != "interpreted"
         )
 
+    def spread_over(self, kernel: str) -> int:
+        """The warps of a kernel whose tiles have their rows, or keys, in an order that dropout is cheaper in (`dropout.spread`), or 0."""
+        return self.config(kernel).num_warps if self.dropout and self.mask is None and self.generation else 0
+
     @property
     def one_choice(self) -> bool:
         """Whether the kernel of the keys chooses once an element what dropout keeps: 2 to 7 % fewer instructions in its loop at head dimensions

@@ -7,7 +7,7 @@ tile starts is computed in 64.
 
 from __future__ import annotations
 
-from .dropout import draw_tile, drop_pairs, keep_drawn, keep_tile, load_seed
+from .dropout import draw_tile, drop_pairs, keep_drawn, keep_tile, load_seed, places_in_tile
 from .launch import at_compile_time, jit, tl
 from .rows import run_pointers
 
@@ -172,16 +172,12 @@ def load_mask(
     COLUMNS: tl.constexpr,
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
-    columns=None,
+    order=None,
 ):
-    """A tile of the mask, (ROWS, COLUMNS) or transposed; where there is none, False, or -inf where `is_covering`, else zeros."""
+    """A tile of the mask, (ROWS, COLUMNS) or transposed; where there is none, False, or -inf where `is_covering`, else zeros. order: see `places_in_tile`."""
     MASK_VEC: tl.constexpr = FORM[7]
     _, _, _, mask_ptr, mask_start, mask_row, mask_column, _, _ = hiding
-    column = tl.arange(0, COLUMNS) if columns is None else columns
-    if TRANSPOSED:
-        row, column = tl.arange(0, ROWS)[None, :], column[:, None]
-    else:
-        row, column = tl.arange(0, ROWS)[:, None], column[None, :]
+    row, column = places_in_tile(ROWS, COLUMNS, TRANSPOSED, order)
     mask_start += tl.cast(row_start, tl.int64) * mask_row + tl.cast(column_start, tl.int64) * mask_column
     base = mask_ptr + mask_start
     if MASK_VEC <= 1:
@@ -243,24 +239,19 @@ def masked_scores(
     COLUMNS: tl.constexpr,
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
-    columns=None,
+    order=None,
     mask=None,
 ):
-    """Scores of a tile, (ROWS, COLUMNS) or transposed, -inf where a key is hidden.
+    """Scores of a tile, (ROWS, COLUMNS) or transposed, -inf where a key is hidden. order: see `places_in_tile`.
 
-    columns: which column of the tile each is, where not in order: not with an attn_mask.
     visible: (COLUMNS,) from `visible_keys`, or None where hidden keys are dealt with elsewhere. mask: from `load_mask`, or None where it is loaded here.
     """
     CAUSAL: tl.constexpr = FORM[4]
     mask_ptr = hiding[3]
-    column = tl.arange(0, COLUMNS) if columns is None else columns
-    if TRANSPOSED:
-        row, column = tl.arange(0, ROWS)[None, :], column[:, None]
-    else:
-        row, column = tl.arange(0, ROWS)[:, None], column[None, :]
+    row, column = places_in_tile(ROWS, COLUMNS, TRANSPOSED, order)
     if mask_ptr is not None:
         if mask is None:
-            mask = load_mask(hiding, row_start, column_start, L, S, ROWS, COLUMNS, FORM, TRANSPOSED, columns)
+            mask = load_mask(hiding, row_start, column_start, L, S, ROWS, COLUMNS, FORM, TRANSPOSED, order)
         if mask_ptr.dtype.element_ty == tl.int1:
             if visible is not None:  # together: one instruction less than to add it
                 mask = mask & (visible[:, None] if TRANSPOSED else visible[None, :])
@@ -297,7 +288,7 @@ def drawn(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
-    columns=None,
+    order=None,
     seed=None,
 ):
     """What `dropped` takes of a tile: see `draw_tile`."""
@@ -306,15 +297,15 @@ def drawn(
         low, high = load_seed(seed_ptr)
     else:
         low, high = seed
-    return draw_tile(low, high, offset, head_index, row_start, column_start, ROWS, COLUMNS, TRANSPOSED, columns)
+    return draw_tile(low, high, offset, head_index, row_start, column_start, ROWS, COLUMNS, TRANSPOSED, order)
 
 
 @jit
-def dropped(x, drop, draws, PAIRED: tl.constexpr):
-    """x (ROWS, COLUMNS) where dropout keeps it, 0 elsewhere. PAIRED: by NVIDIA's assembly."""
+def dropped(x, drop, draws, PAIRED: tl.constexpr, NEIGHBOURS: tl.constexpr = "columns"):
+    """x (ROWS, COLUMNS) where dropout keeps it, 0 elsewhere. PAIRED: by NVIDIA's assembly, see `drop_pairs`."""
     words, odd = draws
     if PAIRED:
-        x = drop_pairs(x, words, odd, drop[3])
+        x = drop_pairs(x, words, odd, drop[3], NEIGHBOURS)
     else:
         x = tl.where(keep_drawn(words, odd, drop[3]), x, 0.0)
     return x
@@ -324,17 +315,3 @@ def dropped(x, drop, draws, PAIRED: tl.constexpr):
 def deferred(rescale):
     """What dropout multiplies dscores by when all are added up, and not each: rescale, or 1 where it drops everything."""
     return tl.where(rescale > 0.0, rescale, 1.0)
-
-
-@jit
-def spread_keys(KEYS: tl.constexpr, WARPS: tl.constexpr):
-    """Which key of a tile each of its rows holds, (KEYS,): an order in which a thread's four rows share dropout's calls.
-
-    Of an accumulator with 16 rows a warp, twice, a thread holds rows i, i + 8, i + 16 * WARPS and i + 16 * WARPS + 8; these get
-    keys c, c + 8, c + 1 and c + 9.
-    """
-    row = tl.arange(0, KEYS)
-    if KEYS >= 32 * WARPS:
-        own = (row & 3) * 2 + (row & 8) + row // (16 * WARPS) % 2
-        row = row // (32 * WARPS) * (32 * WARPS) + row // 16 % WARPS * 32 + (row & 4) * 4 + own
-    return row

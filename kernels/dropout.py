@@ -1,20 +1,26 @@
 # mypy: allow-incomplete-defs
 """Dropout masks from Philox4x32 with 7 rounds, whose counter is the position alone.
 
-    key = seed (64 bits, read from a tensor),   counter = (column group, row, batch·head, offset of the op)
+    key = seed (64 bits, read from a tensor)
 
-So every tile shape, the backward, and the eager twin in `detr_fast/ops/dropout.py` produce the same mask. One Philox call
-gives eight draws of 16 bits; p therefore has a resolution of 2**-16, and the scale is that of the p really applied, so
-that the expectation is kept exactly. Which eight positions share a call is part of the definition:
+So every tile shape, the backward, and the eager twin in `detr_fast/ops/dropout.py` produce the same mask. Draws have 16
+bits; p therefore has a resolution of 2**-16, and the scale is that of the p really applied, so that the expectation is kept
+exactly. Which positions share a call is part of the definition:
 
-- `keep_rows`, for row-wise kernels: eight neighbouring columns, which 16-byte accesses keep in one thread;
-- `keep_tile`, for tiles of `tl.dot`: rows r and r + 8, columns c, c + 1, c + 8 and c + 9, which tensor cores' accumulators
-  keep in one thread (rows r and r + 8, columns c and c + 8 also where the tile is transposed).
+- `keep_rows`, for row-wise kernels: counter = (column group, row, row's upper half, offset of the op), and eight neighbouring
+  columns, which 16-byte accesses keep in one thread, have the eight halves of the call's four words;
+- `keep_tile`, for tiles of `tl.dot`: counter = (batch·head, column group, offset, row group), and 64 positions share a call, whose
+  rows differ in bits 0, 3 and 4, and columns likewise. Tensor cores' accumulators keep many of these in one thread.
+
+In tiles, both bits 4 choose the factors of the sixth round, of four pairs that begin with Philox's own. Of the words w0 ... w3, an
+even row takes the one that both bits 3 choose, an odd one the sum of that word's next and a multiple of it: 32 bits that, with any
+other word of the eight, are distributed as two words of a call are. A column's bit 0 chooses the half. So a thread's 32
+draws take five rounds once and two rounds twice, and 0.25 additions a draw. The counter's words of row and column are those that
+are multiplied from the second round on: in a loop over either, the first round and parts of the next two are done before.
 
 Each element's expression holds the whole call, and the compiler sees that the elements of a thread share it. In tiles, a
 draw counts as a float of 16 bits, dropped where it is under a bound (or kept, where fewer are kept than dropped; NaN is under
-none): NVIDIA's GPUs compare two such numbers at once (`drop_pairs`), and need not take words apart. The integer pipe, which
-has half the lanes of the others, is what dropout keeps busy.
+none): NVIDIA's GPUs compare two such numbers at once (`drop_pairs`), and need not take words apart.
 Seven rounds are the fewest that pass BigCrush. Draws of 32 bits would double the calls; of 8 bits, p = 0.1 would become 0.102.
 Source: Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -27,10 +33,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .launch import jit, tl, triton
+from .launch import at_compile_time, jit, tl, triton
 from .overlap import capability
 
 STEPS = 1 << 16  # of a draw: p's resolution
+
+# Philox4x32's factors are the first and third; the others are the lower halves of Philox4x64's. For odd rows, one of Steele and Vigna, 2022,
+# "Computationally easy, spectrally good multipliers for congruential pseudorandom number generators".
+FACTORS = 0xD2511F53, 0xE14C6C93, 0xCD9E8D57, 0x95121157
+ODD_ROW_FACTOR = 0x93D765DD
 
 
 def kept_steps(p: float) -> int:
@@ -124,14 +135,17 @@ def keep_tile(
     VEC: as in `keep_rows`; tiles that are not TRANSPOSED.
     """
     if VEC == 1:
-        row, column = tl.arange(0, ROWS // 2)[:, None], tl.arange(0, COLUMNS // 4)[None, :]
-        rows, columns = (row_start // 16 * 8 + row).to(tl.uint32), (column_start // 16 * 4 + column).to(tl.uint32)
-        head, offset = tl.cast(head, tl.uint32), tl.cast(offset, tl.uint32)
-        first, second, third, fourth = _philox(low, high, columns, rows, head, offset)
-        words = tl.join(tl.join(first, third), tl.join(second, fourth))
+        # A thread takes whole calls, see `keep_rows`: all rows and columns without bits 0 and 3.
+        row, column = tl.arange(0, ROWS // 4)[:, None], tl.arange(0, COLUMNS // 4)[None, :]
+        row, column = row // 4 * 16 + row % 4 * 2, column // 4 * 16 + column % 4 * 2
+        words = _tile_words(low, high, head, offset, row_start, row, column_start, column, ROWS, COLUMNS)
+        first, second, third, fourth = words
+        even = tl.join(tl.join(first, third), tl.join(second, fourth))
+        odd = even + tl.join(tl.join(fourth, second), tl.join(first, third)) * _odd_row_factor()
+        words = tl.join(even, odd)
         kept = keep_drawn(tl.join(words, words >> 16), tl.full((), 0, tl.int1), threshold)
-        kept = tl.reshape(kept, (ROWS // 16, 8, COLUMNS // 16, 4, 2, 2, 2))
-        return tl.reshape(tl.permute(kept, (0, 4, 1, 2, 5, 3, 6)), (ROWS, COLUMNS))
+        kept = tl.reshape(kept, (ROWS // 16, 4, COLUMNS // 16, 4, 2, 2, 2, 2))
+        return tl.reshape(tl.permute(kept, (0, 4, 1, 6, 2, 5, 3, 7)), (ROWS, COLUMNS))
     words, odd = draw_tile(low, high, offset, head, row_start, column_start, ROWS, COLUMNS, TRANSPOSED)
     return keep_drawn(words, odd, threshold)
 
@@ -162,6 +176,33 @@ def drop_tile(
 
 
 @jit
+def places_in_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr = False, order=None):
+    """Numbers of a tile's rows and of its columns, as (ROWS, 1) and (1, COLUMNS), or (1, ROWS) and (COLUMNS, 1) where TRANSPOSED.
+
+    order: which row of the tile, or column where TRANSPOSED, each of its first axis is, from `spread`; None: as they come.
+    """
+    if TRANSPOSED:
+        row, column = tl.arange(0, ROWS)[None, :], (tl.arange(0, COLUMNS) if order is None else order)[:, None]
+    else:
+        row, column = (tl.arange(0, ROWS) if order is None else order)[:, None], tl.arange(0, COLUMNS)[None, :]
+    return row, column
+
+
+@jit
+def spread(SIZE: tl.constexpr, WARPS: tl.constexpr):
+    """An order (SIZE,) of a tile's first axis in which a thread's four share dropout's calls; as they come where WARPS is 0, or of fewer.
+
+    Of an accumulator with 16 rows a warp, twice, a thread holds rows i, i + 8, i + 16 * WARPS and i + 16 * WARPS + 8; these get
+    numbers n, n + 1, n + 8 and n + 9.
+    """
+    row = tl.arange(0, SIZE)
+    if WARPS > 0 and SIZE >= 32 * WARPS:
+        own = (row & 3) * 2 + row // 8 % 2 + row // (16 * WARPS) % 2 * 8
+        row = row // (32 * WARPS) * (32 * WARPS) + row // 16 % WARPS * 32 + (row & 4) * 4 + own
+    return row
+
+
+@jit
 def draw_tile(
     low,
     high,
@@ -172,25 +213,38 @@ def draw_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
-    columns=None,
+    order=None,
 ):
     """A tile's words, uint32 (ROWS, COLUMNS), or (COLUMNS, ROWS) where TRANSPOSED, and whose draws are the words' high halves.
 
-    head: batch · heads + head, int32. row_start, column_start: int32, multiples of 16. columns: (COLUMNS,), which column of the
-    tile each is, where not in order. The rest as in `keep_rows`.
+    head: batch · heads + head, int32. row_start, column_start: int32, multiples of 32, or of 16 where the tile has no more rows, or columns.
+    order: see `places_in_tile`. The rest as in `keep_rows`.
     """
-    column = tl.arange(0, COLUMNS) if columns is None else columns
-    if TRANSPOSED:
-        row, column = tl.arange(0, ROWS)[None, :], column[:, None]
-    else:
-        row, column = tl.arange(0, ROWS)[:, None], column[None, :]
-    # Of 16 rows 8 remain, of 16 columns 4: bits 3 of both and 0 of the column choose among the call's draws.
-    rows = row_start // 16 * 8 + (row // 16 * 8 + row % 8)
-    columns = column_start // 16 * 4 + (column // 16 * 4 + column % 8 // 2)
+    row, column = places_in_tile(ROWS, COLUMNS, TRANSPOSED, order)
+    words = _tile_words(low, high, head, offset, row_start, row, column_start, column, ROWS, COLUMNS)
+    first, second, third, fourth = words
+    lower, right = row & 8 != 0, column & 8 != 0
+    word = tl.where(lower, tl.where(right, fourth, third), tl.where(right, second, first))
+    before = tl.where(lower, tl.where(right, third, second), tl.where(right, first, fourth))
+    # A factor of 0 for even rows: where lanes differ in bit 0, they take the same instructions.
+    return word + before * tl.where(row & 1 != 0, _odd_row_factor(), 0).to(tl.uint32), column & 1 != 0
+
+
+@jit
+def _tile_words(
+    low, high, head, offset, row_start, row, column_start, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The words of each position's call. row, column: in the tile."""
+    # Of 32 rows 4 remain, of 32 columns 4.
+    rows = row_start // 32 * 4 + (row // 32 * 4 + row % 8 // 2)
+    columns = column_start // 32 * 4 + (column // 32 * 4 + column % 8 // 2)
+    # Of the tile's own number alone, where that will do, bit 4 is a constant for each register.
+    upper = (row if ROWS % 32 == 0 else row + row_start) & 16 != 0
+    left = (column if COLUMNS % 32 == 0 else column + column_start) & 16 == 0
+    one, other = tl.where(left, _factor(0), _factor(1)), tl.where(left, _factor(2), _factor(3))
+    sixth = tl.where(upper, other, one), tl.where(upper, one, other)
     head, offset = tl.cast(head, tl.uint32), tl.cast(offset, tl.uint32)
-    first, second, third, fourth = _philox(low, high, columns.to(tl.uint32), rows.to(tl.uint32), head, offset)
-    word = tl.where(row & 8 != 0, tl.where(column & 8 != 0, fourth, third), tl.where(column & 8 != 0, second, first))
-    return word, column & 1 != 0
+    return _philox(low, high, head, columns.to(tl.uint32), offset, rows.to(tl.uint32), sixth)
 
 
 def has_pairs(_semantic: Any = None) -> bool:
@@ -203,12 +257,17 @@ if triton is not None and not triton.knobs.runtime.interpret:
 
 
 @jit
+def _kept_steps(threshold):
+    return (tl.cast(threshold, tl.uint32) >> 16) ^ 0x8000
+
+
+@jit
 def _tile_bound(threshold):
     """(bound, kept): a draw, read as a float of 16 bits, is under `bound` where it is kept (kept = 1) or dropped (kept = 0).
 
     bound: uint32, the bits of a float of 16 bits. kept: uint32, 1 where fewer are kept than dropped.
     """
-    steps = (tl.cast(threshold, tl.uint32) >> 16) ^ 0x8000  # that keep
+    steps = _kept_steps(threshold)
     few = steps < 0x8000
     under = tl.where(few, steps, 0x10000 - steps)
     # From -inf (0xFC00) downwards in bits, upwards in value, to -0; then on from +0, of which -0 is no less.
@@ -226,28 +285,30 @@ def keep_drawn(words, odd, threshold):
 
 
 @jit
-def drop_pairs(x, words, odd, threshold):
-    """x where kept, 0 elsewhere, in NVIDIA's assembly: one compare for two neighbours of a thread.
+def drop_pairs(x, words, odd, threshold, NEIGHBOURS: tl.constexpr = "columns"):
+    """x where kept, 0 elsewhere, in NVIDIA's assembly: one compare for two elements of a thread.
 
-    x: fp32, or of 16 bits, whose neighbours share the selection, too. The rest as in `keep_drawn`, its twin.
+    x: fp32, or of 16 bits, whose neighbours share the selection, too. NEIGHBOURS: what a thread has one behind another, for which this
+    takes the fewest instructions: two "columns" of a row, two "rows" of a column, or "both", two rows of one column and of the
+    next (fp32). The rest as in `keep_drawn`, its twin.
     """
     bound, kept = _tile_bound(threshold)
     half = tl.where(odd, 0x32, 0x10)  # bytes of a word, as PRMT numbers them; those of the second word from 4 on
     if x.dtype == tl.float32:
+        # As floats: ptxas would put a comparison of integers into a uniform register, on sm_90, and copy it for each pair.
+        steps = _kept_steps(threshold).to(tl.float32)
+        PACK: tl.constexpr = 4 if NEIGHBOURS == "both" else 2
         x = tl.inline_asm_elementwise(
-            "{ .reg .b32 draws; .reg .pred first, second, kept; mad.lo.s32 draws, $7, 256, $6; add.s32 draws, draws, 0x4400;"
-            " prmt.b32 draws, $4, $5, draws; setp.eq.s32 kept, $10, 0; setp.lt.xor.f16x2 first|second, draws, $8, kept;"
-            " selp.f32 $0, $2, 0f00000000, first; selp.f32 $1, $3, 0f00000000, second; }",
-            "=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [x, words, half, bound * 0x10001, kept],
+            _selection(NEIGHBOURS, PACK),
+            _operands(PACK, 5),
+            [x, words, half, bound * 0x10001, steps],
             dtype=tl.float32,
             is_pure=True,
-            pack=2,
+            pack=PACK,
         )
     else:
         x = tl.inline_asm_elementwise(
-            "{ .reg .b32 draws; mad.lo.s32 draws, $5, 256, $4; add.s32 draws, draws, 0x4400; prmt.b32 draws, $2, $3, draws;"
-            " set.lt.u32.f16x2 draws, draws, $6; lop3.b32 $0, $1, draws, $8, 0x60; }",
+            _selection_of_halves(NEIGHBOURS),
             "=r,r,r,r,r,r,r,r,r,r",
             [x, words, half, bound * 0x10001, kept - 1],
             dtype=x.dtype,
@@ -257,11 +318,65 @@ def drop_pairs(x, words, odd, threshold):
     return x
 
 
+@at_compile_time
+def _operands(pack, inputs):
+    return ",".join(["=r"] * pack + ["r"] * (pack * inputs))
+
+
+@at_compile_time
+def _selection(neighbours, pack):
+    """Assembly: outputs, x, words, halves, bound and steps are `pack` registers each."""
+    code = f".reg .pred p, q, kept; setp.ge.f32 kept, ${5 * pack}, 0f47000000; "  # 2**15
+    for one in range(pack // 2):
+        other = one + pack // 2
+        code += _pair(neighbours, *(k * pack + i for k in (2, 3) for i in (one, other)))
+        code += f"setp.lt.xor.f16x2 p|q, draws, ${4 * pack}, kept; "
+        for i, chosen in ((one, "p"), (other, "q")):
+            code += f"selp.f32 ${i}, ${pack + i}, 0f00000000, {chosen}; "
+    return f"{{ {_REGISTERS} {code}}}"
+
+
+@at_compile_time
+def _selection_of_halves(neighbours):
+    """Assembly: x is one register, all else as above."""
+    choice = "set.lt.u32.f16x2 draws, draws, $6; lop3.b32 $0, $1, draws, $8, 0x60;"
+    return f"{{ {_REGISTERS} {_pair(neighbours, 2, 3, 4, 5)}{choice} }}"
+
+
+_REGISTERS = ".reg .b32 draws; .reg .b16 low, high, one, other; .reg .pred own;"
+
+
+@at_compile_time
+def _pair(neighbours, word, next_word, half, next_half):
+    """Assembly: both draws in one register."""
+    if neighbours == "rows":
+        code = f"mad.lo.s32 draws, ${next_half}, 256, ${half}; add.s32 draws, draws, 0x4400; "
+        return code + f"prmt.b32 draws, ${word}, ${next_word}, draws; "
+    # Of halves of one word, ptxas sees that they are that word; not of its bytes.
+    code = ""
+    for draw, source, which in (("one", word, half), ("other", next_word, next_half)):
+        code += f"mov.b32 {{low, high}}, ${source}; setp.eq.s32 own, ${which}, 0x10; selp.b16 {draw}, low, high, own; "
+    return code + "mov.b32 draws, {one, other}; "
+
+
+@at_compile_time
+def _factor(number):
+    return FACTORS[number]
+
+
+@at_compile_time
+def _odd_row_factor():
+    return ODD_ROW_FACTOR
+
+
 @jit
-def _philox(k0, k1, c0, c1, c2, c3):
-    for _ in tl.static_range(7):
-        a = c0.to(tl.uint64) * 0xD2511F53
-        b = c2.to(tl.uint64) * 0xCD9E8D57
+def _philox(k0, k1, c0, c1, c2, c3, sixth=None):
+    """sixth: the factors of the sixth round, uint32, where they are not Philox's."""
+    for i in tl.static_range(7):
+        if i == 5 and sixth is not None:
+            a, b = c0.to(tl.uint64) * sixth[0], c2.to(tl.uint64) * sixth[1]
+        else:
+            a, b = c0.to(tl.uint64) * _factor(0), c2.to(tl.uint64) * _factor(2)
         c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
         c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
         c1 = b.to(tl.uint32)

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from detr_fast.kernels.dropout import kept_steps, tile_bound
+from detr_fast.kernels.dropout import FACTORS, ODD_ROW_FACTOR, kept_steps, tile_bound
 
 _LOW = 0xFFFFFFFF
 
@@ -123,42 +123,58 @@ def keep_mask(
     seed, offset: from `next_seed`. tiles: as `keep_tile` draws (attention, matmuls), else as `keep_rows` (row-wise ops,
     one head). The draws are 16 bits wide: p is rounded to a multiple of 2**-16.
     """
-
-    def count(size: int) -> Tensor:
-        return torch.arange(size, device=seed.device)
-
     if tiles:
-        head, row, column = (
-            count(heads)[:, None, None],
-            count(-(-rows // 16) * 8)[:, None],
-            count(-(-columns // 16) * 4),
-        )
+        words = _tile_words(seed, offset, heads, rows, columns)
     else:
-        head, row, column = count(1)[:, None, None], count(rows)[:, None], count(-(-columns // 8))
-    words = torch.stack(_philox(seed, column, row, head, offset), -1)
-    draws = torch.stack([words << 16 & _LOW, words], -1)  # (heads, rows, columns, word, half)
+        group, row = (torch.arange(size, device=seed.device) for size in (-(-columns // 8), rows))
+        words = torch.stack(_philox(seed, group, row[:, None], torch.zeros_like(group), offset), -1)
+    draws = torch.stack([words << 16 & _LOW, words], -1)  # (…, word, half)
     if tiles:  # a draw counts as a float of 16 bits
         bound, keeps = tile_bound(p)
         under = ((draws >> 16 ^ 0x8000) - 0x8000).to(torch.int16).view(torch.float16) < bound
         kept = under if keeps else ~under
+        #  head, row // 16, row // 2 % 4, column // 16, column // 2 % 4, row // 8 % 2, column // 8 % 2, row % 2, column % 2
+        kept = kept.permute(0, 1, 5, 2, 7, 3, 6, 4, 8)
+        kept = kept.reshape(heads, -1, words.shape[3] * 16)
     else:  # as the high half of an int32
-        kept = (draws ^ 1 << 31) >> 16 < kept_steps(p)
-    if tiles:
-        #  head, row // 16, row % 8, column // 16, column // 2 % 4, row // 8 % 2, column // 8 % 2, column % 2
-        kept = kept.view(heads, row.shape[0] // 8, 8, column.shape[0] // 4, 4, 2, 2, 2).permute(0, 1, 5, 2, 3, 6, 4, 7)
-        kept = kept.reshape(heads, row.shape[0] * 2, column.shape[0] * 4)
-    else:
-        kept = kept.flatten(2)
+        kept = ((draws ^ 1 << 31) >> 16 < kept_steps(p)).flatten(1)[None]
     return kept[:, :rows, :columns]
 
 
-def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, offset: int) -> tuple[Tensor, ...]:
-    """Philox4x32 with 7 rounds: four words of 32 bits, in int64."""
+def _tile_words(seed: Tensor, offset: int, heads: int, rows: int, columns: int) -> Tensor:
+    """(heads, row // 16, row // 2 % 4, column // 16, column // 2 % 4, row // 8 % 2, column // 8 % 2, row % 2): the word that holds an element's draw."""
+
+    def places(size: int) -> Tensor:
+        """All numbers whose bits 0 and 3 are 0."""
+        number = torch.arange(-(-size // 16) * 4, device=seed.device)
+        return number // 4 * 16 + number % 4 * 2
+
+    head, row, column = torch.arange(heads, device=seed.device)[:, None, None], places(rows)[:, None], places(columns)
+    upper, left = row & 16 != 0, column & 16 == 0
+    one, other = torch.where(left, FACTORS[0], FACTORS[1]), torch.where(left, FACTORS[2], FACTORS[3])
+    sixth = torch.where(upper, other, one), torch.where(upper, one, other)
+    groups = (x // 32 * 4 + x % 8 // 2 for x in (column, row))
+    even = torch.stack(_philox(seed, head, next(groups), torch.full_like(head, offset), next(groups), sixth), -1)
+    odd = even + even.roll(1, -1) * ODD_ROW_FACTOR & _LOW
+    words = torch.stack([even, odd], -1)
+    return words.view(heads, row.shape[0] // 4, 4, column.shape[0] // 4, 4, 2, 2, 2)
+
+
+def _philox(
+    seed: Tensor,
+    c0: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    c3: Tensor | int,
+    sixth: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Philox4x32 with 7 rounds: four words of 32 bits, in int64. sixth: the factors of the sixth round, where they are not Philox's."""
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
-    words = torch.broadcast_tensors(c0, c1, c2, torch.full_like(c0, offset))
-    for _ in range(7):
+    words = torch.broadcast_tensors(c0, c1, c2, torch.as_tensor(c3, device=seed.device))
+    for i in range(7):
         c0, c1, c2, c3 = words
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits of product, in int64's two's complement
+        first, second = sixth if sixth is not None and i == 5 else (FACTORS[0], FACTORS[2])
+        a, b = c0 * first, c2 * second  # 64 bits of product, in int64's two's complement
         words = (b >> 32 & _LOW ^ c1 ^ k0, b & _LOW, a >> 32 & _LOW ^ c3 ^ k1, a & _LOW)
         k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
     return tuple(words)

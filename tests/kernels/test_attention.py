@@ -288,11 +288,13 @@ def test_logits_of_ten_thousand_are_exact_enough(offset, dtype):
         (False, "hopper", 2, 16, "scattered"),
         (False, "ampere", 1, 96, "scattered"),
         (False, "hopper", 1, 96, None),
+        (False, "ampere", 1, 16, "scattered"),
+        (False, "ampere", 1, 16, None),
     ],
-    ids=["rows", "sequence first", "hopper", "wide", "wide and causal on hopper"],
+    ids=["rows", "sequence first", "hopper", "wide", "wide and causal on hopper", "spread", "spread and causal"],
 )
 def test_dropout_is_the_twins(interpreter, transposed, generation, heads, dim, kind):
-    """On hopper, rows of the keys' kernel hold keys in an order of their own. In causal order where there is no padding."""
+    """On hopper, rows of the keys' kernel hold keys in an order of their own; on ampere, rows of all. In causal order where there is no padding."""
     q, k, v = (t.half() for t in qkv(1, 40, 70, heads, dim))
     if transposed:
         q, k, v = (LAYOUTS["sequence first"](t) for t in (q, k, v))

@@ -103,6 +103,7 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_120", 32, "atomics", {"padding": True, "dropout": True, "causal": True}),
         ("sm_120", 32, "keys", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 64, "forward", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 64, "forward", {"padding": True, "dropout": True}),
         ("sm_80", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
         ("sm_80", 64, "forward", {"padding": True, "dropout": True, "mask": torch.bool, "mask_vector": 16}),
         ("sm_120", 64, "queries", {}),
@@ -270,10 +271,10 @@ def test_a_float_mask_costs_as_few_cycles_as_documented(target, kernel, most):
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "rows"),
-    [(4, 1050, 64), (2, 850, 64), (8, 850, 128), (4, 1000, 128), (1, 4200, 128), (16, 850, 128)],
+    [(2, 1050, 64), (2, 850, 64), (4, 1050, 128), (8, 850, 128), (4, 1000, 128), (1, 4200, 128), (16, 850, 128)],
 )
 def test_dropouts_queries_have_the_tiles_that_multiprocessors_share_evenly(batch, tokens, rows):
-    """3 and, of few tiles, 1 on the busiest of 132 with 128 rows, or 5 and 2 with 64; 4, 2, 2 and 7, or 7, 4, 4 and 14."""
+    """2 and, of few tiles, 1 on the busiest of 132 with 128 rows, or 3 and 2 with 64; 3, 4, 2, 2 and 7, or 5, 7, 4, 4 and 14."""
     q = torch.empty(batch, tokens, 8, 32, dtype=torch.bfloat16, device="meta")
     options = {"seed": torch.empty(1, dtype=torch.int64, device="meta"), "generation": "hopper"}
     assert Problem(q, q, q, dropout_p=0.1, **options).form().config("queries").rows == rows
@@ -345,14 +346,14 @@ def test_a_bool_mask_is_read_in_runs(target, kernel, run, most):
 @pytest.mark.parametrize(
     ("target", "kernel", "most"),
     [
-        ("sm_80", "forward", (0.100, 0.120)),
-        ("sm_90", "forward", (0.095, 0.116)),
-        ("sm_80", "queries", (0.128, 0.161)),
-        ("sm_90", "queries", (0.101, 0.125)),
-        ("sm_80", "keys", (0.138,)),
-        ("sm_90", "keys", (0.124,)),
-        ("sm_80", "atomics", (0.280,)),
-        ("sm_90", "atomics", (0.160,)),
+        ("sm_80", "forward", (0.081, 0.100)),
+        ("sm_90", "forward", (0.075, 0.097)),
+        ("sm_80", "queries", (0.094, 0.110)),
+        ("sm_90", "queries", (0.084, 0.108)),
+        ("sm_80", "keys", (0.126,)),
+        ("sm_90", "keys", (0.099,)),
+        ("sm_80", "atomics", (0.238,)),
+        ("sm_90", "atomics", (0.135,)),
     ],
 )
 def test_dropout_costs_as_few_cycles_as_documented(target, kernel, most):

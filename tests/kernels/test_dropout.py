@@ -6,7 +6,6 @@ import pytest
 import torch
 from detr_fast.kernels import dropout, offline
 from detr_fast.kernels.analysis import analyse
-from detr_fast.kernels.attention_tiles import spread_keys
 from detr_fast.kernels.launch import Variant, jit, launch, tl
 from detr_fast.kernels.rows import run_pointers
 
@@ -71,18 +70,30 @@ def tile_kernel(
 
 @jit
 def pairs_kernel(
-    y_ptr, seed_ptr, offset: tl.int32, threshold: tl.int32, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr
+    y_ptr,
+    seed_ptr,
+    offset: tl.int32,
+    threshold: tl.int32,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
     """y (M, N), 1 where kept, else 0, by `drop_pairs`."""
     row, column = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
     low, high = dropout.load_seed(seed_ptr)
     words, odd = dropout.draw_tile(low, high, offset, 3, 0, 0, M, N, TRANSPOSED)
     if TRANSPOSED:
-        x = dropout.drop_pairs(tl.full((N, M), 1.0, y_ptr.dtype.element_ty), words, odd, threshold)
+        x = dropout.drop_pairs(tl.full((N, M), 1.0, y_ptr.dtype.element_ty), words, odd, threshold, NEIGHBOURS)
         x = tl.trans(x)
     else:
-        x = dropout.drop_pairs(tl.full((M, N), 1.0, y_ptr.dtype.element_ty), words, odd, threshold)
+        x = dropout.drop_pairs(tl.full((M, N), 1.0, y_ptr.dtype.element_ty), words, odd, threshold, NEIGHBOURS)
     tl.store(y_ptr + row * N + column, x)
+
+
+@jit
+def spread_kernel(y_ptr, SIZE: tl.constexpr, WARPS: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, SIZE), dropout.spread(SIZE, WARPS))
 
 
 @jit
@@ -105,24 +116,31 @@ def attention_kernel(
     q = tl.load(q_ptr + (first + tl.arange(0, M)[:, None]) * 32 + e)
     total = tl.zeros((M, 32), tl.float32)
     low, high = dropout.load_seed(seed_ptr)
+    order = dropout.spread(M, 4)
     for start in range(0, keys, N):
         k = tl.load(k_ptr + (start + tl.arange(0, N)[:, None]) * 32 + e)
         scores = tl.dot(q, tl.trans(k))
         weights = scores.to(tl.bfloat16)
         if DROP:
             if TRANSPOSED:  # as where a tile's rows are keys
-                order = spread_keys(M, 4)
                 words, odd = dropout.draw_tile(low, high, offset, tl.program_id(1), start, first, N, M, True, order)
             else:
-                words, odd = dropout.draw_tile(low, high, offset, tl.program_id(1), first, start, M, N)
-            weights = dropout.drop_pairs(weights, words, odd, threshold)
+                words, odd = dropout.draw_tile(low, high, offset, tl.program_id(1), first, start, M, N, order=order)
+            weights = dropout.drop_pairs(weights, words, odd, threshold, "rows" if TRANSPOSED else "columns")
         total += tl.dot(weights, k)
     tl.store(y_ptr + (first + tl.arange(0, M)[:, None]) * 32 + e, total)
 
 
-def pairs_variant(kind, transposed):
+def pairs_variant(kind, transposed, neighbours):
     types = (kind, "*i64", "i32", "i32")
-    return Variant(pairs_kernel, types, {"M": 32, "N": 64, "TRANSPOSED": transposed}, num_warps=1)
+    constants = {"M": 32, "N": 64, "TRANSPOSED": transposed, "NEIGHBOURS": neighbours}
+    return Variant(pairs_kernel, types, constants, num_warps=1)
+
+
+def orders(kind):
+    """Of tiles and of what a thread has one behind another: any gives the same, whatever it takes."""
+    neighbours = ("columns", "rows", "both") if kind == "*fp32" else ("columns", "rows")
+    return [(transposed, one) for transposed in (False, True) for one in neighbours]
 
 
 def seed_of(value):
@@ -185,6 +203,19 @@ def test_tile_masks_are_the_twins_whatever_the_tile(interpreter, m, n, transpose
         assert torch.equal(kept_tiles(seed, 2, p, 2, 50, 70, m, n, transposed, vector), expected)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("size", "warps"), [(128, 4), (256, 4), (32, 1), (64, 4), (128, 0)])
+def test_a_spread_tile_has_each_row_once_and_a_threads_four_in_one_call(interpreter, size, warps):
+    order = torch.full((size,), -1, dtype=torch.int32)
+    launch(Variant(spread_kernel, ("*i32",), {"SIZE": size, "WARPS": warps}), (1,), order)
+    assert order.sort().values.tolist() == list(range(size))
+    if warps == 0 or size < 32 * warps:
+        assert order.tolist() == list(range(size))
+    else:  # rows i, i + 8, i + 16 * warps and i + 16 * warps + 8 of an accumulator
+        of_threads = order.view(-1, 2, warps, 2, 8).permute(0, 2, 4, 1, 3).reshape(-1, 4)
+        assert torch.equal(of_threads - of_threads[:, :1], torch.tensor([[0, 1, 8, 9]]).expand_as(of_threads).int())
+
+
 @interpreter_only
 def test_everything_can_be_dropped_and_almost_nothing(interpreter):
     assert not kept_rows(seed_of(1), 0, 1.0, 8, 64, 8, 64).any()
@@ -202,15 +233,15 @@ def test_the_scale_keeps_the_expectation_at_the_resolution_of_p(p):
 
 
 @pytest.mark.offline
-@pytest.mark.parametrize("p", [1e-5, 0.1, 0.49, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("p", [1e-5, 0.1, 0.5, 0.51, 0.999, 1.0])
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "*fp32"), (torch.bfloat16, "*bf16")])
 def test_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
     seed = seed_of(24681012141618)
     expected = keep_mask(seed, 1, p, 4, 32, 64, tiles=True)[3].to(dtype)
-    for transposed in (False, True):
+    for transposed, neighbours in orders(kind):
         found = torch.full((32, 64), float("nan"), dtype=dtype)
         with emulated_gpu():
-            launch(pairs_variant(kind, transposed), (1,), found, seed, 1, dropout.threshold(p))
+            launch(pairs_variant(kind, transposed, neighbours), (1,), found, seed, 1, dropout.threshold(p))
         assert torch.equal(found, expected)
 
 
@@ -222,9 +253,9 @@ def test_on_a_gpu_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
         pytest.skip("inline assembly runs on a GPU, and in the emulator (above)")
     seed = seed_of(24681012141618).to(DEVICE)
     expected = keep_mask(seed, 1, p, 4, 32, 64, tiles=True)[3].to(dtype)
-    for transposed in (False, True):
+    for transposed, neighbours in orders(kind):
         found = torch.full((32, 64), float("nan"), dtype=dtype, device=DEVICE)
-        launch(pairs_variant(kind, transposed), (1,), found, seed, 1, dropout.threshold(p))
+        launch(pairs_variant(kind, transposed, neighbours), (1,), found, seed, 1, dropout.threshold(p))
         assert torch.equal(found, expected)
 
 
@@ -236,9 +267,10 @@ def test_on_a_gpu_pairs_are_dropped_as_the_twin_drops_elements(p, dtype, kind):
         (rows_variant(256, 8, "*bf16"), 8 * 256, 8.0),
         (rows_variant(256, 4, "*bf16", vector=1), 4 * 256, 14.0),
         (attention_variant(64, 64, False), 64 * 64, 6.0),
+        (attention_variant(128, 64, False), 128 * 64, 6.0),
         (attention_variant(128, 32, True), 128 * 32, 5.0),
     ],
-    ids=["rows", "rows one by one", "tile", "transposed"],
+    ids=["rows", "rows one by one", "tile", "two tiles", "transposed"],
 )
 def test_the_elements_of_a_thread_share_philox_calls(target, variant, elements, most):
     """One call an element would add 40 instructions to each."""
