@@ -206,8 +206,12 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _computed_dtype(self, query: Tensor) -> torch.dtype:
         """The projections' dtype."""
         # A parametrised weight is computed each time it is read: spectral_norm, for one, goes a step further by that.
-        weight = self.out_proj._parameters.get("weight")
-        own, device = (next(self.out_proj.parameters()) if weight is None else weight).dtype, query.device.type
+        weight: Tensor | None = self.out_proj._parameters.get("weight")
+        if weight is None:
+            weight = next(self.out_proj.parameters(), None)
+        if weight is None:
+            weight = self.out_proj.weight  # FSDP's, a view of what holds all parameters
+        own, device = weight.dtype, query.device.type
         if own == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
             return own
         return torch.get_autocast_dtype(device)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -399,6 +400,22 @@ def test_a_layer_whose_parts_somebody_looks_at_runs_them(spoil):
     with use_backend("triton"):
         for _ in range(2):
             assert layer(*inputs, **masks).grad_fn.name() != "ProgramNodeBackward"
+
+
+@interpreter
+def test_views_in_the_place_of_parameters_are_what_a_layer_computes_from():
+    """As FSDP puts them there, anew for each call, where it is not asked to keep the original parameters."""
+    layer, (inputs, masks) = made("Encoder").eval(), inputs_of("Encoder")
+    twin = copy.deepcopy(layer)
+    places = [(part, name) for part in layer.modules() for name, p in part._parameters.items() if p is not None]
+    for part, name in places:
+        delattr(part, name)
+    with torch.no_grad(), use_backend("triton"):
+        for _ in range(4):
+            for (part, name), parameter in zip(places, twin.parameters()):
+                parameter.mul_(1.1)
+                setattr(part, name, parameter.detach().clone())
+            assert torch.equal(layer(*inputs, **masks), twin(*inputs, **masks))
 
 
 @interpreter
