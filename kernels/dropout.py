@@ -21,7 +21,9 @@ are multiplied from the second round on: in a loop over either, the first round 
 Each element's expression holds the whole call, and the compiler sees that the elements of a thread share it. In tiles, a
 draw counts as a float of 16 bits, dropped where it is under a bound (or kept, where fewer are kept than dropped; NaN is under
 none): NVIDIA's GPUs compare two such numbers at once (`drop_pairs`), and need not take words apart.
-Seven rounds are the fewest that pass BigCrush. Draws of 32 bits would double the calls; of 8 bits, p = 0.1 would become 0.102.
+Seven rounds are the fewest that pass BigCrush, in which a tile's rows and columns take part in six, as `keep_rows`' rows do. Of tiles, BigCrush was not
+run; in 3.9 million calls no two of a call's 64 draws were correlated by more than 3.6 standard deviations, and counts were binomial, at p of .02, .1 and .5.
+Draws of 32 bits would double the calls; of 8 bits, p = 0.1 would become 0.102.
 Source: Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
