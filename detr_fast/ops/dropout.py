@@ -135,7 +135,7 @@ def keep_mask(
         kept = under if keeps else ~under
         #  head, row // 16, row // 2 % 4, column // 16, column // 2 % 4, row // 8 % 2, column // 8 % 2, row % 2, column % 2
         kept = kept.permute(0, 1, 5, 2, 7, 3, 6, 4, 8)
-        kept = kept.reshape(heads, -1, words.shape[3] * 16)
+        kept = kept.reshape(heads, words.shape[1] * 16, words.shape[3] * 16)
     else:  # as the high half of an int32
         kept = ((draws ^ 1 << 31) >> 16 < kept_steps(p)).flatten(1)[None]
     return kept[:, :rows, :columns]

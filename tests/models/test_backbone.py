@@ -110,7 +110,8 @@ def assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch, dev
     assert not before[0].is_contiguous(memory_format=torch.channels_last)
     errors = [[((t - right).norm() / right.norm()).item() for t, right in zip(ts, expected)] for ts in (found, before)]
     assert errors[0][0] <= 2 * errors[1][0]
-    assert sum(errors[0]) <= 1.3 * sum(errors[1])
+    # Which ReLUs a rounding flips decides over the gradients' errors: by draw and CPU it is 0.9 to 1.8 times as much.
+    assert sum(errors[0]) <= 2 * sum(errors[1])
     assert [t.dtype for t in found[1:]] == [torch.float32] * len(found[1:])
 
 
