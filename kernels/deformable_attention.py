@@ -342,12 +342,12 @@ def catalog_entries() -> Iterator[Entry]:
     forward = forward_variant(4, 32, (bf16, fp32, bf16, bf16), 8, True)
     yield Entry(op, f"{op}_forward", forward, 8 * 32, Budget(72, 0, 64, 0), example)
     backward = backward_variant(4, 32, given, (True, True, True, False), 8)
-    yield Entry(op, f"{op}_backward", backward, 8 * 32, Budget(168, 1024, 96, 1024), example)
+    yield Entry(op, f"{op}_backward", backward, 8 * 32, Budget(168, 1024, 104, 1024), example)
     boxes, fused = Form(4, fp32, True), partial(_example, bf16, True)
     forward = forward_variant(4, 32, (bf16, bf16, bf16, bf16), 8, True, boxes)
     yield Entry(op, f"{op}_offsets_forward", forward, 8 * 32, Budget(96, 0, 64, 0), fused)
     backward = backward_variant(4, 32, (bf16,) * 4, (True,) * 4, 8, boxes)
-    yield Entry(op, f"{op}_offsets_backward", backward, 8 * 32, Budget(168, 2048, 128, 2048), fused)
+    yield Entry(op, f"{op}_offsets_backward", backward, 8 * 32, Budget(168, 2048, 152, 2048), fused)
 
 
 def _example(dtype: torch.dtype, fused: bool, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:

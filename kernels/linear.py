@@ -407,7 +407,7 @@ def catalog_entries() -> Iterator[Entry]:
         suffix = f"k{K}_{activation}_{TRITON_TYPES[dtype]}" + ("_position" if position else "")
         small = activation == "relu" and dtype.itemsize == 2
         ahead = forward_variant(form, dtype, drops, activation not in ("none", "relu"), position, small)
-        budget = Budget(184 if vector > 1 else 224, 82 << 10, 256, 64 << 10)
+        budget = Budget(184 if vector > 1 else 224, 82 << 10, 264, 64 << 10)
         yield Entry("linear", f"linear_forward_{suffix}", ahead, _tile(ahead), budget, example)
         budget = Budget(216, 82 << 10, 256, 64 << 10)
         if activation == "relu":
