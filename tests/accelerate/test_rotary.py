@@ -17,6 +17,8 @@ from detr_fast.testing.interpreter import checked_interpreter
 transformers = pytest.importorskip("transformers")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
+from detr_fast.adapters.rotary_functions import place_of  # noqa: E402
+
 TOKENS = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 GROUPED = {**WIDTHS, "num_key_value_heads": 2, "head_dim": 8}
@@ -261,6 +263,12 @@ def test_a_function_of_other_code_is_left_to_transformers_registry(monkeypatch):
     (attention,) = (one for one in report.switched if one.original == "transformers.LlamaAttention")
     assert attention.now == "detr_fast.ops.attention (transformers' registry)"
     assert torch.equal(read(model)[0], expected)
+
+
+def test_a_function_that_calls_another_than_before_is_left_alone(monkeypatch):
+    assert place_of(llama.apply_rotary_pos_emb) is not None
+    monkeypatch.setattr(llama, "rotate_half", lambda x: x)
+    assert place_of(llama.apply_rotary_pos_emb) is None
 
 
 def test_of_a_model_on_another_attention_only_that_is_left_until_it_is_set_to_sdpa():
