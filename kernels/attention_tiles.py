@@ -301,7 +301,7 @@ def drawn(
 
 
 @jit
-def dropped(x, drop, draws, PAIRED: tl.constexpr, NEIGHBOURS: tl.constexpr = "columns"):
+def dropped(x, drop, draws, PAIRED: tl.constexpr, NEIGHBOURS: tl.constexpr = None):
     """x (ROWS, COLUMNS) where dropout keeps it, 0 elsewhere. PAIRED: by NVIDIA's assembly, see `drop_pairs`."""
     words, odd = draws
     if PAIRED:

@@ -287,11 +287,11 @@ def keep_drawn(words, odd, threshold):
 
 
 @jit
-def drop_pairs(x, words, odd, threshold, NEIGHBOURS: tl.constexpr = "columns"):
+def drop_pairs(x, words, odd, threshold, NEIGHBOURS: tl.constexpr = None):
     """x where kept, 0 elsewhere, in NVIDIA's assembly: one compare for two elements of a thread.
 
     x: fp32, or of 16 bits, whose neighbours share the selection, too. NEIGHBOURS: what a thread has one behind another, for which this
-    takes the fewest instructions: two "columns" of a row, two "rows" of a column, or "both", two rows of one column and of the
+    takes the fewest instructions: two "columns" of a row (None, as triton 3.6 takes no text as a default), two "rows" of a column, or "both", two rows of one column and of the
     next (fp32). The rest as in `keep_drawn`, its twin.
     """
     bound, kept = _tile_bound(threshold)
@@ -300,17 +300,20 @@ def drop_pairs(x, words, odd, threshold, NEIGHBOURS: tl.constexpr = "columns"):
         # As floats: ptxas would put a comparison of integers into a uniform register, on sm_90, and copy it for each pair.
         steps = _kept_steps(threshold).to(tl.float32)
         PACK: tl.constexpr = 4 if NEIGHBOURS == "both" else 2
+        CODE: tl.constexpr = _selection(NEIGHBOURS, PACK)  # a name of its own each: triton 3.6 takes no text from a call
+        OPERANDS: tl.constexpr = _operands(PACK, 5)
         x = tl.inline_asm_elementwise(
-            _selection(NEIGHBOURS, PACK),
-            _operands(PACK, 5),
+            CODE,
+            OPERANDS,
             [x, words, half, bound * 0x10001, steps],
             dtype=tl.float32,
             is_pure=True,
             pack=PACK,
         )
     else:
+        HALVES: tl.constexpr = _selection_of_halves(NEIGHBOURS)
         x = tl.inline_asm_elementwise(
-            _selection_of_halves(NEIGHBOURS),
+            HALVES,
             "=r,r,r,r,r,r,r,r,r,r",
             [x, words, half, bound * 0x10001, kept - 1],
             dtype=x.dtype,
