@@ -152,12 +152,16 @@ def place_of(function: Any) -> Rotary | None:
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__") or function.__closure__:
         return None
     called = [function.__globals__.get(name) for name in _PAIRS if name in names_used(function)]
-    if len(called) != 1 or not isinstance(called[0], FunctionType) or function.__globals__.get("torch") is not torch:
+    if (
+        len(called) > 1
+        or not all(isinstance(one, FunctionType) for one in called)
+        or function.__globals__.get("torch") is not torch
+    ):
         return None
-    return _place_of(function, called[0])
+    return _place_of(function, *called)
 
 
 @cache
-def _place_of(function: FunctionType, called: FunctionType) -> Rotary | None:
-    found = _CODE.get((fingerprint(function), fingerprint(called)))
+def _place_of(function: FunctionType, called: FunctionType | None = None) -> Rotary | None:
+    found = _CODE.get((fingerprint(function), None if called is None else fingerprint(called)))
     return None if found is None else partial(found[0], found[1], function)
