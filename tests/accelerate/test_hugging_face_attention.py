@@ -68,7 +68,8 @@ def test_a_model_that_asks_whether_attention_is_sdpa_is_left_alone():
     assert torch.equal(model(tokens).last_hidden_state, expected)  # under another name keys would not be hidden
     assert model.config._attn_implementation == "sdpa"
     taken = [one.now for one in report.switched if one.name.endswith("self_attn")]
-    assert len(taken) == 2 and all(one.startswith("detr_fast.ops.rotary_embedding (") for one in taken)
+    assert len(taken) == 2
+    assert all(one.startswith("detr_fast.ops.rotary_embedding (") for one in taken)
 
 
 def test_fewer_heads_of_keys_run_on_what_is_asked_for_by_name_and_else_on_transformers_sdpa():
