@@ -300,9 +300,7 @@ def drop_pairs(x, words, odd, threshold, NEIGHBOURS: tl.constexpr = None):
         # As floats: ptxas would put a comparison of integers into a uniform register, on sm_90, and copy it for each pair.
         steps = _kept_steps(threshold).to(tl.float32)
         PACK: tl.constexpr = 4 if NEIGHBOURS == "both" else 2
-        CODE: tl.constexpr = _selection(
-            NEIGHBOURS, PACK
-        )  # a name of its own each: triton 3.6 takes no text from a call
+        CODE: tl.constexpr = _selection(NEIGHBOURS, PACK)
         OPERANDS: tl.constexpr = _operands(PACK, 5)
         x = tl.inline_asm_elementwise(
             CODE,
