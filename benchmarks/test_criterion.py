@@ -127,6 +127,8 @@ def of_denoising(
     encoder = predictions((images, queries), 80, device)
     labels = boxes_of(images, boxes, 80, device)
     arguments = (labels, device, found[:, -1], config, logits, found, *encoder, denoising)
+    if reason := library("detr_fast.adapters.hugging_face_loss").why_not_loss(theirs, config):
+        raise NotInstalled(reason)  # as we know it
     return checked(lambda loss: loss(logits[:, -1], *arguments, **rest)[0], ours, theirs)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-FAR = 1 << 40  # random numbers of a thread, in fours: more than all replays of older graphs draw
 _failed: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes on asking them
 _streams: dict[
     int, Any
@@ -32,25 +32,30 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
     """`torch.cuda.graph(graph, pool)` for this thread and the current device: another thread, say a data loader's that pins memory, is
     none of its business.
 
-    After one that failed, PyTorch's own leaves its stream the current one, and its generator refuses to draw outside of graphs
-    ("Offset increment outside graph capture"): both are put right. Raises what went wrong first.
-
-    To draw again a generator takes a new state, of the same seed and far behind the old one in its numbers. Graphs captured before
-    keep the old state: they go on drawing by it, other numbers than what comes after, and `torch.manual_seed` no longer
-    reaches them.
+    After one that failed, PyTorch's own leaves its stream the current one, and before torch 2.12 or so its generator refuses to draw outside
+    of graphs, older graphs' replays included ("Offset increment outside graph capture"): both are put right, the latter by another
+    capture, whose end a generator waits for. Raises what went wrong first.
     """
     device = torch.cuda.current_device()
     if device not in _streams:
         _streams[device] = torch.cuda.Stream()
     try:
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=pool, stream=_streams[device], capture_error_mode="thread_local"),
-        ):
+        with _begun(graph, pool):
             yield
     except Exception as error:
         _failed.append(graph)
-        for generator in torch.cuda.default_generators:
-            generator.graphsafe_set_state(generator.clone_state())
-            generator.set_offset(generator.get_offset() + FAR)
+        with suppress(RuntimeError), warnings.catch_warnings():  # where CUDA is broken, the first error tells
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            with _begun(torch.cuda.CUDAGraph(), None):
+                pass
         raise (error.__context__ or error) from None  # the end of a failed capture fails, too
+
+
+@contextmanager
+def _begun(graph: Any, pool: Any) -> Iterator[None]:
+    stream = _streams[torch.cuda.current_device()]
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
+        yield

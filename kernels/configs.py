@@ -36,6 +36,7 @@ class RowConfig:
 
 # 64 elements a lane and one warp up to C = 1,024, so that reductions need shuffles and no barrier: at C = 256, 8 rows a
 # warp take 12.6 instructions an element on sm_80 and sm_90, 4 rows 13.2 to 13.5. Beyond, a row spreads over warps.
+# To try: 8 rows of 256 by two warps, 14.75 as parameters go through shared memory, on an H200 took 12.7 us for 13.7 at (32,768, 256).
 LAYER_NORM_FORWARD = {
     16: RowConfig(rows=64, num_warps=1),
     32: RowConfig(rows=64, num_warps=1),
@@ -51,7 +52,9 @@ LAYER_NORM_FORWARD = {
 
 # The backward sums the weight's and the bias's gradient in registers over its loop, and adds up its warps' sums once, at the
 # end, through shared memory: of two warps, not more. On an H200, 425 programs of one tile (8, 256) take 6.6 us with two warps,
-# 13.6 with four and 22.5 with eight. 16-bit rows of whole runs are read a tile ahead, while the tile before is worked on, within
+# 13.6 with four and 22.5 with eight. With one of (4, 256), the sums' total included and with an empty L2 cache, (6,800, 256) takes
+# 11.4 us for 13.7 with two of (8, 256), (32,768, 256) 21.9 for 24.8, (262,144, 256) 106.5 for 108.7, and two of (2, 1024) take 59.1
+# for 63.3 with four of (4, 1024); one warp gains 2 % at 64 and 128, nothing at 512, and is slower at 1,024. 16-bit rows of whole runs are read a tile ahead, while the tile before is worked on, within
 # `registers`: 168 leave 12 warps a multiprocessor, which then have 48 KB on their way at all times at C = 256 (beside what DRAM
 # needs, about 22), 128 leave 16. 32 elements a lane take 18.2 instructions an element there on sm_90. Not timed yet.
 # `programs` is for what is not read ahead, and many rows, see `rows.persistent_programs`. Without reading ahead, on an H200 in
@@ -60,17 +63,19 @@ LAYER_NORM_FORWARD = {
 LAYER_NORM_BACKWARD = {
     16: RowConfig(rows=64, num_warps=2, programs=8, registers=168),
     32: RowConfig(rows=64, num_warps=2, programs=8, registers=168),
-    64: RowConfig(rows=32, num_warps=2, programs=8, registers=168),
-    128: RowConfig(rows=16, num_warps=2, programs=8, registers=168),
-    256: RowConfig(rows=8, num_warps=2, programs=8, registers=168),
+    64: RowConfig(rows=16, num_warps=1, programs=16, registers=168),
+    128: RowConfig(rows=8, num_warps=1, programs=16, registers=168),
+    256: RowConfig(rows=4, num_warps=1, programs=16, registers=168),
     512: RowConfig(rows=4, num_warps=2, programs=8, registers=168),
-    1024: RowConfig(rows=4, num_warps=4, programs=4, registers=168),
+    1024: RowConfig(rows=2, num_warps=2, programs=6, registers=168),
     2048: RowConfig(rows=2, num_warps=4, programs=3, registers=168),
     4096: RowConfig(rows=1, num_warps=8, programs=2, registers=128),
     8192: RowConfig(rows=1, num_warps=16, programs=2, registers=128),
 }
 
-# 16 elements a lane: x, the residual and dropout's mask live beside the gradients, and 32 spill in fp32. LayerNorm's own
+# 16 elements a lane: x, the residual and dropout's mask live beside the gradients, and 32 spill in fp32. At 256 of one warp: on an H200
+# (6,800, 256) takes 13.4 us for 16.5 with two of (4, 256), with dropout 14.2 for 15.9, (32,768, 256) 31.5 for 34.5 and 32.5 for 33.0,
+# (262,144, 256) 174 for 175 and 177 for 172, all with an empty L2 cache and the sums' total included. LayerNorm's own
 # backward takes these, too, where fp32 or masks of columns need registers. Read ahead with 128 registers, with dropout 168, up to
 # C = 1,024; beyond, that spills. Without reading ahead, on an H200 in bf16, (524,288, 256) took 258 us
 # (copying as many bytes 259), with dropout 355 to 378 (326), (131,072, 512) 139 (129), (32,768, 1024) 69 (65 to 69),
@@ -80,7 +85,7 @@ ADD_LAYER_NORM_BACKWARD = {
     32: RowConfig(rows=32, num_warps=2, programs=8, registers=128),
     64: RowConfig(rows=16, num_warps=2, programs=8, registers=128),
     128: RowConfig(rows=8, num_warps=2, programs=8, registers=128),
-    256: RowConfig(rows=4, num_warps=2, programs=10, registers=128),
+    256: RowConfig(rows=2, num_warps=1, programs=20, registers=128),
     512: RowConfig(rows=2, num_warps=2, programs=8, registers=128),
     1024: RowConfig(rows=2, num_warps=4, programs=6, registers=128),
     2048: RowConfig(rows=1, num_warps=4, programs=4),
@@ -96,6 +101,9 @@ CHANNEL_AFFINE = {
 
 # 16 elements a lane, as of CHANNEL_AFFINE, a pass over memory, too. Rows of more columns take several programs.
 GATED = BlockConfig(rows=2, columns=1024, num_warps=4)
+# Of halves of one tensor: longer pieces of a row. On an H200 a backward of (4,096, 11,008) takes 112.6 us so, 115.1 by GATED, of
+# (5,476, 4,096) 57.3 for 59.6; copying as many bytes takes 108.4 and 56.8.
+GATED_HALVES = BlockConfig(rows=1, columns=4096, num_warps=8)
 
 # 16 elements a lane.
 WIDE_ROWS = BlockConfig(rows=1, columns=4096, num_warps=8)
@@ -191,10 +199,14 @@ class RotaryConfig:
 
 
 def rotary_config(pairs: int, rest: int, heads: int, vector: int, interleaved: bool) -> RotaryConfig:
-    """A run of `vector` elements, or one of each half, a lane for each of four heads, which share a lane's angles: at 16 bits 64 or 128 bytes on their way.
+    """A run of `vector` elements, or one of each half, a lane, for four heads of the same tokens: their warps find the angles in the L1 cache.
+
+    On an H200, in bf16 and with an empty L2 cache, (1, 16,384, 32 + 8, 128) takes 98 us, and 130 where a lane has four heads and their
+    angles once (a copy: 82), (8, 512, 12 + 12, 64) 11.6 for 12.9, (4, 1,024, 16 + 16, 128) 22.4 for 26.8.
 
     rest: channels that are copied, rounded up to a power of two.
     """
     block, warps = max(4, 1 << (pairs - 1).bit_length()), 4
-    tokens = max(1, warps * 32 * max(vector, 2) // max(2 * block if interleaved else block, rest))
-    return RotaryConfig(tokens, min(4, 1 << max(heads - 1, 0).bit_length()), block, warps)
+    heads = min(4, 1 << max(heads - 1, 0).bit_length())
+    tokens = max(1, warps * 32 * max(vector, 2) // max(2 * block if interleaved else block, rest) // heads)
+    return RotaryConfig(tokens, heads, block, warps)

@@ -16,7 +16,7 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor
 
-from .configs import GATED
+from .configs import GATED, GATED_HALVES
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
 from .overlap import wait_for_previous
@@ -220,12 +220,16 @@ def variant_of(
     wanted: tuple[bool, bool] | None = None,
 ) -> Variant:
     """The program of the forward, or of the backward with those gradients that are wanted; flat: all tensors are without gaps."""
-    widest = GATED.rows * GATED.columns if flat else GATED.columns
-    block = widest if flat else min(widest, max(16, 1 << (columns - 1).bit_length()))
-    rows = 1 if flat else GATED.rows * GATED.columns // block
+    config = GATED if flat or form == TWO or vector == 1 else GATED_HALVES
+    elements = config.rows * config.columns
+    block = elements if flat else min(config.columns, max(16, 1 << (columns - 1).bit_length()))
+    while not flat and block > GATED.columns and -columns % block > columns // 8:  # of lanes that have nothing to do
+        block //= 2
+    rows = 1 if flat else elements // block
     # Without vectors each element has an address and a mask of its own.
     block, rows = (block, rows) if vector > 1 else (block // 2, rows) if flat else (block, max(1, rows // 2))
-    return _variant(dtype, activation, form, (rows, block), flat, not flat and columns % block == 0, vector, wanted)
+    tile = rows, block, config.num_warps
+    return _variant(dtype, activation, form, tile, flat, not flat and columns % block == 0, vector, wanted)
 
 
 @cache
@@ -233,7 +237,7 @@ def _variant(
     dtype: torch.dtype,
     activation: str,
     form: str,
-    tile: tuple[int, int],
+    tile: tuple[int, int, int],
     flat: bool,
     full: bool,
     vector: int,
@@ -248,7 +252,7 @@ def _variant(
         kernel = gated_backward_kernel
     constants = {"ACTIVATION": activation, "FORM": form, "ROWS": tile[0], "BLOCK_C": tile[1]}
     constants |= {"FLAT": flat, "FULL": full, "VEC": vector}
-    return Variant(kernel, types, constants, GATED.num_warps)
+    return Variant(kernel, types, constants, tile[2])
 
 
 def catalog_entries() -> Iterator[Entry]:

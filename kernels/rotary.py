@@ -165,10 +165,15 @@ def rotary_embedding_kernel(
     PER_PAIR: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """TOKENS tokens, of all sequences, by HEADS heads: those of q, and behind them those of k, along the grid's second dimension."""
+    """TOKENS tokens, of all sequences, by HEADS heads: those of q, and behind them those of k. Programs of the same tokens are neighbours."""
     wait_for_previous()
+    chunks = tl.cdiv(q_heads, HEADS)
+    both = chunks
+    if k_ptr is not None:
+        both += tl.cdiv(k_heads, HEADS)
+    tile, chunk = tl.program_id(0) // both, tl.program_id(0) % both
     # Heads come first: a lane has the same channels of all of them, and angles once.
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :, None]
+    token = tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :, None]
     exists = token < tokens
     token = token.to(tl.int32)  # of those that exist
     batch, row = (token // L).to(tl.int64), token % L
@@ -194,8 +199,6 @@ def rotary_embedding_kernel(
         sin_a, sin_b = -sin_b, -sin_a
     angles = (cos_a, cos_b, sin_a, sin_b)
     sizes = (pairs, columns)
-    chunk = tl.program_id(1)
-    chunks = tl.cdiv(q_heads, HEADS)
     if chunk < chunks:
         _turned(
             *(q_ptr, q_to, batch, row, exists, turns, chunk, q_heads, angles),
@@ -268,7 +271,8 @@ def _plan(layouts: tuple[_Layout, ...], with_k: bool, turn: Turn) -> Plan:
     moves = [(*_steps(source), *_steps(to)) for source, to in zip(heads, results)]
     strides = (*moves[0], *(moves[1] if with_k else (0,) * 6), *(s for one in tables for s in _steps(one)))
     sizes = (tokens, max(length, 1), turn.first, q_heads, k_heads, pairs, columns)
-    return Plan(variant, (-(-tokens // constants["TOKENS"]), chunks if pairs or columns else 0), (*strides, *sizes))
+    programs = -(-tokens // constants["TOKENS"]) * chunks if columns else 0
+    return Plan(variant, (programs,), (*strides, *sizes))
 
 
 def _steps(layout: _Layout) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -12,64 +14,54 @@ from detr_fast.capture import beside_the_default_stream, capture
 from tests.stub_cuda import stubs
 
 
-class Generator:
-    """As torch's: while its capture did not end it draws nothing outside of one."""
+class Ending:
+    """As torch.cuda.graph, the end of whose capture fails, too, where something did in it."""
 
-    def __init__(self):
-        self.state, self.offset = "capturing", 8
+    begun: ClassVar[list] = []
 
-    def clone_state(self):
-        return "as before"
+    def __init__(self, graph, **options):
+        self.begun.append((graph, options["stream"]))
 
-    def graphsafe_set_state(self, state):
-        self.state = state
+    def __enter__(self):
+        pass
 
-    def get_offset(self):
-        assert self.state != "capturing"
-        return self.offset
-
-    def set_offset(self, offset):
-        assert offset % 4 == 0
-        self.offset = offset
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 @pytest.fixture
-def generator(monkeypatch):
+def emulated(monkeypatch):
     for name, value in stubs().items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
     monkeypatch.setattr(module, "_failed", [])
-    return torch.cuda.default_generators[0]
 
 
-def test_a_capture_that_fails_tells_its_first_error_and_lets_generators_draw_again(generator, monkeypatch):
-    class Ending:
-        """As torch.cuda.graph, whose end fails, too."""
-
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, kind, error, trace):
-            if error is not None:
-                raise RuntimeError("operation failed due to a previous error during capture")
-
+def test_after_a_capture_that_fails_another_ends_for_the_generators_and_the_first_error_is_told(emulated, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Ending)
+    monkeypatch.setattr(Ending, "begun", [])
     graph = object()
     with pytest.raises(ValueError, match="the first"), capture(graph):
         raise ValueError("the first")
-    assert generator.state == "as before"
-    assert generator.offset >= 8 + 2**40  # graphs captured before draw from 8 on
+    assert [one is graph for one, _ in Ending.begun] == [True, False]
+    assert Ending.begun[0][1] is Ending.begun[1][1]  # on the same stream
     assert module._failed == [graph]  # PyTorch's allocator goes on asking it
 
 
-def test_a_capture_that_goes_well_changes_nothing(generator):
+def test_where_cuda_is_broken_the_first_error_is_told_all_the_same(emulated, monkeypatch):
+    class Broken(Ending):
+        def __exit__(self, kind, error, trace):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    with pytest.raises(ValueError, match="the first"), capture(object()):
+        raise ValueError("the first")
+
+
+def test_a_capture_that_goes_well_changes_nothing(emulated):
     graph, x = torch.cuda.CUDAGraph(), torch.ones(2)
     with capture(graph):
         y = x + 1.0
-    assert (generator.state, generator.offset) == ("capturing", 8)
     assert module._failed == []
     x.fill_(4.0)
     graph.replay()
@@ -80,6 +72,7 @@ def test_a_capture_that_goes_well_changes_nothing(generator):
 @pytest.mark.skipif(NEEDS_GPU[1].args[0], reason="a capture needs a GPU")
 def test_on_a_gpu_dropout_and_captures_go_on_after_one_that_failed():
     x = torch.randn(64, 64, device=DEVICE)
+    x @ x  # cuBLAS can't begin in a capture
     before = torch.cuda.CUDAGraph()
     with beside_the_default_stream(), capture(before):
         drawn = torch.rand(64, 64, device=DEVICE)
@@ -105,4 +98,13 @@ def test_on_a_gpu_dropout_and_captures_go_on_after_one_that_failed():
     if DEVICE.type == "cuda":
         assert not torch.equal(first, y)  # each replay draws anew
         before.replay()
-        assert not torch.equal(drawn, torch.rand(64, 64, device=DEVICE))  # nor what an older graph drew
+        older = drawn.clone()
+        before.replay()
+        assert not torch.equal(drawn, older)
+        for graph, found in ((before, drawn), (again, y)):  # seeds go on reaching graphs, older ones too
+            results = []
+            for _ in range(2):
+                torch.manual_seed(3)
+                graph.replay()
+                results.append(found.clone())
+            assert torch.equal(*results)

@@ -56,7 +56,7 @@ class HuggingFaceLoss(Adapter):
             return "its class has a loss_function of its own"
         if names_read(getattr(asked, "fget", None)) != names(_PROPERTY):
             return "this version of transformers asks for the loss function differently"
-        return _why_not_loss(LOSS_MAPPING.get(kind), module.config) or type(module)
+        return why_not_loss(LOSS_MAPPING.get(kind), module.config) or type(module)
 
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
@@ -75,7 +75,8 @@ class HuggingFaceLoss(Adapter):
             del module.__dict__[_ATTRIBUTE]
 
 
-def _why_not_loss(function: Any, config: Any) -> str | None:
+def why_not_loss(function: Any, config: Any) -> str | None:
+    """The reason why a loss of transformers' stays for such a configuration, or None where ours computes the same."""
     name = getattr(function, "__name__", str(function))
     if name.endswith("SegmentationLoss"):
         return f"its loss, transformers' {name}, is one over masks, too, which runs as it is"

@@ -308,10 +308,10 @@ def test_reading_a_tile_ahead_changes_no_bit(interpreter, count):
     ("count", "programs"),
     [
         (0, 0),
-        (800, 100),  # a tile each
-        (6800, 425),  # two each, both on their way at once
-        (32_768, 683),  # six each, but for the last
-        (524_288, 790),  # 12 warps a multiprocessor, as registers allow
+        (800, 100),  # two each, both on their way at once
+        (6800, 850),
+        (32_768, 1366),  # six each, but for the last
+        (524_288, 1580),  # 12 warps a multiprocessor, as registers allow
     ],
 )
 def test_programs_that_read_ahead_are_as_many_as_registers_allow(count, programs):
