@@ -12,7 +12,7 @@ import torch
 from detr_fast.kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.hardware import DEVICE, NEEDS_GPU
+from benchmarks.hardware import DEVICE
 from detr_fast import dispatch, ops
 from detr_fast.nn import layer_cases
 from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
@@ -308,7 +308,7 @@ def test_what_the_user_measured_of_overlapping_launches_outranks_what_is_shipped
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(NEEDS_GPU[1].args[0], reason="cases are of sizes for a GPU")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="cases are of sizes for a GPU")
 @pytest.mark.parametrize("group", EVERYTHING, ids=lambda group: group.regime)
 def test_on_a_gpu_all_that_is_measured_is_right(group):
     """Which compiles it, too: `make gpu` runs this in many processes, and then measures in one."""
