@@ -129,7 +129,7 @@ def sections(out: Path) -> list[Section]:
     return [
         *([("wheels", [*install, *wheels], 30)] if wheels else []),
         ("install", [*install, "-e", "."], 40),
-        ("tests and checks", [*sharing, *pytest, *many, files[0], step, *timed, *files[1:]], 200),
+        ("tests and checks", [*sharing, *pytest, *many, files[0], step, *timed, *files[1:]], 220),
         ("native host", [python, "-m", "detr_fast.native"], 100),
         ("graphs and host synchronisation", [*calls, "graphs"], 60),
         ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 60),
