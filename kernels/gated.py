@@ -196,7 +196,7 @@ def _plan(
 ) -> Plan:
     """Of the forward, or with what is wanted of the backward. sizes: rows, columns of y, distances of gate's and of up's rows."""
     rows, columns, *strides = sizes
-    flat = strides == [columns, columns]
+    flat = form == TWO and strides == [columns, columns]  # rows of both halves may overlap, as windows do
     vector = run_length(dtype.itemsize, rows * columns if flat else columns | strides[0] | strides[1], offset)
     variant = variant_of(columns, dtype, activation, form, flat, vector, wanted)
     block = int(variant.constants["BLOCK_C"])

@@ -20,6 +20,7 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 _OFTEN_ZERO = ("p", "dropout", "drop_prob")  # the integer, where there is none
+_NUMBERS = (int, float, type(None))  # and no lists, one for each layer: these have no hash
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -50,7 +51,7 @@ class Bound:
             (state, name)
             for state in self._states
             for name, value in state.items()
-            if type(value) is float or name in _OFTEN_ZERO
+            if type(value) is float or (name in _OFTEN_ZERO and isinstance(value, _NUMBERS))
         ]
 
     def _found_in_place(self) -> list[Any]:

@@ -293,6 +293,15 @@ def test_a_model_that_is_accelerated_after_a_capture_is_captured_anew(emulated):
         assert inference.graphs == graphs_then
 
 
+def test_a_part_that_lists_dropouts_is_captured(emulated):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.randn(2, 4)
+    model[0].dropout = [0.1, 0.2]
+    inference = CapturedInference(model.eval())
+    for _ in range(4):
+        torch.testing.assert_close(inference(x), model(x))
+    assert inference.graphs == 1
+
+
 def test_arguments_that_have_no_hash_leave_their_calls_eager(emulated):
     class Sum(nn.Linear):
         def forward(self, x, powers):

@@ -97,6 +97,19 @@ def test_halves_of_wider_rows_and_rows_of_gradients_in_any_order_are_read_where_
 
 
 @interpreted
+@pytest.mark.parametrize("gate_last", [False, True])
+def test_halves_of_windows_that_overlap_are_read_where_they_lie(interpreter, gate_last):
+    series = torch.randn(5 * 64, requires_grad=True)
+    windows, dy = series.unfold(0, 128, 64), torch.randn(4, 64)
+    with checked_interpreter():
+        ours = KernelGate.apply(windows, None, "silu", gate_last)
+        (gradient,) = torch.autograd.grad(ours, series, dy)
+    theirs = eager(windows, None, "silu", gate_last)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(theirs, series, dy))
+
+
+@interpreted
 @pytest.mark.parametrize("trains", ["gate", "up"])
 def test_what_does_not_train_gets_no_gradient(interpreter, trains):
     gate, up = (torch.randn(3, 40, requires_grad=name == trains) for name in ("gate", "up"))
