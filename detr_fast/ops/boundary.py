@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from detr_fast import native
 from detr_fast.dispatch import INTERPRETING
 from detr_fast.kernels.repeat import repeated
+from detr_fast.ops import flops
 
 _library = torch.library.Library("detr_fast", "DEF")
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -210,6 +211,7 @@ def define(
     _library.impl(name, on_cpu or run_interpreted, "CPU")
     torch.library.register_fake(f"detr_fast::{name}", fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
+    flops.register(name, op._overloadpacket)
     return Boundary(op, run, on_cpu or run_interpreted, autograd, offset, together)
 
 
