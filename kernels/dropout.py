@@ -10,7 +10,7 @@ exactly. Which positions share a call is part of the definition:
 - `keep_rows`, for row-wise kernels: counter = (column group, row, row's upper half, offset of the op), and eight neighbouring
   columns, which 16-byte accesses keep in one thread, have the eight halves of the call's four words;
 - `keep_tile`, for tiles of `tl.dot`: counter = (batch·head, column group, offset, row group), and 64 positions share a call, whose
-  rows differ in bits 0, 3 and 4, and columns likewise. Tensor cores' accumulators keep many of these in one thread.
+  rows differ in bits 0, 3 and 4, and columns likewise. With an offset over 0, no such counter is one of `keep_rows`' below 2**32 rows. Tensor cores' accumulators keep many of these in one thread.
 
 In tiles, both bits 4 choose the factors of the sixth round, of four pairs that begin with Philox's own. Of the words w0 ... w3, an
 even row takes the one that both bits 3 choose, an odd one the sum of that word's next and a multiple of it: 32 bits that, with any

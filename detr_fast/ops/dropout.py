@@ -21,6 +21,8 @@ from torch import Tensor
 from detr_fast.kernels.dropout import FACTORS, ODD_ROW_FACTOR, kept_steps, tile_bound
 
 _LOW = 0xFFFFFFFF
+# The first offset: `keep_tile` counts it where `keep_rows` counts 0, and of one seed the two would share calls.
+_FIRST = 1
 
 
 def check_probability(p: float, name: str = "dropout_p") -> None:
@@ -80,13 +82,13 @@ def next_seed(device: torch.device) -> tuple[Tensor, int]:
         scope = getattr(_local, "scope", None)
         if scope is not None and scope.holds():
             return scope.next(device)
-    return _draw(device), 0
+    return _draw(device), _FIRST
 
 
 class _Scope:
     def __init__(self) -> None:
         self.seeds: dict[torch.device, Tensor] = {}
-        self.offset = -1
+        self.offset = _FIRST - 1
         self.entered = recording()
 
     def holds(self) -> bool:

@@ -75,7 +75,7 @@ def test_manual_seed_repeats_seeds_and_each_draw_differs():
     torch.manual_seed(3)
     assert draws(3) == first
     assert len({seed for seed, _ in first}) == 3
-    assert all(offset == 0 for _, offset in first)
+    assert all(offset == 1 for _, offset in first)
 
 
 def test_a_block_shares_one_draw_and_tells_ops_apart_by_offset():
@@ -85,15 +85,27 @@ def test_a_block_shares_one_draw_and_tells_ops_apart_by_offset():
             two = draws(1)
         three = draws(1)
     other = draws(1)
-    assert [offset for _, offset in one + two + three] == [0, 1, 2, 3]
+    assert [offset for _, offset in one + two + three] == [1, 2, 3, 4]
     assert len({seed for seed, _ in one + two + three}) == 1
     assert other[0][0] != one[0][0]
+
+
+def test_ops_of_a_block_that_drop_tiles_and_rows_take_no_call_in_common():
+    from detr_fast.ops.dropout import _philox, _tile_words
+
+    with shared_seed():
+        (seed, first), (_, second) = next_seed(CPU), next_seed(CPU)
+    for tiles, rows in ((first, second), (second, first)):
+        of_tiles = _tile_words(seed, tiles, 16, 32, 256)
+        group, row = torch.arange(16), torch.arange(32)[:, None]
+        of_rows = torch.stack(_philox(seed, group, row, torch.zeros_like(group), rows))
+        assert not set(of_tiles.flatten().tolist()) & set(of_rows.flatten().tolist())
 
 
 def test_an_error_inside_the_block_ends_it():
     with pytest.raises(KeyError), shared_seed():
         raise KeyError
-    assert [offset for _, offset in draws(2)] == [0, 0]
+    assert [offset for _, offset in draws(2)] == [1, 1]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
