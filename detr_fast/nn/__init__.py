@@ -2,7 +2,7 @@
 
 LayerNorm, RMSNorm, MultiheadAttention, the Transformer classes and (where PyTorch has it) LinearCrossEntropyLoss subclass their
 originals, so constructors, state_dicts, repr and isinstance are torch's own. What a transformer needs beside torch.nn's parts is here too:
-embeddings, positions, decoder inputs and a head. Every other name is torch.nn's.
+embeddings, positions, decoder inputs and a head. Every other name is torch.nn's, modules such as `utils` and `functional` included.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn as _torch_nn
 
+from detr_fast.nn import forwarding
 from detr_fast.nn.decoder_inputs import DecoderQueries as DecoderQueries
 from detr_fast.nn.decoder_inputs import shift_right as shift_right
 from detr_fast.nn.embedding import PatchEmbedding as PatchEmbedding
@@ -29,6 +30,7 @@ from detr_fast.nn.transformer import TransformerDecoderLayer as TransformerDecod
 from detr_fast.nn.transformer import TransformerEncoder as TransformerEncoder
 from detr_fast.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
 
+forwarding.install()
 if hasattr(_torch_nn, "LinearCrossEntropyLoss"):
     from detr_fast.nn.loss import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 

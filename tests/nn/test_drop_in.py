@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import io
 import pickle
@@ -163,6 +164,36 @@ def test_every_other_name_is_torch_nns():
     assert {"Linear", "LayerNorm", "functional"} <= set(dir(nn))
     with pytest.raises(AttributeError, match=r"neither detr_fast\.nn nor torch\.nn has 'Lienar'"):
         _ = nn.Lienar
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "utils",
+        "utils.rnn",
+        "utils.parametrize",
+        "functional",
+        "init",
+        "parallel",
+        "parameter",
+        "modules.activation",
+        "attention.bias",
+    ],
+)
+def test_submodules_are_torch_nns_own(name):
+    theirs = importlib.import_module(f"torch.nn.{name}")
+    spec = theirs.__spec__
+    assert importlib.import_module(f"detr_fast.nn.{name}") is theirs
+    assert theirs.__spec__ is spec
+
+
+def test_names_are_imported_from_submodules():
+    import detr_fast.nn.functional as F
+    from detr_fast.nn.utils import clip_grad_norm_
+
+    assert (clip_grad_norm_, F) == (torch_nn.utils.clip_grad_norm_, torch_nn.functional)
+    with pytest.raises(ModuleNotFoundError, match=r"detr_fast\.nn\.nothing"):
+        importlib.import_module("detr_fast.nn.nothing")
 
 
 def test_a_star_import_brings_all_of_it():
