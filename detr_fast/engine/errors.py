@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class EngineError(RuntimeError):
@@ -26,7 +28,7 @@ class PredictionError(EngineError):
 
 
 class LoaderError(EngineError):
-    """A process that loads images has ended; the state is saved when this reaches the caller."""
+    """A process that loads images has ended; in training the state is saved when this reaches the caller."""
 
 
 class TrainingDiverged(EngineError):
@@ -40,3 +42,14 @@ class Interrupted(EngineError):
         self.signum = signum
         self.name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         super().__init__(f"stopped by {self.name}" + (f": {advice}" if advice else ""))
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Raise LoaderError where a process that loads images ends inside the block."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise LoaderError(f"{error}: did memory run out? Lower --workers") from error

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.coco_eval import CocoEvaluator, NotFiniteError
 from detr_fast.engine.drawing import Box, Picture
-from detr_fast.engine.errors import TrainingDiverged
+from detr_fast.engine.errors import TrainingDiverged, loading
 from detr_fast.models.boxes import to_corners
 from detr_fast.models.criterion import SetCriterion
 from detr_fast.models.postprocess import PostProcess
@@ -47,6 +47,7 @@ def evaluate_model(
 
     Raises:
         TrainingDiverged: a prediction is not finite.
+        LoaderError: a process that loads images has ended.
     """
     training = model.training
     model.eval()
@@ -55,7 +56,7 @@ def evaluate_model(
     translation = None if labels is None else torch.tensor(labels, device=device)
     done, total = 0, len(evaluator_images(loader))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), loading():
             for batch in loader:
                 on_device = batch.to(device, non_blocking=True)
                 outputs = model(on_device.images)

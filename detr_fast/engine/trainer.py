@@ -34,7 +34,7 @@ from detr_fast.engine.config import TrainConfig
 from detr_fast.engine.curves import draw_curves
 from detr_fast.engine.drawing import draw_grid
 from detr_fast.engine.ema import ExponentialMovingAverage
-from detr_fast.engine.errors import ConfigError, Interrupted, LoaderError, TrainingDiverged
+from detr_fast.engine.errors import ConfigError, Interrupted, LoaderError, TrainingDiverged, loading
 from detr_fast.engine.evaluation import evaluate_model, sample_pictures
 from detr_fast.engine.metrics import FLAGS, DeviceMetrics, raise_for_flags
 from detr_fast.engine.optimization import parameter_groups, rate_factor
@@ -301,15 +301,18 @@ class Trainer:
     def _batches(self, count: int) -> Iterator[Batch]:
         """So many of this epoch's. Where one can't be loaded, no step is lost."""
         try:
-            for batch, _ in zip(self.data.loader, range(count)):
-                yield batch
+            with loading():
+                for batch, _ in zip(self.data.loader, range(count)):
+                    yield batch
         except Exception as error:
             if self.saved != self.step:
                 self._save()
-            ended = str(error).startswith("DataLoader worker (pid") or isinstance(error, (ConnectionError, EOFError))
-            if ended:
-                raise LoaderError(f"{error}: did memory run out? Lower --workers; {self._how_to_go_on}") from error
+            if isinstance(error, LoaderError):
+                raise self._to_go_on(error) from error
             raise
+
+    def _to_go_on(self, error: LoaderError) -> LoaderError:
+        return LoaderError(f"{error}; {self._how_to_go_on}")
 
     @property
     def _how_to_go_on(self) -> str:
@@ -364,15 +367,18 @@ class Trainer:
             if alone:  # else the other processes would wait for this one's predictions
                 signals.check()
 
-        figures = evaluate_model(
-            self._evaluated_model(),
-            self.data.validation_loader,
-            CocoEvaluator(self.data.validation),
-            self.device,
-            self.criterion if alone else None,  # its sums wait for the other processes
-            progress,
-            None if alone else _exchange,
-        )
+        try:
+            figures = evaluate_model(
+                self._evaluated_model(),
+                self.data.validation_loader,
+                CocoEvaluator(self.data.validation),
+                self.device,
+                self.criterion if alone else None,  # its sums wait for the other processes
+                progress,
+                None if alone else _exchange,
+            )
+        except LoaderError as error:
+            raise self._to_go_on(error) from error
         self.metrics, self.evaluated = figures, self.step
         record = {"kind": "evaluation", "step": self.step, "epoch": self.step // self.data.steps_per_epoch, **figures}
         if self.main:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import pytest
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from detr_fast.cli import main
 from detr_fast.data import DataError
 from detr_fast.data.coco import CocoDetection
+from detr_fast.data.coco_eval import CocoEvaluator
 from detr_fast.data.scenes import generate_scenes
 from detr_fast.engine.checkpoints import load_checkpoint
 from detr_fast.engine.config import TrainConfig
@@ -96,24 +98,65 @@ def test_bad_boxes_stop_a_run_or_are_left_out_by_request(tiny: Tiny, scenes: Pat
     assert "left out: 1 box without area or outside the image" in listener.heard
 
 
+def kill_workers() -> None:
+    """As a system does that has no memory left."""
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # where torch's handler would raise
+
+
 class KillWorkers(Reporter):
-    """Ends those processes after the first step, as a system does that has no memory left, while something else runs."""
+    """Ends those processes after the first step, while something else runs."""
 
     def step(self, step: int, record: dict[str, Any] | None) -> None:
         if step == 1:
-            for worker in multiprocessing.active_children():
-                assert worker.pid is not None
-                os.kill(worker.pid, signal.SIGKILL)
-                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # where torch's handler would raise
+            kill_workers()
 
 
-def test_where_a_worker_is_killed_no_step_is_interrupted_or_lost(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    request.addfinalizer(partial(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL)))
+@pytest.fixture
+def killed_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """That a worker was killed is found in less than 5 s, and by the handlers of a new process."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # by another test's loader
     wait = _MultiProcessingDataLoaderIter._try_get_data
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", lambda self: wait(self, 0.2))  # not 5 s
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", lambda self: wait(self, 0.2))
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.fixture
+def killed_in_evaluation(killed_soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = CocoEvaluator.update
+
+    def kill_and_update(self: CocoEvaluator, predictions: Any) -> None:
+        kill_workers()
+        update(self, predictions)
+
+    monkeypatch.setattr(CocoEvaluator, "update", kill_and_update)
+
+
+def test_where_a_worker_is_killed_in_evaluation_training_says_how_to_go_on(
+    tiny: Tiny, killed_in_evaluation: None
+) -> None:
+    said = r"^DataLoader worker .*--workers; step 12 of 12 is saved; go on with '.*--res[^;]*$"
+    with pytest.raises(LoaderError, match=said):
+        train(tiny(batch_size=1, epochs=1, workers=1))
+
+
+def test_where_a_worker_is_killed_evaluate_says_so_in_one_line(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tiny(epochs=1)).run
+    request.getfixturevalue("killed_in_evaluation")
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run.path), "--workers", "1", "--batch-size", "1", "--device", "cpu"])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert re.fullmatch(r"Error: DataLoader worker \(pid.*Lower --workers", last)
+
+
+def test_where_a_worker_is_killed_no_step_is_interrupted_or_lost(tiny: Tiny, killed_soon: None) -> None:
     settings = {"batch_size": 1, "epochs": 1, "workers": 1}
     with pytest.raises(
         LoaderError, match=r"exited unexpectedly.*--workers; step \d+ of 12 is saved; go on with '.*--res"
