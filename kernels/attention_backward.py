@@ -184,8 +184,7 @@ def keys_variant(form: Form, atomics: bool = False) -> Variant:
     frugal = form.frugal_keys(atomics)
     more = {"UNIFORM": form.uniform_keys, "PAIRED": form.paired, "ONE_CHOICE": form.one_choice}
     more |= {"FRUGAL": frugal, "ONE_SEED": form.one_seed(frugal)}
-    # On Blackwell, causal keys at 128 with dropout spill 8 to 24 bytes more with it.
-    more["COUNTED"] = frugal and form.generation != "blackwell"
+    more["COUNTED"] = frugal and form.counted_keys(atomics)
     return _variant(
         attention_backward_keys_kernel, kernel, form, tensors, (torch.float32,), **more, WARPS=form.spread_over(kernel)
     )

@@ -207,6 +207,8 @@ def attention_config(
                 # ptxas alone aims at three programs on sm_120, and spills 8 bytes. With 4 warps, 16 to 24 are spilled on sm_100 where most is loaded one by one.
                 heavy = scattered and dropout and len(present) >= 2
                 config = replace(config, num_warps=8) if heavy else replace(config, registers=255)
+            if block == 64 and partial and mask_run == 8 and generation == "ampere" and wide and present == {"dropout"}:
+                return ATTENTION_MASK_HOPPER[block]  # 8 bytes spill otherwise: .242 a score, for .203
             return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
             # ptxas alone takes 96 there, and spills 8 bytes.
@@ -220,7 +222,9 @@ def attention_config(
         wide = padding and block == 128 and masked and (dropout or mask_size == 4)
         crowded = wide or (dropout and causal and (masked or padding))
         crowded = generation == "blackwell" or (block >= 64 and crowded)
-        return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1)
+        # ptxas alone takes 168 there, for three programs a multiprocessor, and spills 8 bytes: .325 a score, for .252.
+        full = padding and dropout and causal and mask_size == 1 and block <= 32 and generation == "ampere"
+        return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1, registers=255 if full else 0)
     if scattered and itemsize == 2 and block <= 128:
         count = sum((dropout, causal, padding))
         return _scattered_config(kernel, max(32, block), bool(mask_run), generation, partial, packed, count)
@@ -275,6 +279,9 @@ def attention_config(
     if kernel == "keys" and itemsize == 2 and block == 128 and (heavy or causal) and generation:
         # Where keys are fewer than columns of dk or dv, Triton lays warps along queries, of which 16 are too few, so that all warps compute the
         # same scores: of 64 keys 1.25 a score on sm_80, for .50. See docs/attention.md for what spills.
+        runs_of_two = (mask_size, mask_run) == (4, 8) and not (padding or packed)
+        if runs_of_two and dropout and causal and generation == "hopper":
+            return TileConfig(16, 64, 4, 1)  # 16 bytes spill otherwise: .332 a score, for .314
         return config if not heavy and generation != "blackwell" else replace(config, num_stages=1)
     if kernel == "keys" and itemsize == 2 and block == 256 and generation in ("ampere", "hopper"):
         # .71 to 1.22 a score, where one stage takes 1.18 to 2.19 for shared memory; up to 72 bytes are kept over the loops, and none of them moved there.
@@ -308,6 +315,8 @@ def attention_config(
             narrow = mask_size == 2 and (padding or causal or packed)
             columns = 32 if narrow else config.columns
             return replace(config, num_warps=8) if wide else replace(config, columns=columns, num_stages=2)
+        if dropout and masked and block <= 32:
+            config = _of_32_with_a_mask(config, kernel, causal, padding, packed, mask_size, mask_run, generation)
     return config
 
 
@@ -337,6 +346,31 @@ def _of_64_columns(
             config = replace(config, num_warps=8)
         if generation == "blackwell" and heavy and (block == 64 or mask_run <= 4):
             config = replace(config, columns=32)
+    return config
+
+
+def _of_32_with_a_mask(
+    config: TileConfig,
+    kernel: str,
+    causal: bool,
+    padding: bool,
+    packed: bool,
+    mask_size: int,
+    mask_run: int,
+    generation: str,
+) -> TileConfig:
+    """What 16 bits with dropout and an attn_mask, in runs, need up to a head dimension of 32 not to spill, beyond that."""
+    causal_fp32 = causal and mask_size == 4
+    if kernel == "forward" and generation == "hopper" and (mask_run <= 2 * mask_size or causal_fp32):
+        # With 4 warps 8 to 32 bytes spill: .164 a score of a float32 mask and .207 of a 16-bit one with padding, for .158 and .178; causal .234 and .269 for .164 and .207.
+        return replace(config, num_warps=8)
+    if kernel == "forward" and generation == "ampere" and causal_fp32 and padding and mask_run == 8:
+        # Of 64 columns 8 bytes spill, one access in the loop: .239 a score, for .188.
+        return replace(config, columns=32)
+    if kernel == "keys" and (mask_size, mask_run) == (2, 16):
+        # In 3 stages 8 to 24 bytes spill, most in the loop: .227 a score on sm_80, for .212, and causal packed .246 on sm_90, for .230.
+        crowded = generation == "ampere" or (generation == "hopper" and causal and packed)
+        return replace(config, num_stages=2) if crowded else config
     return config
 
 

@@ -85,6 +85,8 @@ class Form:
 
         Causal with dropout at 128 it saves what else spills: on sm_90 8 bytes of full batches, for 3 % of the cycles below the diagonal, on sm_120 16 of any.
         """
+        if self._crowded_by_mask:
+            return True
         dim = max(self.blocks)
         small = self.dtype.itemsize == 2 and self.mask is None and dim <= 128
         hopper = self.generation == "hopper"
@@ -106,10 +108,31 @@ class Form:
             return False
         if self.packed and not atomics:
             return max(self.blocks) == 128 and (self.causal or self.dropout or self.mask is not None)
-        masked = self.mask is not None and (
-            atomics or (self.dropout and self.generation == "hopper" and max(self.blocks) == 128)
-        )
+        wide = self.dropout and max(self.blocks) == 128
+        masked = self.mask is not None and (atomics or (wide and self.generation == "hopper"))
+        # On sm_80 8 bytes spill with padding, and 16 to 40 of a mask.
+        whole = self.padding if self.mask is None else self.mask_vector > 1
+        masked = masked or (wide and whole and self.generation == "ampere")
         return masked or self.causal or self.partial or (self.packed and self.generation == "blackwell")
+
+    def counted_keys(self, atomics: bool) -> bool:
+        """Whether the kernel of the keys, where it is frugal, takes a head's row of statistics from its loop's number: not where 8 to 24 bytes spill with it.
+
+        On sm_120 causal with dropout at 128; on sm_80 16 bytes with atomics of a mask that is loaded one by one, with dropout and padding, and on sm_90 8 at 128
+        of a packed batch in causal order with dropout and a 16-bit mask in runs of 4 or 8 bytes, both in as many cycles.
+        """
+        single = atomics and self.generation == "ampere" and self.mask is not None and self.mask_vector == 1
+        crowded = single and self.padding
+        if self.packed and not atomics and self.generation == "hopper" and max(self.blocks) == 128:
+            crowded = (
+                self.causal and self._has_short_runs and not launch.older_compiler()
+            )  # by triton 3.6 32 bytes for 16
+        return self.generation != "blackwell" and not (self.dropout and crowded)
+
+    @property
+    def _has_short_runs(self) -> bool:
+        """Whether a 16-bit mask is loaded in runs of 4 or 8 bytes."""
+        return self.mask is not None and self.mask.itemsize == 2 and 1 < self.mask_vector <= 4
 
     @property
     def _crowded_keys(self) -> bool:
@@ -117,12 +140,20 @@ class Form:
         wide = self.generation == "blackwell" and max(self.blocks) == 128 and self.mask_vector > 1
         return wide and self.causal and self.dropout and self.mask == torch.float32
 
+    @property
+    def _crowded_by_mask(self) -> bool:
+        """Whether the kernel of the keys spills 8 bytes on sm_90 in causal order with dropout, and nothing in 3 % fewer cycles with one seed in uniform registers."""
+        wide = self.generation == "hopper" and self.dtype.itemsize == 2 and max(self.blocks) == 128
+        wide = wide and (self._has_short_runs or (self.mask == torch.float32 and self.mask_vector == 4))
+        return wide and self.causal and self.dropout and not (self.padding or self.packed)
+
     def one_seed(self, frugal: bool) -> bool:
         """Whether the kernel of the keys loads dropout's seed once, where it is frugal or as above: on sm_90 that takes up to 6 % more cycles, and is done
         where it spills otherwise.
         """
         small = self.dropout and self.dtype.itemsize == 2 and max(self.blocks) == 128 and (frugal or self._crowded_keys)
-        return small and (self.generation != "hopper" or (self.causal and self.mask is None))
+        causal = self.causal and (self.mask is None or self._crowded_by_mask)
+        return small and (self.generation != "hopper" or causal)
 
     @property
     def vector(self) -> int:

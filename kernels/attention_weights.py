@@ -161,4 +161,5 @@ def weights_variant(form: Form, averaged: bool, dtype: torch.dtype, run: int) ->
     types = (*map(pointer, tensors), *PLACE_TYPES * 2, *COMMON_TYPES, "i32")
     common = {name: value for name, value in form.constants().items() if name not in ("EV", "BLOCK_EV")}
     tile = {"BLOCK_M": config.rows, "BLOCK_N": config.columns, "AVERAGED": averaged, "OUT_VEC": run}
-    return Variant(attention_weights_kernel, types, {**tile, **common}, config.num_warps, config.num_stages)
+    options = config.num_warps, config.num_stages, config.registers
+    return Variant(attention_weights_kernel, types, {**tile, **common}, *options)

@@ -23,6 +23,7 @@ VARIANTS = {
     "mask": partial(mask_variant, shared_rows=False, shared_columns=False),
     "shared mask": partial(mask_variant, shared_rows=True, shared_columns=False),
     "weights": partial(weights_variant, averaged=True, dtype=torch.float32, run=4),
+    "weights one by one": partial(weights_variant, averaged=True, dtype=torch.bfloat16, run=1),
 }
 
 
@@ -191,6 +192,42 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
             "weights",
             {"padding": True, "dropout": True, "causal": True, "mask": torch.bool, "mask_vector": 1},
         ),
+        (
+            "sm_80",
+            24,
+            "weights one by one",
+            {"padding": True, "dropout": True, "causal": True, "mask": torch.bool, "mask_vector": 16},
+        ),
+        ("sm_80", 128, "keys", {"padding": True, "dropout": True}),
+        ("sm_80", 128, "keys", {"dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_80", 128, "keys", {"padding": True, "dropout": True, "mask": torch.bool, "mask_vector": 16}),
+        ("sm_80", 128, "keys", {"dropout": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 32, "keys", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 8}),
+        ("sm_80", 32, "atomics", {"padding": True, "dropout": True, "mask": torch.float32}),
+        (
+            "sm_80",
+            32,
+            "forward",
+            {"padding": True, "dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 2},
+        ),
+        ("sm_80", 40, "mask", {"dropout": True, "mask": torch.float32, "mask_vector": 2}),
+        ("sm_90", 128, "keys", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_90", 128, "keys", {"dropout": True, "causal": True, "mask": torch.float32, "mask_vector": 2}),
+        ("sm_90", 128, "keys", {"dropout": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 2}),
+        (
+            "sm_90",
+            128,
+            "keys",
+            {"packed": True, "dropout": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 2},
+        ),
+        (
+            "sm_90",
+            32,
+            "keys",
+            {"packed": True, "dropout": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 8},
+        ),
+        ("sm_90", 32, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2}),
+        ("sm_90", 32, "forward", {"dropout": True, "mask": torch.float32, "mask_vector": 2}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
