@@ -70,6 +70,21 @@ def _halves(gate_ptr, up_ptr, F, FORM: tl.constexpr):
 
 
 @jit
+def _load(base, row_stride, tile, VEC: tl.constexpr):
+    """A tile of rows `row_stride` apart, in fp32."""
+    first, row, column, mask = tile
+    pointers = run_pointers(base + first * row_stride, row * row_stride, column, VEC)
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _store(base, row_stride, tile, value, VEC: tl.constexpr):
+    first, row, column, mask = tile
+    value = value.to(base.dtype.element_ty)
+    tl.store(run_pointers(base + first * row_stride, row * row_stride, column, VEC), value, mask=mask)
+
+
+@jit
 def gated_kernel(
     gate_ptr,
     up_ptr,
@@ -88,15 +103,11 @@ def gated_kernel(
 ):
     """FLAT: see `_tile`; strides and F are BLOCK_C then. FULL: F is a multiple of BLOCK_C."""
     wait_for_previous()
-    first, row, column, mask = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
+    tile = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
     gate_ptr, up_ptr = _halves(gate_ptr, up_ptr, F, FORM)
-    pointers = run_pointers(gate_ptr + first * gate_row_stride, row * gate_row_stride, column, VEC)
-    gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    pointers = run_pointers(up_ptr + first * up_row_stride, row * up_row_stride, column, VEC)
-    up = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    gate, up = _load(gate_ptr, gate_row_stride, tile, VEC), _load(up_ptr, up_row_stride, tile, VEC)
     active, _ = activate(gate, ACTIVATION)
-    y = (active * up).to(y_ptr.dtype.element_ty)
-    tl.store(run_pointers(y_ptr + first * F, row * F, column, VEC), y, mask=mask)
+    _store(y_ptr, F, tile, active * up, VEC)
 
 
 @jit
@@ -120,22 +131,16 @@ def gated_backward_kernel(
     VEC: tl.constexpr,
 ):
     wait_for_previous()
-    first, row, column, mask = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
+    tile = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
     gate_ptr, up_ptr = _halves(gate_ptr, up_ptr, F, FORM)
     dgate_ptr, dup_ptr = _halves(dgate_ptr, dup_ptr, F, FORM)
-    dy = tl.load(run_pointers(dy_ptr + first * F, row * F, column, VEC), mask=mask, other=0.0).to(tl.float32)
-    pointers = run_pointers(gate_ptr + first * gate_row_stride, row * gate_row_stride, column, VEC)
-    gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    dy, gate = _load(dy_ptr, F, tile, VEC), _load(gate_ptr, gate_row_stride, tile, VEC)
     active, slope = activate(gate, ACTIVATION)
-    place, start = first * gradient_row_stride, row * gradient_row_stride
     if dgate_ptr is not None:
-        pointers = run_pointers(up_ptr + first * up_row_stride, row * up_row_stride, column, VEC)
-        up = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        dgate = (dy * up * slope).to(dgate_ptr.dtype.element_ty)
-        tl.store(run_pointers(dgate_ptr + place, start, column, VEC), dgate, mask=mask)
+        dgate = dy * _load(up_ptr, up_row_stride, tile, VEC) * slope
+        _store(dgate_ptr, gradient_row_stride, tile, dgate, VEC)
     if dup_ptr is not None:
-        dup = (dy * active).to(dup_ptr.dtype.element_ty)
-        tl.store(run_pointers(dup_ptr + place, start, column, VEC), dup, mask=mask)
+        _store(dup_ptr, gradient_row_stride, tile, dy * active, VEC)
 
 
 def gated_forward(gate: Tensor, up: Tensor | None, *, activation: str, gate_last: bool = False) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from detr_fast.adapters.base import fingerprint, names_used
 from detr_fast.adapters.blocks import is_dispatched
+from detr_fast.kernels.rotary import Turn
 from detr_fast.ops.rotary_embedding import ROTARY_EMBEDDING
 
 Rotary = Callable[..., Any]
@@ -53,7 +54,7 @@ def turned(
     dtype = q.dtype if form.casts else torch.promote_types(q.dtype, torch.promote_types(cos.dtype, sin.dtype))
     if heads_first:
         q, k = q.transpose(1, 2), None if k is None else k.transpose(1, 2)
-    arguments = (q, k, cos, sin, form.interleaved, per_pair, first, dtype, form.sorts)
+    arguments = (q, k, cos, sin, Turn(form.interleaved, per_pair, False, first, form.sorts), dtype)
     kernel = ROTARY_EMBEDDING.kernel(*arguments)
     if kernel is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ def rotary_embedding(
     Raises ValueError where the shapes do not fit; BackendError as `use_backend` says.
     Source: Su et al., 2021, arXiv:2104.09864 (RoFormer).
     """
-    arguments = (q, k, _table(cos), _table(sin), interleaved, per_pair, first, None, sorts)
-    if (misfit := _misfit(*arguments[:7])) is not None:
+    arguments = (q, k, _table(cos), _table(sin), Turn(interleaved, per_pair, False, first, sorts), None)
+    if (misfit := _misfit(*arguments[:5])) is not None:
         raise ValueError(misfit)
     if sorts and not (interleaved and per_pair and first == 0):
         raise ValueError(
@@ -58,16 +59,14 @@ def _table(angles: Tensor) -> Tensor:
     return angles[None] if angles.ndim == 2 else angles
 
 
-def _misfit(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, per_pair: bool, first: int
-) -> str | None:
+def _misfit(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, turn: Turn) -> str | None:
     """Why the shapes do not fit, in words."""
-    rotated = (2 if per_pair else 1) * cos.shape[-1] if cos.ndim else 0
-    fits = q.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape and first >= 0
+    rotated = (2 if turn.per_pair else 1) * cos.shape[-1] if cos.ndim else 0
+    fits = q.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape and turn.first >= 0
     if (
         fits
         and cos.shape[0] in (1, q.shape[0])
-        and cos.shape[1] == q.shape[1] - first
+        and cos.shape[1] == q.shape[1] - turn.first
         and 0 < rotated <= q.shape[3]
         and rotated % 2 == 0
         and (k is None or (k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]))
@@ -75,7 +74,7 @@ def _misfit(
         return None
     return (
         f"got q {tuple(q.shape)}, k {None if k is None else tuple(k.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)}, "
-        f"with {'one number a pair' if per_pair else 'one number a channel'} from token {first} on; expected q (B, L, H, E), k (B, L, Hk, E) "
+        f"with {'one number a pair' if turn.per_pair else 'one number a channel'} from token {turn.first} on; expected q (B, L, H, E), k (B, L, Hk, E) "
         f"or None, and cos and sin (L, R), (1, L, R) or (B, L, R) of the tokens that are turned, for an even number of channels up to E"
     )
 
@@ -100,18 +99,8 @@ class RotaryEmbeddingCall(Call):
         return f"B {batch} L {tokens} H {heads}/{self.k_heads} hd {dim} {dtype}"
 
 
-def _signature(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-    per_pair: bool,
-    first: int,
-    out_dtype: torch.dtype | None = None,
-    sorts: bool = False,
-) -> tuple[Any, ...]:
-    return key(q), key(k), key(cos), key(sin), interleaved, per_pair, first, out_dtype, sorts
+def _signature(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *settings: Any) -> tuple[Any, ...]:
+    return key(q), key(k), key(cos), key(sin), *settings
 
 
 def _describe(
@@ -119,11 +108,8 @@ def _describe(
     k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool,
-    per_pair: bool,
-    first: int,
-    out_dtype: torch.dtype | None = None,
-    sorts: bool = False,
+    turn: Turn,
+    out_dtype: torch.dtype | None,
     *,
     situation: Situation,
 ) -> RotaryEmbeddingCall:
@@ -135,11 +121,11 @@ def _describe(
         needs_grad=wants_grad(q, k),
         situation=situation,
         size=_work(q, k),
-        misfit=_misfit(q, k, cos, sin, interleaved, per_pair, first),
+        misfit=_misfit(q, k, cos, sin, turn),
         shape=tuple(q.shape),
         k_heads=0 if k is None or k.ndim != 4 else k.shape[2],
         dtypes=tuple(t.dtype for t in (k, cos, sin) if t is not None),
-        turn=Turn(interleaved, per_pair, False, first, sorts),
+        turn=turn,
         out_dtype=out_dtype,
         wanted=(wants_grad(q), wants_grad(k)),
         table_grad=wants_grad(cos, sin),
@@ -197,10 +183,9 @@ class TritonRotaryEmbedding(TritonImplementation):
         firsts = _heads_first(q, k)
         outputs = kernels.rotary_embedding(q, k, cos, sin, call.turn, firsts, call.out_dtype)
         if call.needs_grad:
-            found: list[Any] = [(t, one) for t, one, want in zip(outputs, firsts, call.wanted) if want]
-            (dq, one), (dk, two) = (*found, (None, False))[:2]
+            dq, dk, firsts = _of_wanted(outputs, firsts, call.wanted)
             own = None if call.out_dtype is None else call.dtype
-            kernels.rotary_embedding(dq, dk, cos, sin, call.turn._replace(back=True), (one, two), own)
+            kernels.rotary_embedding(dq, dk, cos, sin, call.turn._replace(back=True), firsts, own)
 
     def run(
         self,
@@ -208,14 +193,10 @@ class TritonRotaryEmbedding(TritonImplementation):
         k: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        interleaved: bool,
-        per_pair: bool,
-        first: int,
-        out_dtype: torch.dtype | None = None,
-        sorts: bool = False,
+        turn: Turn,
+        out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
-        settings = (interleaved, per_pair, False, first, sorts, list(_heads_first(q, k)), out_dtype)
-        turned, other = _turned(q, k, cos, sin, *settings)
+        turned, other = _turned(q, k, cos, sin, *turn, list(_heads_first(q, k)), out_dtype)
         return turned, None if k is None else other
 
 
@@ -241,26 +222,21 @@ def eager(
     k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    interleaved: bool,
-    per_pair: bool,
-    first: int,
+    turn: Turn,
     out_dtype: torch.dtype | None = None,
-    sorts: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same by PyTorch's operations; cos and sin (B or 1, L - first, R), or R / 2 wide."""
-    if per_pair:
-        cos, sin = (t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in (cos, sin))
-    rest = cos.unsqueeze(2), sin.unsqueeze(2), interleaved, first, out_dtype, sorts
+    """The same by PyTorch's operations; cos and sin (B or 1, L - turn.first, R), or R / 2 wide."""
+    if turn.per_pair:
+        cos, sin = (t.repeat_interleave(2, -1) if turn.interleaved else torch.cat((t, t), -1) for t in (cos, sin))
+    rest = cos.unsqueeze(2), sin.unsqueeze(2), turn, out_dtype
     return _eager(q, *rest), None if k is None else _eager(k, *rest)
 
 
-def _eager(
-    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int, dtype: torch.dtype | None, sorts: bool
-) -> Tensor:
-    rotated, dtype = cos.shape[-1], dtype or x.dtype
+def _eager(x: Tensor, cos: Tensor, sin: Tensor, turn: Turn, dtype: torch.dtype | None) -> Tensor:
+    rotated, first, dtype = cos.shape[-1], turn.first, dtype or x.dtype
     part = x[:, first:, :, :rotated]
-    y = (part * cos + _partners(part, interleaved) * sin).to(dtype)
-    if sorts:
+    y = (part * cos + _partners(part, turn.interleaved) * sin).to(dtype)
+    if turn.sorts:
         y = torch.cat((y[..., ::2], y[..., 1::2]), -1)
     if rotated < x.shape[-1]:
         y = torch.cat((y, x[:, first:, :, rotated:].to(dtype)), -1)
@@ -283,6 +259,15 @@ def _heads_first(q: Tensor, k: Tensor | None) -> tuple[bool, bool]:
     """Whether heads lie further apart than tokens in q and in k: so will the results, and the gradients."""
     one, two = (t is not None and t.stride(2) > t.stride(1) for t in (q, k))
     return one, two
+
+
+def _of_wanted(
+    gradients: Sequence[Tensor], heads_first: Sequence[bool], wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, tuple[bool, bool]]:
+    """The one or two that are wanted, in the places of q and k, and which of them have heads first."""
+    found: list[Any] = [both[:2] for both in zip(gradients, heads_first, wanted) if both[2]]
+    (dq, one), (dk, two) = (*found, (None, False))[:2]
+    return dq, dk, (one, two)
 
 
 def _run(
@@ -328,13 +313,12 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> Any:
-        interleaved, per_pair, back, first, sorts, heads_first, out_dtype = ctx.rest
+        *turn, heads_first, out_dtype = ctx.rest
+        turn = Turn(*turn)
         wanted = ctx.needs_input_grad[:2]
-        chosen = [(g, one) for g, one, want in zip(arriving, heads_first, wanted) if want]
-        (dq, one), (dk, two) = (*chosen, (None, False))[:2]
+        dq, dk, firsts = _of_wanted(arriving, heads_first, wanted)
         own = None if out_dtype is None else ctx.dtype
-        settings = (interleaved, per_pair, not back, first, sorts, [one, two], own)
-        found = iter(_turned(dq, dk, *ctx.saved_tensors, *settings))
+        found = iter(_turned(dq, dk, *ctx.saved_tensors, *turn._replace(back=not turn.back), list(firsts), own))
         return *(next(found) if want else None for want in wanted), *(None,) * 9
 
 

@@ -40,8 +40,7 @@ def angles(batches, tokens, rotated, turn, dtype=torch.float32):
 
 def assert_right(heads, cos, sin, turn, dtype, firsts=(False, False), **settings):
     def reference(*heads):
-        kinds = turn.interleaved, turn.per_pair, turn.first, None, turn.sorts
-        found = eager(*(*heads, None)[:2], cos, sin, *kinds)
+        found = eager(*(*heads, None)[:2], cos, sin, turn)
         return tuple(t for t in found if t is not None)
 
     with checked_interpreter():
@@ -143,7 +142,7 @@ def test_no_sequences_tokens_or_heads_of_queries_work(shape):
     table = angles(1, shape[1], 16, Turn())
     with checked_interpreter():
         found = rotary.rotary_embedding(q, k, *table, Turn(), (False, False))
-    torch.testing.assert_close(found, eager(q, k, *table, False, False, 0))
+    torch.testing.assert_close(found, eager(q, k, *table, Turn()))
 
 
 @interpreted

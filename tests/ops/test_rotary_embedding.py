@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detr_fast.kernels.rotary import Turn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE, sized
@@ -85,7 +86,7 @@ def test_the_kernel_is_as_accurate_as_eager(triton, dtype, shared):
     angles = (cos[0], sin[0]) if shared else (cos, sin)
     assert_as_accurate_as_eager(
         lambda q, k: ops.rotary_embedding(q, k, *angles),
-        reference=lambda q, k: eager(q, k, *(t if t.ndim == 3 else t[None] for t in angles), False, False, 0),
+        reference=lambda q, k: eager(q, k, *(t if t.ndim == 3 else t[None] for t in angles), Turn()),
         inputs=(q, k),
         dtype=dtype,
     )
@@ -95,7 +96,7 @@ def test_the_kernel_is_as_accurate_as_eager(triton, dtype, shared):
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
 def test_results_come_in_the_dtype_that_a_library_wants_and_gradients_in_that_of_q_and_k(triton, dtype, wanted):
     q, k, cos, sin = make_case()
-    settings = (cos, sin, False, False, 0, wanted)
+    settings = (cos, sin, Turn(), wanted)
     assert_as_accurate_as_eager(
         lambda q, k: ROTARY_EMBEDDING(q, k, *settings),
         reference=lambda q, k: eager(q, k, *settings[:-1], torch.float64 if q.dtype == torch.float64 else wanted),
@@ -129,7 +130,7 @@ def test_single_tokens_and_heads_may_lie_at_any_distance(triton, heads):
     rows = torch.randn(40).bfloat16()
     q = rows.as_strided((1, 1, heads, 16), (33, 17, 17 if heads == 1 else 16, 1))
     found, _ = ops.rotary_embedding(q, k, cos, sin, interleaved=True)
-    expected, _ = eager(q, k, cos, sin, True, False, 0)
+    expected, _ = eager(q, k, cos, sin, Turn(interleaved=True))
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -289,7 +290,7 @@ def test_on_a_gpu_it_is_as_accurate_as_eager(columns, rotated, interleaved, dtyp
     with use_backend(rotary_embedding="triton"):
         assert_as_accurate_as_eager(
             lambda q, k: ops.rotary_embedding(q, k, cos, sin, interleaved=interleaved),
-            reference=lambda q, k: eager(q, k, cos, sin, interleaved, False, 0),
+            reference=lambda q, k: eager(q, k, cos, sin, Turn(interleaved)),
             inputs=(q, k),
             dtype=dtype,
         )
