@@ -47,21 +47,8 @@ def predictions(counts, layers=3, groups=0, device=None, before=0):
 
 
 def call(function, leaves, labels, config, denoising, references):
-    logits, boxes, encoder, encoder_boxes, corners = leaves
-    return function(
-        logits[:, -1],
-        labels,
-        logits.device,
-        boxes[:, -1],
-        config,
-        logits,
-        boxes,
-        enc_topk_logits=encoder,
-        enc_topk_bboxes=encoder_boxes,
-        denoising_meta_values=denoising,
-        predicted_corners=corners,
-        initial_reference_points=references,
-    )
+    *leaves, corners = leaves
+    return base.call(function, leaves, labels, config, denoising, corners, references)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -63,9 +63,9 @@ def predictions(counts, layers=3, groups=0, device=None):
     return [leaf.requires_grad_(device is None) for leaf in leaves], denoising
 
 
-def call(function, leaves, labels, config, denoising=None):
+def call(function, leaves, labels, config, denoising=None, corners=None, references=None):
+    """As models call it, RT-DETR's with no corners and references."""
     logits, boxes, encoder, encoder_boxes = leaves
-    rest = {"predicted_corners": None, "initial_reference_points": None}  # which the models give it, too
     return function(
         logits[:, -1],
         labels,
@@ -77,7 +77,8 @@ def call(function, leaves, labels, config, denoising=None):
         enc_topk_logits=encoder,
         enc_topk_bboxes=encoder_boxes,
         denoising_meta_values=denoising,
-        **rest,
+        predicted_corners=corners,
+        initial_reference_points=references,
     )
 
 
