@@ -27,13 +27,14 @@ _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 class Bound:
     """Called, it gives something else where a graph of the model may no longer compute what a call of the model would.
 
-    Looked at are the classes, modes and fractional settings of all parts (a dropout's `p`, say), forwards of their own, which part is in
+    Looked at are the classes of all parts and those classes' forwards, modes and fractional settings (a dropout's `p`, say), forwards of their own, which part is in
     which place, hooks on parts and on parameters, which parameters are trained, and where parameters and buffers lie.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._readings = 0
+        self._kinds: tuple[type, ...] = ()
         self._read()
 
     def _read(self) -> None:
@@ -58,6 +59,14 @@ class Bound:
         found: list[Any] = list(chain.from_iterable([children.values() for children in self._children]))
         return found + [state.get("forward") for state in self._states]
 
+    def _forwards(self, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+        """What stands as `forward` in all classes that the parts' inherit from: one may be patched after the class was made."""
+        if kinds != self._kinds:
+            self._kinds = kinds
+            classes = dict.fromkeys(chain.from_iterable([kind.__mro__ for kind in dict.fromkeys(kinds)]))
+            self._classes = [vars(one) for one in classes if issubclass(one, nn.Module) and one is not nn.Module]
+        return tuple([one.get("forward") for one in self._classes])
+
     def __call__(self) -> Hashable:
         found = self._found_in_place()
         if len(found) != len(self._in_place) or not all(map(is_, found, self._in_place)):
@@ -81,7 +90,7 @@ class Bound:
             lies += [buffer.data_ptr() for buffer in buffers if buffer is not None]
         except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
             lies = []
-        return self._readings, kinds, modes, settings, tuple(hooks), tuple(trained), tuple(lies)
+        return self._readings, kinds, self._forwards(kinds), modes, settings, tuple(hooks), tuple(trained), tuple(lies)
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:

@@ -46,8 +46,8 @@ class GraphedFunction:
         reason: why nothing can be captured, known beforehand; None where it can.
         before: called before each eager call and each capture, outside the graph.
         around: entered around each call of `function` that is captured, or that warms up for it.
-        bound: what graphs are bound to besides the shapes, autocast, precision, determinism and what `use_backend` asks for; where it gives
-            something else, a shape has another graph.
+        bound: what graphs are bound to besides the shapes, autocast, the gradient and inference modes, the flags of `torch.backends` that choose kernels (precision,
+            determinism, cuDNN, SDPA) and what `use_backend` asks for; where it gives something else, a shape has another graph.
         warmup: eager calls of a shape before it is captured.
     """
 
@@ -192,11 +192,31 @@ class GraphedFunction:
         return True
 
 
+# Read as `torch.backends` does, at some 20 ns each; torch 2.11 has no fa3.
+_FLAGS = [
+    torch.is_grad_enabled,
+    torch.is_inference_mode_enabled,
+    torch.are_deterministic_algorithms_enabled,
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
+    torch._C._get_math_sdp_allow_fp16_bf16_reduction,
+    *(
+        getattr(torch._C, f"_get_{name}_sdp_enabled")
+        for name in ("flash", "mem_efficient", "math", "cudnn", "fa3")
+        if hasattr(torch._C, f"_get_{name}_sdp_enabled")
+    ),
+]
+
+
 def _state(kind: str) -> Hashable:
     """What PyTorch's operations and ours go by besides their arguments."""
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     precision = [torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv")]
-    return autocast, *precision, torch.are_deterministic_algorithms_enabled(), frozenset(dispatch._requested.items())
+    order = tuple(torch._C._get_sdp_priority_order())
+    return autocast, *precision, order, *[flag() for flag in _FLAGS], frozenset(dispatch._requested.items())
 
 
 def _warn_of_no_hash(key: Hashable) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import detr_fast
 from detr_fast.dispatch import use_backend
 from detr_fast.engine.captured import CapturedInference, CapturedStep
+from detr_fast.engine.graphs import GraphedFunction
 
 
 def test_parameters_that_are_trained_later_are_trained_and_clipped(emulated):
@@ -265,6 +266,65 @@ def test_what_an_eager_call_goes_by_has_a_graph_of_its_own(entered, emulated):
                 expected = model(x)
                 torch.testing.assert_close(inference(x), expected)
     assert inference.graphs == len(emulated) == 2
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Inheriting(Doubling):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("kind", [Doubling, Inheriting])
+def test_a_forward_that_a_class_got_later_is_what_runs(kind, emulated, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(3, 2), kind()), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    first = Doubling.forward
+    for forward, graphs_then in ((first, 1), (lambda self, x: x * 3, 2), (lambda self, x: x * 5, 3), (first, 3)):
+        monkeypatch.setattr(Doubling, "forward", forward)
+        for _ in range(4):
+            assert torch.equal(inference(x), model(x))
+        assert inference.graphs == graphs_then
+
+
+def test_a_forward_that_a_class_got_after_a_part_became_one_of_it_is_what_runs(emulated, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.Identity()), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    for change in (lambda: None, lambda: setattr(model[1], "__class__", Doubling)):
+        change()
+        for _ in range(4):
+            assert torch.equal(inference(x), model(x))
+    monkeypatch.setattr(Doubling, "forward", lambda self, x: x * 3)
+    assert torch.equal(inference(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "entered",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        lambda: torch.nn.attention.sdpa_kernel(
+            [torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION], set_priority=True
+        ),
+        lambda: torch.backends.cudnn.flags(enabled=False),
+        lambda: torch.backends.cudnn.flags(benchmark=True),
+        lambda: torch.backends.cudnn.flags(deterministic=True),
+    ],
+    ids=["no_grad", "inference_mode", "math", "order", "cudnn", "benchmark", "deterministic"],
+)
+def test_modes_and_flags_that_choose_kernels_have_graphs_of_their_own(entered, emulated):
+    weight, x = torch.randn(3, requires_grad=True), torch.randn(3)
+    graphed = GraphedFunction(lambda x: x * weight, torch.device("cpu"))
+    for manager in (contextlib.nullcontext, entered, contextlib.nullcontext):
+        with manager():
+            for _ in range(3):
+                y = graphed(x)
+            assert (y.requires_grad, y.is_inference()) == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert graphed.graphs == len(emulated) == 2
 
 
 def test_a_part_that_came_later_is_clipped(emulated):
