@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 from itertools import chain
 from operator import is_
@@ -21,6 +22,7 @@ _GLOBAL_HOOKS = (
 )
 _OFTEN_ZERO = ("p", "dropout", "drop_prob")  # the integer, where there is none
 _NUMBERS = (int, float, type(None))  # and no lists, one for each layer: these have no hash
+MAX_KNOWN = 64  # settings of earlier calls
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -36,6 +38,9 @@ class Bound:
         self._readings = 0
         self._kinds: tuple[type, ...] = ()
         self._read()
+        self._last: tuple[Any, ...] = ()
+        self._known: set[tuple[Any, ...]] = set()
+        self._news = 0
 
     def _read(self) -> None:
         """Look where everything is kept, once for each set of parts."""
@@ -48,6 +53,10 @@ class Bound:
         self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
         self._parameters = [part._parameters for part in self._parts]
         self._buffers = [part._buffers for part in self._parts]
+        self._read_settings()
+
+    def _read_settings(self) -> None:
+        self._sizes = list(map(len, self._states))  # a setting of a class may become one of a part
         self._settings = [
             (state, name)
             for state in self._states
@@ -72,7 +81,10 @@ class Bound:
         if len(found) != len(self._in_place) or not all(map(is_, found, self._in_place)):
             self._read()
         kinds, modes = tuple(map(type, self._parts)), tuple([part.training for part in self._parts])
+        if list(map(len, self._states)) != self._sizes:
+            self._read_settings()
         settings = tuple([state.get(name) for state, name in self._settings])
+        self._look_for_changes(settings)
         # By their numbers, which no two hooks of a process have.
         hooks = list(map(tuple, filter(None, self._hooks)))
         trained = []
@@ -91,6 +103,33 @@ class Bound:
         except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
             lies = []
         return self._readings, kinds, self._forwards(kinds), modes, settings, tuple(hooks), tuple(trained), tuple(lies)
+
+    def _look_for_changes(self, settings: tuple[Any, ...]) -> None:
+        """Tell of settings that are new at each call."""
+        last, self._last = self._last, settings
+        try:
+            self._news = 0 if settings == last or settings in self._known else self._news + 1
+        except (TypeError, ValueError, RuntimeError):  # no numbers any more
+            self._news = 0
+        if not self._news:
+            return
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        self._known.add(settings)
+        if self._news != 5:  # the first ones, and four that differ from all before
+            return
+        changed = {
+            f"{type(part).__name__}.{name}"
+            for was, now, (state, name) in zip(last, settings, self._settings)
+            for part in self._parts
+            if was != now and vars(part) is state
+        }
+        warnings.warn(
+            f"detr-fast: {' and '.join(sorted(changed)) or 'settings of the model'} changed in four calls one behind the other, and a CUDA graph holds "
+            "such settings: these calls run eagerly. Results stay right, only slower. A buffer that is written in place may change in a graph.",
+            RuntimeWarning,
+            stacklevel=6,
+        )
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:

@@ -353,6 +353,28 @@ def test_a_model_that_is_accelerated_after_a_capture_is_captured_anew(emulated):
         assert inference.graphs == graphs_then
 
 
+def test_a_setting_of_a_part_that_changes_at_each_call_leaves_calls_eager_and_a_warning_names_it(emulated, recwarn):
+    class Scaled(nn.Linear):
+        factor = 1.0  # of the class, at first
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    model, x = nn.Sequential(Scaled(3, 2)), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    for step in range(20):  # two by turns, with a graph each
+        model[0].factor = step % 2 / 2
+        torch.testing.assert_close(inference(x), model(x))
+    assert inference.graphs == 2
+    assert not recwarn
+    for step in range(8):
+        model[0].factor = 2.0 + step
+        torch.testing.assert_close(inference(x), model(x))
+    (warning,) = recwarn
+    assert "Scaled.factor changed in four calls one behind the other" in str(warning.message)
+    assert inference.graphs == 2
+
+
 def test_a_part_that_lists_dropouts_is_captured(emulated):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), torch.randn(2, 4)
     model[0].dropout = [0.1, 0.2]
