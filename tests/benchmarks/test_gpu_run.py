@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast import native
 
@@ -275,6 +276,30 @@ def test_every_catalog_entry_takes_part_in_the_sanitizers_and_graphs_of_the_rehe
     assert len(lines) == len(examples)
     assert all(line.endswith(": ok") for line in lines)
     assert calls.done[:4] == ["error", "default", "replay", "replay"]
+
+
+def test_a_sanitizer_sees_no_product_of_cublas(calls):
+    a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(3, 5)
+    expected, named = a @ b, []
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            named.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Named(), calls.WithoutCublas():
+        given, added = torch.empty(3, 5), c.clone()
+        found = [
+            a @ b,
+            torch.mm(a, b, out=given),
+            torch.addmm(c, a, b, alpha=2.0) - c - expected,
+            added.addmm_(a, b) - c,
+            torch.nn.functional.linear(a, b.t(), c[0]) - c[0],
+            given,
+        ]
+    for one in found:
+        torch.testing.assert_close(one, expected)
+    assert not any("mm" in name for name in named), named
 
 
 def test_a_call_that_waits_for_the_host_fails_and_the_others_go_on(calls, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from functools import partial
 
@@ -134,7 +135,9 @@ def test_a_check_leaves_no_memory_no_gradient_and_no_other_seed_behind(unchecked
         return torch.cuda.memory_allocated()
 
     before, state = step(), torch.cuda.get_rng_state()
-    assert step() == before
+    end = time.monotonic() + 5
+    while step() != before:  # the thread of the backward may hold a node a little longer
+        assert time.monotonic() < end
     assert host_check._trusted
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert all(leaf.grad is None for leaf in leaves)
