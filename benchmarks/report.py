@@ -89,7 +89,7 @@ def headline(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for entry in cases:
         times = times_of(entry, "wall") if entry["case"].startswith(STEP) else {}
-        peers = {"torch.compile": "Hugging Face's with torch.compile", "huggingface": "the same launched eagerly"}
+        peers = {"torch.compile": "Hugging Face's with torch.compile", "huggingface": "Hugging Face's launched eagerly"}
         beside = [
             f"{times[n] / times['auto']:.1f} × as fast as {t}" for n, t in peers.items() if {n, "auto"} <= {*times}
         ]

@@ -25,13 +25,24 @@ from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.layouts import ALIGNMENT, aligned, rehearsed
 
 
+NARROW = 32  # the largest head dimension of calls that are measured as narrow
+
+
 def measured_as(call: AttentionCall) -> str:
     """The name of the measurements that decide: PyTorch has other kernels for calls in 16 bits without masks than with one,
     without dropout than with it, and for larger heads, and few programs for few queries.
     """
     masked = call.key_padding or call.attn_mask or call.return_lse or call.weights or call.dtype == torch.float32
-    wide = max(call.head_dim, call.value_dim) > NARROW
+    wide = _is_wide(call.head_dim, call.value_dim)
     return _name(bool(masked), call.dropout, wide, not wide and few_queries(call))
+
+
+def _is_wide(*channels: int) -> bool:
+    """Whether PyTorch's kernels for larger heads come in question: they take channels in eights, and copy what has others.
+
+    So on an H200, forward and backward of 4 × 1,000 tokens with 8 heads of 33 took ours 145 µs, its fastest 191; of 36 with dropout 188 and 214.
+    """
+    return max(channels) > NARROW and not any(one % 8 for one in channels)
 
 
 def _name(*present: bool) -> str:
@@ -43,7 +54,7 @@ def kind_of(q: Tensor, k: Tensor, v: Tensor, padding: Any, mask: Any, _: bool, d
     if q.dtype == torch.float32:  # autocast may change it
         return ()
     gradients = q.requires_grad or None if torch.is_grad_enabled() else False
-    wide = max(q.shape[3], v.shape[3]) > NARROW
+    wide = _is_wide(q.shape[3], v.shape[3])
     masked = padding is not None or mask is not None
     return gradients, masked, dropout_p > 0.0, wide, not wide and 4 * q.shape[1] <= k.shape[1]
 
@@ -65,9 +76,6 @@ def input_bytes(call: AttentionCall) -> int:
     """Bytes of q, k and v."""
     rows = call.batch * (call.queries * call.heads + 2 * call.keys * call.key_heads)
     return rows * call.head_dim * call.dtype.itemsize
-
-
-NARROW = 32  # the largest head dimension of calls that are measured as narrow
 
 
 class TritonAttention(TritonImplementation):

@@ -322,7 +322,7 @@ def test_the_page_begins_with_the_training_step_and_says_which_way_the_host_went
     fast["peers"]["auto"] |= {"host": "C++", "wall from Python": 3.0}
     slow["peers"]["auto"] |= {"host": "Python"}
     page = report.page([fast, step, slow, {tables.PEAKS: {"auto, GiB": 1.5}}])
-    assert page[1] == "**A training step of DETR-R50 takes 10.0 ms: 4.0 × as fast as the same launched eagerly.**"
+    assert page[1] == "**A training step of DETR-R50 takes 10.0 ms: 4.0 × as fast as Hugging Face's launched eagerly.**"
     assert (
         "Launched eagerly, `auto` is at least as fast as the fastest alternative (within 5 %) in 1 of 2 cases; in the mean 1.41 × as fast."
         in page

@@ -196,6 +196,13 @@ def chosen_on_a_gpu(monkeypatch, known=None, queries=850, dtype=torch.bfloat16, 
     return found[0]
 
 
+def test_heads_that_pytorch_would_pad_go_by_the_measurements_of_narrow_ones(monkeypatch):
+    known = Regime("attention_masked", "sm_90", 0, 0, ""), Regime("attention_masked_wide", "sm_90", NEVER, NEVER, "")
+    taken = {dim: chosen_on_a_gpu(monkeypatch, known, dim=dim).implementation.name for dim in (33, 36, 64)}
+    assert taken.pop(64) != "triton"
+    assert taken == {33: "triton", 36: "triton"}
+
+
 @pytest.mark.parametrize("queries", [100, 850])
 def test_auto_takes_it_where_it_was_measured_to_be_faster_and_says_so(monkeypatch, queries):
     record = chosen_on_a_gpu(monkeypatch, queries=queries)

@@ -119,7 +119,7 @@ def test_what_is_shipped_of_a_gpu_is_well_formed_and_counts(path):
     assert len({r.op for r in own}) == len(own)
     assert set(own) <= set(regimes.SHIPPED)
     groups = (*tuning_cases.GROUPS, *layer_cases.GROUPS)
-    asked = {name for group in groups for name in group.ours.values()} | {"linear_assignment"}
+    asked = {name for group in groups for name in group.ours.values()} | {"linear_assignment", regimes.OVERLAP}
     for entry in own:
         assert entry.op in asked
         assert 0 <= entry.eager_minimum <= entry.eager_maximum
@@ -131,13 +131,13 @@ def test_what_is_shipped_of_a_gpu_is_well_formed_and_counts(path):
 
 def test_an_h100_needs_no_tuning_and_explain_names_what_was_measured(monkeypatch):
     from detr_fast.explanation import explaining
-    from detr_fast.ops.layer_norm import layer_norm
+    from detr_fast.ops.rms_norm import rms_norm
 
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     dispatch.forget_decisions()
     with FakeTensorMode(), explaining() as records:
         for rows in (1, 1 << 20):
-            layer_norm(torch.empty(rows, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True), (256,))
+            rms_norm(torch.empty(rows, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True), (256,))
     few, many = map(str, records)
     assert re.search(
         r"-> eager  \[not triton: below .* PyTorch is faster \(measured on sm_90: NVIDIA H\w+, torch ", few
