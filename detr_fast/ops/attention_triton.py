@@ -24,7 +24,6 @@ from detr_fast.ops.attention_call import autocast_dtype as autocast_dtype
 from detr_fast.ops.dropout import next_seed
 from detr_fast.ops.layouts import ALIGNMENT, aligned, rehearsed
 
-
 NARROW = 32  # the largest head dimension of calls that are measured as narrow
 
 
