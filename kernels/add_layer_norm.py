@@ -195,7 +195,10 @@ def forward_variant(
     # and bias take more of a lane, 168 would be too few.
     narrow = vector == 8 and x_dtype is residual_dtype
     crowded = dropout and narrow and 16 < columns < constants["BLOCK_C"] <= 256
-    registers = 168 if crowded else 0
+    # RMSNorm's in fp32 of fp16 that is read one by one: ptxas would spill 24 to 88 bytes for 20 warps a multiprocessor. 16 have 128.
+    half = x_dtype == torch.float16 and (residual_dtype == x_dtype or weight_dtype is not None) and out_dtype != x_dtype
+    short = half and not (centred or dropout or with_sum) and vector == 1 and constants["BLOCK_C"] == 32
+    registers = 168 if crowded else 128 if short else 0
     return Variant(add_layer_norm_forward_kernel, types, constants, config.num_warps, registers=registers)
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detr_fast.kernels import add_layer_norm, cross_entropy, layer_norm, linear, linear_norm, rows, wide_rows
+from detr_fast.kernels import (
+    add_layer_norm,
+    cross_entropy,
+    deformable_attention,
+    layer_norm,
+    linear,
+    linear_norm,
+    rows,
+    wide_rows,
+)
 from detr_fast.kernels.add_layer_norm_backward import BackwardForm, backward_variant
 from detr_fast.kernels.analysis import analyse
 from detr_fast.kernels.offline import compile_variant, older_compiler
@@ -92,6 +101,20 @@ VARIANTS = {
     "cross_entropy_one_by_one": ("sm_90", cross_entropy.cross_entropy_variant(50257, FP16, True, False, True)),  # 8
     "layer_norm_one_by_one": ("sm_90", layer_norm.forward_variant(768, FP16, FP16, FP16, FP16, 1)),  # 16
     "partial_sums": ("sm_90", rows.sum_partials_variant(256, BF16, BF16)),  # 8
+    "add_rms_norm_of_20_autocast": (
+        "sm_90",
+        add_layer_norm.forward_variant(20, FP16, FP16, FP32, None, FP32, False, False, 1, False),
+    ),  # 80
+    "add_rms_norm_of_20_of_a_float32_residual": (
+        "sm_80",
+        add_layer_norm.forward_variant(20, FP16, FP32, FP32, None, FP32, False, False, 1, False),
+    ),  # 24
+    "deformable_attention_one_by_one": (
+        "sm_90",
+        deformable_attention.forward_variant(
+            4, 8, (BF16, BF16, FP32, BF16), 1, False, deformable_attention.Form(4, FP32)
+        ),
+    ),  # 8
     "layer_norm_backward": ("sm_80", layer_norm.backward_variant(4104, BF16, BF16, BF16, True, True, True, 1)),  # 16
 }
 
