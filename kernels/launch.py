@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -187,6 +188,16 @@ def overlapped(device: torch.device) -> bool:
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocate a kernel's output or scratch tensor, uninitialised; tests poison it (see `allocating_with`)."""
     return _allocate(tuple(shape), dtype=dtype, device=device)  # torch.empty takes twice as long to read a torch.Size
+
+
+def empty_strided(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The same, laid out by strides without gaps; no view, as autograd lets nobody write to what a function returns as one."""
+    if _allocate is torch.empty:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    memory = _allocate((prod(shape),), dtype=dtype, device=device)
+    return memory.new_empty(0).set_(memory.untyped_storage(), memory.storage_offset(), shape, strides)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Source: Su et al., 2021, arXiv:2104.09864 (RoFormer).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .configs import rotary_config
 from .entry import Budget, Entry
-from .launch import Variant, empty, jit, launch, pointer, tl
+from .launch import Variant, empty, empty_strided, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 from .rows import MAX_PLANS, Plan
 
@@ -239,10 +239,15 @@ def rotary_embedding(
 
 def memory_for(x: Tensor, heads_first: bool, dtype: torch.dtype | None = None) -> Tensor:
     """New memory for a tensor (B, L, H, E), in that order or with heads before tokens."""
-    batch, tokens, heads, columns = x.shape
     if heads_first:
-        return empty((batch, heads, tokens, columns), dtype or x.dtype, x.device).transpose(1, 2)
+        return empty_strided(tuple(x.shape), heads_first_strides(x.shape), dtype or x.dtype, x.device)
     return empty(x.shape, dtype or x.dtype, x.device)
+
+
+def heads_first_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of a tensor (B, L, H, E) with heads before tokens."""
+    _, tokens, heads, columns = shape
+    return heads * tokens * columns, columns, tokens * columns, 1
 
 
 def _rows(x: Tensor) -> Tensor:

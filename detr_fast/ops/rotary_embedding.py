@@ -135,7 +135,8 @@ def _describe(
 
 
 def _work(q: Tensor, k: Tensor | None, *_: Any) -> int:
-    return q.nbytes + (0 if k is None else k.nbytes)
+    # not `nbytes`, which has no answer in sizes of torch.compile's
+    return sum(t.numel() * t.itemsize for t in (q, k) if t is not None)
 
 
 class TritonRotaryEmbedding(TritonImplementation):
@@ -296,9 +297,8 @@ def _fake(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _new(x: Tensor, heads_first: bool, dtype: torch.dtype | None) -> Tensor:
-    batch, tokens, heads, columns = x.shape
     if heads_first:
-        return x.new_empty((batch, heads, tokens, columns), dtype=dtype).transpose(1, 2)
+        return x.new_empty_strided(x.shape, kernels.heads_first_strides(x.shape), dtype=dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 

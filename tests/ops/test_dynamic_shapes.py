@@ -24,6 +24,10 @@ def heads(batch, length):
     return real(batch, length, 2, 8)
 
 
+def angles(batch, length):
+    return torch.empty(batch, length, 8, device="meta")
+
+
 def padding(batch, length):
     return torch.zeros(batch, length, dtype=torch.bool, device="meta")
 
@@ -53,6 +57,7 @@ CASES = {
     "feed_forward": (partial(ops.feed_forward, dropout_p=0.1), [rows, *BLOCK]),
     "feed_forward_add_layer_norm": (ops.feed_forward_add_layer_norm, [rows, *BLOCK, VECTOR, VECTOR]),
     "attention": (lambda q, k, v, p: ops.attention(q, k, v, key_padding_mask=p), [heads, heads, heads, padding]),
+    "rotary_embedding": (lambda *t: ops.rotary_embedding(*t)[0], [heads, heads, angles, angles]),
     "attention_varlen": (
         lambda q, k, v, c: ops.attention_varlen(q, k, v, c, c, 19, 19),
         [packed, packed, packed, lengths],

@@ -123,6 +123,30 @@ def test_results_lie_as_q_and_k_do_and_nothing_but_angles_is_kept(triton):
 
 
 @interpreter
+@pytest.mark.parametrize("with_k", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_results_are_written_to_as_those_of_any_operation(triton, with_k, compiled):
+    first, second, cos, sin = make_case()  # the second lies with heads first
+
+    def written(q, k):
+        results = [y for y in ops.rotary_embedding(q, k if with_k else None, cos, sin) if y is not None]
+        for y in results:
+            y.mul_(2)
+            y.transpose(1, 2)[:, :, :1].add_(1)
+        return sum(y.square().sum() for y in results)
+
+    for q, k in ((first, second), (second, first)):
+        found = []
+        for backend in ("triton", "eager"):
+            leaves = [t.detach().requires_grad_() for t in (q, k)[: 1 + with_k]]
+            with use_backend(rotary_embedding=backend):
+                function = torch.compile(written, backend="aot_eager") if compiled else written
+                found.append(torch.autograd.grad(function(leaves[0], leaves[-1]), leaves))
+        for ours, theirs in zip(*found):
+            torch.testing.assert_close(ours, theirs)
+
+
+@interpreter
 @pytest.mark.parametrize("heads", [1, 2])
 def test_single_tokens_and_heads_may_lie_at_any_distance(triton, heads):
     """What a stride along one element says is never read, not even as an alignment."""
