@@ -9,6 +9,7 @@ import inspect
 import textwrap
 from abc import ABC, ABCMeta, abstractmethod
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -221,14 +222,42 @@ def _said(node: Any) -> Any:
     return [type(node).__name__, *((name, _said(value)) for name, value in fields)]
 
 
-def with_globals(function: Any, replaced: dict[str, Any]) -> Any:
-    """A function's own code, which finds others under these names of its module."""
-    names = {**function.__globals__, **replaced}
-    # By the module's name torch.compile of 2.11 would look up globals there, and find theirs.
-    del names["__name__"]
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+class Following:
+    """A function's own code, `copy`, which finds others under some names of its module: `places`, by what stands there for each.
+
+    Under all other names it finds what its module has: `look`, before a call, takes up what was patched there since, of the replaced
+    names, too. Of the three that Llama's attention reads that takes 0.2 µs.
+    """
+
+    def __init__(self, function: Any, place_of: Callable[[Any], Any], names: Iterable[str]) -> None:
+        self._theirs, self._place_of, self._replaced = function.__globals__, place_of, frozenset(names)
+        found = {**self._theirs}
+        # By the module's name torch.compile of 2.11 would look up globals there, and find theirs.
+        del found["__name__"]
+        self._found = found
+        self._held = {name: found[name] for name in sorted(_names_within(function)) if name in found}
+        for name in self._replaced:
+            self._take(name)
+        self.copy = FunctionType(
+            function.__code__, found, function.__name__, function.__defaults__, function.__closure__
+        )
+        self.copy.__kwdefaults__ = function.__kwdefaults__
+
+    def look(self) -> None:
+        theirs = self._theirs
+        for name, held in self._held.items():
+            if theirs.get(name) is not held:
+                self._take(name)
+
+    @property
+    def whole(self) -> bool:
+        """Whether something took the place of all that was to be replaced when last looked."""
+        return all(self._found[name] is not self._held[name] for name in self._replaced)
+
+    def _take(self, name: str) -> None:
+        held = self._held[name] = self._theirs.get(name)
+        place = self._place_of(held) if name in self._replaced else None
+        self._found[name] = held if place is None else place
 
 
 class _Unannounced:

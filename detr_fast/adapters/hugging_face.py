@@ -59,11 +59,16 @@ class HuggingFaceAttention(Adapter):
             return None
         if (reason := why_not_switch(module)) is not None:
             return reason
-        if (reason := why_not_masks() or _why_not_implementation(config)) is not None:
+        return cls.why_never(type(module)) or _why_not_implementation(config) or type(module)
+
+    @classmethod
+    def why_never(cls, kind: type[Module]) -> str | None:
+        """A reason against all modules of a class, whatever their model is set to."""
+        if (reason := why_not_masks()) is not None:
             return reason
-        if any(map(_compares_with_sdpa, {kind.__module__ for kind in type(module).__mro__})):
+        if any(map(_compares_with_sdpa, {one.__module__ for one in kind.__mro__})):
             return "its model's code asks whether attention is 'sdpa', and computes something else under another name"
-        return type(module)
+        return None
 
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
@@ -75,7 +80,7 @@ class HuggingFaceAttention(Adapter):
 
     @classmethod
     def again(cls, module: Module) -> str | None:
-        reason = _why_not_implementation(module.config)
+        reason = cls.why_never(type(module)) or _why_not_implementation(module.config)
         if reason is None:
             cls.switched(module)
         return reason

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch.nn import Module
 
-from detr_fast.adapters.base import MARK, Mark, Scriptable, joined, kind_of, names_used, why_not_switch, with_globals
+from detr_fast.adapters.base import MARK, Following, Mark, Scriptable, joined, kind_of, names_used, why_not_switch
 from detr_fast.adapters.hugging_face import HuggingFaceAttention
 from detr_fast.adapters.rotary_functions import place_of
 
@@ -19,18 +20,22 @@ from detr_fast.adapters.rotary_functions import place_of
 class RotaryAttention(Scriptable):
     """A module whose forward calls such functions."""
 
+    _detr_fast_followed: Following
     _detr_fast_forward: Callable[..., Any]
 
     @classmethod
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
-        return {"_detr_fast_forward": with_globals(original.forward, _places(original.forward))}
+        followed = Following(original.forward, _place_of, _places(original.forward))
+        return {"_detr_fast_followed": followed, "_detr_fast_forward": followed.copy}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._detr_fast_followed.look()
         return self._detr_fast_forward(*args, **kwargs)
 
 
 class LoneRotaryAttention(RotaryAttention):
-    """One whose attention stays transformers', as its model does not run on SDPA."""
+    """One whose attention stays transformers', as `HuggingFaceAttention` says why."""
 
 
 class HuggingFaceRotary(HuggingFaceAttention):
@@ -50,7 +55,8 @@ class HuggingFaceRotary(HuggingFaceAttention):
     @classmethod
     def describe(cls, replacement: type[Module]) -> str:
         if issubclass(replacement, LoneRotaryAttention):
-            return "detr_fast.ops.rotary_embedding (its model does not run on SDPA: the rest stays transformers')"
+            reason = cls.why_never(replacement) or "its model does not run on SDPA"
+            return f"detr_fast.ops.rotary_embedding ({reason}: the rest stays transformers')"
         attention = ", detr_fast.ops.attention (transformers' registry)" if _asks(replacement.__bases__[-1]) else ""
         return "detr_fast.ops.rotary_embedding" + attention
 
@@ -85,10 +91,13 @@ def _asks(kind: type[Module]) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in names_used(kind.forward)
 
 
-def _places(forward: Any) -> dict[str, Any]:
-    """By its name in a forward's code, what takes a function's place."""
+def _places(forward: Any) -> list[str]:
+    """Under which names a forward's code finds functions that something takes the place of."""
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-        return {}
-    named = ((name, forward.__globals__.get(name)) for name in sorted(names_used(forward)) if "rot" in name)
-    places = ((name, place_of(function)) for name, function in named if isinstance(function, FunctionType))
-    return {name: place for name, place in places if place is not None}
+        return []
+    named = [name for name in sorted(names_used(forward)) if "rot" in name]
+    return [name for name in named if _place_of(forward.__globals__.get(name)) is not None]
+
+
+def _place_of(function: Any) -> Callable[..., Any] | None:
+    return place_of(function) if isinstance(function, FunctionType) else None

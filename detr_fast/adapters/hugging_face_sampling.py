@@ -12,18 +12,19 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from detr_fast.adapters.base import (
     Adapter,
+    Following,
     Scriptable,
     fingerprint,
     joined,
     joined_of,
     kind_of,
     why_not_switch,
-    with_globals,
 )
 from detr_fast.adapters.deformable import sampled
 from detr_fast.adapters.hugging_face_offsets import SAMPLES, FromOffsets, kind_of_forward, samples_plainly
@@ -95,18 +96,30 @@ _BESIDE = (
 class DeformableAttention(Scriptable):
     """A module whose forward calls such a function: its own code, which finds another under the function's name."""
 
+    _detr_fast_followed: Following
     _detr_fast_forward: Callable[..., Any]
 
     @classmethod
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
-        return {"_detr_fast_forward": _with_function(original)}
+        followed = _with_function(original)
+        return {"_detr_fast_followed": followed, "_detr_fast_forward": followed.copy}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self._detr_fast_followed.look()
         return self._detr_fast_forward(*args, **kwargs)
 
 
 class OffsetsToFunction(FromOffsets, DeformableAttention):
-    """Such a module, with offsets and softmax in the launch."""
+    """Such a module, with offsets and softmax in the launch, if the function is the one that is known."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known = True
+        if not torch.compiler.is_compiling():
+            self._detr_fast_followed.look()
+            known = self._detr_fast_followed.whole
+        first: Any = super() if known else super(FromOffsets, self)
+        return first.forward(*args, **kwargs)
 
 
 class HeldDeformableAttention(Scriptable):
@@ -147,15 +160,17 @@ def _function_of(kind: type[Module]) -> Any:
     return next((names[name] for name in _NAMES if name in names), None)
 
 
-def _with_function(kind: type[Module]) -> Callable[..., Any]:
+def _with_function(kind: type[Module]) -> Following:
     """The class's forward among the globals of its own module, but for the function."""
     forward: Any = inspect.unwrap(kind.forward)
     name = _name_used(forward)
     assert name is not None
-    theirs = forward.__globals__[name]
+    return Following(forward, _in_place_of, [name])
+
+
+def _in_place_of(theirs: Any) -> Callable[..., Tensor] | None:
     place = _place_of(theirs)
-    assert place is not None
-    return with_globals(forward, {name: partial(place, theirs)})  # type: ignore[no-any-return]
+    return None if place is None else partial(place, theirs)
 
 
 def _name_used(forward: Any) -> str | None:

@@ -69,7 +69,11 @@ def test_a_model_that_asks_whether_attention_is_sdpa_is_left_alone():
     assert model.config._attn_implementation == "sdpa"
     taken = [one.now for one in report.switched if one.name.endswith("self_attn")]
     assert len(taken) == 2
-    assert all(one.startswith("detr_fast.ops.rotary_embedding (") for one in taken)
+    assert all(one.startswith("detr_fast.ops.rotary_embedding (its model's code asks whether") for one in taken)
+    again = detr_fast.accelerate(model)
+    assert torch.equal(model(tokens).last_hidden_state, expected)
+    assert model.config._attn_implementation == "sdpa"
+    assert len([one for one in again.left if "asks whether attention is 'sdpa'" in one.reason]) == 2
 
 
 def test_fewer_heads_of_keys_run_on_what_is_asked_for_by_name_and_else_on_transformers_sdpa():

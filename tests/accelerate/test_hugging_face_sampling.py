@@ -231,6 +231,23 @@ def test_a_function_that_is_not_transformers_own_is_left_alone(monkeypatch):
     assert not detr_fast.accelerate(fine).switched
 
 
+@interpreter
+@pytest.mark.parametrize(("name", "model"), [("RT-DETR v2", "rt_detr_v2"), ("OneFormer", "oneformer")])
+def test_a_function_that_is_patched_afterwards_is_called(name, model, monkeypatch):
+    module, file = made(name), modeling(model)
+    detr_fast.accelerate(module)
+    (patched,) = (one for one in sampling._NAMES if hasattr(file, one))
+    with use_backend(deformable_attention="triton"):
+        before = call(module)
+        calls, theirs = [], getattr(file, patched)
+        monkeypatch.setattr(file, patched, lambda *given, **named: calls.append(1) or theirs(*given, **named))
+        torch.testing.assert_close(call(module), before)
+        assert calls == [1]
+        monkeypatch.undo()
+        assert torch.equal(call(module), before)
+        assert calls == [1]
+
+
 @pytest.mark.parametrize("name", ["D-FINE", "DEIMv2"])
 def test_a_function_that_is_held_may_be_set_to_another_afterwards(name):
     module = made(name)

@@ -271,6 +271,28 @@ def test_a_function_that_calls_another_than_before_is_left_alone(monkeypatch):
     assert place_of(llama.apply_rotary_pos_emb) is None
 
 
+@pytest.mark.parametrize("name", ["eager_attention_forward", "apply_rotary_pos_emb"])
+def test_functions_of_transformers_that_are_patched_later_are_called(name, monkeypatch):
+    model = made("Llama", attn_implementation="eager").eval()
+    detr_fast.accelerate(model)
+    before = read(model)[0]
+    called, theirs = [], getattr(llama, name)
+
+    def patched(*args, **kwargs):
+        called.append(name)
+        return theirs(*args, **kwargs)
+
+    monkeypatch.setattr(llama, name, patched)
+    assert torch.equal(read(model)[0], before)
+    assert called
+    monkeypatch.undo()
+    called.clear()
+    with use_backend(rotary_embedding="eager"), explaining(model) as records:
+        read(model)
+    assert not called
+    assert "rotary_embedding" in {record.op for record in records}
+
+
 def test_of_a_model_on_another_attention_only_that_is_left_until_it_is_set_to_sdpa():
     model = made("Llama", attn_implementation="eager").eval()
     (expected,) = read(model)
