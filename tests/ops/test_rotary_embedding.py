@@ -256,7 +256,7 @@ def test_a_gpu_takes_one_launch_each_way_for_queries_and_keys():
     assert counts.bytes_moved == 2 * (4 * q.nbytes + 2 * cos.nbytes)
 
 
-def test_what_no_kernel_takes_is_left_to_eager_with_a_reason():
+def test_what_no_kernel_takes_is_left_to_eager_with_a_reason(unmeasured):
     reasons = []
     with FakeTensorMode(), dispatch.recording(lambda op, decision: reasons.append(decision.reasons.get("triton"))):
         q, k, cos, sin = make_case(device="cuda")
