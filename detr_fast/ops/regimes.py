@@ -61,9 +61,12 @@ def read(path: Path) -> tuple[Regime, ...]:
 
 
 def _shipped() -> Iterable[Regime]:
-    """What was measured on GPUs: of the machine's CPU each file has an entry, too, which says nothing of another's."""
-    for path in sorted((Path(__file__).parent / "measured").glob("*.json")):
-        yield from (entry for entry in read(path) if entry.architecture == path.stem)
+    """What was measured on GPUs: of the machine's CPU each file has an entry, too, which says nothing of another's.
+
+    Behind "sm_90.json" comes "sm_90-python.json", an earlier run's, which launched kernels from Python.
+    """
+    for path in sorted((Path(__file__).parent / "measured").glob("*.json"), key=lambda path: path.stem):
+        yield from (entry for entry in read(path) if entry.architecture == path.stem.partition("-")[0])
 
 
 SHIPPED: tuple[Regime, ...] = (
@@ -75,11 +78,6 @@ SHIPPED: tuple[Regime, ...] = (
         "two cores of a shared Intel Xeon (24 problems of 50 × 300: 4.5 ms in one thread, 3.2 to 3.8 in two; of 20 × 100: "
         "0.5 and 1.8), torch 2.14.1, scipy 1.17.1, November 2026",
         unit=SCANS,
-    ),
-    # Measured with launches from Python, in a run before that of the file.
-    *(
-        Regime(op, "sm_90", 0, 0, "NVIDIA H200, torch 2.11.0+cu130, November 2026")
-        for op in ("matching_cost", "detection_losses")
     ),
     *_shipped(),
 )
@@ -126,14 +124,22 @@ def inference(op: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def find(op: str, architecture: str | None, gradients: bool = True) -> Regime | None:
-    """The entry for the architecture, else that of the nearest one by the same maker; without gradients its own if there is one."""
+def find(op: str, architecture: str | None, gradients: bool = True, captured: bool = False) -> Regime | None:
+    """The entry for the architecture, else that of the nearest one by the same maker; without gradients its own if there is one.
+
+    Of several that one whose kernels were launched as they are here, if that matters: in a CUDA graph it does not.
+    """
+    host = "python" if native.host is None else "c++"
     names = [op] if gradients else [inference(op), op]
     maker = (architecture or "")[:3]
     related = [r for r in known() if r.op in names and r.architecture[:3] == maker]
     return min(
         related,
-        key=lambda r: (abs(_number(r.architecture) - _number(architecture or "")), names.index(r.op)),
+        key=lambda r: (
+            abs(_number(r.architecture) - _number(architecture or "")),
+            names.index(r.op),
+            not captured and r.host != host,
+        ),
         default=None,
     )
 
@@ -151,8 +157,8 @@ def bytes_of(x: torch.Tensor, *_: object) -> int:
 
 def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None:
     """The measured (or, unmeasured, conservative) reason against a kernel for this much work; other: what is there besides."""
-    entry = find(op, call.architecture, call.needs_grad)
     captured = call.situation.regime == "captured"
+    entry = find(op, call.architecture, call.needs_grad, captured)
     if entry is None:
         if captured or size >= UNMEASURED_MINIMUM_BYTES:
             return None
@@ -177,7 +183,7 @@ def note(op: str, call: Call) -> str:
     """What stands behind the choice of a kernel: `unmeasured on this GPU …` or `measured on …`."""
     if unmeasured(op, call):
         return "unmeasured on this GPU: run detr-fast tune"
-    entry = find(op, call.architecture, call.needs_grad)
+    entry = find(op, call.architecture, call.needs_grad, call.situation.regime == "captured")
     assert entry is not None
     return f"measured on {entry.source}"
 

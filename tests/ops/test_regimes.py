@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from detr_fast import dispatch
+from detr_fast import dispatch, native
 from detr_fast.dispatch import Call, Situation
 from detr_fast.nn import layer_cases
 from detr_fast.ops import regimes, tuning_cases
@@ -107,6 +107,18 @@ def test_another_architectures_measurement_without_gradients_does_not_outrank_th
     assert regimes.note("layer_norm", call(needs_grad=False)) == "measured on here"
 
 
+@pytest.mark.parametrize("op", ["encoder_layer", "qkv_projection", "attention_masked", "detection_losses"])
+def test_what_was_launched_as_here_counts_and_in_a_graph_the_latest(op, monkeypatch):
+    monkeypatch.setattr(native, "host", None)
+    assert regimes.find(op, "sm_90").host == "python"
+    assert regimes.find(op, "sm_90", captured=True).host == "c++"
+    assert regimes.find("rotary_embedding", "sm_90").host == "c++"  # there is no other
+    with monkeypatch.context() as there:
+        there.setattr(native, "host", object())
+        assert regimes.find(op, "sm_90").host == "c++"
+        assert regimes.find(op, "sm_90", captured=True).host == "c++"
+
+
 MEASURED = sorted((Path(regimes.__file__).parent / "measured").glob("*.json"))
 
 
@@ -114,8 +126,10 @@ MEASURED = sorted((Path(regimes.__file__).parent / "measured").glob("*.json"))
 def test_what_is_shipped_of_a_gpu_is_well_formed_and_counts(path):
     entries = regimes.read(path)
     assert entries
-    own = [r for r in entries if r.architecture == path.stem]
-    assert {r.architecture for r in entries} <= {path.stem, "cpu"}
+    architecture, _, host = path.stem.partition("-")
+    own = [r for r in entries if r.architecture == architecture]
+    assert {r.architecture for r in entries} <= {architecture, "cpu"}
+    assert not host or {r.host for r in own} == {host}
     assert len({r.op for r in own}) == len(own)
     assert set(own) <= set(regimes.SHIPPED)
     groups = (*tuning_cases.GROUPS, *layer_cases.GROUPS)
