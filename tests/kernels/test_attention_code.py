@@ -361,21 +361,21 @@ def test_a_masks_gradient_with_padding_costs_as_few_cycles_as_documented(target,
     check_loops(VARIANTS["mask"](form), target, (most,))
 
 
-# bf16 with a bool mask, whose rows are whole runs of so many bytes, no padding.
+# bf16 with a bool mask, whose rows are whole runs of so many bytes, no padding. Triton 3.6 takes .137 for .103.
 @pytest.mark.offline
 @pytest.mark.parametrize(
-    ("target", "kernel", "run", "most"),
+    ("target", "kernel", "run", "most", "older"),
     [
-        ("sm_80", "forward", 16, 0.130),
-        ("sm_90", "forward", 16, 0.103),
-        ("sm_90", "forward", 2, 0.124),
-        ("sm_90", "queries", 16, 0.105),
-        ("sm_90", "keys", 16, 0.220),
+        ("sm_80", "forward", 16, 0.130, 1.29),
+        ("sm_90", "forward", 16, 0.103, 1.33),
+        ("sm_90", "forward", 2, 0.124, 1.29),
+        ("sm_90", "queries", 16, 0.105, 1.29),
+        ("sm_90", "keys", 16, 0.220, 1.29),
     ],
 )
-def test_a_bool_mask_is_read_in_runs(target, kernel, run, most):
+def test_a_bool_mask_is_read_in_runs(target, kernel, run, most, older):
     form = Form(torch.bfloat16, 32, 32, mask=torch.bool, mask_vector=run)
-    check_loops(VARIANTS[kernel](form), target, (most,))
+    check_loops(VARIANTS[kernel](form), target, (most,), older)
 
 
 # fp16 with dropout and a key padding mask: (blocks before the first hidden key, blocks with hidden keys).
