@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import wide_rows
 from .add_layer_norm_backward import BackwardForm, add_layer_norm_backward, backward_variant
-from .configs import LAYER_NORM_FORWARD
+from .configs import ADD_LAYER_NORM_FORWARD, LAYER_NORM_FORWARD
 from .dropout import Dropout, dropout_arguments, keep_rows, load_seed
 from .entry import Budget, Entry
 from .launch import TRITON_TYPES, Variant, empty, jit, launch, pointer, tl
@@ -183,7 +183,10 @@ def forward_variant(
     centred: bool = True,
 ) -> Variant:
     """The program that adds and normalises rows of `columns` columns, read in runs of `vector` elements."""
+    narrow = vector == 8 and x_dtype is residual_dtype
     config = LAYER_NORM_FORWARD[block_of(columns)]
+    if narrow and not dropout:
+        config = ADD_LAYER_NORM_FORWARD.get(columns, config)
     total = torch.promote_types(x_dtype, residual_dtype) if with_sum else None
     tensors = (x_dtype, residual_dtype, weight_dtype, bias_dtype, torch.int64 if dropout else None, out_dtype, total)
     statistics = (torch.float32 if centred else None, torch.float32)
@@ -193,7 +196,6 @@ def forward_variant(
     # With dropout and masks of columns, 64 elements a lane take 128 to 154 registers on sm_80, where ptxas would spill 24 bytes
     # for 16 warps a multiprocessor. 12 have 96 KB on their way, beside what DRAM needs, about 22. Over 256 columns, whose weight
     # and bias take more of a lane, 168 would be too few.
-    narrow = vector == 8 and x_dtype is residual_dtype
     crowded = dropout and narrow and 16 < columns < constants["BLOCK_C"] <= 256
     # RMSNorm's in fp32 of fp16 that is read one by one: ptxas would spill 24 to 88 bytes for 20 warps a multiprocessor. 16 have 128.
     half = x_dtype == torch.float16 and (residual_dtype == x_dtype or weight_dtype is not None) and out_dtype != x_dtype
