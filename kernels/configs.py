@@ -203,6 +203,9 @@ class RotaryConfig:
     num_warps: int
 
 
+ROTARY_HEADS = 4  # of a program, at most
+
+
 def rotary_config(pairs: int, rest: int, heads: int, vector: int, interleaved: bool) -> RotaryConfig:
     """A run of `vector` elements, or one of each half, a lane, for four heads of the same tokens: their warps find the angles in the L1 cache.
 
@@ -212,6 +215,6 @@ def rotary_config(pairs: int, rest: int, heads: int, vector: int, interleaved: b
     rest: channels that are copied, rounded up to a power of two.
     """
     block, warps = max(4, 1 << (pairs - 1).bit_length()), 4
-    heads = min(4, 1 << max(heads - 1, 0).bit_length())
+    heads = min(ROTARY_HEADS, 1 << max(heads - 1, 0).bit_length())
     tokens = max(1, warps * 32 * max(vector, 2) // max(2 * block if interleaved else block, rest) // heads)
     return RotaryConfig(tokens, heads, block, warps)

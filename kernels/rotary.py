@@ -23,14 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .configs import rotary_config
+from .configs import ROTARY_HEADS, rotary_config
 from .entry import Budget, Entry
 from .launch import Variant, empty, empty_strided, jit, launch, pointer, tl
 from .overlap import wait_for_previous
 from .rows import MAX_PLANS, Plan
 
 MAX_COLUMNS = 256
-MAX_TOKENS = (1 << 31) - 1  # of all sequences together
+MAX_PROGRAMS = (1 << 31) - 1  # of a grid, and tokens of all sequences together
 
 
 class Turn(NamedTuple):
@@ -235,6 +235,11 @@ def rotary_embedding(
     plan = _plan(layouts, k is not None, turn)
     launch(plan.variant, plan.grid, q, k, cos, sin, *outputs, *plan.sizes)
     return outputs[0], outputs[1]  # type: ignore[return-value]
+
+
+def most_programs(tokens: int, *heads: int) -> int:
+    """No launch over so many tokens, of all sequences, and heads of q and of k has more programs; it has no more tokens, either."""
+    return tokens * max(1, sum(-(-n // ROTARY_HEADS) for n in heads))
 
 
 def memory_for(x: Tensor, heads_first: bool, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import rotary as kernels
 from detr_fast.kernels.launch import compile_launches
-from detr_fast.kernels.rotary import MAX_COLUMNS, MAX_TOKENS, Turn
+from detr_fast.kernels.rotary import MAX_COLUMNS, MAX_PROGRAMS, Turn, most_programs
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, on_one_device, wants_grad
 from detr_fast.ops.layouts import Layouts, key, layouts, rehearsed
@@ -149,8 +149,11 @@ class TritonRotaryEmbedding(TritonImplementation):
             return "cos or sin needs a gradient: only eager gives one"
         if call.shape[3] > MAX_COLUMNS:
             return f"head_dim {call.shape[3]} is over {MAX_COLUMNS}"
-        if call.shape[0] * call.shape[1] > MAX_TOKENS:
-            return f"{call.shape[0] * call.shape[1]:,} tokens are over {MAX_TOKENS:,}"
+        tokens, heads = call.shape[0] * call.shape[1], (call.shape[2], call.k_heads)
+        if most_programs(tokens, *heads) > MAX_PROGRAMS:
+            return (
+                f"{tokens:,} tokens of {heads[0]} and {heads[1]} heads: tokens, times heads in fours, are over 2^31 - 1"
+            )
         for dtype in call.dtypes:
             if dtype not in self.dtypes:
                 return f"keys or angles of {dtype}: it takes float32, bfloat16 and float16"

@@ -28,6 +28,9 @@ CALLS = {
         empty(1, LONG, 8, 32), [(1, LONG)], empty(1, 2, 8, 1, 4, 2), empty(1, 2, 8, 1, 4)
     ),
     "matching_cost": lambda: ops.matching_cost(empty(1, MANY, 3), empty(1, MANY, 4), *SET),
+    "rotary_embedding": lambda: ops.rotary_embedding(
+        empty(1, (1 << 31) - 1, 29, 2), None, *[empty((1 << 31) - 1, 2)] * 2, interleaved=True
+    ),
     "detection_losses": lambda: ops.detection_losses(
         empty(1, 1, 1 << 16, 1 << 15), empty(1, 1, 1 << 16, 4), SET[0][None], *SET, empty(1, 1, 1 << 16).bool(), SET[2]
     ),
