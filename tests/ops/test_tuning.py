@@ -253,15 +253,15 @@ def test_launches_overlap_where_that_gains_and_changes_no_bit(monkeypatch):
     monkeypatch.setattr(tuning, "source", lambda device: "a test")
     groups = [next(g for g in EVERYTHING if g.op == op and g.gradients) for op in ("attention", "encoder_layer")]
 
-    def tune(times, results=((1.0,), (1.0,)), steady=True):
-        """times: of the first and the second group, one by one and overlapping. steady: whether replays of a graph give the same."""
+    def tune(times, results=((1.0,), (1.0,)), steady=(True, True)):
+        """times: of the first and the second group, one by one and overlapping. steady: whether replays give the same, likewise."""
         left = iter([torch.tensor(one) for one in results * 2])
         clock = {(i, j): times[i][j] for i in range(2) for j in range(2)}
         made = []
 
         def replayed(group, case, device, overlapping):
             made.append((groups.index(group), int(overlapping)))
-            return made[-1], [next(left)], steady
+            return made[-1], [next(left)], steady[overlapping]
 
         monkeypatch.setattr(tuning, "_replayed", replayed)
         monkeypatch.setattr(tuning, "_milliseconds", lambda replay, repeats: clock[replay])
@@ -274,8 +274,10 @@ def test_launches_overlap_where_that_gains_and_changes_no_bit(monkeypatch):
     assert tune([(1.0, 1.01), (1.0, 1.0)]).captured_minimum == NEVER
     assert tune([(1.0, 0.5), (1.0, 1.1)]).captured_minimum == NEVER
     assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.0000001,))).captured_minimum == NEVER
-    assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.0000001,)), steady=False).captured_minimum == 0  # sums by atomics
-    assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.1,)), steady=False).captured_minimum == NEVER
+    atomics = (False, False)
+    assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.0000001,)), atomics).captured_minimum == 0
+    assert tune([(1.0, 0.5), (1.0, 0.5)], ((1.0,), (1.1,)), atomics).captured_minimum == NEVER
+    assert tune([(1.0, 0.5), (1.0, 0.5)], steady=(True, False)).captured_minimum == NEVER
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_89")
     assert tuning.tune_overlap(groups, torch.device("cuda")) == []
 
