@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,10 +44,12 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
             yield
     except Exception as error:
         _failed.append(graph)
-        with suppress(RuntimeError), warnings.catch_warnings():  # where CUDA is broken, the first error tells
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-            with _begun(torch.cuda.CUDAGraph(), None):
-                pass
+        another = torch.cuda.CUDAGraph()
+        try:
+            with warnings.catch_warnings(), _begun(another, None):
+                warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        except RuntimeError:  # where CUDA is broken, the first error tells
+            _failed.append(another)
         raise (error.__context__ or error) from None  # the end of a failed capture fails, too
 
 

@@ -54,8 +54,11 @@ def test_where_cuda_is_broken_the_first_error_is_told_all_the_same(emulated, mon
             raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "graph", Broken)
-    with pytest.raises(ValueError, match="the first"), capture(object()):
+    graph = object()
+    with pytest.raises(ValueError, match="the first"), capture(graph):
         raise ValueError("the first")
+    assert module._failed[0] is graph
+    assert len(module._failed) == 2  # the allocator goes on asking the other one, too
 
 
 def test_a_capture_that_goes_well_changes_nothing(emulated):
