@@ -178,6 +178,9 @@ def run(parts: list[Section], out: Path, machine: str, seconds: float = SECONDS)
             status, output = _run_part(name, command, limit, environment, log)
         if status.startswith(("FAILED", "STOPPED")):
             failed.append(name)
+        output = output.replace(
+            f"{out.resolve()}{os.sep}", ""
+        )  # results are published, and folders of the machine aren't
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
         known = any(report.SECTION + name in entry for entry in report.measurements(out))
         if not (known and status.startswith("skipped")):

@@ -49,6 +49,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path, caps
         ("bad", [sys.executable, "-c", failing], 30),
         ("hangs", [sys.executable, "-c", "import time; print('half', flush=True); time.sleep(60)"], 2),
         ("good", [sys.executable, "-c", "print('3 passed')"], 30),
+        ("writes", [sys.executable, "-c", f"print('wrote {tmp_path.resolve()}/regimes.json')"], 30),
     ]
     assert gpu.run(parts, tmp_path, "a GPU") == 1
     summary = (tmp_path / "summary.md").read_text()
@@ -58,6 +59,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path, caps
     assert "- hangs: STOPPED after 2 s" in summary
     assert "half" in summary
     assert "- good: ok" in summary
+    assert "s. wrote regimes.json" in summary  # without the folder
     assert "3 passed" in summary
     assert "print('3 passed')" in (tmp_path / "log.txt").read_text()
 
@@ -210,7 +212,7 @@ def test_where_the_checkout_can_not_be_installed_the_sections_import_it_as_it_li
     assert gpu.run(parts, tmp_path, "a GPU") == 1
     summary = (tmp_path / "summary.md").read_text()
     assert "- tune: ok, " in summary, (tmp_path / "log.txt").read_text()
-    assert str(checkout / "detr_fast" / "kernels" / "catalog.py") in summary
+    assert f" {Path('checkout', 'detr_fast', 'kernels', 'catalog.py')}" in summary
 
 
 def test_sanitizers_watch_all_our_kernels_and_no_other_librarys(gpu, calls, tmp_path):
