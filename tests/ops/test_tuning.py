@@ -181,7 +181,7 @@ def test_every_kind_of_attention_that_is_told_apart_is_measured(
 def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
     """No kernel is chosen where all are said to lose: what then runs is each case's alternative."""
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(regimes, "find", lambda op, arch, gradients=True: Regime(op, "sm_90", NEVER, NEVER, "lost"))
+    monkeypatch.setattr(regimes, "find", lambda op, *_: Regime(op, "sm_90", NEVER, NEVER, "lost"))
     dispatch.forget_decisions()
     for group in tuning_cases.GROUPS:
         for case in (group.cases[0], group.cases[-1]):
