@@ -88,8 +88,8 @@ def test_compiled_programs_launch_the_same_with_addresses_in_the_tensors_places(
             torch.autograd.grad(function(x, residual)[0], (x, residual, weight, bias), dy)
 
         def again():
-            kept, _ = program.forward(seed, 0, [x, residual, weight, bias])
-            program.backward(0, kept, (dy,))
+            kept, _ = program.forward(seed, 1, [x, residual, weight, bias])  # the first offset
+            program.backward(1, kept, (dy,))
 
         expected, found = launches_of(stub_gpu, parts), launches_of(stub_gpu, again)
     assert len(expected) == 3

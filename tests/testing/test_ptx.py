@@ -177,8 +177,8 @@ def outcomes(call, method: str, kernel: str) -> dict[int, str]:
 
 
 def norm_backward():
-    x, dy = torch.randn(2, 20, 256).to(torch.bfloat16)
-    weight, mean, rstd = torch.randn(256).to(torch.bfloat16), x.float().mean(1), x.float().std(1).reciprocal()
+    x, dy = torch.randn(2, 20, 512).to(torch.bfloat16)  # of two warps
+    weight, mean, rstd = torch.randn(512).to(torch.bfloat16), x.float().mean(1), x.float().std(1).reciprocal()
     return layer_norm.layer_norm_backward(dy, x, weight, mean, rstd)
 
 
@@ -191,7 +191,7 @@ def test_without_any_one_of_its_barriers_layer_norms_backward_races():
         return norm_backward()
 
     found = outcomes(call, "barrier", "layer_norm_backward_kernel")
-    assert len(found) > 10
+    assert len(found) >= 8
     assert set(found.values()) == {"Race"}
 
 
