@@ -46,11 +46,6 @@ class Regime:
     unit: str = "bytes"
     host: str = "python"  # or "c++": what launched the kernels eagerly (see `native`)
 
-    def launched_from(self) -> int:
-        """`eager_minimum`; where kernels were launched from C++, and here are from Python, no less than what is not measured."""
-        slower = self.host == "c++" and native.host is None and self.unit == "bytes"
-        return max(self.eager_minimum, UNMEASURED_MINIMUM_BYTES) if slower else self.eager_minimum
-
 
 def read(path: Path) -> tuple[Regime, ...]:
     """The entries of a file; an unreadable one counts as empty."""
@@ -127,27 +122,33 @@ def inference(op: str) -> str:
 def find(op: str, architecture: str | None, gradients: bool = True, captured: bool = False) -> Regime | None:
     """The entry for the architecture, else that of the nearest one by the same maker; without gradients its own if there is one.
 
-    Of several that one whose kernels were launched as they are here, if that matters: in a CUDA graph it does not.
+    Where launches are from Python, times of launches from C++ say nothing, but for those of CUDA graphs (captured). The user's own entry comes
+    before one that is shipped, and of several shipped ones that whose kernels were launched as they are here.
     """
     host = "python" if native.host is None else "c++"
     names = [op] if gradients else [inference(op), op]
     maker = (architecture or "")[:3]
-    related = [r for r in known() if r.op in names and r.architecture[:3] == maker]
-    return min(
-        related,
-        key=lambda r: (
-            abs(_number(r.architecture) - _number(architecture or "")),
-            names.index(r.op),
-            not captured and r.host != host,
-        ),
-        default=None,
+    entries = known()
+    own = len(entries) - len(SHIPPED)
+
+    def rank(place: int) -> tuple[int, int, bool]:
+        entry = entries[place]
+        distance = abs(_number(entry.architecture) - _number(architecture or ""))
+        return distance, names.index(entry.op), place >= own and not captured and entry.host != host
+
+    related = (
+        i
+        for i, entry in enumerate(entries)
+        if entry.op in names and entry.architecture[:3] == maker and (captured or entry.host in ("python", host))
     )
+    best = min(related, key=rank, default=None)
+    return None if best is None else entries[best]
 
 
 def least(op: str, architecture: str | None, gradients: bool | None = None) -> int:
     """The size from which `advice` may be for the kernel, run eagerly; gradients: None for with or without."""
     entries = [find(op, architecture, one) for one in ((True, False) if gradients is None else (gradients,))]
-    return min(UNMEASURED_MINIMUM_BYTES if entry is None else entry.launched_from() for entry in entries)
+    return min(UNMEASURED_MINIMUM_BYTES if entry is None else entry.eager_minimum for entry in entries)
 
 
 def bytes_of(x: torch.Tensor, *_: object) -> int:
@@ -163,7 +164,7 @@ def advice(op: str, call: Call, size: int, other: str = "PyTorch") -> str | None
         if captured or size >= UNMEASURED_MINIMUM_BYTES:
             return None
         return f"below {_readable(UNMEASURED_MINIMUM_BYTES)} of input it stays eager until measured: run detr-fast tune"
-    minimum, maximum = entry.launched_from(), entry.eager_maximum
+    minimum, maximum = entry.eager_minimum, entry.eager_maximum
     if captured:
         minimum, maximum = entry.captured_minimum, entry.captured_maximum
     if minimum <= size <= maximum:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,11 +113,14 @@ def test_what_was_launched_as_here_counts_and_in_a_graph_the_latest(op, monkeypa
     monkeypatch.setattr(native, "host", None)
     assert regimes.find(op, "sm_90").host == "python"
     assert regimes.find(op, "sm_90", captured=True).host == "c++"
-    assert regimes.find("rotary_embedding", "sm_90").host == "c++"  # there is no other
+    assert regimes.find("rotary_embedding", "sm_90") is None  # there is no other
+    assert regimes.find("rotary_embedding", "sm_90", captured=True).host == "c++"
     with monkeypatch.context() as there:
-        there.setattr(native, "host", object())
+        there.setattr(native, "host", SimpleNamespace(forget=lambda: None))
         assert regimes.find(op, "sm_90").host == "c++"
         assert regimes.find(op, "sm_90", captured=True).host == "c++"
+        regimes.save([Regime(op, "sm_90", 5, 5, "the user's own, launched from Python")])
+        assert regimes.find(op, "sm_90").eager_minimum == 5
 
 
 MEASURED = sorted((Path(regimes.__file__).parent / "measured").glob("*.json"))
@@ -145,13 +149,14 @@ def test_what_is_shipped_of_a_gpu_is_well_formed_and_counts(path):
 
 def test_an_h100_needs_no_tuning_and_explain_names_what_was_measured(monkeypatch):
     from detr_fast.explanation import explaining
-    from detr_fast.ops.rms_norm import rms_norm
+    from detr_fast.ops.add_layer_norm import add_layer_norm
 
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     dispatch.forget_decisions()
     with FakeTensorMode(), explaining() as records:
         for rows in (1, 1 << 20):
-            rms_norm(torch.empty(rows, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True), (256,))
+            x = torch.empty(rows, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            add_layer_norm(x, x, x[0], x[0])
     few, many = map(str, records)
     assert re.search(
         r"-> eager  \[not triton: below .* PyTorch is faster \(measured on sm_90: NVIDIA H\w+, torch ", few
