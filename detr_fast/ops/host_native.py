@@ -38,10 +38,8 @@ from detr_fast.ops.host_recorder import (
 # Of a call's tensors: with more, the GPU takes longer than Python. On an H200 a LayerNorm of 64 MiB and its backward take 127 µs launched
 # eagerly in C++ and 430 to 520 from Python, of 128 MiB 181 and 510 to 570.
 MAX_BYTES = 512 << 20
-SMALL, ROOM = (
-    64 << 20,
-    8,
-)  # bytes above which so many times as much memory must be free: a recording keeps all that a call makes
+SMALL = 64 << 20  # bytes above which memory must be free, `ROOM` times as much: a recording keeps all that a call makes
+ROOM = 8
 unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by the op's name
 
 # Kinds of operands, as `Operand::Kind` of program.h has them.
