@@ -221,15 +221,17 @@ def slower(cases: Iterable[Mapping[str, Any]], kind: str) -> list[str]:
 
 
 def hosts(cases: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Which way the host went in what `auto` took, and what C++ gains."""
+    """Which way the host went in what `auto` took, what C++ gains, and what waking autograd's thread takes."""
     ways: dict[str, list[str]] = {}
-    gains = []
+    gains, woken = [], []
     for entry in cases:
         auto = entry["peers"].get("auto", {})
         if "host" in auto:
             ways.setdefault(auto["host"], []).append(entry["case"])
         if "wall from Python" in auto and auto.get("wall"):
             gains.append(auto["wall from Python"] / auto["wall"])
+        if "wall, woken" in auto and "backward" in entry["case"]:
+            woken.append(auto["wall, woken"] - auto["wall"])
     if not ways:
         return []
     others = {way: names for way, names in ways.items() if way != "C++"}
@@ -238,6 +240,11 @@ def hosts(cases: Iterable[Mapping[str, Any]]) -> list[str]:
     if gains:
         spread = f"{min(gains):.2f} to {max(gains):.2f}"
         lines.append(f"Without C++ the same calls take {statistics.median(gains):.2f} × as long (median; {spread}).")
+    if woken:
+        lines.append(
+            "Backward ran on the calling thread; where it wakes autograd's own, a call takes "
+            f"{number(statistics.median(woken))} ms more (median)."
+        )
     return lines + [f"- {way}: {'; '.join(names[:4])}{' …' * (len(names) > 4)}" for way, names in others.items()]
 
 

@@ -2,12 +2,14 @@
 
 Three times for each peer, in ms, medians over rounds in which all take their turn, so that a drifting clock hits all alike:
 
-    wall    launched eagerly: of calls one after the other, with one wait at the end; the host's time where it is longer
+    wall    launched eagerly: of calls one after the other, with one wait at the end; the host's time where it is longer.
+            Backward runs on the calling thread, but in a whole training step: a model wakes autograd's thread for the GPU
+            once a step, not once an op, and that takes longer than a norm's forward and backward together
     graph   in a CUDA graph, as in a captured training step: of calls that one graph replays, between two events
     gpu     between two events, with an empty L2 cache, behind a pause in which the host queues the whole call
 
-Of what `auto` takes it is also told which way the host's part goes ("host", see `benchmarks.host`) and, where that is C++, what
-a call launched eagerly takes without it ("wall from Python").
+Of what `auto` takes it is also told which way the host's part goes ("host", see `benchmarks.host`), where that is C++ what
+a call launched eagerly takes without it ("wall from Python"), and what one takes whose backward wakes that thread ("wall, woken").
 
 Each case is one line of `measurements.jsonl` in the folder $DETR_FAST_RESULTS, written as soon as it is measured; without the
 variable it is printed. DETR_FAST_CHECK_ONLY=1 compares results and times nothing, which also fills Triton's and
@@ -104,7 +106,7 @@ def compare(
         moves: bytes that must be read and written, for the record.
         images: how many a call computes, for the record.
         in_graphs: whether peers are timed in CUDA graphs, too.
-        is_graph: whether ours, as it is run, is one, and calls are in no other.
+        is_graph: whether ours, as it is run, is one, and calls are in no other: a whole training step.
     """
     if time.time() > float(os.environ.get("DETR_FAST_DEADLINE", "inf")):
         pytest.skip("out of time")
@@ -201,7 +203,7 @@ def timed(calls: Mapping[str, Step], outcome: Outcome) -> dict[str, dict[str, An
 
     A call that fails in between is out, by `outcome`.
     """
-    timers = {name: Timer(call) for name, call in calls.items()}
+    timers = {name: Timer(call, whole_step=bool(outcome.told["is_graph"])) for name, call in calls.items()}
 
     def in_turn(part: Callable[[Timer], None], first: int = 0) -> None:
         order = list(timers.items())
@@ -222,22 +224,29 @@ def timed(calls: Mapping[str, Step], outcome: Outcome) -> dict[str, dict[str, An
         in_turn(Timer.time_graph, first)
         in_turn(lambda timer: timer.time_gpu(flushed), first)
     for name, timer in list(timers.items()):
-        if name == "auto" and outcome.attempt(name, timer.look_at_the_host) and timer.host == "C++":
-            outcome.attempt(name, timer.time_wall_from_python)
+        if name == "auto" and outcome.attempt(name, timer.look_at_the_host):
+            if timer.host == "C++":
+                outcome.attempt(name, timer.time_wall_from_python)
+            if not timer.whole_step:
+                outcome.attempt(name, timer.time_wall_woken)
     return {name: timer.told() | {"rounds": rounds} for name, timer in timers.items()}
 
 
 class Timer:
-    """One call's times: `walls`, `graphs` and `gpus` in ms; `issue`, the host's for one call, and `once`, all of one, in s."""
+    """One call's times: `walls`, `graphs` and `gpus` in ms; `issue`, the host's for one call, and `once`, all of one, in s.
 
-    def __init__(self, call: Step) -> None:
-        self.call = call
+    whole_step: whether a call is one of a training, whose backward wakes autograd's thread.
+    """
+
+    def __init__(self, call: Step, *, whole_step: bool = False) -> None:
+        self.call, self.whole_step = call, whole_step
         self.issue = self.once = 0.0
         self.memory = 0
         self.graph: Graph | None = None
         self.uncaptured: str | None = None  # why
         self.host: str | None = None
         self.walls_from_python: list[float] = []
+        self.walls_woken: list[float] = []
         self.walls: list[float] = []
         self.graphs: list[float] = []
         self.gpus: list[float] = []
@@ -249,7 +258,8 @@ class Timer:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
-        self.call()
+        with torch.autograd.set_multithreading_enabled(self.whole_step):
+            self.call()
         self.issue = time.perf_counter() - begun
         synchronize()
         self.once = max(time.perf_counter() - begun, 1e-6)
@@ -262,8 +272,9 @@ class Timer:
     def time_wall(self) -> None:
         self.walls.append(self._wall())
 
-    def _wall(self) -> float:
-        return _wall(self.call, sized(max(1, min(20, round(2e-3 / self.once))), 1))
+    def _wall(self, *, wakes: bool | None = None) -> float:
+        with torch.autograd.set_multithreading_enabled(self.whole_step if wakes is None else wakes):
+            return _wall(self.call, sized(max(1, min(20, round(2e-3 / self.once))), 1))
 
     def look_at_the_host(self) -> None:
         self.host = host.way(self.call)
@@ -274,16 +285,20 @@ class Timer:
                 self.call()
             self.walls_from_python = [self._wall() for _ in range(ROUNDS[0])]
 
+    def time_wall_woken(self) -> None:
+        self.walls_woken = [self._wall(wakes=True) for _ in range(ROUNDS[0])]
+
     def time_graph(self) -> None:
         if self.graph is not None:
             self.graphs.append(self.graph.time())
 
     def time_gpu(self, flushed: Tensor) -> None:
-        self.gpus.append(_gpu(self.call, self.issue, flushed))
+        with torch.autograd.set_multithreading_enabled(self.whole_step):
+            self.gpus.append(_gpu(self.call, self.issue, flushed))
 
     def told(self) -> dict[str, Any]:
         times = {"wall": self.walls, "graph": self.graphs, "gpu": self.gpus}
-        shown = times | {"wall from Python": self.walls_from_python}
+        shown = times | {"wall from Python": self.walls_from_python, "wall, woken": self.walls_woken}
         found: dict[str, Any] = {kind: statistics.median(values) for kind, values in shown.items() if values}
         if self.host is not None:
             found["host"] = self.host

@@ -287,6 +287,7 @@ def _interleaved(
     """Median milliseconds with each backend, measured in turns so that a drifting clock hits all.
 
     captured: a graph holds so many calls as `repeats` says: the host takes longer for a replay than the GPU for a small one.
+    Launched eagerly, backward runs on this thread, as waking autograd's, which a model does once a step, takes longer than small ops.
     """
     runs: list[Callable[[], object]] = []
     if captured:
@@ -299,7 +300,7 @@ def _interleaved(
     times: list[list[float]] = [[] for _ in backends]
     for _ in range(_ROUNDS):
         for backend, run, measured in zip(backends, runs, times):
-            with use_backend(**{op: backend}):
+            with use_backend(**{op: backend}), torch.autograd.set_multithreading_enabled(captured):
                 measured.append(_milliseconds(run, 2) / repeats if captured else _milliseconds(run, repeats))
     return tuple(map(statistics.median, times))
 

@@ -227,6 +227,18 @@ def test_of_what_auto_takes_it_is_told_which_way_the_host_goes_and_what_a_call_t
     assert all("host" not in entry["peers"]["triton"] for entry in results())
 
 
+def test_backward_is_timed_on_the_calling_thread_and_with_the_hand_over_to_autograds_apart(results, monkeypatch):
+    woken = []
+    monkeypatch.setattr(timing, "_wall", lambda *_: woken.append(torch.autograd.is_multithreading_enabled()) or 1.0)
+    compare("an op", {"auto": one, "eager": one})
+    rounds = results()[0]["peers"]["auto"]["rounds"]
+    assert woken == [False] * 2 * rounds + [True] * timing.ROUNDS[0]
+    woken.clear()
+    compare("a whole training step", {"auto": one, "eager": one}, is_graph=True)
+    assert set(woken) == {True}
+    assert ["wall, woken" in entry["peers"]["auto"] for entry in results()] == [True, False]
+
+
 def test_checks_alone_time_and_record_nothing(results, monkeypatch):
     monkeypatch.setattr(timing, "CHECK_ONLY", True)
     compare("case", {"auto": one}, eager=one, truth=one)
@@ -319,8 +331,9 @@ def test_the_page_begins_with_the_training_step_and_says_which_way_the_host_went
     step = entry("DETR-R50 training step, 4 × 800", 2.0, 4.0, auto=10.0, huggingface=40.0) | {"images": 4}
     step |= {"in_graphs": False, "is_graph": True}
     fast, slow = (entry(name, 1.0, 1.0, auto=2.0, eager=eager) for name, eager in (("a (1)", 8.0), ("b (1)", 1.0)))
-    fast["peers"]["auto"] |= {"host": "C++", "wall from Python": 3.0}
-    slow["peers"]["auto"] |= {"host": "Python"}
+    fast["case"] += ", forward and backward"
+    fast["peers"]["auto"] |= {"host": "C++", "wall from Python": 3.0, "wall, woken": 2.25}
+    slow["peers"]["auto"] |= {"host": "Python", "wall, woken": 9.0}
     page = report.page([fast, step, slow, {tables.PEAKS: {"auto, GiB": 1.5}}])
     assert page[1] == "**A training step of DETR-R50 takes 10.0 ms: 4.0 × as fast as Hugging Face's launched eagerly.**"
     assert (
@@ -332,6 +345,8 @@ def test_the_page_begins_with_the_training_step_and_says_which_way_the_host_went
     assert "The host's part of `auto`, launched eagerly: C++ in 1 cases, Python in 1 cases." in page
     assert "Without C++ the same calls take 1.50 × as long (median; 1.50 to 1.50)." in page
     assert "- Python: b (1)" in page
+    woken = "Backward ran on the calling thread; where it wakes autograd's own, a call takes 0.250 ms more (median)."
+    assert woken in page
 
 
 def test_a_section_that_ran_before_keeps_its_line_where_others_run_later(tmp_path):

@@ -218,6 +218,13 @@ def test_times_in_a_graph_are_those_of_one_of_its_calls(monkeypatch):
     assert set(replays) == {2, 8}
 
 
+def test_what_is_launched_eagerly_is_timed_without_waking_autograds_thread(monkeypatch):
+    woken = []
+    step = lambda: woken.append(torch.autograd.is_multithreading_enabled())  # noqa: E731
+    tuning._interleaved(step, "linear_assignment", ("scipy", "threads"), repeats=1)
+    assert woken == [True] * 6 + [False] * 2 * tuning._ROUNDS  # three calls of each warm up
+
+
 @pytest.mark.interpreter(int32_limit=1 << 16)  # a tile of rows as wide as the cases
 @pytest.mark.parametrize(
     ("op", "alternative", "step"),
