@@ -65,7 +65,8 @@ def detection_losses_kernel(
     match = find_match(query_ptr + problem * targets, query, targets, BLOCK_N)
     matched = exists & (match >= 0)
     tl.store(match_ptr + problem * queries + query, match, mask=exists)
-    label = target_class(labels_ptr, match, matched, classes)
+    label = target_class(labels_ptr, match, matched, classes, FOCAL)
+    has_object = label < classes - 1  # which a true box labelled "no object" is not
 
     logits_ptr += problem * queries * classes
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)  # of the object classes
@@ -89,11 +90,11 @@ def detection_losses_kernel(
             largest, total = extend_logsumexp(largest, total, x)
 
     none = tl.load(logits_ptr + query * classes + (classes - 1), mask=exists, other=0.0).to(tl.float32)
-    weight = tl.where(matched, 1.0, tl.where(exists, eos_coef, 0.0))
+    weight = tl.where(has_object, 1.0, tl.where(exists, eos_coef, 0.0))
     if FOCAL:
         class_loss = total
         found = top >= 0.0
-        correct = matched & (guess == label)
+        correct = has_object & (guess == label)
     else:
         # Two numbers: rounding their logsumexp, of 10 say, would put a probability off by 1e-6 of itself.
         kept = lse_ptr + problem * queries + query
@@ -102,7 +103,7 @@ def detection_losses_kernel(
         chosen = tl.load(logits_ptr + query * classes + label, mask=exists, other=0.0).to(tl.float32)
         class_loss = tl.where(exists, weight * (largest - chosen + tl.log(total)), 0.0)
         found = top >= none
-        correct = matched & (guess == label) & found
+        correct = has_object & (guess == label) & found
 
     x, y, width, height = load_boxes(boxes_ptr + problem * queries * 4, query, matched)
     tx, ty, twidth, theight = load_boxes(true_boxes_ptr, match, matched)
@@ -126,7 +127,7 @@ def detection_losses_kernel(
     tl.store(partial_ptr + size, tl.sum(weight, axis=0))
     tl.store(partial_ptr + 2 * size, tl.sum(tl.where(matched, distance, 0.0), axis=0))
     tl.store(partial_ptr + 3 * size, tl.sum(tl.where(matched, apart, 0.0), axis=0))
-    tl.store(partial_ptr + 4 * size, tl.sum(matched.to(tl.float32), axis=0))
+    tl.store(partial_ptr + 4 * size, tl.sum(has_object.to(tl.float32), axis=0))
     tl.store(partial_ptr + 5 * size, tl.sum(correct.to(tl.float32), axis=0))
     tl.store(partial_ptr + 6 * size, tl.sum((exists & found).to(tl.float32), axis=0))
     tl.store(partial_ptr + 7 * size, tl.sum(broken, axis=0).to(tl.float32))

@@ -60,10 +60,11 @@ def find_match(query_ptr, query, targets, BLOCK_N: tl.constexpr):
 
 
 @jit
-def target_class(labels_ptr, match, matched, classes):
-    """The class that each query should have; labels out of range count as the nearest in range."""
+def target_class(labels_ptr, match, matched, classes, FOCAL: tl.constexpr):
+    """The class that each query should have; labels out of range count as the nearest in range, to which softmax adds "no object"."""
     label = tl.load(labels_ptr + match, mask=matched, other=0)
-    label = tl.minimum(tl.maximum(label, 0), (classes - 2).to(tl.int64)).to(tl.int32)
+    last = classes - 2 if FOCAL else classes - 1
+    label = tl.minimum(tl.maximum(label, 0), last.to(tl.int64)).to(tl.int32)
     return tl.where(matched, label, classes - 1)
 
 

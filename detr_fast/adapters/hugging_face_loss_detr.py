@@ -66,7 +66,8 @@ def _loss(
         logits = torch.cat((outputs_class[:-1], logits))
         boxes = torch.cat((outputs_coord[:-1], boxes))
     with torch.no_grad():
-        targets = padded(labels, logits.device, config.num_labels)
+        # Softmax trains a box labelled "no object" as such; of focal loss, transformers' matcher raises an error.
+        targets = padded(labels, logits.device, config.num_labels + (0 if focal else 1))
         good = targets.good & (boxes[..., 2:] >= 0).all()
         if has_values(logits) and not good:
             return None  # which says what is wrong

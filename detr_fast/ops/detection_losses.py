@@ -36,8 +36,8 @@ def detection_losses(
 ) -> Losses:
     """The losses of all decoder layers and images, given which query predicts which true box.
 
-    Class loss: the mean cross-entropy, in which "no object", the last class, weighs eos_coef; or with `focal` the sum of
-    sigmoid focal losses (alpha 0.25, gamma 2) of all but the last logit. Box losses: the sums over matched queries of
+    Class loss: the mean cross-entropy, in which "no object", the last class, weighs eos_coef, also where it is a true box's
+    label; or with `focal` the sum of sigmoid focal losses (alpha 0.25, gamma 2) of all but the last logit. Box losses: the sums over matched queries of
     |box - true box|₁ and of 1 - GIoU. All but the cross-entropy are divided by the number of boxes, sum(total) / ranks
     or 1 if that is more.
 
@@ -47,9 +47,9 @@ def detection_losses(
     Returns, in fp32 (fp64 for fp64 logits):
         losses (3, L): class, L1 and GIoU loss, differentiable for logits and boxes;
         cardinality error (L,): by how many objects an image's prediction is off, on average;
-        summary (3,): the last layer's class error, percent of matched queries with the wrong class (100 without any); how
-            many of all layers' predictions are broken; how many true boxes lie outside [0, 1], have no area or a label out
-            of range. Such labels count as the nearest in range: nothing here ends a CUDA context.
+        summary (3,): the last layer's class error, percent of matched queries with the wrong class (100 without any; "no object" aside); how
+            many of all layers' predictions are broken; how many true boxes lie outside [0, 1], have no area or a label outside
+            [0, K - 2]. Labels out of range count as the nearest in range: nothing here ends a CUDA context.
     Other integers than int64 are converted. Raises ValueError where the shapes do not fit, TypeError where dtypes don't.
     Sources: arXiv:2005.12872, sections 3.1 and A.2; arXiv:1902.09630 for GIoU; arXiv:1708.02002 for the focal loss.
     """
@@ -206,7 +206,7 @@ def _losses(
     logits, boxes, true_boxes = (t.to(dtype) for t in (logits, boxes, true_boxes))
     num_boxes = (total.sum().to(dtype) / ranks).clamp(min=1)
     matched, no_object = query >= 0, logits.shape[-1] - 1
-    classes = _target_classes(query, matched, labels.clamp(0, no_object - 1), logits.shape[2], no_object)
+    classes = _target_classes(query, matched, labels.clamp(0, no_object - focal), logits.shape[2], no_object)
     if focal:
         class_loss = _focal_loss(logits[..., :-1], classes) / num_boxes
     else:

@@ -207,16 +207,27 @@ def test_what_transformers_refuses_is_refused_on_a_cpu_and_makes_the_loss_nan_wh
     assert call(PAIRS["softmax"][1], *wrong())[0].isfinite()
 
 
-@pytest.mark.parametrize("label", [LABELS, -1], ids=["no-object", "last"])
-def test_labels_that_transformers_takes_and_ours_does_not_go_to_transformers(label):
-    case = wrong(label=label)
-    try:
-        expected = call(PAIRS["softmax"][0], *case)[0]
-    except IndexError:
+@pytest.mark.parametrize("looks", [True, False], ids=["cpu", "where-a-look-would-wait"])
+def test_a_box_labelled_no_object_trains_as_transformers_trains_it(looks, monkeypatch, fp64):
+    case = wrong(label=LABELS)
+    monkeypatch.setattr(adapter, "has_values", lambda tensor: looks)
+    (expected, by_name, _), (found, own, _) = (call(function, *case) for function in PAIRS["softmax"])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for name in by_name:
+        torch.testing.assert_close(own[name].double(), by_name[name].double(), rtol=1e-6, atol=1e-12, msg=name)
+    gradients = (torch.autograd.grad(loss, case[:2]) for loss in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "label"), [("softmax", -1), ("softmax", LABELS + 1), ("focal", LABELS)])
+def test_other_labels_raise_transformers_error_and_make_the_loss_nan_where_a_look_would_wait(name, label, monkeypatch):
+    labels, (logits, boxes) = labels_of((2, 3)), predictions(name, 2)
+    labels[1]["class_labels"][0] = label
+    for function in PAIRS[name]:
         with pytest.raises(IndexError):
-            call(PAIRS["softmax"][1], *case)
-    else:
-        assert torch.equal(call(PAIRS["softmax"][1], *case)[0], expected)
+            call(function, logits, boxes, labels, config())
+    monkeypatch.setattr(adapter, "has_values", lambda tensor: False)
+    assert call(PAIRS[name][1], logits, boxes, labels, config())[0].isnan()
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,27 @@ def test_errors_and_flags_equal_eagers(focal):
 
 
 @interpreter
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_true_box_labelled_no_object_weighs_as_such_and_is_told_of(backend):
+    logits, boxes, query, labels, *rest = make_case(layers=1, counts=(3, 2), classes=6)
+    query[0] = torch.tensor([[4, 1, 7, -1], [0, 2, -1, -1]])
+    labels[0, 1] = labels[1, 0] = 5
+    expected_classes = torch.full((2, 8), 5)
+    expected_classes[0, 4], expected_classes[0, 7], expected_classes[1, 2] = labels[0, 0], labels[0, 2], labels[1, 1]
+    logits.requires_grad_()
+    with checked_interpreter(), use_backend(detection_losses=backend):
+        losses, _, summary = ops.detection_losses(logits, boxes, query, labels, *rest, eos_coef=0.3)
+        found = torch.autograd.grad(losses[0].sum(), logits)[0]
+    weight = torch.tensor([1.0] * 5 + [0.3])
+    expected = torch.nn.functional.cross_entropy(logits[0].transpose(1, 2), expected_classes, weight)
+    torch.testing.assert_close(losses[0, 0], expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0])
+    with_object = expected_classes < 5
+    right = (logits[0].argmax(-1) == expected_classes)[with_object].float().mean()
+    torch.testing.assert_close(summary[[0, 2]], torch.stack((100 - 100 * right, torch.tensor(2.0))))
+
+
+@interpreter
 def test_a_gradient_at_ties_is_torchs():
     logits, boxes, query, labels, true_boxes, *rest = make_case(layers=1, counts=(4,), queries=4)
     query[0, 0] = torch.arange(4)
