@@ -52,6 +52,26 @@ MODELS = {
             "first_k_dense_replace": 1,
         },
     ),
+    "DeepSeek V2, complex numbers": (
+        "DeepseekV2ForCausalLM",
+        {
+            **WIDTHS,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "Llama 4, complex numbers": (
+        "Llama4ForCausalLM",
+        {**GROUPED, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_chunk_size": 4},
+    ),
+    "nanochat, the other way": ("NanoChatForCausalLM", WIDTHS),
     "GPTJ, neighbours by one number a pair": (
         "GPTJForCausalLM",
         {
@@ -66,6 +86,7 @@ MODELS = {
     ),
     "ModernBERT": ("ModernBertModel", {**WIDTHS, "cls_token_id": 1, "sep_token_id": 2}),
 }
+CONFIGS = {"Llama4ForCausalLM": "Llama4TextConfig"}
 IDS = torch.arange(3, 15).view(2, 6)
 RIGHT = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
 LEFT = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -74,7 +95,9 @@ LEFT = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
 def made(name, **options):
     torch.manual_seed(1)
     kind, sizes = MODELS[name]
-    settings = getattr(transformers, kind.replace("ForCausalLM", "Config").replace("Model", "Config"))
+    settings = getattr(
+        transformers, CONFIGS.get(kind) or kind.replace("ForCausalLM", "Config").replace("Model", "Config")
+    )
     model = getattr(transformers, kind)(settings(**{**TOKENS, **sizes, **options}))
     with torch.no_grad():
         for weight in model.parameters():

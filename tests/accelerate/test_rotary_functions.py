@@ -35,16 +35,40 @@ FUNCTIONS = {
     "ernie4_5": ("apply_rotary_pos_emb", "heads"),
     "deepseek_v3": ("apply_rotary_pos_emb_interleave", "heads"),
     "helium": ("apply_rotary_pos_emb", "heads"),
+    "mistral_large4": ("apply_rotary_pos_emb_interleave", "heads"),
+    "qwen4_exp": ("apply_rotary_pos_emb", "heads"),
+    "nanochat": ("apply_rotary_pos_emb", "heads"),
+    "pe_audio": ("apply_rotary_pos_emb", "heads"),
+    "hunyuan_vl": ("apply_rotary_pos_emb", "heads"),
+    "openai_privacy_filter": ("apply_rotary_pos_emb", "heads"),
+    "deepseek_v4": ("apply_rotary_pos_emb", "one"),
+    "inkling2": ("apply_rotary_pos_emb_vision", "packed"),
+    "minimax_m3_vl": ("apply_rotary_pos_emb_vision", "packed"),
+    "sam2_video": ("apply_rotary_pos_emb_2d", "pixels"),
+    "deepseek_v2": ("apply_rotary_emb", "complex"),
+    "llama4": ("apply_rotary_emb", "complex"),
+    "llama4, patches": ("vision_apply_rotary_emb", "complex"),
 }
-PARTIAL = ("gpt_neox", "glmasr", "nemotron", "phi3", "glm4v", "glm")
+PARTIAL = ("gpt_neox", "glmasr", "nemotron", "phi3", "glm4v", "glm", "qwen4_exp", "minimax_m3_vl", "deepseek_v4")
+PER_PAIR = ("gpt_oss", "openai_privacy_filter")
+
+
+def theirs_of(where):
+    module = where.partition(",")[0]
+    return getattr(pytest.importorskip(f"transformers.models.{module}.modeling_{module}"), FUNCTIONS[where][0])
 
 
 def arguments(where, kind, dtype, table):
     """Queries, keys (one at a time by "one"), cosines and sines, and what is given by name."""
-    width = 8 if where in PARTIAL or where == "gpt_oss" else 16
+    width = 4 if where == "deepseek_v4" else 8 if where in (*PARTIAL, *PER_PAIR) else 16
     q, k = torch.randn(2, 3, 5, 16).to(dtype), torch.randn(2, 1, 5, 16).to(dtype)
     if kind == "packed":
-        return [q[0].mT.reshape(5, 3, 16), k[0].mT.reshape(5, 1, 16), *torch.randn(2, 5, 16).to(table)], {}
+        return [q[0].mT.reshape(5, 3, 16), k[0].mT.reshape(5, 1, 16), *torch.randn(2, 5, width).to(table)], {}
+    if kind == "complex":
+        turns = torch.polar(torch.rand(2, 5, 8) + 0.5, torch.randn(2, 5, 8))  # of any length
+        if where == "deepseek_v2":
+            return [q, k, turns], {}
+        return [q.transpose(1, 2), k.transpose(1, 2), turns[0][:, None] if "patches" in where else turns], {}
     if kind == "patches":
         return [q, k, *torch.randn(2, 3, 16).to(table)], {}
     if kind == "pixels":
@@ -59,8 +83,7 @@ def arguments(where, kind, dtype, table):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", FUNCTIONS)
 def test_what_takes_a_functions_place_computes_the_same(where, dtype, table):
-    name, kind = FUNCTIONS[where]
-    theirs = getattr(pytest.importorskip(f"transformers.models.{where}.modeling_{where}"), name)
+    kind, theirs = FUNCTIONS[where][1], theirs_of(where)
     place = rotary_functions.place_of(theirs)
     torch.manual_seed(1)
     given, named = arguments(where, kind, dtype, table)
@@ -101,8 +124,71 @@ def test_calls_that_no_kernel_takes_are_theirs(change):
     assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 
-def test_functions_that_turn_the_other_way_or_are_wrapped_are_not_known():
-    nanochat = pytest.importorskip("transformers.models.nanochat.modeling_nanochat")
-    assert rotary_functions.place_of(nanochat.apply_rotary_pos_emb) is None
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "where", ["llama4", "llama4, patches", "deepseek_v2", "deepseek_v4", "nanochat", "pe_audio", "minimax_m3_vl"]
+)
+def test_gradients_are_as_theirs(where):
+    theirs, kind = theirs_of(where), FUNCTIONS[where][1]
+    torch.manual_seed(1)
+    given, _ = arguments(where, kind, torch.float32, torch.float32)
+    learn = 1 if kind == "one" else 2
+    results = []
+    for function, backend in ((theirs, "eager"), (rotary_functions.place_of(theirs), "triton")):
+        leaves = [t.clone().requires_grad_() for t in given[:learn]]
+        with checked_interpreter(), use_backend(rotary_embedding=backend):
+            found = function(*leaves, *given[learn:])
+            found = [found] if kind == "one" else list(found)
+            generator = torch.Generator().manual_seed(2)
+            torch.autograd.backward(found, [torch.randn(y.shape, generator=generator) for y in found])
+        results.append([t.grad for t in leaves])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("others", [0, 3])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_keys_of_sam_2s_memory_repeat_the_angles_and_those_of_no_place_stay(times, heads, others):
+    theirs = theirs_of("sam2_video")
+    torch.manual_seed(1)
+    q, cos, sin = torch.randn(2, 5, heads, 16), *torch.randn(2, 5, 16)
+    k = torch.randn(2, 5 * times + others, heads, 16)
+    upstream = torch.randn_like(q), torch.randn_like(k)
+    results = []
+    for function, backend in ((theirs, "eager"), (rotary_functions.place_of(theirs), "triton")):
+        given = [t.clone().requires_grad_() for t in (q, k)]
+        with checked_interpreter(), use_backend(rotary_embedding=backend):
+            found = function(
+                *(t.transpose(1, 2) for t in given), cos, sin, repeat_freqs_k=times > 1, num_k_exclude_rope=others
+            )
+            torch.autograd.backward([t.transpose(1, 2) for t in found], upstream)
+        results.append([*found, *(t.grad for t in given)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.interpreter
+def test_qwen_4s_queries_are_turned_alone_and_without_keys_nothing_else_comes():
+    theirs = theirs_of("qwen4_exp")
+    q, cos, sin = torch.randn(2, 5, 3, 16), *torch.randn(2, 2, 5, 8)
+    found = []
+    seen = dispatch.recording(lambda op, decision: found.append(decision.implementation.name))
+    with seen, use_backend(rotary_embedding="triton"):
+        ours = rotary_functions.place_of(theirs)(q, cos=cos, sin=sin, unsqueeze_dim=2)
+    assert found == ["triton"]
+    torch.testing.assert_close(ours, theirs(q, cos=cos, sin=sin, unsqueeze_dim=2))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("change", [torch.conj, lambda turns: turns.to(torch.complex128), lambda turns: turns[:, :1]])
+def test_complex_numbers_that_no_kernel_takes_are_theirs(change):
+    theirs = theirs_of("llama4")
+    given = torch.randn(2, 5, 3, 16), torch.randn(2, 5, 1, 16), change(torch.randn(2, 5, 8, dtype=torch.complex64))
+    with use_backend("triton"):
+        found = rotary_functions.place_of(theirs)(*given)
+    assert all(map(torch.equal, found, theirs(*given)))
+
+
+def test_functions_that_are_wrapped_are_not_known():
     assert rotary_functions.place_of(functools.wraps(llama.apply_rotary_pos_emb)(lambda *given: given)) is None
     assert rotary_functions.place_of(llama.apply_rotary_pos_emb) is not None
