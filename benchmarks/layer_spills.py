@@ -26,6 +26,7 @@ from detr_fast.kernels import (
     linear_norm,
     matching_cost,
     rotary,
+    sine_positions,
     stem,
     wide_rows,
 )
@@ -102,6 +103,7 @@ SPACE: dict[str, Options] = {
     "gated backward": GATE | {"dgate": SWITCH, "dup": SWITCH},
     "pixel blocks": {"image": DTYPES, "dtype": HALVES},
     "affine pool": {"dtype": HALVES, "channels": (16, 32, 64, 128, 256, 512, 1024)},
+    "sine positions": {"features": (2, 18, 64, 128, 1536), "normalize": SWITCH, "dtype": DTYPES},
     "rotary embedding": {"dtype": DTYPES, "angles": ("same", "fp32"), "columns": (6, 20, 24, 64, 80, 96, 128, 192, 256)}
     | {"quarter": SWITCH, "heads": (1, 2, 4), "run": (1, 2, 4, 8), "keys": SWITCH}
     | {"interleaved": SWITCH, "per_pair": SWITCH, "back": SWITCH},
@@ -416,6 +418,7 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "gated backward": _gated,
     "pixel blocks": lambda case: stem.blocks_variant(case["image"], case["dtype"]),
     "affine pool": lambda case: stem.pool_variant(case["channels"], case["dtype"]),
+    "sine positions": lambda case: sine_positions.sine_positions_variant(*case.values()),
     "rotary embedding": _rotary,
     "layer norm": _layer_norm,
     "layer norm backward": _layer_norm_backward,

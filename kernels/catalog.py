@@ -23,6 +23,7 @@ from . import (
     linear_norm,
     matching_cost,
     rotary,
+    sine_positions,
     stem,
 )
 from .entry import TARGETS as TARGETS
@@ -42,6 +43,7 @@ FAMILIES = (
     gated,
     channel_affine,
     stem,
+    sine_positions,
     attention_catalog,
     deformable_attention,
     rotary,

@@ -17,6 +17,7 @@ _ADAPTERS = {
     "detr_fast.adapters.hugging_face_sampling.HuggingFaceSampling": "transformers",
     "detr_fast.adapters.table_transformer.TableTransformer": "transformers",
     "detr_fast.adapters.activations.Activations": "transformers",
+    "detr_fast.adapters.sine_positions.SinePositions": "transformers",
     "detr_fast.adapters.hugging_face_loss.HuggingFaceLoss": "transformers",
     "detr_fast.adapters.rms_norms.RMSNorms": None,
     "detr_fast.adapters.rms_layers.RMSNormLayers": None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from detr_fast import ops
+from detr_fast.ops.sine_positions import waves
 
 
 class _Positional(nn.Module):
@@ -56,7 +57,8 @@ class SinusoidalPositionalEncoding(_Positional):
         self._check(tokens, f"(…, L, {self.d_model})", tokens.ndim >= 2)
         dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         position = torch.arange(tokens.shape[-2], dtype=dtype, device=tokens.device) + start
-        return self._finish(tokens, _waves(position, _periods(self.d_model, self.temperature, position)))
+        pair = torch.arange(self.d_model // 2, dtype=dtype, device=tokens.device)
+        return self._finish(tokens, waves(position, self.temperature ** (2 * pair / self.d_model)))
 
 
 class SinePositionEmbedding2D(_Positional):
@@ -81,26 +83,15 @@ class SinePositionEmbedding2D(_Positional):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens (N, H, W, C), mask (N, H, W) bool with True = padding -> (N, H, W, C)."""
         self._check(tokens, f"(N, H, W, {self.d_model}), with their grid", tokens.ndim == 4)
-        batch, height, width = tokens.shape[:3]
-        device = tokens.device
         if mask is None:
-            rows = torch.arange(1, height + 1, dtype=torch.float32, device=device).view(1, -1, 1)
-            columns = torch.arange(1, width + 1, dtype=torch.float32, device=device).view(1, 1, -1)
-        else:
-            if mask.dtype != torch.bool or mask.shape != (batch, height, width):
-                raise ValueError(
-                    f"the mask must be bool of shape {(batch, height, width)}, True = padding; "
-                    f"got {mask.dtype} {tuple(mask.shape)}"
-                )
-            visible = ~mask
-            rows = visible.cumsum(1, dtype=torch.float32)
-            columns = visible.cumsum(2, dtype=torch.float32)
-        rows = rows / (rows[:, -1:, :] + 1e-6) * (2 * math.pi)
-        columns = columns / (columns[:, :, -1:] + 1e-6) * (2 * math.pi)
-        features = self.d_model // 2
-        period = _periods(features, self.temperature, rows)
-        shape = (*torch.broadcast_shapes(rows.shape, columns.shape), features)
-        return self._finish(tokens, torch.cat([_waves(axis, period).expand(shape) for axis in (rows, columns)], dim=-1))
+            mask = torch.zeros((1, *tokens.shape[1:3]), dtype=torch.bool, device=tokens.device)
+        elif mask.dtype != torch.bool or mask.shape != tokens.shape[:3]:
+            raise ValueError(
+                f"the mask must be bool of shape {tuple(tokens.shape[:3])}, True = padding; "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        positions = ops.sine_positions(mask, self.d_model // 2, self.temperature, dtype=tokens.dtype)
+        return self._finish(tokens, positions)
 
 
 class LearnedPositionalEmbedding(_Positional):
@@ -161,14 +152,3 @@ class LearnedPositionalEmbedding(_Positional):
     def extra_repr(self) -> str:
         size = self.size[0] if len(self.size) == 1 else self.size
         return f"{size}, {super().extra_repr()}"
-
-
-def _periods(features: int, temperature: float, like: Tensor) -> Tensor:
-    """Of each pair of a sine and a cosine, over 2π."""
-    pair = torch.arange(features // 2, dtype=like.dtype, device=like.device)
-    return temperature ** (2 * pair / features)
-
-
-def _waves(position: Tensor, period: Tensor) -> Tensor:
-    angle = position[..., None] / period
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)

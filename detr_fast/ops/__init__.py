@@ -23,6 +23,7 @@ from detr_fast.ops.qkv_projection import qkv_projection
 from detr_fast.ops.resnet_stem import resnet_stem
 from detr_fast.ops.rms_norm import rms_norm
 from detr_fast.ops.rotary_embedding import rotary_embedding
+from detr_fast.ops.sine_positions import sine_positions
 
 __all__ = [
     "add_layer_norm",
@@ -49,6 +50,7 @@ __all__ = [
     "resnet_stem",
     "rms_norm",
     "rotary_embedding",
+    "sine_positions",
 ]
 
 dispatch.read_environment()
