@@ -32,10 +32,10 @@ class CapturedStep:
     """One training step: `step(inputs, targets)` returns the losses as device tensors, which hold until the next step.
 
     `inputs` is what the model is called with: a tuple of arguments, a dictionary of arguments by name, or one argument. The
-    first two steps of each shape run eagerly; they train like all others. So they do again where a part of the model, its class, its mode or a
-    fraction among its settings, which parameters are trained, or the memory of parameters and buffers has changed, where hooks came or went, and where the optimizer's
+    first two steps of each shape run eagerly; they train like all others. So they do again where a part of the model or of the criterion, its class, its mode or
+    a setting of it (a number, say; see `Settings`), which parameters are trained, or the memory of parameters and buffers has changed, where hooks came or went, and where the optimizer's
     state was loaded or its settings changed. Of a hook, a graph repeats the operations on tensors; its own Python runs in eager steps and
-    captures alone. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
+    captures alone. A forward that changes settings itself, as a count of its calls, leaves steps eager, as a warning says. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
     all steps eager, as a warning says. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
 
     Args:
@@ -82,7 +82,7 @@ class CapturedStep:
         reason = why_no_graph(model, optimizer, self.scaler) if capture else "capture=False"
         self._number: Tensor | None = None
         self._rates: list[Tensor] = []  # of the optimizer's groups, where steps are captured
-        self._held = held_by(optimizer)
+        self._held = self._holds()
         self._changes = 0  # of what is held, in as many steps one behind the other
         if reason is None:
             _warn_of_padding(self.averaged)
@@ -94,7 +94,7 @@ class CapturedStep:
             reason=reason,
             before=self._forget_gradients,
             around=self._capturable,
-            bound=Bound(model),
+            bound=Bound(nn.ModuleList([model, criterion]) if isinstance(criterion, nn.Module) else model),
         )
 
     @property
@@ -156,7 +156,7 @@ class CapturedStep:
 
     def _look_at_the_optimizer(self) -> None:
         """Drop graphs that hold moments or settings which the optimizer has no more."""
-        held = held_by(self.optimizer)
+        held = self._holds()
         kept = len(held[0]) >= len(self._held[0]) and all(map(is_, held[0], self._held[0]))
         if kept and held[1] == self._held[1]:
             self._held, self._changes = held, 0
@@ -174,6 +174,10 @@ class CapturedStep:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def _holds(self) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:
+        state, settings = held_by(self.optimizer)
+        return state, [*settings, (("clip_norm", repr(self.clip_norm)),)]
 
     def _rates_of_groups(self, device: torch.device) -> list[Tensor]:
         return [torch.zeros((), device=device) for _ in self.optimizer.param_groups]

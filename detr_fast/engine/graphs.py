@@ -16,6 +16,7 @@ from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.capture import capture
+from detr_fast.engine.bound import Bound
 
 MAX_GRAPHS = 32
 MAX_UNUSED = 1000  # calls; a graph that none of so many needed makes room for another
@@ -46,7 +47,7 @@ class GraphedFunction:
         reason: why nothing can be captured, known beforehand; None where it can.
         before: called before each eager call and each capture, outside the graph.
         around: entered around each call of `function` that is captured, or that warms up for it.
-        bound: what graphs are bound to besides the shapes, autocast, the gradient and inference modes, the flags of `torch.backends` that choose kernels (precision,
+        bound: gives what graphs are bound to besides the shapes, autocast, the gradient and inference modes, the flags of `torch.backends` that choose kernels (precision,
             determinism, cuDNN, SDPA) and what `use_backend` asks for; where it gives something else, a shape has another graph.
         warmup: eager calls of a shape before it is captured.
     """
@@ -59,7 +60,7 @@ class GraphedFunction:
         reason: str | None = None,
         before: Callable[[], None] = lambda: None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        bound: Callable[[], Hashable] | None = None,
+        bound: Bound | None = None,
         warmup: int = 2,
     ) -> None:
         self.function = function
@@ -97,7 +98,8 @@ class GraphedFunction:
         bucket.last = self._calls
         if bucket.graph is None and (bucket.calls < self.warmup or not self._capture(bucket, arguments)):
             outputs = self._warm_up(arguments) if self.reason is None else self._eagerly(arguments)
-            bucket.calls += 1  # and not of one that failed: an optimizer makes its state in the first
+            # And not of one that failed: an optimizer makes its state in the first.
+            bucket.calls += self.bound is None or self.bound.left(whole[2])
             return outputs
         self._wait_for_replays()
         for static, given in zip(tensors_of(bucket.inputs), tensors_of(arguments)):

@@ -17,6 +17,7 @@ import detr_fast
 from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
 from detr_fast.engine import captured, graphs
+from detr_fast.engine.bound import Bound
 from detr_fast.engine.captured import CapturedInference, CapturedStep
 from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction, shapes_of, tensors_of
@@ -336,19 +337,20 @@ def test_too_many_shapes_run_eagerly_and_say_so_once(emulated, monkeypatch, recw
 def test_graphs_that_nothing_needs_any_more_make_room_for_others(emulated, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     monkeypatch.setattr(graphs, "MAX_UNUSED", 6)
-    hooks = 0  # a number that no other hook has
-    graphed = GraphedFunction(lambda x: x + 1, torch.device("cpu"), bound=lambda: hooks, warmup=1)
+    part = nn.Identity()
+    part.number = 0
+    graphed = GraphedFunction(lambda x: x + 1, torch.device("cpu"), bound=Bound(part), warmup=1)
 
     def call():
         for value in range(4):
             assert graphed(torch.full((2,), float(value)))[0] == value + 1
 
-    for hooks in range(6):
+    for part.number in range(6):
         call()
-        assert len(emulated) == hooks + 1
+        assert len(emulated) == part.number + 1
     assert graphed.graphs == 2
     monkeypatch.setattr(graphs, "MAX_UNUSED", 0)
-    hooks = 6
+    part.number = 6
     call()
     assert graphed.graphs == 1
     # PyTorch does not take up a pool again whose graphs are all gone.

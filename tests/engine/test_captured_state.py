@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,3 +398,106 @@ def test_arguments_that_have_no_hash_leave_their_calls_eager(emulated):
     for _ in range(4):
         assert torch.equal(inference(x, (1, 2)), inference.model(x, (1, 2)))
     assert inference.graphs == 1
+
+
+class Windowed(nn.Module):
+    """Reads settings of every kind in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.window, self.flag, self.how, self.limits, self.scales, self.mask = 2, False, "plus", (0, 1), [1, 2], None
+        self.config = SimpleNamespace(heads=1)
+
+    def forward(self, x):
+        y = self.linear(x)[:, : self.window] * self.config.heads * self.scales[0] + self.limits[1]
+        y = y if self.mask is None else y * self.mask[: self.window]
+        return -y if self.flag else y if self.how == "plus" else y * 7
+
+
+CHANGES = {
+    "int": lambda part: setattr(part, "window", 3),
+    "bool": lambda part: setattr(part, "flag", True),
+    "str": lambda part: setattr(part, "how", "times"),
+    "tuple": lambda part: setattr(part, "limits", (0, 5)),
+    "list": lambda part: part.scales.__setitem__(0, 9),
+    "None": lambda part: setattr(part, "mask", torch.ones(4) * 6),
+    "configuration": lambda part: setattr(part.config, "heads", 8),
+    "another configuration": lambda part: setattr(part, "config", SimpleNamespace(heads=5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_setting_that_was_changed_after_the_capture_is_what_runs(change, emulated):
+    model, x = nn.Sequential(nn.Linear(4, 4), Windowed()), torch.randn(3, 4)
+    inference, before = CapturedInference(model), copy.deepcopy(model[1].__dict__)
+    for _ in range(4):
+        inference(x)
+    change(model[1])
+    for graphs_then in (1, 1, 2, 2):
+        assert torch.equal(inference(x), model(x))
+        assert inference.graphs == graphs_then
+    model[1].__dict__.update(before)
+    assert torch.equal(inference(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda step: setattr(step.criterion, "beta", 0.1), lambda step: setattr(step, "clip_norm", 0.01)]
+)
+def test_a_criterions_setting_and_the_clipping_are_what_they_are_now(change, emulated):
+    class Loss(nn.SmoothL1Loss):
+        def forward(self, y, target):
+            return super().forward(y, target) * 100
+
+    start, x, target = nn.Linear(4, 2), torch.randn(8, 4), torch.randn(8, 2)
+    steps = []
+    for capture in (True, False):
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.param_groups[0]["capturable"] = True
+        steps.append(CapturedStep(model, Loss(), optimizer, clip_norm=1.0, capture=capture))
+    for changed in (False, True):
+        for step in steps:
+            if changed:
+                change(step)
+            for _ in range(4):
+                step(x, target)
+        torch.testing.assert_close(*(step.model.state_dict() for step in steps))
+    assert steps[0].graphs > 0
+
+
+@pytest.mark.parametrize("step", [lambda n: n + 1, lambda n: 1 - n], ids=["counted", "by turns"])
+def test_a_setting_that_the_forward_itself_changes_leaves_calls_eager_and_a_warning_names_it(step, emulated, recwarn):
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls = step(self.calls)
+            return super().forward(x) * self.calls
+
+    model, x = nn.Sequential(Counting(3, 2)), torch.randn(4, 3)
+    inference, other = CapturedInference(model), copy.deepcopy(model)
+    for _ in range(9):
+        torch.testing.assert_close(inference(x), other(x))
+    (warning,) = recwarn
+    assert "four calls one behind the other changed Counting.calls themselves" in str(warning.message)
+    assert inference.graphs == 0
+    assert inference.reason is None
+
+
+def test_what_a_forward_keeps_of_its_last_call_is_no_setting(emulated, recwarn):
+    class Keeping(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.last = None
+
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last * 2
+
+    model, x = nn.Sequential(Keeping()), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    for _ in range(6):
+        inference(x)
+    assert inference.graphs == 1
+    assert not recwarn
