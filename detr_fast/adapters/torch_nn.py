@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 from torch import nn
 from torch.nn import Module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import detr_fast.nn as ours
-from detr_fast.adapters.base import Adapter, joined, overriding, why_not_fuse, why_not_switch
+from detr_fast.adapters.base import Adapter, fingerprint, joined, overriding, public_name, why_not_fuse, why_not_switch
 from detr_fast.nn.replacements import REPLACEMENTS
 
 _Parts = dict[str, tuple[type[Module], ...]]
@@ -26,10 +29,14 @@ _PARTS: dict[type[Module], _Parts] = {
     nn.TransformerEncoderLayer: _LAYER,
     nn.TransformerDecoderLayer: _LAYER,
 }
+_OURS = frozenset(REPLACEMENTS.values())
+# Forwards around torch.nn's own, which they call by super(): of images with channels first or last (ConvNeXt's and its copies in
+# transformers), and of ESM C's.
+_AROUND = {"2f0a31bdc64f630a", "965cc98b95a32e21"}
 
 
 class TorchNN(Adapter):
-    """Exactly torch.nn's classes, and subclasses that keep its forward."""
+    """Exactly torch.nn's classes, and subclasses that keep its forward, or are known to call it."""
 
     @classmethod
     def consider(cls, module: Module) -> type[Module] | str | None:
@@ -44,7 +51,17 @@ class TorchNN(Adapter):
             return REPLACEMENTS[original]
         if kind.__module__.startswith("torch.ao."):
             return "it is quantised (torch.ao)"
-        other = overriding(module, original)
-        if other is not None:
+        other: Any = overriding(module, original)
+        if other is not None and not _calls_original(other):
             return f"{other.__name__} overrides forward of torch.nn.{original.__name__}"
         return joined(kind, REPLACEMENTS[original], kind)
+
+    @classmethod
+    def describe(cls, replacement: type[Module]) -> str:
+        return public_name(next(one for one in replacement.__mro__ if one in _OURS))
+
+
+@cache
+def _calls_original(kind: Any) -> bool:
+    """Whether a class' forward is one that calls torch.nn's, and finds ours in its place where that is behind it."""
+    return fingerprint(kind.forward) in _AROUND

@@ -177,6 +177,13 @@ BACKBONES = {
         {"attention": 0, "add_layer_norm": 2, "feed_forward": 2},
     ),
     "SamVision": (sam_vision, through, {"attention": 2, "add_layer_norm": 2, "feed_forward": 2}),
+    "ConvNext": (  # with norms of images, channels first and last
+        lambda: transformers.ConvNextModel(
+            transformers.ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1])
+        ),
+        features,
+        {"layer_norm": 5},
+    ),
     "Sam3's encoder": (lambda: sam3_layer("Encoder"), prompt, {"attention": 2, "add_layer_norm": 2, "feed_forward": 1}),
     "Sam3's decoder": (lambda: sam3_layer("Decoder"), prompt, {"attention": 3, "add_layer_norm": 4}),
 }

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import detr_fast
 from detr_fast import nn as ours
 from detr_fast import use_backend
+from detr_fast.explanation import explaining
 from detr_fast.nn.replacements import REPLACEMENTS
 
 
@@ -113,6 +114,23 @@ def test_example_inputs_that_do_not_fit_leave_the_model_as_it_was(switch):
     with pytest.raises(RuntimeError, match="feature number"):
         switch(model, example_inputs=(torch.ones(2, 3, 7), torch.ones(2, 3, 7)))
     assert classes(model) == before
+
+
+def test_norms_of_images_call_ours_and_survive_copies_pickles_and_the_compiler():
+    convnext = pytest.importorskip("transformers.models.convnext.modeling_convnext")
+    for form, x in (("channels_first", torch.randn(2, 8, 3, 4)), ("channels_last", torch.randn(2, 3, 4, 8))):
+        module = convnext.ConvNextLayerNorm(8, data_format=form)
+        expected = module(x)
+        report = detr_fast.accelerate(module)
+        assert [one.now for one in report.switched] == ["detr_fast.nn.LayerNorm"]
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), compiled):
+            assert torch.equal(one(x), expected)
+        with explaining(module) as records:
+            module(x)
+        assert [record.op for record in records] == ["layer_norm"]
+        detr_fast.restore(module)
+        assert type(module) is convnext.ConvNextLayerNorm
 
 
 def test_modules_built_from_our_nn_are_not_restored():
