@@ -19,6 +19,7 @@ from torch import Tensor
 from detr_fast.nn.bare import is_bare
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.dropout import recording
+from detr_fast.ops.products import goes_by_eager_ops
 from detr_fast.ops.qkv_projection import QKV_PROJECTION, TritonQkvProjection
 
 
@@ -109,11 +110,12 @@ def _alike(attention: Any, others: list[Any]) -> bool:
 
 def _project(shared: _Memory) -> dict[Any, Projected]:
     attentions, memory = shared.attentions, shared.memory
-    weights, biases = zip(*(attention.in_parameters([1, 1, 1]) for attention in attentions))
-    queries, keys, values = zip(*weights)  # one for each layer
-    weight = torch.cat([*keys, *values])
-    query_biases, *others = zip(*biases)
-    bias = None if others[0][0] is None else torch.cat([*others[0], *others[1]])
+    weights, biases = zip(*(attention.in_parameters([3]) for attention in attentions))
+    (weights,), (biases,) = zip(*weights), zip(*biases)  # one for each layer
+    biased = biases[0] is not None
+    found = _Joined.apply(len(weights), *weights, *(biases if biased else ()))
+    (weight, *queries), others = found[: len(weights) + 1], found[len(weights) + 1 :]
+    bias, *query_biases = others if biased else (None, *biases)
     arguments = (memory, weight, bias, shared.position, weight.shape[0] // 2)
     if shared.key is None:
         packs = [_by_layer(attentions, F.linear(memory, weight, bias))]
@@ -128,16 +130,65 @@ def _project(shared: _Memory) -> dict[Any, Projected]:
     for attention, w, b, *pack in zip(attentions, queries, query_biases, *packs):
         # What was projected beside trained layers' weights must not look trained where it is not: attention is chosen by
         # the layer's own parameters, and would have a backward without need.
-        trained = wants_grad(*sources, attention.in_proj_weight, attention.in_proj_bias)
-        shares[attention] = Projected(w, b, pack if trained else [t.detach() for t in pack])
+        own = (attention.in_proj_weight, attention.in_proj_bias)
+        w, b = (t if t is None or wants_grad(p) else t.detach() for t, p in zip((w, b), own))
+        shares[attention] = Projected(w, b, pack if wants_grad(*sources, *own) else [t.detach() for t in pack])
     return shares
+
+
+class _Joined(torch.autograd.Function):
+    """Layers' weights (3 * C, C), and their biases (3 * C,) behind them if any: of each kind the keys' rows of all layers, behind them
+    the values', joined; and each layer's queries' rows.
+
+    By `split` and `cat` the backward would take a launch for each of them; this one copies all gradients in one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layers: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.looks = [(p.shape, p.dtype, p.device) for p in parameters]
+        found: list[Tensor] = []
+        for start in range(0, len(parameters), layers):
+            queries, keys, values = zip(*(parameter.chunk(3) for parameter in parameters[start : start + layers]))
+            found += [torch.cat([*keys, *values]), *queries]
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> Any:
+        layers = len(ctx.looks) // (1 + (len(arriving) > len(ctx.looks) + 1))
+        parts: list[tuple[Tensor | None, ...]] = []
+        for start in range(0, len(arriving), layers + 1):
+            joined, *queries = arriving[start : start + layers + 1]
+            shares = [None] * 2 * layers if joined is None else joined.chunk(2 * layers)
+            parts += zip(queries, shares[:layers], shares[layers:])
+        wanted = ctx.needs_input_grad[1:]
+        eagerly = goes_by_eager_ops(*arriving)
+        made = [torch.empty(s, dtype=t, device=d) if want else None for (s, t, d), want in zip(ctx.looks, wanted)]
+        found = list(made)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for i, (gradient, three) in enumerate(zip(made, parts)):
+            if gradient is None:
+                continue
+            places = gradient.chunk(3)
+            given = [torch.zeros_like(place) if one is None else one for one, place in zip(three, places)]
+            if eagerly:
+                found[i] = torch.cat(given)
+            else:
+                targets += places
+                sources += given
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return None, *found
 
 
 def _by_layer(attentions: list[Any], y: Tensor) -> tuple[Tensor, ...]:
     """(B, S, n * layers * C), or sequence first -> for each layer (B, S, n, H, E)."""
     first = attentions[0]
-    heads = y.unflatten(-1, (-1, len(attentions), first.num_heads, first.head_dim))
-    return (heads if first.batch_first else heads.transpose(0, 1)).unbind(3)
+    shape = (*y.shape[:-1], -1, first.num_heads, first.head_dim)
+    # Of three dimensions: PyTorch stacks gradients of up to four in one launch, else one by one.
+    shares = [share.view(shape) for share in y.reshape(-1, len(attentions), first.embed_dim).unbind(1)]
+    return tuple(shares if first.batch_first else [share.transpose(0, 1) for share in shares])
 
 
 _local = threading.local()

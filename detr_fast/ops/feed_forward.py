@@ -23,6 +23,7 @@ from detr_fast.ops.products import (
     MEASURED_HIDDEN,
     ProductCall,
     TritonProduct,
+    adds_in_fp32,
     autocast,
     autocast_dtype,
     exact_fp32,
@@ -279,7 +280,9 @@ class TritonFeedForward(TritonProduct):
         p, output_p = (0.5 * drops for drops in call.drops)
         tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed)
         settings = (call.activation, 0, p, output_p, 1e-5, out, call.return_sum, call.needs_grad)
-        y, total, saved, active, xhat, rstd = run_forward(*tensors, *settings, self.keeps_hidden, self.one_kernel)
+        y, total, saved, active, xhat, rstd = run_forward(
+            *tensors, *settings, self.keeps_hidden, self.one_kernel, False
+        )
         if not call.needs_grad:
             return
         kept: Any = (xhat, rstd, norm_weight) if call.norm else (None, None, None)
@@ -325,10 +328,12 @@ class TritonFeedForward(TritonProduct):
         # Under autocast the residual keeps x's own dtype; otherwise x is the residual, and its gradients are added in a
         # product's epilogue.
         cast, *parameters = autocast(x, w1, b1, w2, b2)
-        residual = x if norm_weight is not None and residual is None and cast is not x else residual
+        own = norm_weight is not None and residual is None and cast is not x
+        residual = x if own else residual
+        own = own and adds_in_fp32(x, cast)
         norm = (norm_weight, norm_bias, residual)
         settings = (activation, offset, dropout_p, output_dropout_p, eps, out, return_sum, keep)
-        y, total, *_ = forward(cast, *parameters, *norm, seed, *settings, self.keeps_hidden, self.one_kernel)
+        y, total, *_ = forward(cast, *parameters, *norm, seed, *settings, self.keeps_hidden, self.one_kernel, own)
         return (y, total) if return_sum else y
 
 

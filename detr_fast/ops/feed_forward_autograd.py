@@ -18,7 +18,7 @@ from detr_fast.kernels import linear as kernels
 from detr_fast.kernels.add_layer_norm_backward import dropped_backward, residual_norm_backward
 from detr_fast.kernels.feed_forward import Norm, feed_forward
 from detr_fast.kernels.linear_norm import Rows, linear_norm_forward
-from detr_fast.kernels.product_tiles import active_words
+from detr_fast.kernels.product_tiles import active_words, plus_product
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat, sum_rows
@@ -52,11 +52,12 @@ def run_forward(
     keep: bool,
     keep_hidden: bool,
     one_kernel: bool,
+    own: bool,
 ) -> tuple[Tensor, ...]:
     """y (the sum, where there is a residual and no norm), the sum, what is kept of the hidden activation (it, or what was before
     it, and which of its elements are active), xhat and rstd.
 
-    Each empty where it is not wanted.
+    Each empty where it is not wanted. own: the residual is x before it was rounded, and gets all of its gradient.
     """
     dropout = dropout_of(p, seed, offset) if p > 0.0 else None
     output_dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
@@ -99,7 +100,7 @@ def _fake_forward(
     p: float,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    *_, out_dtype, with_sum, keep, keep_hidden, _ = rest
+    *_, out_dtype, with_sum, keep, keep_hidden, _, _ = rest
     shape = (*x.shape[:-1], w2.shape[0])
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtypes = (sum_dtype, None, None) if norm_weight is None else (out_dtype, sum_dtype, out_dtype)
@@ -211,7 +212,7 @@ class _Forward(torch.autograd.Function):
         x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed = arguments[:9]
         ctx.save_for_backward(x, w1, b1, w2, b2, norm_weight, seed, saved, active, xhat, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (norm_bias, residual))
-        ctx.settings, with_sum, ctx.kept = arguments[9:13], arguments[15], arguments[17]
+        ctx.settings, with_sum, (ctx.kept, _, ctx.own) = arguments[9:13], arguments[15], arguments[17:]
         normed = norm_weight is not None
         # The sum of what needs no gradient needs none, whatever the norm's parameters do.
         summed = with_sum and any((*ctx.needs_input_grad[:5], ctx.needs_input_grad[7]))
@@ -222,10 +223,10 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None, __: None, *twice: Tensor | None) -> Any:
         if all(t is None for t in (dy, dsum, *twice)):
-            return (None,) * 19
+            return (None,) * 20
         eagerly = torch.is_grad_enabled() or any(t is not None for t in twice)
         gradients = _eager_gradients if eagerly else _gradients
-        return (*gradients(ctx, dy, dsum, *twice), *(None,) * 11)
+        return (*gradients(ctx, dy, dsum, *twice), *(None,) * 12)
 
 
 def _eager_gradients(ctx: Any, dy: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -277,7 +278,9 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | No
     if wanted[4]:
         db2 = of_b2.to(b2.dtype) if of_b2.numel() else sum_rows(dz)
     dw2 = torch.mm(dz.t(), h) if wanted[3] else None
-    if wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
+    if ctx.own and wanted[7]:
+        ds = plus_product(flat(ds), dpre, w1).view(x.shape)  # in fp32: neither rounded nor added up once more
+    elif wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
         adds = norm_weight is not None and residual_dtype is None
         dx = (flat(ds).addmm_(dpre, w1) if adds else torch.mm(dpre, w1)).view(x.shape)
     return (
@@ -305,7 +308,7 @@ def _autograd_backward(*arguments: Any) -> Any:
 forward = define(
     "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel, bool own) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,

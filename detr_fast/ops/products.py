@@ -14,6 +14,7 @@ from torch import Tensor
 from detr_fast.dispatch import NEVER, Call, TritonImplementation
 from detr_fast.kernels import launch, rows
 from detr_fast.kernels.dropout import Dropout, scale
+from detr_fast.kernels.product_tiles import has_product_in_fp32
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import keep_mask
@@ -155,6 +156,12 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if dtype is None:
         return tensors
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def adds_in_fp32(x: Tensor | None, cast: Tensor | None) -> bool:
+    """Whether a product's gradient for x, cast to 16 bits for it, is best added to x's in fp32, inside that product."""
+    given = x is not None and cast is not None and cast is not x and x.dtype == torch.float32
+    return given and has_product_in_fp32(cast)  # type: ignore[arg-type]
 
 
 def meta(dtype: torch.dtype | None, *shape: int) -> Any:

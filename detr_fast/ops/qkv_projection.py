@@ -17,11 +17,13 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels import rows as row_kernels
 from detr_fast.kernels.linear import linear_forward
+from detr_fast.kernels.product_tiles import plus_product
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.layouts import key, layouts, rehearsed
 from detr_fast.ops.products import (
     ProductCall,
     TritonProduct,
+    adds_in_fp32,
     autocast,
     autocast_dtype,
     exact_fp32,
@@ -173,11 +175,14 @@ def project(
     fused = isinstance(implementation, TritonQkvProjection)
     if not fused and position is not None and columns != weight.shape[0]:
         return None
-    cast, *rest = autocast(x, weight, bias, position)
+    cast, w, b, added = autocast(x, weight, bias, position)
+    assert cast is not None
     repeats = position is None or _repeats(position, x)  # what the backward takes a position's rows to do
-    if torch.compiler.is_compiling() or cast is not x or not wants_grad(x) or not repeats:
-        return implementation.run(x, weight, bias, position, columns), x
-    return _Projection.apply(x, *rest, columns, fused, True)
+    follows = repeats and wants_grad(x) and (cast is x or adds_in_fp32(x, cast))
+    if torch.compiler.is_compiling() or not follows:
+        return implementation.run(cast, w, b, added, columns), x
+    wide = position if adds_in_fp32(position, added) else None
+    return _Projection.apply(x, cast, w, b, wide, added, columns, fused)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,53 +200,67 @@ def _fake_forward(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 class _Projection(torch.autograd.Function):
-    """With or without the kernel; `tapped`: also returns x, whose gradient is where the product's is added."""
+    """With or without the kernel. With an x also returns that, whose gradient is where the product's is added.
+
+    cast, cast_position: what is read; x and position: those in fp32 that were cast, or x itself, else None. Their gradients come in
+    fp32 from the products, and the casts get none, but where the backward is differentiated.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x: Tensor | None,
+        cast: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         position: Tensor | None,
+        cast_position: Tensor | None,
         columns: int,
         fused: bool,
-        tapped: bool,
     ) -> Any:
-        arguments = (x, weight, bias, position, columns)
+        arguments = (cast, weight, bias, cast_position, columns)
         if fused:
             y = _forward.below(*arguments)
         else:
             y = _eager(*arguments)
-        ctx.save_for_backward(x, weight, position)
-        ctx.columns, ctx.fused = columns if position is not None else 0, fused
+        ctx.save_for_backward(cast, weight, cast_position)
+        ctx.columns, ctx.fused = columns if cast_position is not None else 0, fused
+        ctx.wide = x is not None and x.dtype != cast.dtype
         ctx.set_materialize_grads(False)
-        return (y, x.view_as(x)) if tapped else y
+        return y if x is None else (y, x.view_as(x))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, arrived: Tensor | None = None) -> Any:
         if dy is None:
-            return (arrived, *(None,) * 6)
-        x, weight, position = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, wants_position = ctx.needs_input_grad[:4]
+            return (arrived, *(None,) * 7)
+        cast, weight, position = ctx.saved_tensors
+        taps, wants_cast, wants_weight, wants_bias, widens, wants_position = ctx.needs_input_grad[:6]
         rows = flat(dy)
-        dx = dw = db = dposition = None
-        if wants_x:
-            dx = _added(arrived, rows, weight).view(x.shape)
+        eagerly = goes_by_eager_ops(arrived, rows)
+        dx = dcast = dw = db = dposition = dcast_position = None
+        if taps and not (ctx.wide and eagerly):
+            dx = _added(arrived, rows, weight, ctx.wide).view(cast.shape)
+        elif wants_cast:
+            dx, dcast = arrived, torch.mm(rows, weight).view(cast.shape)
         if wants_weight:
-            dw = _weight_gradient(rows, x, position, ctx.columns)
+            dw = _weight_gradient(rows, cast, position, ctx.columns)
         if wants_position and ctx.columns:
             period = prod(position.shape[:-1])
             # By views that a batch of gradients knows: not `unflatten`, nor a slice of all there is.
             seen = rows if ctx.columns == rows.shape[1] else rows[:, : ctx.columns]
             seen = seen if period == len(rows) else seen.reshape(-1, period, ctx.columns).sum(0)
-            dposition = torch.mm(seen, weight[: ctx.columns]).view(position.shape)
+            if widens and not eagerly:
+                dposition = plus_product(None, seen, weight[: ctx.columns]).view(position.shape)
+            else:
+                dcast_position = torch.mm(seen, weight[: ctx.columns]).view(position.shape)
         if wants_bias:
-            db = sum_rows(rows) if ctx.fused and not goes_by_eager_ops(rows) else rows.sum(0)
-        return dx, dw, db, dposition, None, None, None
+            db = sum_rows(rows) if ctx.fused and not eagerly else rows.sum(0)
+        return dx, dcast, dw, db, dposition, dcast_position, None, None
 
 
-def _added(arrived: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+def _added(arrived: Tensor | None, rows: Tensor, weight: Tensor, wide: bool) -> Tensor:
+    if wide:  # in fp32: neither rounded nor added up once more
+        return plus_product(None if arrived is None else flat(arrived.contiguous()), rows, weight)
     if arrived is None:
         return torch.mm(rows, weight)
     if goes_by_eager_ops(arrived, rows) or not arrived.is_contiguous():
@@ -265,8 +284,9 @@ def _weight_gradient(rows: Tensor, x: Tensor, position: Tensor | None, columns: 
 
 
 def _autograd_forward(*arguments: Any) -> Any:
+    x, weight, bias, position, columns = arguments
     if wants_grad(*arguments[:4]):
-        return _Projection.apply(*arguments, True, False)
+        return _Projection.apply(None, x, weight, bias, None, position, columns, True)
     return _forward.below(*arguments)
 
 

@@ -182,7 +182,8 @@ def test_opcheck_accepts_the_ops():
         for added in {residual, None}:
             inputs = [*tensors(norm=norm, grad=True), *[None] * (0 if norm else 2), added, seed]
             arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, norm and added is not None)
-            torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, (*arguments, True, norm, False))
+            own = added is not None and norm
+            torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, (*arguments, True, norm, False, own))
         kept = (torch.randn(10, 16), torch.rand(10), torch.randn(16)) if norm else (None, None, None)
         again = (torch.randn(10, 16), torch.randn(40, 16), torch.randn(40))
         settings = (seed, activation, 1, 0.25, 0.5, torch.float32, True)
@@ -191,7 +192,24 @@ def test_opcheck_accepts_the_ops():
             backward = (torch.randn(10, 16), dsum, *kept, torch.randn(16, 40), *hidden, *settings)
             torch.library.opcheck(torch.ops.detr_fast.feed_forward_backward.default, backward)
     half = [t if t is None else t.detach().half() for t in tensors(norm=False)]
-    arguments = (*half, None, None, None, seed, "relu", 1, 0.25, 0.0, 1e-5, torch.float16, False, True, True, False)
+    arguments = (
+        *half,
+        None,
+        None,
+        None,
+        seed,
+        "relu",
+        1,
+        0.25,
+        0.0,
+        1e-5,
+        torch.float16,
+        False,
+        True,
+        True,
+        False,
+        False,
+    )
     torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, arguments)
     _, _, saved, active, *_ = torch.ops.detr_fast.feed_forward.default(*arguments)
     assert active.shape == (10, 8)
