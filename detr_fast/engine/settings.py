@@ -46,8 +46,17 @@ class Settings:
             self._new = 0
         return self._number
 
+    def stayed(self, told: bool) -> None:
+        """All objects in `states` are those of the last call, and `lists_stayed`."""
+        if not told:
+            self._new = 0
+
+    def lists_stayed(self) -> bool:
+        """Whether lists, which may be written in place, hold what they held."""
+        return all(now == before for now, before in self._lists)
+
     def _are_as_before(self) -> bool:
-        if list(map(len, self._states)) != self._sizes:
+        if list(map(len, self.states)) != self._sizes:
             return False
         try:
             # Compared by identity first, in C: what is still the same object costs a few nanoseconds.
@@ -73,15 +82,16 @@ class Settings:
         self._held = held
         configs = {id(one): one for _, name, one in held if name == "config" and hasattr(one, "__dict__")}
         owners = [*self._parts, *configs.values()]
-        self._states = list(map(vars, owners))
-        self._sizes = list(map(len, self._states))
-        self._take, self._values, self._others = [], [], []
+        self.states = list(map(vars, owners))
+        self._sizes = list(map(len, self.states))
+        self._take, self._values, self._others, self._lists = [], [], [], []
         now: dict[tuple[int, str], Any] = {}
-        for place, state in enumerate(self._states):
+        for place, state in enumerate(self.states):
             own = [name for name in state if name not in _OF_ALL_MODULES]
             if plain := [name for name in own if _is_plain(state[name])]:
                 self._take.append((itemgetter(*plain), state))
                 self._values.append(_copied(self._take[-1][0](state)))
+            self._lists += [(state[name], _copied(state[name])) for name in plain if _holds_a_list(state[name])]
             self._others += [(state, name) for name in own if name not in plain]
             now |= {(place, name): _hashable(state[name]) if name in plain else type(state[name]) for name in own}
         self._kinds = [type(state[name]) for state, name in self._others]
@@ -111,6 +121,10 @@ class Settings:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+
+
+def _holds_a_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, tuple) and any(map(_holds_a_list, value)))
 
 
 def _copied(value: Any) -> Any:

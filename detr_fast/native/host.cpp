@@ -232,6 +232,43 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Whether a tensor has hooks of this kind; none may be an empty dict, too.
+bool some(PyObject* hooks) { return hooks != nullptr && hooks != Py_None && !(PyDict_Check(hooks) && PyDict_GET_SIZE(hooks) == 0); }
+
+// untouched(dicts, entries, objects, kinds, tensors, facts): whether each dict still holds just its entries, [key, value, ...] in their order, each
+// object is still of its kind, and each tensor has no hooks and is what its facts say, [address, whether it wants a gradient, ...]. All are lists.
+PyObject* untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6 && std::all_of(arguments, arguments + 6, [](PyObject* one) { return PyList_CheckExact(one); }),
+      "untouched takes six lists");
+  auto [dicts, entries, objects, kinds, tensors, facts] =
+      std::array{arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
+  bool same = PyList_GET_SIZE(dicts) == PyList_GET_SIZE(entries) && PyList_GET_SIZE(objects) == PyList_GET_SIZE(kinds) &&
+      2 * PyList_GET_SIZE(tensors) == PyList_GET_SIZE(facts);
+  for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(objects); ++i) {
+    same = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(objects, i))) == PyList_GET_ITEM(kinds, i);
+  }
+  for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(dicts); ++i) {
+    PyObject *dict = PyList_GET_ITEM(dicts, i), *held = PyList_GET_ITEM(entries, i), *key = nullptr, *value = nullptr;
+    TORCH_CHECK_TYPE(PyDict_Check(dict) && PyList_CheckExact(held), "untouched takes dicts, and a list of entries for each");
+    same = 2 * PyDict_GET_SIZE(dict) == PyList_GET_SIZE(held);
+    for (Py_ssize_t place = 0, j = 0; same && PyDict_Next(dict, &place, &key, &value); j += 2) {
+      same = key == PyList_GET_ITEM(held, j) && value == PyList_GET_ITEM(held, j + 1);
+    }
+  }
+  for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(tensors); ++i) {
+    PyObject* one = PyList_GET_ITEM(tensors, i);
+    TORCH_CHECK_TYPE(THPVariable_Check(one), "untouched takes tensors");
+    const auto* variable = reinterpret_cast<THPVariable*>(one);
+    const Tensor& tensor = THPVariable_Unpack(one);
+    same = !some(variable->backward_hooks) && !some(variable->post_accumulate_grad_hooks) &&
+        reinterpret_cast<intptr_t>(tensor.data_ptr()) == integer(PyList_GET_ITEM(facts, 2 * i)) &&
+        tensor.requires_grad() == (integer(PyList_GET_ITEM(facts, 2 * i + 1)) != 0);
+  }
+  return PyBool_FromLong(same);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* current_stamp(PyObject*, PyObject*) { return PyLong_FromLongLong(stamp()); }
 
 PyObject* forget(PyObject*, PyObject*) {
@@ -259,6 +296,7 @@ PyMethodDef functions[] = {
     {"configure", as_method(configure), METH_FASTCALL, "configure(observers, recorders, launch, empty, hooks, capturing, default_device)"},
     {"set_requests", set_requests, METH_O, "set_requests(number)"},
     {"unchanged", as_method(unchanged), METH_FASTCALL, "unchanged(places, found, parts, kinds, hooks)"},
+    {"untouched", as_method(untouched), METH_FASTCALL, "untouched(dicts, entries, objects, kinds, tensors, facts)"},
     {"stamp", current_stamp, METH_NOARGS, "stamp(): what decisions are made under, for `put`"},
     {"forget", forget, METH_NOARGS, "forget(): drop all that tables hold"},
     {}};
