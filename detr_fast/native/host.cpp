@@ -81,13 +81,13 @@ PyObject* decisions_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
 constexpr int64_t kPrice = 16, kAllowance = 32 * kPrice;
 
 struct Repeated {
-  Table table;  // Programs; how often a call was met that has none yet, None where there can be none of it
+  Table table;  // Programs; how often a call was met that has none yet, negative while it waits, None where there can be none of it
   size_t limit = 0;
   int64_t of = generation;
   int64_t left = kAllowance;
   Py_ssize_t offset = -1;  // the index of the argument that is a seed's offset, or -1
   Object python;           // what runs a call without a program
-  Object record;           // (*arguments) -> Program, None, or False where it is to be tried again
+  Object record;           // (*arguments) -> Program, None, False where it is to be tried again, or minus the calls to wait for that
 };
 
 Object program_for(Repeated& repeated, const Key& key, PyObject* const* arguments, Py_ssize_t count) {
@@ -102,7 +102,7 @@ Object program_for(Repeated& repeated, const Key& key, PyObject* const* argument
   }
   if (found->second.get() == Py_None) return {};
   Object met = Object::stolen(PyLong_FromLongLong(integer(found->second.get()) + 1));
-  if (repeated.left < kPrice && integer(met.get()) <= kPrice) {
+  if (integer(met.get()) < 1 || (repeated.left < kPrice && integer(met.get()) <= kPrice)) {
     found->second = met;
     return {};
   }
@@ -111,7 +111,7 @@ Object program_for(Repeated& repeated, const Key& key, PyObject* const* argument
   const auto of = generation;
   Object recorded = Object::stolen(PyObject_Vectorcall(repeated.record.get(), arguments, count, nullptr));
   const bool later = recorded.get() == Py_False;
-  if (!later) repeated.left = std::max<int64_t>(repeated.left - kPrice, 0);
+  if (!later && !PyLong_CheckExact(recorded.get())) repeated.left = std::max<int64_t>(repeated.left - kPrice, 0);
   if (of == generation) keep(repeated.table, repeated.limit, words, later ? met : recorded);
   return is_program(recorded.get()) ? recorded : Object();
 }

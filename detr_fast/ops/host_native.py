@@ -40,6 +40,7 @@ from detr_fast.ops.host_recorder import (
 MAX_BYTES = 512 << 20
 SMALL = 64 << 20  # bytes above which memory must be free, `ROOM` times as much: a recording keeps all that a call makes
 ROOM = 8
+LATER = 512  # calls, after which one is asked for again that met too little memory
 unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by the op's name
 
 # Kinds of operands, as `Operand::Kind` of program.h has them.
@@ -190,12 +191,19 @@ def _launch(one: Instruction, operand: Callable[[int], tuple[int, Any, int]]) ->
 # Single ops.
 
 
+class _Short(Unrepeatable):
+    """There is too little memory now."""
+
+
 def _record(op: boundary.Boundary, *arguments: Any) -> Any:
-    """The program of an op's call, in C++, None where there can be none, or False where there may be one the next time."""
+    """The program of an op's call, in C++, None where there can be none, False where there may be one the next time, or minus the calls to wait for that."""
     try:
         return _recorded(op, arguments)
     except host_program.Busy:
         return False
+    except (_Short, torch.OutOfMemoryError) as error:
+        unrepeatable[op.name] = f"{type(error).__name__}: {error}"
+        return -LATER
     except Exception as error:  # the op runs as it is, and says itself what is wrong
         unrepeatable[op.name] = f"{type(error).__name__}: {error}"
         return None
@@ -208,8 +216,8 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
     size = sum(t.nbytes for t in tensors)
     if size > MAX_BYTES:
         raise Unrepeatable(f"over {MAX_BYTES} bytes of tensors")
-    if size > SMALL and tensors[0].is_cuda and ROOM * size > _free(tensors[0].device):
-        raise Unrepeatable(f"{ROOM} times the {size} bytes of its tensors are not free")
+    if size > SMALL and ROOM * size > _free(tensors[0].device):
+        raise _Short(f"{ROOM} times the {size} bytes of its tensors are not free")
     host_check.expect(tensors[0].device)
     several = False
     slow: _Slow | None = None
@@ -254,7 +262,9 @@ def _recorded(op: boundary.Boundary, arguments: tuple[Any, ...]) -> Any:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of its memory that nobody holds, PyTorch's pool included."""
+    """Bytes of its memory that nobody holds, PyTorch's pool included; of a CPU's, enough."""
+    if device.type != "cuda":
+        return ROOM * MAX_BYTES
     pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + pooled
 

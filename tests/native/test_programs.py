@@ -61,6 +61,21 @@ def layer_norm(x, weight, bias):
 NORM = [(ROWS, WIDTH), (WIDTH,), (WIDTH,)]
 
 
+def test_a_call_that_met_too_little_memory_is_asked_for_again_some_calls_later(monkeypatch):
+    free, asked = 0, []
+    monkeypatch.setattr(host_native, "SMALL", 0)
+    monkeypatch.setattr(host_native, "LATER", 5)
+    monkeypatch.setattr(host_native, "_free", lambda device: asked.append(free) or free)
+    leaves = leaves_of(NORM)
+    made = []
+    for call in range(16):
+        free = (1 << 40) * (call >= 8)
+        made.append(PROGRAM in nodes(layer_norm(*leaves)))
+    # The first call is not asked about, the second finds no memory, nor does the one after five more; the next one does.
+    assert asked == [0, 0, 1 << 40]
+    assert made == [False] * 13 + [True] * 3
+
+
 def known(shapes=NORM, function=layer_norm):
     """Leaves of a call that there is a program of."""
     leaves = leaves_of(shapes)
