@@ -74,7 +74,8 @@ def attention(
     windows do in each image, are (1, n, H, L, S), or what broadcasts to that, with n that divides B. `is_causal` hides keys after the query's own position (aligned
     top-left). `scale` defaults to 1 / sqrt(E). A query without any visible key gives zeros, and zero gradients.
     `enable_gqa`: k and v may have fewer heads, which divide q's. `return_lse`: also return the log-sum-exp of the scores,
-    fp32 (B, H, L), natural logarithm, -inf without any visible key.
+    fp32 (B, H, L), natural logarithm, -inf without any visible key. Written to in place, a result that has a gradient raises RuntimeError
+    in its backward, as SDPA's does, or, sequence first in memory, at once.
 
     Raises ValueError for shapes or masks that do not fit, BackendError as `use_backend` says.
     Sources: Vaswani et al., 2017, arXiv:1706.03762; Dao, 2023, arXiv:2307.08691. How it works: docs/attention.md.

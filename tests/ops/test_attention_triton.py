@@ -53,6 +53,26 @@ def test_what_a_float_mask_holds_for_padded_keys_reaches_neither_results_nor_gra
         torch.testing.assert_close(ours, truth)
 
 
+def trained(given, write):
+    y = ops.attention(*given)
+    write(y)
+    y.sum().backward()
+
+
+@interpreter
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_a_result_that_is_written_in_place_never_has_wrong_gradients(triton, sequence_first):
+    q, k, v = qkv(requires_grad=True)
+    given = [t.transpose(0, 1).contiguous().transpose(0, 1) if sequence_first else t for t in (q, k, v)]
+    for write in (lambda y: y.add_(1), lambda y: y.__setitem__(0, 0.0), lambda y: y[:, 0].mul_(2)):
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation|is being modified inplace"):
+            trained(given, write)
+        plain = ops.attention(*(t.detach() for t in given))
+        expected = plain.clone()
+        write(expected), write(plain)  # without gradients, anything may be done
+        assert torch.equal(plain, expected)
+
+
 @interpreter
 def test_the_log_sum_exp_is_the_natural_one_and_has_a_gradient(triton):
     q, k, v = qkv(requires_grad=True)
