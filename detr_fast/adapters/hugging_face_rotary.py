@@ -9,29 +9,29 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch.nn import Module
 
-from detr_fast.adapters.base import MARK, Following, Mark, Scriptable, joined, kind_of, names_used, why_not_switch
+from detr_fast.adapters.base import (
+    MARK,
+    Followed,
+    Following,
+    Mark,
+    Scriptable,
+    joined,
+    kind_of,
+    names_used,
+    why_not_switch,
+)
 from detr_fast.adapters.hugging_face import HuggingFaceAttention
 from detr_fast.adapters.rotary_functions import place_of
 
 
-class RotaryAttention(Scriptable):
+class RotaryAttention(Followed):
     """A module whose forward calls such functions."""
-
-    _detr_fast_followed: Following
-    _detr_fast_forward: Callable[..., Any]
 
     @classmethod
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
-        followed = Following(original.forward, _place_of, _places(original.forward))
-        return {"_detr_fast_followed": followed, "_detr_fast_forward": followed.copy}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self._detr_fast_followed.look()
-        return self._detr_fast_forward(*args, **kwargs)
+        return cls.as_attributes(original, Following(original.forward, _place_of, _places(original.forward)))
 
 
 class LoneRotaryAttention(RotaryAttention):

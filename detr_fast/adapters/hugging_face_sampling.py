@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import (
     Adapter,
+    Followed,
     Following,
     Scriptable,
     fingerprint,
@@ -93,21 +94,12 @@ _BESIDE = (
 )
 
 
-class DeformableAttention(Scriptable):
+class DeformableAttention(Followed):
     """A module whose forward calls such a function: its own code, which finds another under the function's name."""
-
-    _detr_fast_followed: Following
-    _detr_fast_forward: Callable[..., Any]
 
     @classmethod
     def attributes_for(cls, original: type[Module]) -> dict[str, Any]:
-        followed = _with_function(original)
-        return {"_detr_fast_followed": followed, "_detr_fast_forward": followed.copy}
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self._detr_fast_followed.look()
-        return self._detr_fast_forward(*args, **kwargs)
+        return cls.as_attributes(original, _with_function(original))
 
 
 class OffsetsToFunction(FromOffsets, DeformableAttention):
@@ -117,7 +109,7 @@ class OffsetsToFunction(FromOffsets, DeformableAttention):
         known = True
         if not torch.compiler.is_compiling():
             self._detr_fast_followed.look()
-            known = self._detr_fast_followed.whole
+            known = self._detr_fast_followed.whole and self._detr_fast_patched() is None
         first: Any = super() if known else super(FromOffsets, self)
         return first.forward(*args, **kwargs)
 

@@ -17,6 +17,7 @@ from detr_fast.testing.interpreter import checked_interpreter
 transformers = pytest.importorskip("transformers")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
+from detr_fast.adapters import rotary_functions  # noqa: E402
 from detr_fast.adapters.rotary_functions import place_of  # noqa: E402
 
 TOKENS = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -314,6 +315,39 @@ def test_functions_of_transformers_that_are_patched_later_are_called(name, monke
         read(model)
     assert not called
     assert "rotary_embedding" in {record.op for record in records}
+
+
+def test_what_a_function_of_transformers_calls_may_be_patched_later(monkeypatch):
+    model, asked = made("Llama", attn_implementation="eager").eval(), []
+    detr_fast.accelerate(model)
+    monkeypatch.setattr(rotary_functions, "turned", lambda *given: asked.append(given))  # which kernels are asked by
+    with use_backend(rotary_embedding="eager"):
+        before = read(model)[0]
+        assert asked
+        for rotated in (torch.zeros_like, lambda x: x):
+            asked.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(llama, "rotate_half", rotated)
+                assert not torch.allclose(read(model)[0], before)
+            assert not asked
+        assert torch.equal(read(model)[0], before)
+        assert asked
+
+
+def test_a_forward_that_transformers_class_got_later_is_what_runs(monkeypatch):
+    model = made("Llama", attn_implementation="eager").eval()
+    detr_fast.accelerate(model)
+    before, theirs = read(model)[0], llama.LlamaAttention.forward
+
+    def twice(*args, **kwargs):
+        y, *rest = theirs(*args, **kwargs)
+        return 2 * y, *rest
+
+    monkeypatch.setattr(llama.LlamaAttention, "forward", twice)
+    patched = read(model)[0]
+    detr_fast.restore(model)
+    assert torch.equal(patched, read(model)[0])
+    assert not torch.allclose(patched, before)
 
 
 def test_of_a_model_on_another_attention_only_that_is_left_until_it_is_set_to_sdpa():
