@@ -117,15 +117,14 @@ ATTENTION_ATOMICS = {
     (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(32, 16, 4, 2),
 }
-# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .207 on
-# sm_80 (.238 with 8 warps, and .238 for .477 with dropout and padding), and on sm_90, where tensor cores take 64 rows, .119 (.162 with 8). Narrower where rows share the
+# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .145 on
+# sm_80 (.207 of 32 by 64; with dropout 6 to 17 % fewer), and .119 on sm_90, where tensor cores take 64 rows (.162 with 8 warps). Narrower where rows share the
 # mask, as its tiles are few then. Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
 ATTENTION_MASK = {
     16: TileConfig(64, 32, 4, 1, registers=168),
     32: TileConfig(64, 32, 4, 1, registers=168),
-    64: TileConfig(32, 64, 4, 1),
+    64: TileConfig(64, 32, 4, 1),
 }
-ATTENTION_MASK_HOPPER = {**ATTENTION_MASK, 64: TileConfig(64, 32, 4, 1)}
 # What alone takes more than 168 registers with a mask that is loaded one by one: by generation and bytes of its elements. 8 to 16 bytes
 # spilled, and in two programs a multiprocessor instead of three a score takes up to 4 % fewer cycles.
 ATTENTION_MASK_CROWDED = {
@@ -193,7 +192,9 @@ def attention_config(
     """
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
-            config = (ATTENTION_MASK_HOPPER if generation == "hopper" else ATTENTION_MASK)[block]
+            config = ATTENTION_MASK[block]
+            if block == 64 and generation in ("", "blackwell"):
+                config = replace(config, rows=32, columns=64)
             # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
             features = {"dropout": dropout, "causal": causal, "padding": padding, "packed": packed}
             present = {name for name, value in features.items() if value}
@@ -201,14 +202,14 @@ def attention_config(
             crowded = scattered and (mask_run == 0 or (periodic and "periodic" in alone) or bool(present & alone))
             # Of a float32 mask with dropout 16 bytes spill with 168 on sm_80.
             wide = dropout and mask_size == 4 and generation == "ampere"
+            # Of a packed batch with a 16-bit mask in runs of 4 bytes 24 do.
+            wide = wide or (packed and (mask_size, mask_run) == (2, 4) and generation == "ampere")
             if block <= 32 and (len(present) >= 2 or crowded or wide):
                 config = replace(config, registers=255)
             if block == 64 and generation == "blackwell":
                 # ptxas alone aims at three programs on sm_120, and spills 8 bytes. With 4 warps, 16 to 24 are spilled on sm_100 where most is loaded one by one.
                 heavy = scattered and dropout and len(present) >= 2
                 config = replace(config, num_warps=8) if heavy else replace(config, registers=255)
-            if block == 64 and partial and mask_run == 8 and generation == "ampere" and wide and present == {"dropout"}:
-                return ATTENTION_MASK_HOPPER[block]  # 8 bytes spill otherwise: .242 a score, for .203
             return config
         if kernel == "shared_mask" and itemsize == 2 and block <= 32:
             # ptxas alone takes 96 there, and spills 8 bytes.
@@ -269,6 +270,11 @@ def attention_config(
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and dropout and not masked and (generation, itemsize) == ("ampere", 2) and block <= 32:
         return config  # .094 a score, and .116 of 64 rows, whose threads use half of dropout's calls
+    if kernel == "queries" and masked and (generation, itemsize, block) == ("hopper", 2, 64):
+        # .112 to .235 a score, for .162 to .306 of 32 rows, of which sm_90 makes no product of a whole warp group.
+        if dropout and causal and (mask_size, mask_run) == (4, 8):
+            return replace(config, columns=32)  # of 64 8 to 16 bytes spill: .236 to .244 a score, for .227 to .281
+        return config
     if kernel == "queries" and (dropout or (masked and (itemsize > 2 or block > 32 or short))):
         return replace(config, rows=max(16, config.rows // 2))
     if kernel == "queries" and itemsize == 2 and generation == "blackwell":  # 8 bytes spill on sm_120; as many cycles
@@ -308,12 +314,14 @@ def attention_config(
         config = _of_64_columns(config, kernel, block, heavy, causal, mask_run, generation)
         if kernel == "forward" and dropout and not masked and block == 64 and generation == "ampere":
             return replace(config, columns=32)  # of 64 columns 16 to 48 bytes spill; as many cycles
+        if kernel == "forward" and mask_size == 4 and block == 64 and generation == "ampere":
+            return _of_64_with_a_float32_mask(config, causal, padding, dropout or mask_run <= 8)
         if kernel == "forward" and dropout and block == 64 and generation == "ampere":
-            # Of a float32 mask 48 bytes spill with 4 warps (.184 a score, for .190 here), of a bool one 32 with padding (.243 for .226), of a
-            # 16-bit one 8 in 3 stages (.179 for .175) and 32 with padding (.182 here).
-            wide = mask_size == 4 or (mask_size == 1 and padding)
+            # Of a bool mask with padding 32 bytes spill with 4 warps (.243 a score, for .226 here), of a 16-bit one 8 in 3 stages (.179 for .175)
+            # and 32 with padding (.182 here).
             narrow = mask_size == 2 and (padding or causal or packed)
             columns = 32 if narrow else config.columns
+            wide = mask_size == 1 and padding
             return replace(config, num_warps=8) if wide else replace(config, columns=columns, num_stages=2)
         if dropout and masked and block <= 32:
             config = _of_32_with_a_mask(config, kernel, causal, padding, packed, mask_size, mask_run, generation)
@@ -347,6 +355,18 @@ def _of_64_columns(
         if generation == "blackwell" and heavy and (block == 64 or mask_run <= 4):
             config = replace(config, columns=32)
     return config
+
+
+def _of_64_with_a_float32_mask(config: TileConfig, causal: bool, padding: bool, crowded: bool) -> TileConfig:
+    """The forward's on sm_80, sm_86 and sm_89; crowded: with dropout, or in runs of 8 bytes.
+
+    64 columns in 3 stages take 112 KB of shared memory where there is no padding: more than sm_86 and sm_89 have, and one program a multiprocessor of sm_80.
+    """
+    if crowded or padding:
+        # With 4 warps 8 to 56 bytes spill, which the loop reads: .144 to .177 a score in runs of 8 bytes, for .158 to .206; of 16 .142 for .141, causal .161 for .185.
+        return replace(config, num_warps=8, num_stages=2)
+    # In two programs a multiprocessor .173 a score in causal order, for .155 in one; others .131 to .133, for .134.
+    return replace(config, columns=32) if causal else replace(config, num_stages=2)
 
 
 def _of_32_with_a_mask(

@@ -228,6 +228,9 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ),
         ("sm_90", 32, "forward", {"padding": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2}),
         ("sm_90", 32, "forward", {"dropout": True, "mask": torch.float32, "mask_vector": 2}),
+        ("sm_80", 32, "mask", {"packed": True, "mask": torch.bfloat16, "mask_vector": 2}),
+        ("sm_80", 64, "forward", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 2}),
+        ("sm_80", 64, "forward", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
@@ -359,6 +362,33 @@ def test_a_masks_gradient_with_padding_costs_as_few_cycles_as_documented(target,
     generation = GENERATIONS[target]
     form = Form(torch.bfloat16, 64, 64, padding=True, dropout=True, mask=mask, mask_vector=run, generation=generation)
     check_loops(VARIANTS["mask"](form), target, (most,))
+
+
+# bf16 at a head dimension of 64, with a mask in runs.
+@pytest.mark.offline
+@pytest.mark.parametrize(
+    ("target", "kernel", "mask", "run", "dropout", "most"),
+    [
+        ("sm_80", "mask", torch.bfloat16, 8, False, 0.146),
+        ("sm_80", "mask", torch.float32, 2, True, 0.204),
+        ("sm_80", "forward", torch.float32, 2, False, 0.149),
+        ("sm_90", "queries", torch.bfloat16, 8, False, 0.118),
+        ("sm_90", "queries", torch.float32, 4, True, 0.158),
+    ],
+)
+def test_a_mask_in_runs_at_64_costs_as_few_cycles_as_documented(target, kernel, mask, run, dropout, most):
+    generation = GENERATIONS[target]
+    form = Form(torch.bfloat16, 64, 64, dropout=dropout, mask=mask, mask_vector=run, generation=generation)
+    check_loops(VARIANTS[kernel](form), target, (most,))
+
+
+# 112 KB in 3 stages.
+@pytest.mark.offline
+@pytest.mark.parametrize("features", [{}, {"causal": True}, {"dropout": True}])
+def test_the_forward_with_a_float32_mask_fits_the_99_kb_that_sm_86_has(features):
+    form = Form(torch.bfloat16, 64, 64, mask=torch.float32, mask_vector=4, **features, generation="ampere")
+    _, _, resources = compile_variant(forward_variant(form), "sm_86")
+    assert resources.shared_memory <= 99 << 10
 
 
 # bf16 with a bool mask, whose rows are whole runs of so many bytes, no padding. Triton 3.6 takes .137 for .103.
