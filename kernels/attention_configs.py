@@ -384,6 +384,9 @@ def _of_32_with_a_mask(
     if kernel == "forward" and generation == "hopper" and (mask_run <= 2 * mask_size or causal_fp32):
         # With 4 warps 8 to 32 bytes spill: .164 a score of a float32 mask and .207 of a 16-bit one with padding, for .158 and .178; causal .234 and .269 for .164 and .207.
         return replace(config, num_warps=8)
+    if kernel == "forward" and generation == "hopper" and causal and (mask_size, mask_run) == (1, 4):
+        # Of 64 columns, .181 to .334 a score for .180 to .201, comparisons are packed into registers, and in bf16 8 bytes spill.
+        return replace(config, columns=32)
     if kernel == "forward" and generation == "ampere" and causal_fp32 and padding and mask_run == 8:
         # Of 64 columns 8 bytes spill, one access in the loop: .239 a score, for .188.
         return replace(config, columns=32)
