@@ -118,7 +118,7 @@ ATTENTION_ATOMICS = {
     (4, 64): TileConfig(32, 16, 4, 2),
 }
 # The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .145 on
-# sm_80 (.207 of 32 by 64; with dropout 6 to 17 % fewer), and .119 on sm_90, where tensor cores take 64 rows (.162 with 8 warps). Narrower where rows share the
+# sm_80 (.207 of 32 by 64; with dropout 5 to 17 % fewer), and .119 on sm_90, where tensor cores take 64 rows (.162 with 8 warps). Narrower where rows share the
 # mask, as its tiles are few then. Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
 ATTENTION_MASK = {
     16: TileConfig(64, 32, 4, 1, registers=168),
@@ -193,7 +193,9 @@ def attention_config(
     if kernel in ("mask", "shared_mask"):
         if kernel == "mask" and itemsize == 2 and block <= 64:
             config = ATTENTION_MASK[block]
-            if block == 64 and generation in ("", "blackwell"):
+            # On sm_100 and sm_120 of a float32 mask with dropout up to 32 bytes spill of 32 rows: .247 a score by sm_90's rates, for .239.
+            tall = generation == "blackwell" and dropout and mask_size == 4 and not (scattered or causal)
+            if block == 64 and generation in ("", "blackwell") and not tall:
                 config = replace(config, rows=32, columns=64)
             # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
             features = {"dropout": dropout, "causal": causal, "padding": padding, "packed": packed}
@@ -302,6 +304,10 @@ def attention_config(
         if dropout and mask_size in (1, 4) and itemsize == 2 and block <= 32 and generation:
             # .240 a score of a float32 mask, where 3 stages spill and take .298; .311 for .363 of a bool one in causal order
             config = replace(config, num_stages=1)
+        rigid = generation == "hopper" and mask_run >= 8 and (causal or mask_size == 4)
+        if rigid and not dropout and itemsize == 2 and block <= 32:
+            # .153 to .171 a score in 12 to 16 warps a multiprocessor, for .188 to .263 in 8; of a float32 mask packed and causal 32 to 40 bytes spill.
+            config = replace(config, num_stages=1)
     if (
         kernel == "keys"
         and padding
@@ -339,9 +345,11 @@ def _of_64_columns(
 ) -> TileConfig:
     """What 16 bits and head dimensions up to 64 need not to spill, beyond that; heavy: dropout or an attn_mask."""
     if kernel == "keys":
-        if causal and not heavy and (block <= 32 or generation == "hopper"):
-            # Two loops. On sm_90 .091 a score at 32, where 32 rows take .111, and .165 and .125 at 64, where 32 keys take .195.
+        if causal and not heavy and (block <= 32 or generation in ("hopper", "ampere")):
+            # Two loops. On sm_80 at 64 8 to 64 bytes spill of 64 rows where v is wider, in .375 a score for .188; as wide .250 in both. On sm_90 .091 a score at 32, where 32 rows take .111, and .165 and .125 at 64, where 32 keys take .195.
             config = replace(config, rows=64 if generation == "hopper" and block <= 32 else 32, columns=64)
+            if generation == "ampere" and block == 64 and older_compiler():
+                return replace(config, num_stages=1)  # triton 3.6 spills 32 to 88 bytes in two; as many cycles
         if mask_run <= 4:
             rows = 16 if generation == "blackwell" and block <= 32 else config.rows
             config = replace(config, rows=rows, num_stages=2)

@@ -232,6 +232,9 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_80", 64, "forward", {"padding": True, "causal": True, "mask": torch.float32, "mask_vector": 2}),
         ("sm_80", 64, "forward", {"padding": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_90", 32, "forward", {"dropout": True, "causal": True, "mask": torch.bool, "mask_vector": 4}),
+        ("sm_80", 24, "keys", {"value_dim": 40, "packed": True, "causal": True}),
+        ("sm_90", 32, "keys", {"packed": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_100", 64, "mask", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 2}),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
