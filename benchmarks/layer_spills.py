@@ -218,7 +218,7 @@ def _terms(case: Case) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dty
 
 
 def _end(case: Case) -> tuple[torch.dtype | None, ...]:
-    """The dtypes of bias, residual, norm weight and bias, y, the sum and xhat."""
+    """The dtypes of bias, residual, norm weight and bias, y, the sum, xhat and y rounded, as under autocast."""
     _, residual, total, dtype = _terms(case)
     normed = dtype if case["weight"] else None
     return (
@@ -229,6 +229,7 @@ def _end(case: Case) -> tuple[torch.dtype | None, ...]:
         normed,
         total if case["sum"] else None,
         dtype if case["keep"] else None,
+        case["dtype"] if normed == torch.float32 != case["dtype"] else None,
     )
 
 

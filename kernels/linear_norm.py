@@ -62,6 +62,7 @@ def linear_norm_kernel(
     sum_ptr,
     xhat_ptr,
     rstd_ptr,
+    rounded_ptr,
     seed_ptr,
     x_row_stride: tl.int32,
     residual_row_stride: tl.int32,
@@ -90,6 +91,7 @@ def linear_norm_kernel(
     finish_rows(
         *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, sum_ptr, xhat_ptr, rstd_ptr, seed_ptr),
         *(residual_row_stride, first, rows, N, offset, threshold, scale, eps, BLOCK_M, BLOCK_N, FULL, VEC),
+        rounded_ptr=rounded_ptr,
     )
 
 
@@ -104,6 +106,7 @@ def finish_kernel(
     sum_ptr,
     xhat_ptr,
     rstd_ptr,
+    rounded_ptr,
     seed_ptr,
     residual_row_stride: tl.int32,
     M: tl.int32,
@@ -127,6 +130,7 @@ def finish_kernel(
     finish_rows(
         *(s, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, sum_ptr, xhat_ptr, rstd_ptr, seed_ptr),
         *(residual_row_stride, first, rows, N, offset, threshold, scale, eps, BLOCK_M, BLOCK_N, FULL, VEC, VEC),
+        rounded_ptr=rounded_ptr,
     )
 
 
@@ -155,6 +159,7 @@ def finish_rows(
     FULL: tl.constexpr,
     VEC: tl.constexpr,
     DRAWN: tl.constexpr = 1,
+    rounded_ptr=None,
 ):
     """From a product's whole rows, fp32 (BLOCK_M, BLOCK_N), to the sum and y: bias, dropout, residual, LayerNorm.
 
@@ -191,6 +196,8 @@ def finish_rows(
         if norm_bias_ptr is not None:
             s += load_parameters(norm_bias_ptr, column, inside, VEC)
         store_tile(y_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
+        if rounded_ptr is not None:
+            store_tile(rounded_ptr + place, N, s, rows, N, BLOCK_M, BLOCK_N, VEC)
 
 
 class Rows(NamedTuple):
@@ -232,12 +239,14 @@ def linear_norm_forward(
     with_sum: bool = False,
     keep: bool = True,
     one_launch: bool = True,
+    rounded: Tensor | None = None,
 ) -> Rows:
     """LayerNorm(residual + dropout(x @ w^T + bias)), x (..., K), w (C, K), residual (..., C), the rest (C,).
 
     residual may have another dtype than x; y gets out_dtype, the residual's where None, and the sum, which is written
     with_sum, that of both promoted. keep: also what the backward needs, xhat in y's dtype and rstd in fp32. Without
-    norm_weight the sum is all there is. one_launch: also for a long K, whose product is PyTorch's otherwise.
+    norm_weight the sum is all there is. one_launch: also for a long K, whose product is PyTorch's otherwise. rounded: (..., C),
+    contiguous, gets y in its dtype as well.
     """
     x, x_stride = as_rows(x)
     w, w_stride = as_rows(w)
@@ -247,14 +256,14 @@ def linear_norm_forward(
     bias, norm_weight, norm_bias = packed(bias), packed(norm_weight), packed(norm_bias)
     parameters = bias, residual, norm_weight, norm_bias
     if not one_launch and K >= LONG_ROWS and has_product_in_fp32(x):
-        _finish(x.reshape(rows, K), w, parameters, residual_stride, eps, dropout, out)
+        _finish(x.reshape(rows, K), w, parameters, residual_stride, eps, dropout, out, rounded)
         return out
     offset = x.data_ptr() | w.data_ptr() | residual.data_ptr()
     offset = (offset | address_of(bias) | address_of(norm_weight) | address_of(norm_bias)) % 16
-    dtypes = tuple(map(dtype_of, (*parameters, *out[:3])))
+    dtypes = tuple(map(dtype_of, (*parameters, *out[:3], rounded)))
     sizes = (x_stride, residual_stride, w_stride, rows, N, K)
     plan = _plan(x.dtype, precision(x.dtype), sizes, dtypes, dropout is not None, offset)
-    launch(plan.variant, plan.grid, x, w, *parameters, *out, *drawn(dropout, sizes), eps)
+    launch(plan.variant, plan.grid, x, w, *parameters, *out, rounded, *drawn(dropout, sizes), eps)
     return out
 
 
@@ -283,14 +292,15 @@ def _finish(
     eps: float,
     dropout: Dropout | None,
     out: Rows,
+    rounded: Tensor | None = None,
 ) -> None:
     """x @ w^T by PyTorch, in fp32, and what is behind it."""
     rows, N = x.shape[0], w.shape[0]
     z = empty((rows, N), torch.float32, x.device) if rehearsing(x.device) else plus_product(None, x, w.t())
     offset = reduce(or_, map(address_of, parameters)) % 16
-    sizes, dtypes = (residual_stride, rows, N), tuple(map(dtype_of, (*parameters, *out[:3])))
+    sizes, dtypes = (residual_stride, rows, N), tuple(map(dtype_of, (*parameters, *out[:3], rounded)))
     plan = _finish_plan(x.dtype, sizes, dtypes, dropout is not None, offset)
-    launch(plan.variant, plan.grid, z, *parameters, *out, *drawn(dropout, sizes), eps)
+    launch(plan.variant, plan.grid, z, *parameters, *out, rounded, *drawn(dropout, sizes), eps)
 
 
 @lru_cache(maxsize=MAX_PLANS)
@@ -307,8 +317,7 @@ def finish_variant(columns: int, vector: int, dtypes: tuple[torch.dtype | None, 
     """The program behind a product of `linear_norm_forward`'s that is PyTorch's; dtypes as `forward_variant`'s."""
     block = block_of(columns)
     constants = {"BLOCK_M": 1024 // block, "BLOCK_N": block, "FULL": columns == block, "VEC": vector}
-    kept = torch.float32 if dtypes[-1] is not None else None
-    types = (*map(pointer, (torch.float32, *dtypes, kept)), "*i64" if dropout else None, *["i32"] * 5)
+    types = (*map(pointer, (torch.float32, *_with_rstd(dtypes))), "*i64" if dropout else None, *["i32"] * 5)
     return Variant(finish_kernel, (*types, "fp32", "fp32"), constants, num_warps=1)
 
 
@@ -316,7 +325,7 @@ def finish_variant(columns: int, vector: int, dtypes: tuple[torch.dtype | None, 
 def forward_variant(
     form: Form, columns: int, few: bool, dtypes: tuple[torch.dtype | None, ...], dropout: bool
 ) -> Variant:
-    """The program of `linear_norm_forward`; dtypes of bias, residual, norm_weight, norm_bias, y, the sum and xhat."""
+    """The program of `linear_norm_forward`; dtypes of bias, residual, norm_weight, norm_bias, y, the sum, xhat and y rounded."""
     config = LINEAR_NORM[form.dtype.itemsize, few]
     block = block_of(columns)
     if block == MAX_COLUMNS and dropout and form.vector == 1 and form.dtype.itemsize == 2:
@@ -325,9 +334,12 @@ def forward_variant(
     constants = form.constants(config) | {"BLOCK_N": block, "FULL": columns == block}
     for unused in ("ACTIVATION", "GROUP_M"):
         del constants[unused]
-    kept = torch.float32 if dtypes[-1] is not None else None
-    types = (*map(pointer, (form.dtype, form.dtype, *dtypes, kept)), "*i64" if dropout else None, *["i32"] * 8)
+    types = (*map(pointer, (form.dtype, form.dtype, *_with_rstd(dtypes))), "*i64" if dropout else None, *["i32"] * 8)
     return Variant(linear_norm_kernel, (*types, "fp32", "fp32"), constants, config.num_warps, config.num_stages)
+
+
+def _with_rstd(dtypes: tuple[torch.dtype | None, ...]) -> tuple[torch.dtype | None, ...]:
+    return (*dtypes[:7], None if dtypes[6] is None else torch.float32, *dtypes[7:])
 
 
 def catalog_entries() -> Iterator[Entry]:
@@ -344,7 +356,8 @@ def catalog_entries() -> Iterator[Entry]:
         example = partial(_example, rows, columns, dtype, residual, with_sum)
         suffix = f"c{columns}_{TRITON_TYPES[dtype]}" + ("_few" if rows <= FEW_ROWS else "") + "_sum" * with_sum
         total = residual if with_sum else None
-        dtypes = (dtype, residual, residual, residual, residual, total, residual)
+        rounded = None if residual == dtype else dtype
+        dtypes = (dtype, residual, residual, residual, residual, total, residual, rounded)
         ahead = forward_variant(form, columns, rows <= FEW_ROWS, dtypes, True)
         tile = int(ahead.constants["BLOCK_M"]) * int(ahead.constants["BLOCK_N"])
         yield Entry("linear_add_layer_norm", f"linear_norm_forward_{suffix}", ahead, tile, budget, example)
@@ -375,6 +388,8 @@ def _example(
 
     def call() -> tuple[Tensor, ...]:
         options: Any = {"dropout": dropout, "with_sum": with_sum}
+        rounds = residual_dtype != dtype
+        options["rounded"] = rounded = empty(residual.shape, dtype, device) if rounds else None
         y, total, xhat, rstd = linear_norm_forward(x, w, bias, residual, weight, offset, 1e-5, **options)
         assert y is not None
         assert xhat is not None
@@ -386,7 +401,8 @@ def _example(
         if not with_sum:
             return outputs
         again = Rows.empty(x, residual, weight, residual_dtype, with_sum, True)
-        _finish(x, w, (bias, residual, weight, offset), columns, 1e-5, dropout, again)
-        return (*outputs, *(t for t in (total, *again) if t is not None))
+        also = empty(residual.shape, dtype, device) if rounds else None
+        _finish(x, w, (bias, residual, weight, offset), columns, 1e-5, dropout, again, also)
+        return (*outputs, *(t for t in (total, rounded, *again, also) if t is not None))
 
     return call

@@ -173,21 +173,26 @@ def add_rows(total, tile, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, GROUPS: tl.
 def sum_partials_kernel(
     first_ptr,
     second_ptr,
+    third_ptr,
     first_total_ptr,
     second_total_ptr,
+    third_total_ptr,
     first_row_stride: tl.int32,
     second_row_stride: tl.int32,
+    third_row_stride: tl.int32,
     first_rows: tl.int32,
     second_rows: tl.int32,
+    third_rows: tl.int32,
     first_columns: tl.int32,
     second_columns: tl.int32,
+    third_columns: tl.int32,
     share: tl.int32,
     BLOCK_C: tl.constexpr,
     LOADS: tl.constexpr,
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Sum first (first_rows, first_columns) over its rows, always in one order; so second, or None.
+    """Sum first (first_rows, first_columns) over its rows, always in one order; so second and third, or None.
 
     The grid's second dimension shares rows out, `share` a program, which has a row of the totals.
     """
@@ -202,11 +207,19 @@ def sum_partials_kernel(
             *(BLOCK_C, LOADS, LANES, ALIGNED),
         )
     elif second_ptr is not None:
-        end = tl.minimum(begin + share, second_rows)
-        _sum_columns(
-            *(second_ptr, second_total_ptr, second_row_stride, begin, end, second_columns, block - blocks),
-            *(BLOCK_C, LOADS, LANES, ALIGNED),
-        )
+        if third_ptr is None or block < blocks + tl.cdiv(second_columns, BLOCK_C):
+            end = tl.minimum(begin + share, second_rows)
+            _sum_columns(
+                *(second_ptr, second_total_ptr, second_row_stride, begin, end, second_columns, block - blocks),
+                *(BLOCK_C, LOADS, LANES, ALIGNED),
+            )
+        else:
+            end = tl.minimum(begin + share, third_rows)
+            block -= blocks + tl.cdiv(second_columns, BLOCK_C)
+            _sum_columns(
+                *(third_ptr, third_total_ptr, third_row_stride, begin, end, third_columns, block),
+                *(BLOCK_C, LOADS, LANES, ALIGNED),
+            )
 
 
 @jit
@@ -238,15 +251,13 @@ def _sum_columns(
     tl.store(total_ptr + tl.program_id(1).to(tl.int64) * C + column, sums, mask=column < C)
 
 
-def sum_partials(
-    first: tuple[Tensor, torch.dtype], second: tuple[Tensor, torch.dtype] | None = None, parts: int = 1
-) -> tuple[Tensor, ...]:
-    """The sums over rows of one or two tensors (rows, C), each as (C,) of the dtype beside it. Deterministic.
+def sum_partials(*given: tuple[Tensor, torch.dtype] | None, parts: int = 1) -> tuple[Tensor, ...]:
+    """The sums over rows of one to three tensors (rows, C), None left out, each as (C,) of the dtype beside it. Deterministic.
 
     In fp32. With more parts as (parts, C): the sum of each of so many shares of the rows.
     """
     tensors, forms, addresses = [], [], 0
-    for tensor, dtype in (first,) if second is None else (first, second):
+    for tensor, dtype in filter(None, given):
         tensor, stride = as_rows(tensor)
         tensors.append(tensor)
         forms.append((tensor.dtype, *tensor.shape, stride, dtype))
@@ -254,10 +265,8 @@ def sum_partials(
     plan = _plan_sums(tuple(forms), parts, addresses % 16)
     shapes = [(columns,) if parts == 1 else (parts, columns) for _, _, columns, *_ in forms]
     totals = [empty(shape, form[-1], tensors[0].device) for shape, form in zip(shapes, forms)]
-    if second is None:
-        launch(plan.variant, plan.grid, tensors[0], None, totals[0], None, *plan.sizes)
-    else:
-        launch(plan.variant, plan.grid, *tensors, *totals, *plan.sizes)
+    alone = (None,) * (3 - len(tensors))
+    launch(plan.variant, plan.grid, *tensors, *alone, *totals, *alone, *plan.sizes)
     return tuple(totals)
 
 
@@ -265,7 +274,7 @@ def sum_rows(x: Tensor) -> Tensor:
     """The sum of x (..., C) over its rows, (C,), in x's dtype; taken in fp32. Deterministic."""
     x, _ = arriving_rows(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     parts = min(-(-len(x) // MANY_ROWS), MAX_PARTS)
-    total = (x, x.dtype) if parts <= 1 else (sum_partials((x, torch.float32), None, parts)[0], x.dtype)
+    total = (x, x.dtype) if parts <= 1 else (sum_partials((x, torch.float32), parts=parts)[0], x.dtype)
     return sum_partials(total)[0]
 
 
@@ -278,8 +287,8 @@ def _plan_sums(forms: tuple[tuple[Any, ...], ...], parts: int, offset: int) -> P
     )
     variant = _sums_variant(sum(columns), aligned, read, totals)
     blocks = sum(-(-C // variant.constants["BLOCK_C"]) for C in columns)
-    both = (strides[0], strides[-1], rows[0], rows[-1], columns[0], columns[-1])
-    return Plan(variant, (blocks, parts), (*both, -(-max(rows) // parts)))
+    three = [n for sizes in (strides, rows, columns) for n in (*sizes, *sizes[-1:] * (3 - len(sizes)))]
+    return Plan(variant, (blocks, parts), (*three, -(-max(rows) // parts)))
 
 
 def sum_partials_variant(columns: int, *totals: torch.dtype) -> Variant:
@@ -292,8 +301,8 @@ def _sums_variant(
     columns: int, aligned: bool, read: tuple[torch.dtype, ...], totals: tuple[torch.dtype, ...]
 ) -> Variant:
     """columns: of all tensors together."""
-    alone = (None,) * (2 - len(read))
-    types = (*map(pointer, (*read, *alone, *totals, *alone)), *["i32"] * 7)
+    alone = (None,) * (3 - len(read))
+    types = (*map(pointer, (*read, *alone, *totals, *alone)), *["i32"] * 10)
     # Time goes by what follows one another: a program's rounds of loads, each as long as the L2 cache takes, and the cache
     # lines that its multiprocessor looks up, one a row. Few columns a program spread the rows' lines over multiprocessors,
     # and all loads of 1,024 partial sums are one round: an encoder layer's 567 x 768 and 107 x 2,048 are 176 programs of

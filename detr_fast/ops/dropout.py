@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,18 @@ def next_seed(device: torch.device) -> tuple[Tensor, int]:
     return _draw(device), _FIRST
 
 
+def held() -> dict[int, Any] | None:
+    """What ops of this block have cast (see `rounded`); None outside, and in a region that is recomputed without the block."""
+    scope = getattr(_local, "scope", None)
+    return scope.casts if scope is not None and scope.holds() else None
+
+
 class _Scope:
     def __init__(self) -> None:
         self.seeds: dict[torch.device, Tensor] = {}
         self.offset = _FIRST - 1
         self.entered = recording()
+        self.casts: dict[int, Any] = {}  # see `rounded`
 
     def holds(self) -> bool:
         """Whether what runs now will be recomputed, if at all, together with the block."""

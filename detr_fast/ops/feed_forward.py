@@ -31,6 +31,7 @@ from detr_fast.ops.products import (
     shape_misfit,
 )
 from detr_fast.ops.regimes import bytes_of
+from detr_fast.ops.rounded import leave, rounded, rounds
 
 
 def feed_forward(
@@ -280,9 +281,8 @@ class TritonFeedForward(TritonProduct):
         p, output_p = (0.5 * drops for drops in call.drops)
         tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed)
         settings = (call.activation, 0, p, output_p, 1e-5, out, call.return_sum, call.needs_grad)
-        y, total, saved, active, xhat, rstd = run_forward(
-            *tensors, *settings, self.keeps_hidden, self.one_kernel, False
-        )
+        ways = (self.keeps_hidden, self.one_kernel, False, self._rounds(call.norm, call.situation.autocast, out))
+        y, total, saved, active, xhat, rstd, _ = run_forward(*tensors, *settings, *ways)
         if not call.needs_grad:
             return
         kept: Any = (xhat, rstd, norm_weight) if call.norm else (None, None, None)
@@ -327,14 +327,20 @@ class TritonFeedForward(TritonProduct):
         out = result_dtype(x.dtype if residual is None else residual.dtype, x.device.type)
         # Under autocast the residual keeps x's own dtype; otherwise x is the residual, and its gradients are added in a
         # product's epilogue.
-        cast, *parameters = autocast(x, w1, b1, w2, b2)
+        cast, *parameters = autocast(rounded(x), w1, b1, w2, b2)
         own = norm_weight is not None and residual is None and cast is not x
         residual = x if own else residual
         own = own and adds_in_fp32(x, cast)
         norm = (norm_weight, norm_bias, residual)
         settings = (activation, offset, dropout_p, output_dropout_p, eps, out, return_sum, keep)
-        y, total, *_ = forward(cast, *parameters, *norm, seed, *settings, self.keeps_hidden, self.one_kernel, own)
+        ways = (self.keeps_hidden, self.one_kernel, own, self._rounds(norm_weight is not None, autocast_dtype(x), out))
+        y, total, *_, low = forward(cast, *parameters, *norm, seed, *settings, *ways)
+        if ways[-1]:
+            leave(y, low)
         return (y, total) if return_sum else y
+
+    def _rounds(self, norm: bool, autocast: torch.dtype | None, out: torch.dtype) -> bool:
+        return norm and not self.one_kernel and rounds(autocast, out)
 
 
 class TritonRecomputingFeedForward(TritonFeedForward):

@@ -17,10 +17,12 @@ from torch import Tensor
 from detr_fast.kernels import linear as kernels
 from detr_fast.kernels.add_layer_norm_backward import dropped_backward, residual_norm_backward
 from detr_fast.kernels.feed_forward import Norm, feed_forward
+from detr_fast.kernels.launch import empty
 from detr_fast.kernels.linear_norm import Rows, linear_norm_forward
 from detr_fast.kernels.product_tiles import active_words, plus_product
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
+from detr_fast.ops.linear_add_layer_norm import fake_sums, split_sums
 from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat, sum_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,17 +55,18 @@ def run_forward(
     keep_hidden: bool,
     one_kernel: bool,
     own: bool,
+    also: bool,
 ) -> tuple[Tensor, ...]:
     """y (the sum, where there is a residual and no norm), the sum, what is kept of the hidden activation (it, or what was before
     it, and which of its elements are active), xhat and rstd.
 
-    Each empty where it is not wanted. own: the residual is x before it was rounded, and gets all of its gradient.
+    Each empty where it is not wanted; behind them, with `also`, y in x's dtype. own: the residual is x before it was rounded, and gets all of its gradient.
     """
     dropout = dropout_of(p, seed, offset) if p > 0.0 else None
     output_dropout = dropout_of(output_p, seed, offset) if output_p > 0.0 else None
     adds = norm_weight is not None or residual is not None
     residual = x if residual is None else residual
-    saved = active = None
+    saved = active = low = None
     if one_kernel:
         norm = Norm(residual, norm_weight, norm_bias, eps, out_dtype, with_sum, keep) if adds else None
         drops = {"dropout": dropout, "output_dropout": output_dropout if adds else None}
@@ -75,14 +78,15 @@ def run_forward(
         if activation == "relu":
             saved, active = h if keep_hidden else None, saved
         if adds:
-            options = {"dropout": output_dropout, "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
-            options["one_launch"] = one_launch
+            options: Any = {"dropout": output_dropout, "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
+            low = empty(residual.shape, x.dtype, x.device) if also else None
+            options |= {"one_launch": one_launch, "rounded": low}
             found = linear_norm_forward(h, w2, b2, residual, norm_weight, norm_bias, eps, **options)
         else:
             found = Rows(kernels.linear_forward(h, w2, b2)[0], None, None, None)
     y, total, *kept = found
     y, total = (total, None) if y is None else (y, total)
-    return tuple(x.new_empty(0) if t is None else t for t in (y, total, saved, active, *kept))
+    return tuple(x.new_empty(0) if t is None else t for t in (y, total, saved, active, *kept, low))
 
 
 def _fake_forward(
@@ -100,7 +104,7 @@ def _fake_forward(
     p: float,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    *_, out_dtype, with_sum, keep, keep_hidden, _, _ = rest
+    *_, out_dtype, with_sum, keep, keep_hidden, _, _, also = rest
     shape = (*x.shape[:-1], w2.shape[0])
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtypes = (sum_dtype, None, None) if norm_weight is None else (out_dtype, sum_dtype, out_dtype)
@@ -111,7 +115,8 @@ def _fake_forward(
     words = active_words(prod(x.shape[:-1]), w1.shape[0]) if small else 0
     normed = norm_weight is not None and keep
     rstd = x.new_empty(prod(x.shape[:-1]), dtype=torch.float32) if normed else x.new_empty(0)
-    return y, total, saved, x.new_empty(words, dtype=torch.int16 if small else x.dtype), xhat, rstd
+    active = x.new_empty(words, dtype=torch.int16 if small else x.dtype)
+    return y, total, saved, active, xhat, rstd, x.new_empty(shape if also else 0)
 
 
 def run_backward(
@@ -137,8 +142,8 @@ def run_backward(
     """From y's gradient, and the sum's, to the residual's, those behind and before the hidden activation, and to that.
 
     saved, active: what the forward kept of the hidden activation; without it, x, w1 and b1 compute it again. Returns ds, dz, dpre,
-    h, the sums for norm_weight, norm_bias and b2, (3 * D,) (without a norm for b2 alone, (D,), where dropout is behind it),
-    and for b1; each empty where it is another one (dz is ds or dy, h is saved) or there is none.
+    h, the sums for norm_weight, norm_bias and b2, (3 * D,) (without a norm for b2 alone, (D,), where dropout is behind it; b2's apart
+    where its dtype is another), and for b1; each empty where it is another one (dz is ds or dy, h is saved) or there is none.
     """
     ds = separate = partial = None
     dz = dy
@@ -157,15 +162,15 @@ def run_backward(
     dpre, h, hidden_partial = kernels.linear_backward(
         dz, w2, kept, activation=activation, active=active, dropout=drop, with_dbias=with_db1
     )
-    sums = db1 = None
-    more = None if hidden_partial is None else (hidden_partial, w2.dtype)
-    if partial is not None:
-        parameter = w2 if norm_weight is None else norm_weight
-        sums, *rest = sum_partials((partial, parameter.dtype), more)
-        db1 = rest[0] if rest else None
-    elif more is not None:
-        (db1,) = sum_partials(more)
-    found = (ds, separate, dpre, None if h is saved else h, sums, db1)
+    of_norm = of_b2 = None
+    if norm_weight is not None and partial is not None:
+        of_norm, of_b2 = split_sums(partial, norm_weight.dtype, w2.dtype)
+    elif partial is not None:
+        of_norm = partial, w2.dtype
+    given = of_norm, of_b2, None if hidden_partial is None else (hidden_partial, w2.dtype)
+    totals = iter(sum_partials(*given) if any(given) else ())
+    sums, db2, db1 = (None if one is None else next(totals) for one in given)
+    found = (ds, separate, dpre, None if h is saved else h, sums, db2, db1)
     return tuple(dy.new_empty(0) if t is None else t for t in found)
 
 
@@ -192,13 +197,16 @@ def _fake_backward(
     hidden, columns = (*dy.shape[:-1], w2.shape[1]), dy.shape[-1]
     none, norm, drops = dy.new_empty(0), norm_weight is not None, seed is not None and output_p > 0.0
     separate = drops or (residual_dtype if norm else dy.dtype) != w2.dtype
-    sums = norm_weight.new_empty(3 * columns) if norm_weight is not None else w2.new_empty(columns) if drops else None
+    sums, db2 = w2.new_empty(columns) if drops else torch.empty_like(none), torch.empty_like(none)
+    if norm_weight is not None:
+        sums, db2 = fake_sums(dy, norm_weight, w2.dtype)
     return (
         dy.new_empty(dy.shape, dtype=residual_dtype) if norm else none,
         dy.new_empty(dy.shape, dtype=w2.dtype) if separate else torch.empty_like(none),
         w2.new_empty(hidden),
         torch.empty_like(none) if saved is not None and activation == "relu" else w2.new_empty(hidden),
-        torch.empty_like(none) if sums is None else sums,
+        sums,
+        db2,
         w2.new_empty(w2.shape[1]) if with_db1 else torch.empty_like(none),
     )
 
@@ -208,25 +216,28 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        y, total, saved, active, xhat, rstd = forward.below(*arguments)
+        y, total, saved, active, xhat, rstd, low = forward.below(*arguments)
         x, w1, b1, w2, b2, norm_weight, norm_bias, residual, seed = arguments[:9]
         ctx.save_for_backward(x, w1, b1, w2, b2, norm_weight, seed, saved, active, xhat, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (norm_bias, residual))
-        ctx.settings, with_sum, (ctx.kept, _, ctx.own) = arguments[9:13], arguments[15], arguments[17:]
+        ctx.settings, with_sum, (ctx.kept, _, ctx.own, _) = arguments[9:13], arguments[15], arguments[17:]
         normed = norm_weight is not None
         # The sum of what needs no gradient needs none, whatever the norm's parameters do.
         summed = with_sum and any((*ctx.needs_input_grad[:5], ctx.needs_input_grad[7]))
-        ctx.mark_non_differentiable(saved, active, *(() if normed else (xhat, rstd)), *(() if summed else (total,)))
+        ctx.mark_non_differentiable(
+            saved, active, low, *(() if normed else (xhat, rstd)), *(() if summed else (total,))
+        )
         ctx.set_materialize_grads(False)
-        return y, total, saved, active, xhat, rstd
+        return y, total, saved, active, xhat, rstd, low
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None, __: None, *twice: Tensor | None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None, __: None, *upstream: Tensor | None) -> Any:
+        twice = upstream[:2]
         if all(t is None for t in (dy, dsum, *twice)):
-            return (None,) * 20
+            return (None,) * 21
         eagerly = torch.is_grad_enabled() or any(t is not None for t in twice)
         gradients = _eager_gradients if eagerly else _gradients
-        return (*gradients(ctx, dy, dsum, *twice), *(None,) * 12)
+        return (*gradients(ctx, dy, dsum, *twice), *(None,) * 13)
 
 
 def _eager_gradients(ctx: Any, dy: Tensor | None, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -268,13 +279,14 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | No
     active = active if active.numel() else None
     hidden = (saved, active, None, None, None) if ctx.kept else (None, None, x, w1, b1)
     dtype = residual_dtype or x.dtype
-    ds, dz, dpre, h, sums, db1 = _backward(dy, dsum, *norm, w2, *hidden, seed, *ctx.settings, dtype, wanted[2])
+    ds, dz, dpre, h, sums, of_b2, db1 = _backward(dy, dsum, *norm, w2, *hidden, seed, *ctx.settings, dtype, wanted[2])
     ds = ds if norm_weight is not None else dy.to(dtype)
     dz = flat(dz if dz.shape[-1] else ds)  # without rows, either holds no element
     h, dpre = flat(saved if ctx.kept and activation == "relu" else h), flat(dpre)
     dx = db2 = None
-    d_norm: Any
-    *d_norm, of_b2 = sums.chunk(3) if norm_weight is not None else (None, None, sums)
+    parts = sums.split(w2.shape[0])
+    d_norm: Any = parts[:2] if norm_weight is not None else (None, None)
+    of_b2 = of_b2 if of_b2.numel() else parts[-1]
     if wanted[4]:
         db2 = of_b2.to(b2.dtype) if of_b2.numel() else sum_rows(dz)
     dw2 = torch.mm(dz.t(), h) if wanted[3] else None
@@ -308,7 +320,8 @@ def _autograd_backward(*arguments: Any) -> Any:
 forward = define(
     "feed_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? residual, Tensor? seed, str activation, int offset, float p, float output_p, float eps, ScalarType out_dtype, "
-    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel, bool own) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool with_sum, bool keep, bool keep_hidden, bool one_kernel, bool own, bool also) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
@@ -317,7 +330,7 @@ forward = define(
 _backward = define(
     "feed_forward_backward(Tensor dy, Tensor? dsum, Tensor? xhat, Tensor? rstd, Tensor? norm_weight, Tensor w2, "
     "Tensor? saved, Tensor? active, Tensor? x, Tensor? w1, Tensor? b1, Tensor? seed, str activation, int offset, float p, float output_p, "
-    "ScalarType residual_dtype, bool with_db1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType residual_dtype, bool with_db1) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

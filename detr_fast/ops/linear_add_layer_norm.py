@@ -14,6 +14,7 @@ from detr_fast import dispatch
 from detr_fast.dispatch import Implementation, Op, Situation
 from detr_fast.kernels import linear_norm as kernels
 from detr_fast.kernels.add_layer_norm_backward import residual_norm_backward
+from detr_fast.kernels.launch import empty
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.dropout import check_probability, next_seed
@@ -32,6 +33,7 @@ from detr_fast.ops.products import (
     shape_misfit,
 )
 from detr_fast.ops.regimes import bytes_of
+from detr_fast.ops.rounded import leave, rounded, rounds
 
 
 @overload
@@ -198,8 +200,8 @@ class TritonLinearAddLayerNorm(TritonProduct):
         residual, norm_weight, norm_bias = rehearsed(call.layouts[3:])
         out = result_dtype(residual.dtype, call.device_type)
         seed = meta(torch.int64 if call.dropout else None, 1)
-        settings = (seed, 0, 0.5, 1e-5, out, call.return_sum, call.needs_grad)
-        y, total, xhat, rstd = _run_forward(x, weight, bias, residual, norm_weight, norm_bias, *settings)  # type: ignore[call-arg]
+        settings = (seed, 0, 0.5, 1e-5, out, call.return_sum, call.needs_grad, rounds(call.situation.autocast, out))
+        y, total, xhat, rstd, _ = _run_forward(x, weight, bias, residual, norm_weight, norm_bias, *settings)  # type: ignore[call-arg]
         if not call.needs_grad:
             return
         for dsum in (None, total) if call.return_sum else (None,):  # which may arrive, or not
@@ -221,12 +223,15 @@ class TritonLinearAddLayerNorm(TritonProduct):
         return_sum: bool,
     ) -> Any:
         out = result_dtype(residual.dtype, x.device.type)
-        x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+        also = rounds(autocast_dtype(x), out)
+        x, weight, bias = autocast(rounded(x), weight, bias)  # type: ignore[assignment]
         seed, offset = next_seed(x.device) if dropout_p > 0.0 else (None, 0)
         keep = wants_grad(x, weight, bias, residual, norm_weight, norm_bias)
         norm = (norm_weight, norm_bias)
-        settings = (seed, offset, dropout_p, eps, out, return_sum, keep)
-        y, total, _, _ = _forward(x, weight, bias, residual, *norm, *settings)
+        settings = (seed, offset, dropout_p, eps, out, return_sum, keep, also)
+        y, total, *_, low = _forward(x, weight, bias, residual, *norm, *settings)
+        if also:
+            leave(y, low)
         return (y, total) if return_sum else y
 
 
@@ -269,22 +274,26 @@ def _run_forward(
     out_dtype: torch.dtype,
     with_sum: bool,
     keep: bool,
+    also: bool,
 ) -> tuple[Tensor, ...]:
+    """also: y in x's dtype as well, the last of the outputs."""
     norm = (residual, norm_weight, norm_bias, eps)
-    options = {"dropout": dropout_of(p, seed, offset), "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
-    found = kernels.linear_norm_forward(x, weight, bias, *norm, **options, one_launch=False)
-    return tuple(residual.new_empty(0) if t is None else t for t in found)
+    options: Any = {"dropout": dropout_of(p, seed, offset), "out_dtype": out_dtype, "with_sum": with_sum, "keep": keep}
+    low = empty(residual.shape, x.dtype, x.device) if also else None
+    found = kernels.linear_norm_forward(x, weight, bias, *norm, **options, one_launch=False, rounded=low)
+    return tuple(residual.new_empty(0) if t is None else t for t in (*found, low))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Any, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, out_dtype, with_sum, keep = rest
+    *_, out_dtype, with_sum, keep, also = rest
     dtypes = (out_dtype, torch.promote_types(x.dtype, residual.dtype), out_dtype)
     y, total, xhat = (
         residual.new_empty(residual.shape, dtype=dtype) if wanted else residual.new_empty(0)
         for dtype, wanted in zip(dtypes, (True, with_sum, keep))
     )
-    rows = prod(residual.shape[:-1])
-    return y, total, xhat, residual.new_empty(rows, dtype=torch.float32) if keep else residual.new_empty(0)
+    rstd = residual.new_empty(prod(residual.shape[:-1]), dtype=torch.float32) if keep else residual.new_empty(0)
+    low = residual.new_empty(residual.shape, dtype=x.dtype) if also else residual.new_empty(0)
+    return y, total, xhat, rstd, low
 
 
 def _run_backward(
@@ -298,11 +307,21 @@ def _run_backward(
     p: float,
     residual_dtype: torch.dtype,
     product_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options: Any = {"dsum": dsum, "dresidual_dtype": residual_dtype, "dx_dtype": product_dtype}
     ds, dproduct, partial = residual_norm_backward(dy, xhat, rstd, norm_weight, dropout_of(p, seed, offset), **options)
-    (sums,) = sum_partials((partial, norm_weight.dtype))
-    return ds, dy.new_empty(0) if dproduct is None else dproduct, sums
+    of_norm, of_bias = split_sums(partial, norm_weight.dtype, product_dtype)
+    sums, *rest = sum_partials(of_norm, of_bias)
+    db = rest[0] if rest else dy.new_empty(0)
+    return ds, dy.new_empty(0) if dproduct is None else dproduct, sums, db
+
+
+def split_sums(partial: Tensor, norm: torch.dtype, product: torch.dtype) -> tuple[Any, Any]:
+    """For `sum_partials`: a norm's partial sums, for its weight and bias, and those for the product's bias, in one where dtypes allow."""
+    if norm == product:
+        return (partial, norm), None
+    columns = partial.shape[1] // 3
+    return (partial[:, : 2 * columns], norm), (partial[:, 2 * columns :], product)
 
 
 def _fake_backward(
@@ -316,11 +335,19 @@ def _fake_backward(
     p: float,
     residual_dtype: torch.dtype,
     product_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     separate = seed is not None or residual_dtype != product_dtype
     dproduct = dy.new_empty(dy.shape, dtype=product_dtype) if separate else dy.new_empty(0)
-    sums = norm_weight.new_empty(3 * dy.shape[-1])
-    return dy.new_empty(dy.shape, dtype=residual_dtype), dproduct, sums
+    sums, db = fake_sums(dy, norm_weight, product_dtype)
+    return dy.new_empty(dy.shape, dtype=residual_dtype), dproduct, sums, db
+
+
+def fake_sums(dy: Tensor, norm_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What comes of `split_sums`; the second is empty where the first has all."""
+    columns = dy.shape[-1]
+    if norm_weight.dtype == dtype:
+        return norm_weight.new_empty(3 * columns), dy.new_empty(0)
+    return norm_weight.new_empty(2 * columns), norm_weight.new_empty(columns, dtype=dtype)
 
 
 class _Forward(torch.autograd.Function):
@@ -328,35 +355,36 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        y, total, xhat, rstd = _forward.below(*arguments)
+        y, total, xhat, rstd, low = _forward.below(*arguments)
         x, weight, bias, residual, norm_weight, norm_bias, seed = arguments[:7]
         ctx.save_for_backward(x, weight, norm_weight, seed, xhat, rstd)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (bias, residual, norm_bias))
         ctx.offset, ctx.p = arguments[7:9]
         # The sum of what needs no gradient needs none, whatever the norm's parameters do.
-        if not (arguments[11] and any(ctx.needs_input_grad[:4])):
-            ctx.mark_non_differentiable(total)
+        summed = arguments[11] and any(ctx.needs_input_grad[:4])
+        ctx.mark_non_differentiable(low, *(() if summed else (total,)))
         ctx.set_materialize_grads(False)
-        return y, total, xhat, rstd
+        return y, total, xhat, rstd, low
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         if all(t is None for t in upstream):
-            return (None,) * 13
+            return (None,) * 14
         x, weight, norm_weight, seed, xhat, rstd = ctx.saved_tensors
         bias_dtype, residual_dtype, norm_bias_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad[:6]
-        dy, dsum, *twice = upstream
+        dy, dsum, *twice = upstream[:4]
         if torch.is_grad_enabled() or any(t is not None for t in twice):
-            ds, d_norm_weight, d_norm_bias = eager_norm_gradients(upstream, xhat, rstd, norm_weight)
+            ds, d_norm_weight, d_norm_bias = eager_norm_gradients(upstream[:4], xhat, rstd, norm_weight)
             rows = flat(dropped(ds, seed, ctx.offset, ctx.p)).to(x.dtype)
             db = rows.sum(0)
         else:
             dy = torch.zeros_like(xhat) if dy is None else dy
             settings = (seed, ctx.offset, ctx.p, residual_dtype, x.dtype)
-            ds, dproduct, sums = _backward(dy, dsum, xhat, rstd, norm_weight, *settings)
+            ds, dproduct, sums, db = _backward(dy, dsum, xhat, rstd, norm_weight, *settings)
             rows = flat(dproduct if dproduct.shape[-1] else ds)  # without rows, either holds no element
-            d_norm_weight, d_norm_bias, db = sums.chunk(3)
+            d_norm_weight, d_norm_bias, *joined = sums.split(weight.shape[0])
+            db = joined[0] if joined else db
         return (
             torch.mm(rows, weight).view(x.shape) if wanted[0] else None,
             torch.mm(rows.t(), flat(x)) if wanted[1] else None,
@@ -364,7 +392,7 @@ class _Forward(torch.autograd.Function):
             ds.to(residual_dtype) if wanted[3] else None,
             d_norm_weight.to(norm_weight.dtype) if wanted[4] else None,
             d_norm_bias.to(norm_bias_dtype) if wanted[5] else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -380,8 +408,8 @@ def _autograd_backward(*arguments: Any) -> Any:
 
 _forward = define(
     "linear_add_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, "
-    "Tensor? seed, int offset, float p, float eps, ScalarType out_dtype, bool with_sum, bool keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? seed, int offset, float p, float eps, ScalarType out_dtype, bool with_sum, bool keep, bool also) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=_run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
@@ -389,7 +417,7 @@ _forward = define(
 )
 _backward = define(
     "residual_norm_backward(Tensor dy, Tensor? dsum, Tensor xhat, Tensor rstd, Tensor norm_weight, Tensor? seed, int offset, "
-    "float p, ScalarType residual_dtype, ScalarType product_dtype) -> (Tensor, Tensor, Tensor)",
+    "float p, ScalarType residual_dtype, ScalarType product_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

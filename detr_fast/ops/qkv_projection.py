@@ -33,6 +33,7 @@ from detr_fast.ops.products import (
     sum_rows,
 )
 from detr_fast.ops.regimes import bytes_of
+from detr_fast.ops.rounded import rounded
 
 TILE = 128  # columns that one program of the kernel covers at most
 
@@ -144,7 +145,7 @@ class TritonQkvProjection(TritonProduct):
 
     def run(self, *arguments: Any) -> Tensor:
         *tensors, columns = arguments
-        return _forward(*autocast(*tensors), columns)
+        return _forward(*_cast(*tensors), columns)
 
 
 class EagerQkvProjection(Implementation):
@@ -163,6 +164,11 @@ QKV_PROJECTION = Op(
 )
 
 
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None) -> tuple[Any, ...]:
+    x, *rest = autocast(rounded(x), weight, bias)  # type: ignore[assignment]
+    return x, *rest, None if position is None else rounded(position)
+
+
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None = None, columns: int = 0
 ) -> tuple[Tensor, Tensor] | None:
@@ -175,8 +181,7 @@ def project(
     fused = isinstance(implementation, TritonQkvProjection)
     if not fused and position is not None and columns != weight.shape[0]:
         return None
-    cast, w, b, added = autocast(x, weight, bias, position)
-    assert cast is not None
+    cast, w, b, added = _cast(x, weight, bias, position)
     repeats = position is None or _repeats(position, x)  # what the backward takes a position's rows to do
     follows = repeats and wants_grad(x) and (cast is x or adds_in_fp32(x, cast))
     if torch.compiler.is_compiling() or not follows:

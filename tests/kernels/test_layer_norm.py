@@ -221,12 +221,16 @@ def test_the_backward_is_deterministic_whatever_order_programs_run_in():
 
 
 # Several rounds of loads, columns of one program and of several; runs of 16 bytes and none.
-@pytest.mark.parametrize("columns", [(40, 1100), (43, 5), (8, 4200)])
+@pytest.mark.parametrize("columns", [(40, 1100), (43, 5), (16, 4200)])
 def test_partial_sums_of_many_programs_are_all_added(interpreter, columns):
     first, second = torch.randn(1601, columns[0]), torch.randn(3, columns[1])
     sums = rows.sum_partials((first, torch.float32), (second, torch.bfloat16))
     torch.testing.assert_close(sums[0], first.double().sum(0).float())
     torch.testing.assert_close(sums[1], second.double().sum(0).bfloat16())
+    halves = rows.sum_partials((first[:, :8], torch.float32), (first[:, 8:], torch.bfloat16), (second, torch.float32))
+    torch.testing.assert_close(torch.cat([halves[0], halves[1].float()]), sums[0], rtol=1e-2, atol=1e-2)
+    assert halves[1].dtype == torch.bfloat16
+    torch.testing.assert_close(halves[2], second.double().sum(0).float())
 
 
 def shifted(x):

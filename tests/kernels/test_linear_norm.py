@@ -140,6 +140,17 @@ def test_the_residual_may_be_fp32_as_under_autocast(interpreter):
     torch.testing.assert_close(dproduct, ds.bfloat16())
 
 
+@pytest.mark.parametrize("one_launch", [True, False])
+@pytest.mark.parametrize("columns", [24, 21])
+def test_the_result_is_written_rounded_beside_it(interpreter, one_launch, columns):
+    dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
+    arguments = [t.to(d) for t, d in zip(inputs((9,), kernels.LONG_ROWS, columns), dtypes)]
+    rounded = torch.full((9, columns), torch.nan, dtype=torch.bfloat16)
+    y = kernels.linear_norm_forward(*arguments, 1e-5, one_launch=one_launch, rounded=rounded).y
+    assert y.dtype == torch.float32
+    assert torch.equal(rounded, y.bfloat16())
+
+
 @pytest.mark.parametrize("expanded", ["dy", "residual"])
 def test_expanded_rows_are_read_through_their_strides(interpreter, expanded):
     x, w, b, residual, norm_weight, norm_bias = inputs((12,), 16, 24)

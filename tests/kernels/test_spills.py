@@ -27,7 +27,7 @@ VARIANTS = {
     "gelu_backward": ("sm_80", linear.backward_variant(GELU, True, False)),  # 88
     "linear_norm": (
         "sm_90",
-        linear_norm.forward_variant(Form(FP16, "none", False, 1, "ieee"), 200, False, (FP16,) * 7, True),
+        linear_norm.forward_variant(Form(FP16, "none", False, 1, "ieee"), 200, False, (*(FP16,) * 7, None), True),
     ),  # 64
     "add_layer_norm": (
         "sm_90",

@@ -183,7 +183,7 @@ def test_opcheck_accepts_the_ops():
             inputs = [*tensors(norm=norm, grad=True), *[None] * (0 if norm else 2), added, seed]
             arguments = (*inputs, activation, 1, 0.25, 0.5, 1e-5, torch.float32, norm and added is not None)
             own = added is not None and norm
-            torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, (*arguments, True, norm, False, own))
+            torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, (*arguments, True, norm, False, own, own))
         kept = (torch.randn(10, 16), torch.rand(10), torch.randn(16)) if norm else (None, None, None)
         again = (torch.randn(10, 16), torch.randn(40, 16), torch.randn(40))
         settings = (seed, activation, 1, 0.25, 0.5, torch.float32, True)
@@ -207,8 +207,7 @@ def test_opcheck_accepts_the_ops():
         False,
         True,
         True,
-        False,
-        False,
+        *[False] * 3,
     )
     torch.library.opcheck(torch.ops.detr_fast.feed_forward.default, arguments)
     _, _, saved, active, *_ = torch.ops.detr_fast.feed_forward.default(*arguments)

@@ -138,7 +138,16 @@ def test_the_double_backward_is_right_with_the_same_elements_dropped(triton):
 def test_opcheck_accepts_the_ops():
     seed = torch.tensor([3])
     for drawn in (None, seed):
-        settings = (drawn, 1, 0.25 if drawn is not None else 0.0, 1e-5, torch.float32, drawn is None, True)
+        settings = (
+            drawn,
+            1,
+            0.25 if drawn is not None else 0.0,
+            1e-5,
+            torch.float32,
+            drawn is None,
+            True,
+            drawn is None,
+        )
         torch.library.opcheck(torch.ops.detr_fast.linear_add_layer_norm.default, (*tensors(grad=True), *settings))
         dy, xhat = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
         dsum = torch.randn(2, 5, 24) if drawn is None else None
