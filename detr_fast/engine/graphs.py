@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import UserDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -77,6 +77,7 @@ class GraphedFunction:
         self._stream: Any = None
         self._replaying: Any = None  # the stream of the last replay
         self._full = False
+        self._told: set[str] = set()  # of which arguments
 
     def __call__(self, *arguments: Any) -> Any:
         if self.reason is not None:
@@ -85,6 +86,12 @@ class GraphedFunction:
             return self._call(arguments)
 
     def _call(self, arguments: tuple[Any, ...]) -> Any:
+        given = tensors_of(arguments)
+        if _looked_at():
+            return self._warm_up(arguments)
+        if (other := next(filter(None, map(_why_not, given)), None)) is not None:
+            self._tell(other)
+            return self._warm_up(arguments)
         key = shapes_of(arguments)
         if len(self._buckets) >= MAX_SHAPES:  # as of a model that lies elsewhere at each call
             self._buckets = {known: bucket for known, bucket in self._buckets.items() if bucket.graph is not None}
@@ -102,10 +109,19 @@ class GraphedFunction:
             bucket.calls += self.bound is None or self.bound.left(whole[2])
             return outputs
         self._wait_for_replays()
-        for static, given in zip(tensors_of(bucket.inputs), tensors_of(arguments)):
-            static.copy_(given, non_blocking=True)
+        for static, one in zip(tensors_of(bucket.inputs), given):
+            static.copy_(one, non_blocking=True)
         bucket.graph.replay()
-        return bucket.outputs
+        return _rebuilt(bucket.outputs)
+
+    def _tell(self, argument: str) -> None:
+        if argument not in self._told:
+            self._told.add(argument)
+            warnings.warn(
+                f"detr-fast: an argument {argument}: its calls run eagerly. Results stay right, only slower.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def _wait_for_replays(self) -> None:
         """Let this call's stream wait for the one before it: all graphs work in one memory."""
@@ -153,7 +169,7 @@ class GraphedFunction:
         finally:  # as of a batch for which there is no memory
             current.wait_stream(stream)
         for tensor in tensors_of(outputs):
-            if tensor.is_cuda:
+            if tensor.is_cuda and tensor.layout is torch.strided and not tensor.is_nested:
                 tensor.record_stream(current)
         return outputs
 
@@ -189,9 +205,27 @@ class GraphedFunction:
             )
             self.forget()
             return False
-        bucket.inputs, bucket.graph, bucket.outputs = inputs, graph, outputs
+        bucket.inputs, bucket.graph, bucket.outputs = (
+            inputs,
+            graph,
+            _rebuilt(outputs),
+        )  # which the function may hold, too
         self._captured.append(bucket)
         return True
+
+
+def _looked_at() -> bool:
+    """Whether somebody is to see each operation: a mode, as that which counts FLOPs, or anomaly detection."""
+    return torch.is_anomaly_enabled() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _why_not(argument: Tensor) -> str | None:
+    """What of an argument a graph can't have: it works on copies."""
+    if argument.requires_grad:
+        return "requires a gradient, which a CUDA graph would not give it (detach it where none is wanted)"
+    if argument.layout is not torch.strided or argument.is_nested:
+        return "is sparse or nested, which CUDA graphs do not take"
+    return None
 
 
 # Read as `torch.backends` does, at some 20 ns each; torch 2.11 has no fa3.
@@ -199,6 +233,7 @@ _FLAGS = [
     torch.is_grad_enabled,
     torch.is_inference_mode_enabled,
     torch.are_deterministic_algorithms_enabled,
+    torch.get_default_dtype,
     torch._C._get_cudnn_enabled,
     torch._C._get_cudnn_benchmark,
     torch._C._get_cudnn_deterministic,
@@ -210,13 +245,14 @@ _FLAGS = [
         for name in ("flash", "mem_efficient", "math", "cudnn", "fa3")
         if hasattr(torch._C, f"_get_{name}_sdp_enabled")
     ),
+    torch._C._get_cublas_allow_fp16_accumulation,
 ]
 
 
 def _state(kind: str) -> Hashable:
     """What PyTorch's operations and ours go by besides their arguments."""
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    precision = [torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv")]
+    precision = [torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv", "rnn")]
     order = tuple(torch._C._get_sdp_priority_order())
     return autocast, *precision, order, *[flag() for flag in _FLAGS], frozenset(dispatch._requested.items())
 
@@ -261,6 +297,25 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _rebuilt(value: Any) -> Any:
+    """The same tensors in dictionaries, lists and dataclasses of their own, which a caller may change."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (tuple, list)):
+        entries = map(_rebuilt, value)
+        return value._make(entries) if hasattr(value, "_make") else type(value)(entries)
+    if type(value) is dict:
+        return {name: _rebuilt(entry) for name, entry in value.items()}
+    if isinstance(value, OrderedDict):  # transformers' outputs, whose own copies take 90 µs
+        same = type(value).__new__(type(value))
+        for name, entry in value.items():
+            OrderedDict.__setitem__(same, name, _rebuilt(entry))
+        vars(same).update({name: same.get(name, entry) for name, entry in vars(value).items()})
+        return same
+    is_one = isinstance(value, Mapping) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    return copy(value) if is_one else value
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in `value`, in order."""
     found: list[Tensor] = []
@@ -274,13 +329,13 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def shapes_of(value: Any) -> Hashable:
-    """What a graph is bound to: the shapes and types of all tensors, and all other values."""
+    """What a graph is bound to: the shapes and types of all tensors, and all other values, by their classes, too: 2 is not 2.0."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.stride()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(shapes_of(getattr(value, f.name)) for f in dataclasses.fields(value))
     if isinstance(value, Mapping):
-        return tuple((name, shapes_of(entry)) for name, entry in value.items())
+        return type(value), tuple((name, shapes_of(entry)) for name, entry in value.items())
     if isinstance(value, (tuple, list)):
-        return tuple(map(shapes_of, value))
-    return value
+        return type(value), tuple(map(shapes_of, value))
+    return type(value), value

@@ -120,6 +120,7 @@ def test_batches_travel_without_blocking_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(graphs, "_state", lambda kind: None)  # meta tensors have no autocast
+    monkeypatch.setattr(graphs, "_looked_at", lambda: False)
     given = inputs("cpu")
     with Copies() as copies:
         graphs.moved(given, torch.device("meta"))
