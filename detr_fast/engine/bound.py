@@ -140,7 +140,7 @@ class Bound:
 
 def held_by(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:
     """What of an optimizer a graph holds: its state and that of each parameter, which loading replaces and steps add to; its settings
-    that are no tensors, and its hooks.
+    that are no tensors, its hooks, and which parameters it has.
     """
     hooks = [tuple(getattr(optimizer, name, ())) for name in _OPTIMIZER_HOOKS]
     settings = [
@@ -151,4 +151,5 @@ def held_by(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[tuple[tup
         )
         for group in optimizer.param_groups
     ]
-    return [optimizer.state, *optimizer.state.values()], [(("hooks", repr(hooks)),), *settings]
+    trained = tuple(("params", f"{id(group['params'])} {len(group['params'])}") for group in optimizer.param_groups)
+    return [optimizer.state, *optimizer.state.values()], [(("hooks", repr(hooks)),), trained, *settings]

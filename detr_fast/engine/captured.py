@@ -94,7 +94,7 @@ class CapturedStep:
             reason=reason,
             before=self._forget_gradients,
             around=self._capturable,
-            bound=Bound(nn.ModuleList([model, criterion]) if isinstance(criterion, nn.Module) else model),
+            bound=self._bound(),
         )
 
     @property
@@ -115,8 +115,8 @@ class CapturedStep:
         if self.reason is None:
             self._look_at_the_optimizer()
         for group, rate in zip(self.optimizer.param_groups, self._rates):
-            if not isinstance(group["lr"], Tensor):
-                rate.fill_(group["lr"])
+            lr = group["lr"]
+            rate.copy_(lr, non_blocking=True) if isinstance(lr, Tensor) else rate.fill_(lr)
         if isinstance(inputs, Mapping):
             inputs = dict(inputs)  # of any class: a graph finds tensors in dictionaries
         return self._step(inputs if self.reason else _for_a_graph(self.averaged, inputs), targets)
@@ -163,6 +163,7 @@ class CapturedStep:
             return
         changed = {name for was, now in zip(self._held[1], held[1]) for name, _ in set(was) ^ set(now)} or {"state"}
         self._held = held
+        self._step.bound = self._bound()
         self._step.forget()
         self._rates = self._rates_of_groups(self._step.device)  # groups may have been added
         self._changes += 1
@@ -177,7 +178,12 @@ class CapturedStep:
 
     def _holds(self) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:
         state, settings = held_by(self.optimizer)
-        return state, [*settings, (("clip_norm", repr(self.clip_norm)),)]
+        others = [self.model, self.criterion, self.averaged, self.ema, self.scaler, self.metrics, self.autocast]
+        return [*others, *state], [*settings, (("clip_norm", repr(self.clip_norm)),)]
+
+    def _bound(self) -> Bound:
+        watched = isinstance(self.criterion, nn.Module)
+        return Bound(nn.ModuleList([self.model, self.criterion]) if watched else self.model)  # type: ignore[list-item]
 
     def _rates_of_groups(self, device: torch.device) -> list[Tensor]:
         return [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
@@ -198,8 +204,7 @@ class CapturedStep:
         for group, rate in zip(groups, self._rates):
             group["capturable"] = True
             group["params"] = sorted(group["params"], key=Tensor.numel, reverse=True)
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] = rate
+            group["lr"] = rate  # of a tensor, too, in whose place a schedule may put another one
         try:
             yield
         finally:
