@@ -117,8 +117,11 @@ def write_safetensors(state: StateDict, path: Path, metadata: dict[str, str]) ->
 
     # Pieces of one joint projection share storage, which the format refuses.
     state = {name: tensor.clone() for name, tensor in state.items()}
+    path.touch()
+    mode = path.stat().st_mode  # as the user has it for new files; safetensors' own file is for nobody else to read
     try:
         save_file(state, path, {"format": "pt", **metadata})
+        path.chmod(mode)
     except SafetensorError as error:  # it knows no other kind: "… I/O error: No space left on device (os error 28) …"
         reason = re.search(r"I/O error: (.*?) \(os error (\d+)\)", str(error))
         if reason is None:
