@@ -112,6 +112,7 @@ def sections(out: Path) -> list[Section]:
         "losses",
         "deformable_attention",
         "criterion",
+        "optimizer",
         "hugging_face_layers",
         "backbone",
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,26 @@ _failed: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes
 _streams: dict[
     int, Any
 ] = {}  # what captures run on, by device: PyTorch's own is one for all, of the device of the first
+
+
+class _Thread(threading.local):
+    behind: list[Callable[[], None]] | None = None  # the capture that this thread is in
+
+
+_thread = _Thread()
+
+
+def recording() -> bool:
+    """Whether this thread is in a `capture`."""
+    return _thread.behind is not None
+
+
+def behind_the_capture(action: Callable[[], None]) -> None:
+    """Do this once the `capture` that this thread is in has ended well, before the graph's first replay: what a capture would record or
+    refuse, such as a copy from the host. The graph keeps the action alive, and with it what that holds.
+    """
+    assert _thread.behind is not None, "this thread is in no capture: ask recording()"
+    _thread.behind.append(action)
 
 
 @contextmanager
@@ -39,9 +60,11 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
     device = torch.cuda.current_device()
     if device not in _streams:
         _streams[device] = torch.cuda.Stream()
+    before, _thread.behind = _thread.behind, []
     try:
         with _begun(graph, pool):
             yield
+        graph.behind = _thread.behind
     except Exception as error:
         _failed.append(graph)
         another = torch.cuda.CUDAGraph()
@@ -51,6 +74,10 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
         except RuntimeError:  # where CUDA is broken, the first error tells
             _failed.append(another)
         raise (error.__context__ or error) from None  # the end of a failed capture fails, too
+    finally:
+        _thread.behind = before
+    for action in graph.behind:
+        action()
 
 
 @contextmanager

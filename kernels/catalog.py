@@ -9,6 +9,7 @@ To add a kernel: give its file a `catalog_entries()` and list the file in FAMILI
 from __future__ import annotations
 
 from . import (
+    adam,
     add_layer_norm,
     assignment,
     attention_catalog,
@@ -47,6 +48,7 @@ FAMILIES = (
     attention_catalog,
     deformable_attention,
     rotary,
+    adam,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())
 

@@ -32,6 +32,20 @@ class RowConfig:
     registers: int = 0
 
 
+@dataclass(frozen=True)
+class AdamConfig:
+    """chunk: elements a program; block: of these at once, of each of the four tensors."""
+
+    chunk: int
+    block: int
+    num_warps: int
+
+
+# In fp32 a chunk is 112 KB read and written. 1,024 elements at once are 8 a thread of each tensor: 16 KB on their way a program, of which DRAM at
+# an H200's 4.1 TB/s needs two a multiprocessor and registers leave room for eight. Of DETR-R50's 41.5 million parameters there are 10,300 programs,
+# ten times as many as run at once, so that the end, in which some multiprocessors have none left, is short. Not timed yet.
+ADAM = AdamConfig(chunk=4096, block=1024, num_warps=4)
+
 # Both are keyed by BLOCK_C, the number of columns rounded up to a power of two; add_layer_norm.py's forward is LayerNorm's.
 
 # 64 elements a lane and one warp up to C = 1,024, so that reductions need shuffles and no barrier: at C = 256, 8 rows a

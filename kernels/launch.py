@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -178,6 +179,7 @@ _compiled: list[Variant] = []
 _variants: dict[Variant, Variant] = {}  # the first of all that are equal
 forgetting: list[Callable[[], object]] = []  # what else holds on to programs
 _allocate: Callable[..., torch.Tensor] = torch.empty
+_reached: dict[int, list[weakref.ref[torch.Tensor]]] = {}  # by a table's id
 
 
 def overlapped(device: torch.device) -> bool:
@@ -209,6 +211,18 @@ def allocating_with(allocate: Callable[..., torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         _allocate = before
+
+
+def leads_to(table: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Say which tensors' places a table of addresses or distances holds: a kernel that is given it reads and writes those, too."""
+    _reached[id(table)] = [weakref.ref(t) for t in tensors]
+    weakref.finalize(table, _reached.pop, id(table), None)
+
+
+def reached(arguments: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors that a launch's arguments lead to, besides those that are arguments."""
+    found = (reference() for argument in arguments for reference in _reached.get(id(argument), ()))
+    return [tensor for tensor in found if tensor is not None]
 
 
 def launch(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:

@@ -87,6 +87,7 @@ def _tune() -> int:
 
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda self: None  # it would ask the stream
     overlap.is_able = lambda architecture: False  # the interpreter's launches can't
     dispatch.architecture = lambda device: "sm_90"
     step, cpu = tuning.assignment_step, torch.device("cpu")
@@ -109,7 +110,12 @@ def _tune() -> int:
 def _first_case(group):
     """The group with one tiny case, on the CPU."""
     layer = {"encoder_layer": (1, 6), "decoder_layer": (1, 6)}
-    sizes = {"matching_cost": (1, 2, 5), "linear_cross_entropy": (6, 16), "deformable_attention": (1, 2)} | layer
+    sizes = {
+        "matching_cost": (1, 2, 5),
+        "linear_cross_entropy": (6, 16),
+        "deformable_attention": (1, 2),
+        "optimizer_step": (1, 8, 16),
+    } | layer
 
     def tiny(make):
         function, size = make.args

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -111,3 +113,41 @@ def test_on_a_gpu_dropout_and_captures_go_on_after_one_that_failed():
                 graph.replay()
                 results.append(found.clone())
             assert torch.equal(*results)
+
+
+def test_what_is_to_come_behind_a_capture_comes_when_it_has_ended_and_lives_as_long_as_the_graph(emulated):
+    done, graph, kept = [], torch.cuda.CUDAGraph(), nn.Linear(1, 1)
+    reference, number = weakref.ref(kept), len(module._failed)
+    assert not module.recording()
+
+    def action(kept=kept):
+        done.append(module.recording())
+
+    with capture(graph):
+        assert module.recording()
+        module.behind_the_capture(action)
+        del kept, action
+        assert not done
+    assert done == [False]
+    gc.collect()
+    assert reference() is not None
+    del graph
+    gc.collect()
+    assert reference() is None
+    assert len(module._failed) == number
+
+
+def test_behind_a_capture_that_fails_nothing_comes_and_the_next_one_begins_anew(emulated):
+    done = []
+
+    def capture_and_fail():
+        with capture(torch.cuda.CUDAGraph()):
+            module.behind_the_capture(lambda: done.append("wrong"))
+            raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        capture_and_fail()
+    assert not module.recording()
+    with capture(torch.cuda.CUDAGraph()):
+        module.behind_the_capture(lambda: done.append("right"))
+    assert done == ["right"]

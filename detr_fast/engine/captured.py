@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from detr_fast import dispatch
 from detr_fast.engine.bound import Bound, held_by
 from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
 from detr_fast.engine.metrics import DeviceMetrics
+from detr_fast.explanation import Record
 from detr_fast.models.criterion import SetCriterion
 from detr_fast.models.detr import Detr
 from detr_fast.models.structures import NestedTensor
+from detr_fast.ops.optimizer_rules import tensors_of
+from detr_fast.ops.optimizer_step import optimizer_step
 
 
 class CapturedStep:
@@ -36,7 +40,8 @@ class CapturedStep:
     a setting of it (a number, say; see `Settings`), which parameters are trained, or the memory of parameters and buffers has changed, where hooks came or went, and where the optimizer's
     state was loaded or its settings changed. Of a hook, a graph repeats the operations on tensors; its own Python runs in eager steps and
     captures alone. A forward that changes settings itself, as a count of its calls, leaves steps eager, as a warning says. Schedulers go on writing learning rates to the optimizer's groups; one that writes other settings at each step leaves
-    all steps eager, as a warning says. `reason` is None, or says why all steps run eagerly; `str()` says how steps run.
+    all steps eager, as a warning says. `reason` is None, or says why all steps run eagerly; `str()` says how steps run. `update` says what clipping and
+    the optimizer last ran on, as they were captured or ran eagerly, and why (see `ops.optimizer_step`); on kernels of ours gradients stay unclipped.
 
     Args:
         model: in train mode; on one device.
@@ -88,6 +93,8 @@ class CapturedStep:
             _warn_of_padding(self.averaged)
             self._number = torch.tensor(taken, device=device)
             self._rates = self._rates_of_groups(device)
+        why = "a gradient scaler unscales gradients" if self.scaler is not None else "steps run eagerly"
+        self.update = Record("the optimizer", "optimizer_step", type(optimizer).__name__, "eager", {"triton": why})
         self._step = GraphedFunction(
             self._run,
             device,
@@ -126,15 +133,7 @@ class CapturedStep:
         # On this thread: one of autograd's own for the GPU is woken first, and finds nothing in its core's caches.
         with torch.autograd.set_multithreading_enabled(False):
             (total if self.scaler is None else self.scaler.scale(total)).backward()
-        if self.clip_norm:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self._update()
         number: int | Tensor = self.taken
         if self._number is not None:
             number = self._number.add_(1)
@@ -144,6 +143,31 @@ class CapturedStep:
         if self.metrics is not None:
             self.metrics.add(results)
         return results
+
+    def _update(self) -> None:
+        """Clip gradients and let the optimizer take its step."""
+        if self.scaler is None:
+            self._take_step()
+            return
+        if self.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _take_step(self) -> None:
+        def note(op: str, decision: Any) -> None:
+            if op == "optimizer_step":  # and not another thread's
+                told.append((decision.shapes, decision.implementation.name, decision.reasons, decision.note))
+
+        told: list[tuple[Any, ...]] = []
+        parameters = list(self.model.parameters())
+        with dispatch.recording(note) if self.reason is None else nullcontext():
+            optimizer_step(self.optimizer, parameters, self.clip_norm)
+        if self.reason is None:
+            reason = None if told else tensors_of(self.optimizer, parameters, self.clip_norm).reason
+            last = told[-1] if told else (type(self.optimizer).__name__, "eager", {"triton": reason}, None)
+            self.update = Record("the optimizer", "optimizer_step", *last)
 
     def _losses(self, inputs: Any, targets: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What is minimised, and its parts by name."""

@@ -142,7 +142,7 @@ def tune_overlap(groups: Iterable[Group], device: torch.device, progress: Progre
         return []
     chosen: dict[str, Group] = {}
     for group in groups:
-        if group.gradients and group.kernel == "triton":
+        if group.gradients and group.repeats and group.kernel == "triton":
             chosen.setdefault(group.op, group)
     timings = []
     for group in chosen.values():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.dispatch import TritonImplementation
-from detr_fast.ops import regimes
+from detr_fast.ops import optimizer_cases, regimes
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention
@@ -70,6 +70,7 @@ class Group:
         kernel: the implementation that is measured.
         atomics: whether attention's kernel with that backward is measured, too, for a `Regime` of its own.
         tolerance: how far results may be apart, as a share of the right one's norm.
+        repeats: whether a timed step gives the same each time.
     """
 
     op: str
@@ -79,6 +80,7 @@ class Group:
     kernel: str = "triton"
     atomics: bool = False
     tolerance: float = 2e-2
+    repeats: bool = True
 
     @property
     def regime(self) -> str:
@@ -377,6 +379,15 @@ def _packed_attention() -> Group:
     return Group("attention_varlen", tuple(cases), name, kernel="triton_atomics")
 
 
+def _optimizer_step() -> Group:
+    cases = []
+    for layers in (1, 6, 32):  # of DETR's encoder, which 41.5 million parameters would be 32 of
+        size = layers, WIDTH, HIDDEN
+        made = [partial(call_step, step, size) for step in (optimizer_cases.timed_step, optimizer_cases.checked_step)]
+        cases.append(Case(f"AdamW of {layers} layers", optimizer_cases.bytes_of(*size), made[0], checked=made[1]))
+    return Group("optimizer_step", tuple(cases), tolerance=1e-4, repeats=False)
+
+
 GROUPS = (
     *_by_rows("layer_norm", layer_norm_step, MANY),
     Group(
@@ -409,6 +420,7 @@ GROUPS = (
     *_deformable_attention(),
     *_attentions(),
     _packed_attention(),
+    _optimizer_step(),
     *_by_rows("feed_forward", feed_forward_step),
     *_by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
     *_by_rows("qkv_projection", qkv_projection_step),

@@ -66,6 +66,8 @@ class InterpreterChecks:
         self.launches.append(replace(launched, arguments=()))
         named = zip(launched.variant.kernel.arg_names, launched.arguments)
         self.tensors = {name: weakref.ref(argument) for name, argument in named if isinstance(argument, Tensor)}
+        reached = launch.reached(launched.arguments)
+        self.tensors |= {f"tensor {i} of a table": weakref.ref(tensor) for i, tensor in enumerate(reached)}
 
     def counts(self) -> Counter[str]:
         """Number of launches by kernel name."""

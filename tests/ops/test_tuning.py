@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.hardware import DEVICE
 from detr_fast import dispatch, ops
 from detr_fast.nn import layer_cases
-from detr_fast.ops import linear_assignment, regimes, tuning, tuning_cases
+from detr_fast.ops import linear_assignment, optimizer_cases, regimes, tuning, tuning_cases
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, common, interval
 from tests.stub_cuda import stubs
@@ -243,6 +243,7 @@ def test_what_is_launched_eagerly_is_timed_without_waking_autograds_thread(monke
         ("feed_forward", "eager", lambda device: tuning_cases.feed_forward_step(device, 5)),
         ("linear_add_layer_norm", "eager", lambda device: tuning_cases.linear_add_layer_norm_step(device, 5)),
         ("qkv_projection", "eager", lambda device: tuning_cases.qkv_projection_step(device, 5)),
+        ("optimizer_step", "eager", lambda device: optimizer_cases.checked_step(device, 1, 8, 16)),
         ("linear_cross_entropy", "eager", lambda device: tuning_cases.linear_cross_entropy_step(device, 5, 7)),
     ],
 )

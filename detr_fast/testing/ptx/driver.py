@@ -119,6 +119,8 @@ def run_grid(
     emulation.launches.append((program.kernel.name, grid))
     clock = Clock()
     tensors = {name: value for name, kind, value in arguments if isinstance(value, Tensor)}
+    reached = launch.reached(value for _, _, value in arguments)
+    tensors |= {f"tensor {i} of a table": tensor for i, tensor in enumerate(reached)}
     memory = GlobalMemory(tensors, program.granule_global, clock, emulation.identical)
     values = [_bits(kind, value) for _, kind, value in arguments]
     parameters = dict(zip((name for name, _ in program.kernel.parameters), [*values, 0, 0]))
