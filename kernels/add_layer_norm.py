@@ -34,7 +34,6 @@ from .rows import (
     block_of,
     column_block,
     dtype_of,
-    load_parameters,
     packed,
     root_mean_square,
     row_constants,
@@ -44,6 +43,7 @@ from .rows import (
     statistics_of,
     tile_elements,
 )
+from .warp_rows import config_by_warps, load_by_warps, load_norm_parameters, scale_and_shift, store_rows
 
 
 @jit
@@ -69,22 +69,32 @@ def add_layer_norm_forward_kernel(
     BLOCK_C: tl.constexpr,
     FULL: tl.constexpr,
     VEC: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     wait_for_previous()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
-    exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+    count = tl.minimum(rows - first, ROWS).to(tl.int32)
+    exists = row < count
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     mask = exists[:, None] & inside
+    weight, bias = None, None
     if weight_ptr is not None:
-        weight = load_parameters(weight_ptr, column, inside, VEC)
+        weight = load_norm_parameters(weight_ptr, column, inside, BLOCK_C, VEC, WARPS)
     if bias_ptr is not None:
-        bias = load_parameters(bias_ptr, column, inside, VEC)
+        bias = load_norm_parameters(bias_ptr, column, inside, BLOCK_C, VEC, WARPS)
 
-    x_start, residual_start = row[:, None] * x_row_stride, row[:, None] * residual_row_stride
-    x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
-    residual_pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
-    residual = tl.load(residual_pointers, mask=mask, other=0.0)
+    if WARPS:
+        # Where the sum is rounded, PTX adds 16 bits as they are, which takes fewer instructions.
+        PAIRED: tl.constexpr = sum_ptr is None
+        x = load_by_warps(x_ptr + first * x_row_stride, x_row_stride, count, ROWS, BLOCK_C, WARPS, PAIRED)
+        residual_first = residual_ptr + first * residual_row_stride
+        residual = load_by_warps(residual_first, residual_row_stride, count, ROWS, BLOCK_C, WARPS, PAIRED)
+    else:
+        x_start, residual_start = row[:, None] * x_row_stride, row[:, None] * residual_row_stride
+        x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0)
+        residual_pointers = run_pointers(residual_ptr + first * residual_row_stride, residual_start, column, VEC)
+        residual = tl.load(residual_pointers, mask=mask, other=0.0)
     x = x.to(tl.float32)
     if seed_ptr is not None:
         low, high = load_seed(seed_ptr)
@@ -92,22 +102,17 @@ def add_layer_norm_forward_kernel(
     x += residual.to(tl.float32)
 
     y_stride = BLOCK_C if FULL else C
-    y_start = row[:, None] * y_stride
     if sum_ptr is not None:
         # The backward reads this sum: statistics of the unrounded one would not centre it.
         total = x.to(sum_ptr.dtype.element_ty)
-        tl.store(run_pointers(sum_ptr + first * y_stride, y_start, column, VEC), total, mask=mask)
+        store_rows(sum_ptr + first * y_stride, y_stride, count, total, row, column, mask, VEC, WARPS)
         x = total.to(tl.float32)
     if mean_ptr is not None:
         x, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
     else:
         rstd = root_mean_square(x, inverse_c, eps)
-    y = x * rstd[:, None]
-    if weight_ptr is not None:
-        y *= weight
-    if bias_ptr is not None:
-        y += bias
-    tl.store(run_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = scale_and_shift(x * rstd[:, None], weight, bias, WARPS)
+    store_rows(y_ptr + first * y_stride, y_stride, count, y, row, column, mask, VEC, WARPS)
     if mean_ptr is not None:
         tl.store(mean_ptr + first + row, mean, mask=exists)
     tl.store(rstd_ptr + first + row, rstd, mask=exists)
@@ -184,14 +189,16 @@ def forward_variant(
 ) -> Variant:
     """The program that adds and normalises rows of `columns` columns, read in runs of `vector` elements."""
     narrow = vector == 8 and x_dtype is residual_dtype
+    total = torch.promote_types(x_dtype, residual_dtype) if with_sum else None
+    by_warps = None
     config = LAYER_NORM_FORWARD[block_of(columns)]
     if narrow and not dropout:
-        config = ADD_LAYER_NORM_FORWARD.get(columns, config)
-    total = torch.promote_types(x_dtype, residual_dtype) if with_sum else None
+        by_warps = config_by_warps(columns, vector, x_dtype, residual_dtype, weight_dtype, bias_dtype, out_dtype)
+        config = by_warps or ADD_LAYER_NORM_FORWARD.get(columns, config)
     tensors = (x_dtype, residual_dtype, weight_dtype, bias_dtype, torch.int64 if dropout else None, out_dtype, total)
     statistics = (torch.float32 if centred else None, torch.float32)
     types = (*map(pointer, (*tensors, *statistics)), "i32", "i32", "i64", "i32", "fp32")
-    constants = row_constants(columns, config, vector)
+    constants = row_constants(columns, config, vector) | {"WARPS": by_warps.num_warps if by_warps else 0}
     types = (*types, "i32", "i32", "fp32")
     # With dropout and masks of columns, 64 elements a lane take 128 to 154 registers on sm_80, where ptxas would spill 24 bytes
     # for 16 warps a multiprocessor. 12 have 96 KB on their way, beside what DRAM needs, about 22. Over 256 columns, whose weight
@@ -200,7 +207,9 @@ def forward_variant(
     # RMSNorm's in fp32 of fp16 that is read one by one: ptxas would spill 24 to 88 bytes for 20 warps a multiprocessor. 16 have 128.
     half = x_dtype == torch.float16 and (residual_dtype == x_dtype or weight_dtype is not None) and out_dtype != x_dtype
     short = half and not (centred or dropout or with_sum) and vector == 1 and constants["BLOCK_C"] == 32
-    registers = 168 if crowded else 128 if short else 0
+    # As many as its 16 programs have; of its own accord ptxas takes fewer, and lets rows wait for one another. With a sum it does not.
+    spread = config.registers if not with_sum else 0
+    registers = 168 if crowded else 128 if short else spread
     return Variant(add_layer_norm_forward_kernel, types, constants, config.num_warps, registers=registers)
 
 

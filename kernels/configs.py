@@ -50,7 +50,6 @@ ADAM = AdamConfig(chunk=4096, block=1024, num_warps=4)
 
 # 64 elements a lane and one warp up to C = 1,024, so that reductions need shuffles and no barrier: at C = 256, 8 rows a
 # warp take 12.6 instructions an element on sm_80 and sm_90, 4 rows 13.2 to 13.5. Beyond, a row spreads over warps.
-# To try: 8 rows of 256 by two warps, 14.75 as parameters go through shared memory, on an H200 took 12.7 us for 13.7 at (32,768, 256).
 LAYER_NORM_FORWARD = {
     16: RowConfig(rows=64, num_warps=1),
     32: RowConfig(rows=64, num_warps=1),
@@ -64,8 +63,14 @@ LAYER_NORM_FORWARD = {
     8192: RowConfig(rows=1, num_warps=8),
 }
 
-# With a residual and without dropout, whole 16-bit rows by twice the warps: weight and bias reach the second one through shared memory,
-# and yet, in bf16 on an H200 with an empty L2 cache, (6,800, 256) takes 7.5 us for 8.1, (32,768, 256) 17.2 for 18.8, (262,144, 256)
+# Whole 16-bit rows by warps in turn (`warp_rows.py`), of LayerNorm, RMSNorm and both with a residual, without dropout: 8 rows of 256 by
+# two warps. When parameters still went through shared memory, that took 12.7 us for 13.7 at (32,768, 256) on an H200. Left to ptxas, a
+# warp that has eight rows waits for the first one or two before it asks for the rest, so that 24 to 28 warps a multiprocessor have
+# 14 to 24 KB on their way, and one that has four does so, too, to take 48 registers. With 64 it asks for all four at once: 32 warps, 64 KB.
+BY_WARPS = {256: RowConfig(rows=8, num_warps=2, registers=64)}
+
+# With a residual and without dropout, whole 16-bit rows by twice the warps, where not by warps in turn: weight and bias reach the second one
+# through shared memory, and yet, in bf16 on an H200 with an empty L2 cache, (6,800, 256) takes 7.5 us for 8.1, (32,768, 256) 17.2 for 18.8, (262,144, 256)
 # 97.9 for 100.6 and (32,768, 1024) 53.1 for 54.2.
 ADD_LAYER_NORM_FORWARD = {256: RowConfig(rows=8, num_warps=2), 1024: RowConfig(rows=2, num_warps=2)}
 

@@ -53,6 +53,7 @@ from .rows import (
     tile_range,
 )
 from .rows import MAX_COLUMNS as MAX_COLUMNS
+from .warp_rows import config_by_warps, load_by_warps, load_norm_parameters, scale_and_shift, store_rows
 
 
 @jit
@@ -71,34 +72,36 @@ def layer_norm_forward_kernel(
     BLOCK_C: tl.constexpr,
     FULL: tl.constexpr,
     VEC: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     wait_for_previous()
     first = tl.program_id(0).to(tl.int64) * ROWS  # rows * C can pass 2**31; offsets from the first row cannot
     row = tl.arange(0, ROWS)
-    exists = row < tl.minimum(rows - first, ROWS).to(tl.int32)
+    count = tl.minimum(rows - first, ROWS).to(tl.int32)
+    exists = row < count
     column, inside, inverse_c = column_block(C, BLOCK_C, FULL, VEC)
     mask = exists[:, None] & inside
     # Parameters come before x: the compiler then gives everything the layout of x, with whole rows in a warp.
+    weight, bias = None, None
     if weight_ptr is not None:
-        weight = load_parameters(weight_ptr, column, inside, VEC)
+        weight = load_norm_parameters(weight_ptr, column, inside, BLOCK_C, VEC, WARPS)
     if bias_ptr is not None:
-        bias = load_parameters(bias_ptr, column, inside, VEC)
+        bias = load_norm_parameters(bias_ptr, column, inside, BLOCK_C, VEC, WARPS)
 
-    x_start = row[:, None] * x_row_stride
-    x = tl.load(run_pointers(x_ptr + first * x_row_stride, x_start, column, VEC), mask=mask, other=0.0).to(tl.float32)
+    x_first = x_ptr + first * x_row_stride
+    if WARPS:
+        x = load_by_warps(x_first, x_row_stride, count, ROWS, BLOCK_C, WARPS)
+    else:
+        pointers = run_pointers(x_first, row[:, None] * x_row_stride, column, VEC)
+        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if mean_ptr is not None:
         x, mean, rstd = row_statistics(x, inside, C, inverse_c, eps, FULL)
     else:
         rstd = root_mean_square(x, inverse_c, eps)
-    y = x * rstd[:, None]
-    if weight_ptr is not None:
-        y *= weight
-    if bias_ptr is not None:
-        y += bias
+    y = scale_and_shift(x * rstd[:, None], weight, bias, WARPS)
 
     y_stride = BLOCK_C if FULL else C
-    y_start = row[:, None] * y_stride
-    tl.store(run_pointers(y_ptr + first * y_stride, y_start, column, VEC), y.to(y_ptr.dtype.element_ty), mask=mask)
+    store_rows(y_ptr + first * y_stride, y_stride, count, y, row, column, mask, VEC, WARPS)
     if mean_ptr is not None:
         tl.store(mean_ptr + first + row, mean, mask=exists)
     tl.store(rstd_ptr + first + row, rstd, mask=exists)
@@ -292,15 +295,16 @@ def forward_variant(
     centred: bool = True,
 ) -> Variant:
     """The program that normalises rows of `columns` columns, read in runs of `vector` elements."""
-    config = LAYER_NORM_FORWARD[block_of(columns)]
+    by_warps = config_by_warps(columns, vector, x_dtype, weight_dtype, bias_dtype, out_dtype)
+    config = by_warps or LAYER_NORM_FORWARD[block_of(columns)]
     tensors = (x_dtype, weight_dtype, bias_dtype, out_dtype, torch.float32 if centred else None, torch.float32)
     types = (*map(pointer, tensors), "i32", "i64", "i32", "fp32")
-    constants = row_constants(columns, config, vector)
+    constants = row_constants(columns, config, vector) | {"WARPS": by_warps.num_warps if by_warps else 0}
     # 16 bits one by one, 32 elements a lane beside as many of the weight and of the bias: left to ptxas, fp16 spills 16 bytes
     # on sm_90 for 128 registers. So it takes 136 to 151, as bf16 does, and 8 to 11 % fewer instructions. Less, such as 144, costs
     # 10 % more on sm_100 and sm_120.
     scattered = vector == 1 and constants["BLOCK_C"] == 1024 and not constants["FULL"] and x_dtype.itemsize == 2
-    registers = 168 if scattered and weight_dtype and bias_dtype else 0
+    registers = 168 if scattered and weight_dtype and bias_dtype else config.registers
     return Variant(layer_norm_forward_kernel, types, constants, config.num_warps, registers=registers)
 
 
@@ -350,7 +354,7 @@ def catalog_entries() -> Iterator[Entry]:
     ahead, narrow, wide = Budget(144, 64, 88, 64), Budget(168, 1024, 160, 2048), Budget(144, 4096, 112, 8192)
     # columns, x's dtype, the parameters' dtype, y's dtype, whether all is aligned, budgets
     rows = (
-        (256, bf16, bf16, bf16, True, ahead, narrow),
+        (256, bf16, bf16, bf16, True, replace(ahead, amd_shared=2048), narrow),
         (768, fp16, fp32, fp32, True, replace(ahead, registers=176), wide),  # autocast; columns masked in whole runs
         (100, fp32, None, fp32, False, ahead, narrow),  # nothing aligned, no parameters
         (8192, fp32, fp32, fp32, True, ahead, wide),

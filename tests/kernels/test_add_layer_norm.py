@@ -72,6 +72,8 @@ def inputs(rows, columns, p, with_sum):
     [
         (1, 256, torch.float32, 0.1, False),
         (100, 256, torch.bfloat16, 0.1, False),
+        (37, 256, torch.bfloat16, 0.0, False),  # by two warps in turn
+        (9, 256, torch.float16, 0.0, True),
         (41, 1, torch.float32, 0.5, True),
         (9, 1, torch.bfloat16, 0.0, True),  # a sum that is rounded after its statistics has a gradient of noise
         (150, 20, torch.float16, 0.0, False),
