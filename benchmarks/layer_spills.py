@@ -69,7 +69,7 @@ PRODUCT: Options = {
     "keep": SWITCH,
 }
 GATE: Options = {"dtype": HALVES, "activation": (*ACTIVATIONS, "quick_gelu"), "runs": SWITCH}
-GATE |= {"form": ("flat", gated.TWO, gated.GATE_FIRST, gated.GATE_LAST), "columns": COLUMNS}
+GATE |= {"form": ("flat", gated.TWO, gated.GATE_FIRST, gated.GATE_LAST, gated.NEIGHBOURS), "columns": COLUMNS}
 PREDICTIONS: Options = {"dtype": DTYPES, "boxes": DTYPES, "focal": SWITCH}
 SAMPLES: Options = {"dtype": HALVES, "location": ("same", "fp32"), "weight": ("same", "fp32"), "levels": (1, 3, 4, 6)}
 SAMPLES |= {"channels": (8, 20, 24, 32, 48, 64, 100, 128, 256), "runs": SWITCH}
@@ -370,9 +370,10 @@ def _rotary(case: Case) -> Variant:
 def _gated(case: Case) -> Variant:
     flat, wanted = case["form"] == "flat", (case["dgate"], case["dup"]) if "dup" in case else None
     form = gated.TWO if flat else case["form"]
-    return gated.variant_of(
-        case["columns"], case["dtype"], case["activation"], form, flat, _run(case, case["dtype"]), wanted
-    )
+    # Of neighbours as in gpt-oss, which needs more registers than without a limit.
+    kind = gated.Gate(case["activation"], limit=7.0, plus_one=True)
+    kind = kind if form == gated.NEIGHBOURS else gated.Gate(case["activation"])
+    return gated.variant_of(case["columns"], case["dtype"], kind, form, flat, _run(case, case["dtype"]), wanted)
 
 
 def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...], deformable_attention.Form]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import gated as kernels
+from detr_fast.kernels.gated import Gate
 from detr_fast.kernels.launch import compile_launches
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, double_backward, on_one_device, wants_grad
@@ -20,32 +22,47 @@ from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
 
 
 def gated_activation(
-    gate: Tensor, up: Tensor | None = None, activation: str = "silu", gate_last: bool = False
+    gate: Tensor,
+    up: Tensor | None = None,
+    activation: str = "silu",
+    gate_last: bool = False,
+    *,
+    neighbours: bool = False,
+    limit: float | None = None,
+    plus_one: bool = False,
 ) -> Tensor:
     """activation(gate) * up: what lies between the projections of SwiGLU (silu), GEGLU (gelu, gelu_tanh) and ReGLU (relu).
 
     Shapes: gate and up (..., F), or without up both as the halves of one tensor, (..., 2 F), of which the gate is the first
-    and with `gate_last` the second. Returns (..., F) in gate's dtype, which up has; the kernel computes in fp32 and rounds
-    once, where PyTorch also rounds activation(gate). activation: as `feed_forward` has them.
-    Raises ValueError for another activation or shapes that do not fit; BackendError as `use_backend` says.
-    Source: Shazeer, 2020, arXiv:2002.05202.
+    and with `gate_last` the second, or with `neighbours` as every other column, the gate first. Returns (..., F) in gate's dtype, which up
+    has; the kernel computes in fp32 and rounds once, where PyTorch also rounds activation(gate). activation: as `feed_forward` has them.
+    limit: the gate is at most that, before its activation, and up between it and its negative, as in DeepSeek V4. plus_one: up + 1, behind
+    the limit, in place of up: gpt-oss has quick_gelu, neighbours, a limit of 7 and this. What is not within the limit gets no gradient.
+    Raises ValueError for another activation, a limit that is not above 0, or shapes that do not fit; BackendError as `use_backend` says.
+    Source: Shazeer, 2020, arXiv:2002.05202; OpenAI, 2025, arXiv:2508.10925.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"got activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if (reason := _misfit(gate, up, gate_last)) is not None:
+    if limit is not None and not limit > 0:
+        raise ValueError(f"got a limit of {limit}; expected one above 0, or None")
+    kind = Gate(activation, gate_last, neighbours, None if limit is None else float(limit), plus_one)
+    if (reason := _misfit(gate, up, kind)) is not None:
         raise ValueError(reason)
     if not (dispatch.intervening or gate.is_cuda):
-        return _eager(gate, up, activation, gate_last)
-    return GATED_ACTIVATION(gate, up, activation, gate_last)
+        return _eager(gate, up, kind)
+    return GATED_ACTIVATION(gate, up, kind)
 
 
-def _misfit(gate: Tensor, up: Tensor | None, gate_last: bool) -> str | None:
+def _misfit(gate: Tensor, up: Tensor | None, kind: Gate) -> str | None:
+    if kind.gate_last and kind.neighbours:
+        return "got gate_last and neighbours; expected one of them, as of neighbours the gate is the first"
     if up is None:
         if gate.ndim == 0 or gate.shape[-1] % 2:
             return f"got {tuple(gate.shape)} for gate and up; expected (..., 2 F), or two tensors"
         return None
-    if gate.ndim == 0 or gate.shape != up.shape or gate_last:
-        last = " and gate_last, which is of the halves of one" if gate_last else ""
+    one = "gate_last" if kind.gate_last else "neighbours" if kind.neighbours else None
+    if gate.ndim == 0 or gate.shape != up.shape or one is not None:
+        last = "" if one is None else f" and {one}, which is of both in one tensor"
         return (
             f"got gate {tuple(gate.shape)} and up {tuple(up.shape)}{last}; expected two tensors (..., F) of one shape"
         )
@@ -57,22 +74,25 @@ class GatedCall(Call):
     rows: int
     columns: int  # of the result
     up_dtype: torch.dtype | None
-    activation: str
-    gate_last: bool
+    kind: Gate
     wanted: tuple[bool, bool]  # which of gate and up need a gradient
     misfit: str | None  # what of shapes and devices does not fit
     layouts: Layouts  # of both
 
     def shapes(self) -> str:
-        halves = " of halves" if self.up_dtype is None else ""
-        return f"({self.rows}, {self.columns}) {self.activation}{halves} {str(self.dtype).removeprefix('torch.')}"
+        kind = self.kind
+        halves = "" if self.up_dtype is not None else " of neighbours" if kind.neighbours else " of halves"
+        limit = "" if kind.limit is None else f" up to {kind.limit:g}"
+        return (
+            f"({self.rows}, {self.columns}) {kind.activation}{limit}{halves} {str(self.dtype).removeprefix('torch.')}"
+        )
 
 
-def _signature(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> tuple[Any, ...]:
-    return key(gate), key(up), activation, gate_last
+def _signature(gate: Tensor, up: Tensor | None, kind: Gate) -> tuple[Any, ...]:
+    return key(gate), key(up), kind
 
 
-def _describe(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool, *, situation: Situation) -> GatedCall:
+def _describe(gate: Tensor, up: Tensor | None, kind: Gate, *, situation: Situation) -> GatedCall:
     width = gate.shape[-1] if gate.ndim else 0
     return GatedCall(
         device=gate.device,
@@ -84,10 +104,9 @@ def _describe(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool,
         rows=gate.shape[:-1].numel(),
         columns=width if up is not None else width // 2,
         up_dtype=None if up is None else up.dtype,
-        activation=activation,
-        gate_last=gate_last,
+        kind=kind,
         wanted=(wants_grad(gate), wants_grad(up)),
-        misfit=_misfit(gate, up, gate_last) or (None if on_one_device(gate, up) else SEVERAL_DEVICES),
+        misfit=_misfit(gate, up, kind) or (None if on_one_device(gate, up) else SEVERAL_DEVICES),
         layouts=layouts(situation, gate, up),
     )
 
@@ -114,8 +133,8 @@ class TritonGatedActivation(TritonImplementation):
         return regimes.note("gated_activation", call)
 
     def compiled_key(self, call: GatedCall) -> Any:
-        form = call.up_dtype is None, call.gate_last
-        return call.device, call.columns, call.dtype, call.activation, form, call.wanted, aligned(call.layouts)
+        one = call.up_dtype is None
+        return call.device, call.columns, call.dtype, call.kind, one, call.wanted, aligned(call.layouts)
 
     def prepare(self, call: GatedCall) -> None:
         compile_launches(lambda: self.rehearse(call), call.device)
@@ -123,12 +142,12 @@ class TritonGatedActivation(TritonImplementation):
     def rehearse(self, call: GatedCall) -> None:
         """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
         gate, up = rehearsed(call.layouts)
-        y = _run_forward(gate, up, call.activation, call.gate_last)
+        y = _run_forward(gate, up, *call.kind)
         if call.needs_grad:
-            _run_backward(y, gate, up, call.activation, call.gate_last, call.wanted)
+            _run_backward(y, gate, up, *call.kind, call.wanted)
 
-    def run(self, gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> Tensor:
-        y: Tensor = _forward(gate, up, activation, gate_last)
+    def run(self, gate: Tensor, up: Tensor | None, kind: Gate) -> Tensor:
+        y: Tensor = _forward(gate, up, *kind)
         return y
 
 
@@ -155,39 +174,45 @@ GATED_ACTIVATION = Op(
 )
 
 
-def _eager(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> Tensor:
+def _eager(gate: Tensor, up: Tensor | None, kind: Gate) -> Tensor:
     if up is None:
-        gate, up = gate.chunk(2, dim=-1)
-        if gate_last:
-            gate, up = up, gate
-    return ACTIVATIONS[activation](gate) * up
+        gate, up = both_of(gate, kind)
+    if kind.limit is not None:
+        # At the limit it gives no gradient, as torch 2.14's clamp; 2.11's gives one.
+        gate, up = F.hardtanh(gate, -math.inf, kind.limit), F.hardtanh(up, -kind.limit, kind.limit)
+    return ACTIVATIONS[kind.activation](gate) * (up + 1 if kind.plus_one else up)
+
+
+def both_of(both: Tensor, kind: Gate) -> tuple[Tensor, Tensor]:
+    """The gate and the other that are in one tensor, (..., 2 F)."""
+    if kind.neighbours:
+        return both[..., ::2], both[..., 1::2]
+    first, second = both.chunk(2, dim=-1)
+    return (second, first) if kind.gate_last else (first, second)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Registration: forward and backward are ops of their own.
 
 
-def _run_forward(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> Tensor:
-    return kernels.gated_forward(gate, up, activation=activation, gate_last=gate_last)
+def _run_forward(gate: Tensor, up: Tensor | None, *kind: Any) -> Tensor:
+    return kernels.gated_forward(gate, up, Gate(*kind))
 
 
-def _fake_forward(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> Tensor:
+def _fake_forward(gate: Tensor, up: Tensor | None, *kind: Any) -> Tensor:
     columns = gate.shape[-1] if up is not None else gate.shape[-1] // 2
     return gate.new_empty((*gate.shape[:-1], columns))
 
 
-def _run_backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, activation: str, gate_last: bool, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    kinds = {"with_dgate": wanted[0], "with_dup": wanted[1]}
-    found = kernels.gated_backward(dy, gate, up, activation=activation, gate_last=gate_last, **kinds)
+def _run_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *kind, wanted = rest
+    found = kernels.gated_backward(dy, gate, up, Gate(*kind), with_dgate=wanted[0], with_dup=wanted[1])
     dgate, dup = (gate.new_empty(0) if one is None else one for one in found)
     return dgate, dup
 
 
-def _fake_backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, activation: str, gate_last: bool, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    wanted = rest[-1]
     there = wanted[0] or up is None, wanted[1] and up is not None
     dgate, dup = (gate.new_empty(gate.shape if one else 0) for one in there)
     return dgate, dup
@@ -195,46 +220,45 @@ def _fake_backward(
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, *kind: Any) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.settings = activation, gate_last
-        y: Tensor = _forward.below(gate, up, activation, gate_last)
+        ctx.settings = kind
+        y: Tensor = _forward.below(gate, up, *kind)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         wanted = list(ctx.needs_input_grad[:2])
         found = _backward(dy, *ctx.saved_tensors, *ctx.settings, wanted)
-        return (*(one if want else None for one, want in zip(found, wanted)), None, None)
+        return (*(one if want else None for one, want in zip(found, wanted)), *(None,) * len(ctx.settings))
 
 
 class _Backward(torch.autograd.Function):
     """The first backward; its own backward (double backward) recomputes eagerly."""
 
     @staticmethod
-    def forward(
-        ctx: Any, dy: Tensor, gate: Tensor, up: Tensor | None, activation: str, gate_last: bool, wanted: list[bool]
-    ) -> Any:
+    def forward(ctx: Any, dy: Tensor, gate: Tensor, up: Tensor | None, *rest: Any) -> Any:
         ctx.save_for_backward(dy, gate, up)
-        ctx.settings, ctx.wanted = (activation, gate_last), wanted
+        *kind, ctx.wanted = rest
+        ctx.kind = Gate(*kind)
         ctx.set_materialize_grads(False)
-        return _backward.below(dy, gate, up, activation, gate_last, wanted)
+        return _backward.below(dy, gate, up, *rest)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         dy, *inputs = ctx.saved_tensors
 
         def reference(gate: Tensor, up: Tensor | None) -> Tensor:
-            return _eager(gate, up, *ctx.settings)
+            return _eager(gate, up, ctx.kind)
 
         d_dy, d_inputs = double_backward(reference, inputs, dy, ctx.wanted, upstream)
-        return (d_dy, *d_inputs, None, None, None)
+        return (d_dy, *d_inputs, *(None,) * len(ctx.kind), None)
 
 
-def _autograd_forward(gate: Tensor, up: Tensor | None, activation: str, gate_last: bool) -> Any:
+def _autograd_forward(gate: Tensor, up: Tensor | None, *kind: Any) -> Any:
     if wants_grad(gate, up):
-        return _Forward.apply(gate, up, activation, gate_last)
-    return _forward.below(gate, up, activation, gate_last)
+        return _Forward.apply(gate, up, *kind)
+    return _forward.below(gate, up, *kind)
 
 
 def _autograd_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *rest: Any) -> Any:
@@ -243,15 +267,15 @@ def _autograd_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *rest: Any) 
     return _backward.below(dy, gate, up, *rest)
 
 
+_KIND = "str activation, bool gate_last, bool neighbours, float? limit, bool plus_one"
 _forward = define(
-    "gated_activation(Tensor gate, Tensor? up, str activation, bool gate_last) -> Tensor",
+    f"gated_activation(Tensor gate, Tensor? up, {_KIND}) -> Tensor",
     run=_run_forward,
     fake=_fake_forward,
     autograd=_autograd_forward,
 )
 _backward = define(
-    "gated_activation_backward(Tensor dy, Tensor gate, Tensor? up, str activation, bool gate_last, bool[2] wanted) -> "
-    "(Tensor, Tensor)",
+    f"gated_activation_backward(Tensor dy, Tensor gate, Tensor? up, {_KIND}, bool[2] wanted) -> (Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,
     autograd=_autograd_backward,

@@ -38,6 +38,8 @@ CONFIG = SimpleNamespace(
     dim_ff=HIDDEN,
     block_ff_dim=HIDDEN,
     block_auto_adjust_ff_dim=False,
+    swiglu_limit=0.5,
+    swiglu_alpha=1.702,
 )
 
 
@@ -100,6 +102,12 @@ BLOCKS = {
     "T5, its activation written out": lambda: of("t5", "T5DenseGatedActDense", dense_act_fn="gelu_new"),
     "LongT5": lambda: of("longt5", "LongT5DenseGatedActDense"),
     "CPM-Ant": lambda: of("cpmant", "CpmAntDenseGatedACT"),
+    "DeepSeek V4": lambda: of("deepseek_v4", "DeepseekV4MLP"),
+    "GLM-5": lambda: of("glm5_next", "Glm5NextTextMLP"),
+    "GLM-5's vision": lambda: of("glm5_next", "Glm5NextVisionMLP"),
+    "GLM-5's merger": lambda: importlib.import_module(
+        "transformers.models.glm5_next.modeling_glm5_next"
+    ).Glm5NextVisionPatchMerger(WIDTH, HIDDEN, "silu", 0.5),
     "LFM2": lambda: of("lfm2", "Lfm2MLP"),
     "a copy of DINOv2's": CopiedFromDinov2,
     "a copy of DINOv3's": CopiedFromDinov3,
@@ -244,10 +252,20 @@ def test_a_small_call_on_a_gpu_launches_what_it_did(unmeasured):
     assert launches[0] == launches[1]
 
 
-def experts(implementation="grouped_mm"):
+EXPERTS = {
+    "Mixtral": ("mixtral", "MixtralExperts"),
+    "DeepSeek V4": ("deepseek_v4", "DeepseekV4Experts"),
+    "GLM-5": ("glm5_next", "Glm5NextTextExperts"),
+    "gpt-oss": ("gpt_oss", "GptOssExperts"),
+    "privacy filter": ("openai_privacy_filter", "OpenAIPrivacyFilterExperts"),
+    "MiniMax M3": ("minimax_m3_vl", "MiniMaxM3VLExperts"),
+}
+
+
+def experts(name="Mixtral", implementation="grouped_mm", **options):
     settings = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": HIDDEN}
-    settings |= {"_experts_implementation": implementation}
-    found = of("mixtral", "MixtralExperts", **settings)
+    settings |= {"_experts_implementation": implementation, **options}
+    found = of(*EXPERTS[name], **settings)
     with torch.no_grad():
         for weight in found.parameters():
             weight.normal_(0, 0.2)
@@ -255,10 +273,12 @@ def experts(implementation="grouped_mm"):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_experts_take_the_gate_of_all_their_tokens_at_once(implementation):
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("Mixtral", "batched_mm"), *((name, "grouped_mm") for name in EXPERTS)]
+)
+def test_experts_take_the_gate_of_all_their_tokens_at_once(name, implementation):
     torch.manual_seed(3)
-    original = experts(implementation)
+    original = experts(name, implementation)
     ours = copy.deepcopy(original)
     report = detr_fast.accelerate(nn.ModuleList([ours]))
     assert [one.now for one in report.switched] == ["detr_fast.ops.gated_activation (between experts' products)"]
@@ -319,6 +339,8 @@ LEFT = [
     (replaced, "its forward was replaced on the instance"),
     (lambda: of("llama", "LlamaMLP", hidden_act="relu2"), "its activation transformers.ReLUSquaredActivation is none that the kernel knows"),
     (lambda: mlp.GluMlp(WIDTH, 2 * HIDDEN), "its activation torch.nn.Sigmoid is none that the kernel knows"),
+    (lambda: experts("gpt-oss", swiglu_alpha=1.5), "its alpha is 1.5, where the kernel has 1.702"),
+    (lambda: experts("DeepSeek V4", swiglu_limit=None), "its limit is None, where the kernel takes a number above 0"),
     (lambda: glu(use_conv=True), "its halves lie in dimension 1, as images' channels"),
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detr_fast.kernels import gated, offline
 from detr_fast.kernels.analysis import analyse
+from detr_fast.kernels.gated import Gate
 from detr_fast.kernels.rows import tile_elements
 from hypothesis import strategies as st
 
@@ -20,22 +21,26 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 class KernelGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, activation, gate_last):
+    def forward(ctx, gate, up, *kind):
         ctx.save_for_backward(gate, up)
-        ctx.options = {"activation": activation, "gate_last": gate_last}
-        return gated.gated_forward(gate, up, **ctx.options)
+        ctx.kind = Gate(*kind)
+        return gated.gated_forward(gate, up, ctx.kind)
 
     @staticmethod
     def backward(ctx, dy):
         wanted = dict(zip(("with_dgate", "with_dup"), ctx.needs_input_grad))
-        return *gated.gated_backward(dy, *ctx.saved_tensors, **ctx.options, **wanted), None, None
+        return *gated.gated_backward(dy, *ctx.saved_tensors, ctx.kind, **wanted), *(None,) * len(ctx.kind)
 
 
-def eager(gate, up, activation, gate_last=False):
-    if up is None:
+def eager(gate, up, activation, gate_last=False, neighbours=False, limit=None, plus_one=False):
+    if up is None and neighbours:
+        gate, up = gate.unflatten(-1, (-1, 2)).unbind(-1)
+    elif up is None:
         gate, up = gate.chunk(2, dim=-1)
         gate, up = (up, gate) if gate_last else (gate, up)
-    return ACTIVATIONS[activation](gate) * up
+    if limit is not None:
+        gate, up = torch.where(gate >= limit, limit, gate), torch.where(up.abs() >= limit, up.sign() * limit, up)
+    return ACTIVATIONS[activation](gate) * (up + 1 if plus_one else up)
 
 
 # No rows, one element, a cut tile behind full ones, rows of several blocks, whole ones, and elements read one by one.
@@ -64,7 +69,7 @@ def test_it_is_as_accurate_as_eager(interpreter, shape, joined, activation, dtyp
     gate, up = (torch.randn(shape) * 3 for _ in range(2))
     given = [torch.cat([gate, up], -1), None] if joined else [gate, up]
     for gate_last in (False, True) if joined else (False,):
-        values = [*given, activation, gate_last]
+        values = [*given, *Gate(activation, gate_last)]
         assert_as_accurate_as_eager(KernelGate.apply, reference=eager, inputs=values, dtype=dtype)
 
 
@@ -73,7 +78,7 @@ def test_it_is_as_accurate_as_eager(interpreter, shape, joined, activation, dtyp
 def test_large_values_are_as_accurate_as_eager(interpreter, activation):
     gate, up = (torch.rand(4, 256) * 2 - 1 for _ in range(2))
     for dtype, factor in ((bf16, 1e15), (fp16, 200.0), (fp32, 300.0)):
-        values = [gate * factor, up, activation, False]
+        values = [gate * factor, up, *Gate(activation)]
         assert_as_accurate_as_eager(KernelGate.apply, reference=eager, inputs=values, dtype=dtype)
 
 
@@ -81,8 +86,8 @@ def test_large_values_are_as_accurate_as_eager(interpreter, activation):
 def test_the_gate_is_not_rounded_by_itself(interpreter):
     gate, up = torch.tensor([[300.0]], dtype=fp16), torch.tensor([[1 / 3]], dtype=fp16)
     exact = (300 * torch.sigmoid(torch.tensor(300.0)) * up.float()).half()
-    assert torch.equal(gated.gated_forward(gate, up, activation="silu"), exact)
-    assert gated.gated_forward(gate * 200, up, activation="relu").isfinite().all()  # 60,000 / 3
+    assert torch.equal(gated.gated_forward(gate, up, Gate("silu")), exact)
+    assert gated.gated_forward(gate * 200, up, Gate("relu")).isfinite().all()  # 60,000 / 3
 
 
 @interpreted
@@ -92,7 +97,7 @@ def test_halves_of_wider_rows_and_rows_of_gradients_in_any_order_are_read_where_
     given = [wide[:, 8:136], None] if joined else [wide[:, 8:72], wide[:, 72:136]]
     transposed = torch.randn(64, 6).t()
     for upstream in (lambda y: transposed, lambda y: torch.randn(()).expand(y.shape)):
-        values = [*given, "silu", True]
+        values = [*given, *Gate("silu", joined)]
         assert_as_accurate_as_eager(KernelGate.apply, reference=eager, inputs=values, dtype=fp32, upstream=upstream)
 
 
@@ -102,7 +107,7 @@ def test_halves_of_windows_that_overlap_are_read_where_they_lie(interpreter, gat
     series = torch.randn(5 * 64, requires_grad=True)
     windows, dy = series.unfold(0, 128, 64), torch.randn(4, 64)
     with checked_interpreter():
-        ours = KernelGate.apply(windows, None, "silu", gate_last)
+        ours = KernelGate.apply(windows, None, *Gate("silu", gate_last))
         (gradient,) = torch.autograd.grad(ours, series, dy)
     theirs = eager(windows, None, "silu", gate_last)
     torch.testing.assert_close(ours, theirs)
@@ -113,16 +118,59 @@ def test_halves_of_windows_that_overlap_are_read_where_they_lie(interpreter, gat
 @pytest.mark.parametrize("trains", ["gate", "up"])
 def test_what_does_not_train_gets_no_gradient(interpreter, trains):
     gate, up = (torch.randn(3, 40, requires_grad=name == trains) for name in ("gate", "up"))
-    (ours,) = torch.autograd.grad(KernelGate.apply(gate, up, "silu", False).sum(), gate if trains == "gate" else up)
+    (ours,) = torch.autograd.grad(KernelGate.apply(gate, up, *Gate("silu")).sum(), gate if trains == "gate" else up)
     (theirs,) = torch.autograd.grad(eager(gate, up, "silu").sum(), gate if trains == "gate" else up)
     torch.testing.assert_close(ours, theirs)
+
+
+OF_GPT_OSS = Gate("quick_gelu", neighbours=True, limit=7.0, plus_one=True)
+OF_DEEPSEEK = Gate("silu", limit=10.0)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "kind", "joined", "dtype"),
+    [
+        ((0, 8), OF_GPT_OSS, True, bf16),
+        ((1, 1), OF_GPT_OSS, True, fp32),
+        ((3, 2, 700), OF_GPT_OSS, True, bf16),
+        ((2, 2048), OF_GPT_OSS, True, fp16),
+        ((37, 101), OF_GPT_OSS, True, fp32),
+        ((300, 16), OF_GPT_OSS._replace(limit=None), True, bf16),
+        ((5, 1000), OF_DEEPSEEK, False, bf16),
+        ((3, 1001), OF_DEEPSEEK, False, fp16),
+        ((41, 24), OF_DEEPSEEK, True, fp32),
+        ((3, 1030), OF_GPT_OSS._replace(neighbours=False), True, bf16),
+    ],
+)
+def test_a_limited_gate_is_as_accurate_as_eager(interpreter, shape, kind, joined, dtype):
+    gate, up = (torch.randn(shape) * 8 for _ in range(2))  # a third of which, or so, is beyond the limit
+    given = [torch.cat([gate, up], -1), None] if joined else [gate, up]
+    assert_as_accurate_as_eager(KernelGate.apply, reference=eager, inputs=[*given, *kind], dtype=dtype)
+
+
+@interpreted
+def test_neighbours_of_wider_rows_are_read_where_they_lie(interpreter):
+    wide = torch.randn(6, 200)[:, 8:136]
+    values = [wide, None, *OF_GPT_OSS]
+    assert_as_accurate_as_eager(KernelGate.apply, reference=eager, inputs=values, dtype=fp32)
+
+
+@interpreted
+def test_at_the_limit_and_beyond_there_is_no_gradient(interpreter):
+    gate = torch.tensor([[2.0, 2.1, -9.0, 1.9, 1.0]], requires_grad=True)
+    up = torch.tensor([[2.0, -2.0, 1.0, 1.0, -2.1]], requires_grad=True)
+    dgate, dup = torch.autograd.grad(KernelGate.apply(gate, up, *Gate("silu", limit=2.0)).sum(), (gate, up))
+    assert (dgate == 0).tolist() == [[True, True, False, False, False]]
+    assert (dup == 0).tolist() == [[True, True, False, False, True]]
 
 
 @interpreted
 def test_nan_goes_on_through_every_activation(interpreter):
     gate, up, nan = torch.tensor([[float("nan"), 1.0, 0.0]]), torch.ones(1, 3), torch.tensor([[True, False, False]])
     for activation in ACTIVATIONS:
-        assert torch.equal(gated.gated_forward(gate, up, activation=activation).isnan(), nan)
+        for limit in (None, 0.5):
+            assert torch.equal(gated.gated_forward(gate, up, Gate(activation, limit=limit)).isnan(), nan)
 
 
 @interpreted
@@ -135,10 +183,12 @@ def test_nan_goes_on_through_every_activation(interpreter):
 )
 def test_any_case_is_as_accurate_as_eager(values, count, columns, activation, form):
     given = [values(count, columns), values(count, columns)]
+    if values.dtype == fp16:
+        given[1] = given[1].clamp(-8, 8)  # whose products have no place in it
     if form != "two":
         given = [torch.cat(given, -1), None]
     with checked_interpreter(seed=values.seed):
-        inputs = [*given, activation, form == "gate last"]
+        inputs = [*given, *Gate(activation, form == "gate last")]
         assert_as_accurate_as_eager(KernelGate.apply, reference=eager, inputs=inputs, dtype=values.dtype)
 
 
@@ -149,7 +199,7 @@ def test_any_case_is_as_accurate_as_eager(values, count, columns, activation, fo
     [("silu", None, 23, 3), ("silu", (True, True), 30, 5), ("gelu_tanh", (True, True), 38, 5)],
 )
 def test_memory_is_the_bound_in_16_bits(target, activation, wanted, most, streams):
-    variant = gated.variant_of(1024, bf16, activation, gated.TWO, True, 8, wanted)
+    variant = gated.variant_of(1024, bf16, Gate(activation), gated.TWO, True, 8, wanted)
     architecture = int(target.removeprefix("sm_"))
     binary, _, resources = offline.compile_variant(variant, target)
     code = analyse(binary, architecture, tile_elements(variant) / variant.num_warps)

@@ -97,7 +97,8 @@ def rotary_embedding(channels, rotated, per_pair, interleaved, sorts, angles, ke
 def gated_activation(columns, activation, form, learns):
     if form == "two":
         return ops.gated_activation(*(new(70, columns, grad=one) for one in learns), activation)
-    return ops.gated_activation(new(70, 2 * columns), None, activation, form == "gate last")
+    rest = {"neighbours": True, "limit": 7.0, "plus_one": True} if form == "neighbours" else {}
+    return ops.gated_activation(new(70, 2 * columns), None, activation, form == "gate last", **rest)
 
 
 def matching_cost(focal, dtype):
@@ -237,7 +238,7 @@ CALLS = (
         {
             "columns": (1024, *WIDTHS),
             "activation": ("relu", "gelu", "gelu_tanh", "silu", "quick_gelu"),
-            "form": ("two", "gate first", "gate last"),
+            "form": ("two", "gate first", "gate last", "neighbours"),
             "learns": ((True, True), (True, False), (False, True)),
         },
     ),

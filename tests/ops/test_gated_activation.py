@@ -48,6 +48,23 @@ def test_it_is_as_accurate_as_eager(triton, form, dtype):
 
 
 @interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpt_osss_gate_is_as_accurate_as_eager(triton, dtype):
+    def ours(both):
+        return ops.gated_activation(both, None, "quick_gelu", neighbours=True, limit=2.0, plus_one=True)
+
+    def theirs(both):
+        gate, up = both[..., ::2], both[..., 1::2]
+        gate, up = torch.where(gate < 2, gate, 2.0), torch.where(up.abs() < 2, up, 2.0 * up.sign())
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+    assert_as_accurate_as_eager(ours, reference=theirs, inputs=[torch.randn(3, 2, 80) * 2], dtype=dtype)
+    both = torch.randn(3, 80)
+    with use_backend(gated_activation="eager"):
+        torch.testing.assert_close(ours(both), theirs(both))
+
+
+@interpreter
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_but_what_was_given_is_kept_and_the_gradient_of_halves_is_one_tensor(triton, form):
     arguments, kept = given(form), []
@@ -96,10 +113,11 @@ def test_opcheck_accepts_both_ops(form):
     arguments = given(form)
     leaves_of(arguments)
     forward, backward = torch.ops.detr_fast.gated_activation, torch.ops.detr_fast.gated_activation_backward
-    torch.library.opcheck(forward.default, tuple(arguments))
-    dy = torch.randn(3, 2, 40).requires_grad_()
-    for wanted in [[True, arguments[1] is not None], [False, True]][: 1 + (form == "two")]:
-        torch.library.opcheck(backward.default, (dy, *arguments, wanted))
+    for rest in ((False, None, False), (form == "gate first", 1.5, True)):
+        torch.library.opcheck(forward.default, (*arguments, *rest))
+        dy = torch.randn(3, 2, 40).requires_grad_()
+        for wanted in [[True, arguments[1] is not None], [False, True]][: 1 + (form == "two")]:
+            torch.library.opcheck(backward.default, (dy, *arguments, *rest, wanted))
 
 
 @interpreter
@@ -172,7 +190,11 @@ def test_what_does_not_fit_is_said():
         ops.gated_activation(torch.empty(2, 8), torch.empty(2, 4))
     with pytest.raises(ValueError, match=r"got \(2, 7\) for gate and up; expected \(\.\.\., 2 F\)"):
         ops.gated_activation(torch.empty(2, 7))
-    with pytest.raises(ValueError, match="gate_last, which is of the halves of one"):
+    with pytest.raises(ValueError, match=r"got a limit of -1\.0; expected one above 0, or None"):
+        ops.gated_activation(torch.empty(2, 8), limit=-1.0)
+    with pytest.raises(ValueError, match="got gate_last and neighbours; expected one of them"):
+        ops.gated_activation(torch.empty(2, 8), gate_last=True, neighbours=True)
+    with pytest.raises(ValueError, match="gate_last, which is of both in one tensor"):
         ops.gated_activation(torch.empty(2, 8), torch.empty(2, 8), gate_last=True)
     with pytest.raises(ValueError, match="got activation 'swish'; expected one of relu, gelu"):
         ops.gated_activation(torch.empty(2, 8), activation="swish")
