@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -26,6 +27,8 @@ from detr_fast.adapters.base import (
     why_not_switch,
 )
 from detr_fast.adapters.blocks import is_dispatched
+from detr_fast.kernels.gated import Gate
+from detr_fast.ops.gated_activation import GATED_ACTIVATION
 from detr_fast.ops.rms_norm import RMS_NORM
 
 
@@ -116,6 +119,24 @@ class NanoChatRMSNorm(Scriptable):
         return super().forward(x) if y is None else y  # type: ignore[misc]
 
 
+class GatedRMSNorm(Scriptable):
+    """(weight * normalised.to(x's dtype) * silu(gate)).to(x's dtype), the last product in fp32: Qwen3-Next's, of its linear attention."""
+
+    def forward(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        y = None
+        if is_dispatched(hidden_states) and self.activation == "silu" and gate.shape == hidden_states.shape:
+            dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+            y = _normalised(hidden_states, self.weight, self.variance_epsilon, dtype)
+        if y is None:
+            return super().forward(hidden_states, gate)  # type: ignore[misc,no-any-return]
+        arguments = (gate, y, Gate("silu"))
+        kernel = GATED_ACTIVATION.kernel(*arguments) if gate.dtype == y.dtype == hidden_states.dtype else None
+        if kernel is not None:
+            found: Tensor = kernel.run(*arguments)
+            return found
+        return (y * F.silu(gate.float())).to(hidden_states.dtype)
+
+
 # By the fingerprints of forward and of the method that it calls, where there is one.
 _NORM = "ca4c65479fe5191b"
 _CODE: dict[tuple[str | None, str | None], type[Module]] = {
@@ -128,6 +149,7 @@ _CODE: dict[tuple[str | None, str | None], type[Module]] = {
     ("b724336c24cd5195", _NORM): MoshiRMSNorm,
     ("038f6b1c4c1c6c82", "ae57079cb6657f55"): Gemma4RMSNorm,
     ("fd8944f3bef443f6", _NORM): NanoChatRMSNorm,
+    ("86ea651ba7ea7f76", None): GatedRMSNorm,
     ("db3e6a3c253832e1", None): NanoChatRMSNorm,  # with the factor rounded, too
 }
 # What the code of each of them reads, one or the other: others need no second look.

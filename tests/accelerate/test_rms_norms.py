@@ -25,6 +25,7 @@ from tests.accelerate.families import t5, translate  # noqa: E402
 timm_layers = pytest.importorskip("timm.layers")
 llama = importlib.import_module("transformers.models.llama.modeling_llama")
 qwen = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+kimi = importlib.import_module("transformers.models.kimi_linear.modeling_kimi_linear")
 deepseek = importlib.import_module("transformers.models.deepseek_v4.modeling_deepseek_v4")
 WIDTH = 40
 # Of each code that is known one class: its module, its name, and whether its weight is 0 at first.
@@ -125,6 +126,51 @@ def test_without_a_kernel_their_own_code_runs(name, dtype):
             assert all(map(torch.equal, step(ours, x), step(original, x)))
     detr_fast.restore(holder := nn.ModuleList([ours]))
     assert type(holder[0]) is type(original)
+
+
+def gated(norm, x, gate):
+    x, gate = (t.detach().requires_grad_() for t in (x, gate))
+    y = norm(x, gate)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, (x, gate, norm.weight), dy)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("input", "weight", "ops"),
+    [
+        (torch.float32, torch.float32, ["gated_activation", "rms_norm"]),
+        (torch.bfloat16, torch.bfloat16, ["gated_activation", "rms_norm"]),
+        (torch.bfloat16, torch.float32, ["rms_norm"]),  # whose product is in fp32, and the gate is not
+    ],
+    ids=str,
+)
+def test_a_norm_that_is_gated_is_as_accurate_as_theirs(input, weight, ops):
+    torch.manual_seed(2)
+    original = qwen.Qwen3NextRMSNormGated(WIDTH, eps=1e-5).to(weight)
+    torch.nn.init.uniform_(original.weight, 0.5, 2.0)
+    ours = copy.deepcopy(original)
+    assert detr_fast.accelerate(nn.ModuleList([ours])).switched
+    given = [(torch.randn(15, WIDTH) * 2 + 1).to(input), torch.randn(15, WIDTH).to(input)]
+    with use_backend(rms_norm="triton", gated_activation="triton"), explaining(ours) as records:
+        found = gated(ours, *given)
+    assert sorted(r.op for r in records) == ops
+    theirs, exact = gated(original, *given), gated(original.double(), *(t.double() for t in given))
+    for one, other, truth in zip(found, theirs, exact, strict=True):
+        assert one.dtype == other.dtype
+        floor = 4 * torch.finfo(input).eps * float(truth.abs().max())
+        assert float((one - truth).abs().max()) <= 2 * float((other - truth).abs().max()) + floor
+
+
+@pytest.mark.parametrize("change", ["cpu", "eager", "sigmoid", "broadcast"])
+def test_of_a_gated_norm_what_no_kernel_takes_is_theirs(change):
+    original = qwen.Qwen3NextRMSNormGated(WIDTH, eps=1e-5)
+    original.activation = "sigmoid" if change == "sigmoid" else "silu"
+    ours, x = copy.deepcopy(original), torch.randn(3, WIDTH)
+    gate = torch.randn(1 if change == "broadcast" else 3, WIDTH)
+    detr_fast.accelerate(nn.ModuleList([ours]))
+    with use_backend(**{} if change == "cpu" else {"rms_norm": "eager", "gated_activation": "eager"}):
+        assert all(map(torch.equal, gated(ours, x, gate), gated(original, x, gate)))
 
 
 MORE = {
@@ -347,7 +393,7 @@ LEFT = [
     (wrapped, UNKNOWN),
     (of_another_torch, UNKNOWN),
     (replaced, "its _norm was replaced on the instance"),
-    (lambda: qwen.Qwen3NextRMSNormGated(WIDTH), UNKNOWN),  # normalises, and then multiplies by a gate
+    (lambda: kimi.KimiLinearRMSNormGated(WIDTH), UNKNOWN),  # normalises, and then multiplies by a sigmoid
 ]
 
 
