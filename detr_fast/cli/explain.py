@@ -35,6 +35,7 @@ def explain(
 
     from detr_fast.cli.devices import pick_device
     from detr_fast.cli.presets import MODELS, preset
+    from detr_fast.engine.errors import EngineError
     from detr_fast.engine.trained import load_trained_model
     from detr_fast.models.build import build_model
 
@@ -43,6 +44,10 @@ def explain(
         config = preset(model, "", "")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=91))
         detector = build_model(config.model).to(where)
+    elif not Path(model).exists():
+        raise EngineError(
+            f"no checkpoint {model}; give a run folder, a checkpoint, published weights or one of {', '.join(MODELS)}"
+        )
     else:
         trained = load_trained_model(model, where)
         config, detector = trained.config, trained.model.requires_grad_(training)

@@ -125,7 +125,7 @@ def find_annotation_files(path: Path, overrides: Mapping[str, str | Path] | None
             f"{path}: holds no annotations{f' that are named after a split, only {only}' if only else ''}; "
             "expected instances_train.json, annotations/instances_train2017.json, "
             "train.json or train/_annotations.coco.json (likewise val and test); 'detr-fast convert' makes them from "
-            "YOLO and Pascal VOC"
+            "YOLO (a folder with data.yaml) and Pascal VOC (one with Annotations/)"
         )
     for file in found.values():
         if not file.is_file():

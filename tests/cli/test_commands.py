@@ -86,7 +86,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data", "x", "--color-jitter", "-1"], "color_jitter is -1.0, expected 0 (off) or a strength"),
         (["evaluate", "nowhere"], "no checkpoint nowhere"),
         (["predict", "nowhere", "none.png"], "none.png does not exist"),
-        (["explain", "nowhere"], "no checkpoint nowhere"),
+        (["explain", "resnet5"], "published weights or one of small, resnet18, resnet34, resnet50, resnet101"),
         (["explain", "--device", "tpu"], "expected auto, cpu or cuda"),
         (["doctor", "nowhere"], "nowhere: does not exist"),
         (["convert-weights", "nowhere", "x"], "nowhere"),

@@ -285,7 +285,7 @@ def test_formats_are_told_apart(scenes, tmp_path, name):
 
 
 def test_a_folder_of_no_format_an_unknown_format_and_a_full_destination_are_refused(scenes, tmp_path):
-    with pytest.raises(DataError, match="holds no annotations"):
+    with pytest.raises(DataError, match=r"holds no annotations.* data\.yaml.* Annotations/"):
         detect_format(tmp_path)
     with pytest.raises(DataError, match="format 'csv' is unknown; choose one of coco, yolo, voc"):
         convert(scenes, tmp_path / "new", "coco", "csv")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,3 +280,15 @@ def test_existing_files_are_not_overwritten(tmp_path):
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="got format 'onnx'; expected one of original, huggingface, safetensors"):
         write_weights(random_weights(), tmp_path / "a", "onnx")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_are_readable_to_whom_the_users_new_files_are(format, umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_weights(random_weights(), path_for(tmp_path, "a", format), format)
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
