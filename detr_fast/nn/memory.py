@@ -185,9 +185,11 @@ class _Joined(torch.autograd.Function):
 def _by_layer(attentions: list[Any], y: Tensor) -> tuple[Tensor, ...]:
     """(B, S, n * layers * C), or sequence first -> for each layer (B, S, n, H, E)."""
     first = attentions[0]
-    shape = (*y.shape[:-1], -1, first.num_heads, first.head_dim)
+    packs = y.shape[-1] // (len(attentions) * first.embed_dim)
+    shape = (*y.shape[:-1], packs, first.num_heads, first.head_dim)  # no -1: a batch may be empty
+    rows = y.numel() // (len(attentions) * first.embed_dim)
     # Of three dimensions: PyTorch stacks gradients of up to four in one launch, else one by one.
-    shares = [share.view(shape) for share in y.reshape(-1, len(attentions), first.embed_dim).unbind(1)]
+    shares = [share.view(shape) for share in y.reshape(rows, len(attentions), first.embed_dim).unbind(1)]
     return tuple(shares if first.batch_first else [share.transpose(0, 1) for share in shares])
 
 

@@ -260,6 +260,14 @@ def test_transformer(case, training, backend, twins):
     compare(ours, original, TRANSFORMER, case, backend)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("backend", [{}, {"attention": "sdpa"}, {"attention": "eager"}], ids=str)
+def test_decoder_layers_that_share_a_memory_of_no_images(backend, batch_first, assert_same_step, twins):
+    ours, original = twins("Transformer", 8, 2, 1, 2, 12, 0.0, batch_first=batch_first)
+    inputs = [x(0, 4, 8), x(0, 5, 8)] if batch_first else [x(4, 0, 8), x(5, 0, 8)]
+    assert_same_step(ours, original, inputs, rtol=1e-9, backend=backend)
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("dropout", [1.0, 1.5, -0.5])
 @pytest.mark.parametrize("backend", [{}, {"attention": "sdpa"}, {"attention": "eager"}], ids=str)
