@@ -55,6 +55,14 @@ def measurements(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def given_folder() -> Path:
+    """The folder that the command line names, which must hold measurements: without any, the page there would be replaced by an empty one."""
+    if len(sys.argv) != 2 or not measurements(Path(sys.argv[1])):
+        given = " ".join(sys.argv[1:]) or "nothing"
+        sys.exit(f"got {given}, expected one folder that 'make gpu' has written measurements.jsonl to; give that")
+    return Path(sys.argv[1])
+
+
 def keep_section(folder: Path, name: str, lines: Sequence[str]) -> None:
     """Record how a section of the run ended."""
     with (folder / "measurements.jsonl").open("a") as file:
@@ -275,4 +283,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    print(write(given_folder()))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +96,19 @@ def test_a_folder_gets_both_pictures_and_one_without_measurements_none(tmp_path)
     assert [path.name for path in figures.write(tmp_path)] == ["speedups.svg", "cases.svg"]
     assert "NVIDIA H200, torch 2.11: how many times" in (tmp_path / "speedups.svg").read_text()
     assert report.measurements(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["report", "figures"])
+@pytest.mark.parametrize("given", [[], ["here"], ["here", "there"]])
+def test_a_folder_without_measurements_keeps_its_page(script, given, tmp_path):
+    (tmp_path / "here").mkdir()
+    page = tmp_path / "here" / "summary.md"
+    page.write_text("precious")
+    path = Path(figures.__file__).with_name(f"{script}.py")
+    ended = subprocess.run([sys.executable, path, *given], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"got {' '.join(given) or 'nothing'}, expected one folder that 'make gpu' has written measurements.jsonl to; give that\n"
+    )
+    assert page.read_text() == "precious"
+    assert len(list((tmp_path / "here").iterdir())) == 1
