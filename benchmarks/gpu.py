@@ -69,6 +69,10 @@ def main() -> int:
     chosen = sections(out)
     if arguments.only:
         wanted = arguments.only.split(",")
+        if unknown := [word for word in wanted if not any(word in part[0] for part in chosen)]:
+            parser.error(
+                f"no section is named {' or '.join(unknown)}: there is {', '.join(part[0] for part in chosen)}"
+            )
         chosen = [part for part in chosen if any(word in part[0] for word in ("wheels", "install", "native", *wanted))]
     else:
         for name in ("measurements.jsonl", "regimes.json", "log.txt"):

@@ -115,6 +115,16 @@ def test_a_run_of_all_begins_anew_and_one_of_some_adds_to_what_is_there(gpu, tmp
         assert run[-1] == names
 
 
+def test_a_section_that_there_is_not_is_said_before_anything_runs(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stub GPU")
+    monkeypatch.setattr(gpu, "sections", lambda out: [(name, [name], 1) for name in ("install", "tune")])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--only", "tune,test"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "no section is named test: there is install, tune\n" in capsys.readouterr().err
+
+
 def test_the_hosts_part_is_compiled_beside_the_first_tests_and_kept_for_the_next_run(gpu, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
