@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, joined_of, kind_of, why_not_switch
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, channel_affine
 from detr_fast.situation import situation
@@ -82,14 +83,18 @@ class FrozenResidualBlock(Scriptable):
         pairs = parts.main if parts.shortcut is None else [*parts.main, parts.shortcut]
         norms = [norm for _, norm in pairs]
         affine = list(zip(*scales_and_shifts(norms, [_epsilon(norm) for norm in norms])))
-        y = x
+        y = residual = x
         for (conv, _), one in zip(parts.main[:-1], affine):
-            y = channel_affine(_convolved(conv, y), *one)
+            if y is x and forks(conv, x):
+                y, residual = Forked.apply(x, conv.weight.to(dtype))
+            else:
+                y = _convolved(conv, y)
+            y = channel_affine(y, *one)
         last = len(parts.main) - 1
         y, (scale, shift) = _convolved(parts.main[last][0], y), affine[last]
         if parts.shortcut is None:
-            return channel_affine(y, scale, shift, x)
-        residual = _convolved(parts.shortcut[0], x if parts.pool is None else parts.pool(x))
+            return channel_affine(y, scale, shift, residual)
+        residual = _convolved(parts.shortcut[0], residual if parts.pool is None else parts.pool(residual))
         residual_scale, added = affine[-1]
         return channel_affine(y, scale, shift + added, residual, residual_scale)
 

@@ -14,8 +14,8 @@ from detr_fast import nn, ops
 from detr_fast.models.casting import autocast_dtype, cast_together
 from detr_fast.models.weight_files import WeightsError, list_problems, read_safetensors, unpickle
 from detr_fast.nn.bare import is_bare
+from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
-from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE
 from detr_fast.situation import situation
 
@@ -90,39 +90,6 @@ class FoldingBottleneck(Bottleneck):
         return self.relu(y + _shortcut(self, x))
 
 
-class _Forked(torch.autograd.Function):
-    """A 1×1 convolution of x, and x, which goes on beside it: their gradients are added up inside the product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        ctx.set_materialize_grads(False)
-        return nn.functional.conv2d(x, weight), x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> Any:
-        x, weight = ctx.saved_tensors
-        if dy is None:
-            return dx, None
-        rows, matrix = _pixels(dy), weight.flatten(1)
-        d_weight = (rows.t() @ _pixels(x)).view(weight.shape) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight
-        if dx is None:
-            total = rows @ matrix
-        elif torch.is_grad_enabled():  # to be differentiated once more
-            total = torch.addmm(_pixels(dx), rows, matrix)
-        else:  # in place: out of place, cuBLAS would copy dx first. Nobody else sees what the block's last kernel wrote.
-            total = _pixels(dx).addmm_(rows, matrix)
-        batch, channels, height, width = x.shape
-        return total.view(batch, height, width, channels).permute(0, 3, 1, 2), d_weight
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B * H * W, C); a view where x is channels last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
 _DEPTHS = {FoldingBasicBlock: (1, 2), FoldingBottleneck: (1, 2, 3)}  # the numbers of a block's convolutions
 _PARTS = {*_DEPTHS, nn.Conv2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential}
 _SHAPES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -195,6 +162,11 @@ class ResNetBody(nn.Module):
         stages = [[self.conv1, self.bn1], *([*stage] for stage in self._stages())]
         norms = [part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)]
         affine = dict(zip(norms, zip(*scales_and_shifts(norms, [norm.eps for norm in norms]))))
+        # Where two norms meet in a sum, their shifts are one.
+        ends = [b for stage in self._stages() for b in stage if b.downsample is not None]
+        closing = [getattr(b, f"bn{_DEPTHS[type(b)][-1]}") for b in ends]
+        sums = torch._foreach_add([affine[n][1] for n in closing], [affine[b.downsample[1]][1] for b in ends])
+        affine |= {n: (affine[n][0], shift) for n, shift in zip(closing, sums)}
         weights: dict[nn.Module, Tensor] = {}
         for stage in stages:  # one by one, that gradients of the last need not wait for the first
             convs = [conv for part in stage for conv in part.modules() if isinstance(conv, nn.Conv2d)]
@@ -202,11 +174,10 @@ class ResNetBody(nn.Module):
         x = ops.resnet_stem(x, weights[self.conv1], *affine[self.bn1])
         for block in (block for stage in self._stages() for block in stage):
             residual, residual_scale, y = x, None, x
-            forks = block.downsample is None and block.conv1.kernel_size == (1, 1) and wants_grad(x)
             *before, last = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in _DEPTHS[type(block)]]
             for conv, norm in before:
-                if forks and conv is block.conv1:
-                    y, residual = _Forked.apply(x, weights[conv])
+                if conv is block.conv1 and forks(conv, x):
+                    y, residual = Forked.apply(x, weights[conv])
                 else:
                     y = conv._conv_forward(y, weights[conv], None)
                 y = ops.channel_affine(y, *affine[norm])
@@ -214,9 +185,8 @@ class ResNetBody(nn.Module):
             y, (scale, shift) = conv._conv_forward(y, weights[conv], None), affine[norm]
             if block.downsample is not None:
                 conv, norm = block.downsample
-                residual = conv._conv_forward(x, weights[conv], None)
-                residual_scale, added = affine[norm]
-                shift = shift + added
+                residual = conv._conv_forward(residual, weights[conv], None)
+                residual_scale = affine[norm][0]
             x = ops.channel_affine(y, scale, shift, residual, residual_scale)
         return x
 

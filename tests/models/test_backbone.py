@@ -15,11 +15,13 @@ from benchmarks.hardware import DEVICE, sized
 from detr_fast.dispatch import use_backend
 from detr_fast.models.backbone import ConvBackbone, ResNetBackbone
 from detr_fast.models.weight_files import WeightsError
+from detr_fast.testing import count
 from detr_fast.testing.interpreter import checked_interpreter
 
 torchvision = pytest.importorskip("torchvision")
 
-from detr_fast.models.resnet import FrozenBatchNorm2d, _Forked, conv_norm  # noqa: E402
+from detr_fast.models.resnet import FrozenBatchNorm2d, conv_norm  # noqa: E402
+from detr_fast.nn.forked import Forked  # noqa: E402
 
 
 def random_norm(channels: int) -> FrozenBatchNorm2d:
@@ -139,13 +141,32 @@ def test_a_convolution_beside_which_its_input_goes_on_has_the_gradients_of_both(
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         return *(g.detach() for g in first), *second
 
-    for found, expected in zip(gradients(*_Forked.apply(x, weight)), gradients(nn.functional.conv2d(x, weight), x)):
+    for found, expected in zip(gradients(*Forked.apply(x, weight)), gradients(nn.functional.conv2d(x, weight), x)):
         torch.testing.assert_close(found, expected)
-    y, beside = _Forked.apply(x, weight)
+    y, beside = Forked.apply(x, weight)
     found = torch.autograd.grad((y * probes[0]).sum() + (beside * probes[1]).sum(), leaves)  # in place
     expected = torch.autograd.grad((nn.functional.conv2d(x, weight) * probes[0]).sum() + (x * probes[1]).sum(), leaves)
     for pair in zip(found, expected):
         torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("frozen_stages", [1, 0], ids=["the first stage frozen", "all trained"])
+def test_gradients_of_what_a_bottleneck_reads_are_added_up_inside_products(frozen_stages):
+    with torch.device("meta"):
+        body = ResNetBackbone("resnet50").body.to(torch.bfloat16)
+    if not frozen_stages:
+        body.layer1.requires_grad_(True)
+    x = torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)
+
+    def step():
+        y = body(x)
+        y.backward(torch.empty_like(y))
+
+    with use_backend("triton"):
+        launches = count(step).launches
+    # Of 16 blocks all but the first whose input is trained; the last of a stage writes what two read, too.
+    assert launches["aten.addmm_.default"] == (12 if frozen_stages else 15)
+    assert launches["aten.add.Tensor"] == 0
 
 
 def test_on_a_cpu_nothing_is_channels_last_unasked():
