@@ -51,6 +51,8 @@ class _SharedSeed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if _local.scope is not self._outer:
+            _local.scope.casts.clear()  # what their tensors' ends would do leads back to them: they would wait for the garbage collector
         _local.scope = self._outer
 
 
@@ -65,6 +67,7 @@ def given_seed(seed: Tensor | None, offset: int) -> Iterator[_Scope]:
     try:
         yield scope
     finally:
+        scope.casts.clear()
         _local.scope = outer
 
 
