@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _failed: list[Any] = []  # graphs whose capture failed: PyTorch's allocator goes on asking them
 _streams: dict[
@@ -18,6 +19,7 @@ _streams: dict[
 
 class _Thread(threading.local):
     behind: list[Callable[[], None]] | None = None  # the capture that this thread is in
+    aside: Tensor | None = None
 
 
 _thread = _Thread()
@@ -34,6 +36,30 @@ def behind_the_capture(action: Callable[[], None]) -> None:
     """
     assert _thread.behind is not None, "this thread is in no capture: ask recording()"
     _thread.behind.append(action)
+
+
+@contextmanager
+def set_aside(memory: Tensor) -> Iterator[None]:
+    """Inside the block, captures may take of this memory for what is copied behind them. Of the graph's own, all that is allocated in a
+    capture, each replay writes to what was there before, in this graph or in another of the same pool.
+    """
+    before, _thread.aside = _thread.aside, memory
+    try:
+        yield
+    finally:
+        _thread.aside = before
+
+
+def left_aside() -> int:
+    """How many elements of the memory that was set aside there are still to be taken."""
+    return 0 if _thread.aside is None else _thread.aside.numel()
+
+
+def take_aside(elements: int) -> Tensor:
+    """So much of what was set aside."""
+    assert _thread.aside is not None, "nothing was set aside: ask left_aside()"
+    taken, _thread.aside = _thread.aside.split([elements, _thread.aside.numel() - elements])
+    return taken
 
 
 @contextmanager

@@ -180,7 +180,8 @@ class AdamTables:
 
     Of each parameter its gradient, moments (all of one dtype and layout, without gaps), step and learning rate (fp32, without
     dimensions; a rate may be many parameters'), and settings. Nothing is copied before `fill`, which a launch must come behind;
-    a CUDA graph's replays read the tables, too. Addresses must stay: the tensors are not kept alive.
+    a CUDA graph's replays read the tables, too. Addresses must stay: the tensors are not kept alive. allocate: gives so many int64 for
+    the tables, at most `table_size`.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class AdamTables:
         steps: Sequence[Tensor],
         rates: Sequence[Tensor],
         settings: Sequence[Settings],
+        allocate: Callable[[int], Tensor] | None = None,
     ) -> None:
         kinds = parameters, gradients, first_moments, second_moments
         self.bases = [tensors[0].detach() for tensors in kinds]
@@ -203,7 +205,8 @@ class AdamTables:
             one = [_distances(steps, self.step), _distances(rates, self.rate)]
             numbers = torch.tensor(settings, dtype=torch.float64).view(torch.int64)
             self._host = torch.cat([whole.flatten(), rest.flatten(), torch.cat([*one, numbers], 1).flatten()])
-        memory = empty((self._host.numel(),), torch.int64, device)
+        size = self._host.numel()
+        memory = empty((size,), torch.int64, device) if allocate is None else allocate(size)
         self._memory = memory
         ends = [len(whole) * CHUNK_COLUMNS, (len(whole) + len(rest)) * CHUNK_COLUMNS]
         # Those that are read in runs of 16 bytes, and those that are read one by one.
@@ -220,6 +223,12 @@ class AdamTables:
         with _disable_current_modes():
             host = self._host.pin_memory() if self._memory.is_cuda else self._host
             self._memory.copy_(host, non_blocking=True)
+
+
+def table_size(parameters: Sequence[Tensor]) -> int:
+    """How many int64 the tables of these parameters take at most."""
+    chunks = sum(-(-p.numel() // ADAM.chunk) + 1 for p in parameters)
+    return chunks * CHUNK_COLUMNS + len(parameters) * TENSOR_COLUMNS
 
 
 def _addresses(tensors: Sequence[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from detr_fast.models.criterion import SetCriterion
 from detr_fast.models.detr import Detr
 from detr_fast.models.structures import NestedTensor
 from detr_fast.ops.optimizer_rules import tensors_of
-from detr_fast.ops.optimizer_step import optimizer_step
+from detr_fast.ops.optimizer_step import optimizer_step, room_for_tables
 
 
 class CapturedStep:
@@ -230,7 +230,8 @@ class CapturedStep:
             group["params"] = sorted(group["params"], key=Tensor.numel, reverse=True)
             group["lr"] = rate  # of a tensor, too, in whose place a schedule may put another one
         try:
-            yield
+            with room_for_tables(self.optimizer):
+                yield
         finally:
             for group, (lr, capturable, parameters) in zip(groups, before):
                 group["lr"], group["capturable"], group["params"] = lr, capturable, parameters

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from detr_fast.dispatch import NEVER, Call, Implementation, Op, Situation, Trito
 from detr_fast.kernels import adam as kernels
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import define
-from detr_fast.ops.optimizer_rules import Tensors, tensors_of
+from detr_fast.ops.optimizer_rules import KINDS, Tensors, tensors_of
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] = (), max_norm: float = 0.0) -> None:
@@ -33,6 +34,18 @@ def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
             kernel.run(known.first, known)
             return
     _eager(optimizer, parameters, max_norm)
+
+
+@contextmanager
+def room_for_tables(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block a `detr_fast.capture.capture` has memory for one step of the optimizer's, which is left to PyTorch where it has none."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not parameters or type(optimizer) not in KINDS:
+        yield
+        return
+    memory = torch.empty(kernels.table_size(parameters), dtype=torch.int64, device=parameters[0].device)
+    with capture.set_aside(memory):
+        yield
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameters: list[Tensor], max_norm: float) -> Tensors | None:
@@ -58,6 +71,7 @@ class OptimizerStepCall(Call):
     tensors: int
     size: int
     clips: bool
+    room: bool  # for tables, beside a graph's memory
     reason: str | None
 
     def shapes(self) -> str:
@@ -68,7 +82,20 @@ class OptimizerStepCall(Call):
 def _signature(first: Tensor, known: Tensors) -> tuple[Any, ...]:
     kinds = dispatch.tensor_type((*known.parameters, *known.gradients))
     sizes = len(known.parameters), known.size, bool(known.max_norm)
-    return kinds, first.device, first.dtype, type(known.optimizer), *sizes, known.reason, capture.recording()
+    return (
+        kinds,
+        first.device,
+        first.dtype,
+        type(known.optimizer),
+        *sizes,
+        known.reason,
+        capture.recording(),
+        _has_room(known),
+    )
+
+
+def _has_room(known: Tensors) -> bool:
+    return capture.recording() and capture.left_aside() >= kernels.table_size(known.parameters)
 
 
 def _describe(first: Tensor, known: Tensors, situation: Situation) -> OptimizerStepCall:
@@ -83,14 +110,18 @@ def _describe(first: Tensor, known: Tensors, situation: Situation) -> OptimizerS
         tensors=len(known.parameters),
         size=known.size,
         clips=bool(known.max_norm),
+        room=_has_room(known),
         reason=known.reason,
     )
 
 
 class TritonOptimizerStep(TritonImplementation):
     def why_not(self, call: OptimizerStepCall) -> str | None:
-        if call.reason is None and call.situation.regime == "captured" and not capture.recording():
-            return "the CUDA graph is not captured by detr_fast.capture, behind which the tensors' addresses are copied"
+        if call.reason is None and call.situation.regime == "captured":
+            if not capture.recording():
+                return "the CUDA graph is not captured by detr_fast.capture, behind which the tensors' addresses are copied"
+            if not call.room:
+                return "the capture has no memory set aside for the tensors' addresses (see room_for_tables)"
         return call.reason
 
     def advice(self, call: OptimizerStepCall) -> str | None:
@@ -154,8 +185,10 @@ def _run(
 ) -> None:
     """settings: six of each parameter, as `kernels.adam.Settings` has them."""
     each = [kernels.Settings(*settings[i : i + 6]) for i in range(0, len(settings), 6)]
-    tables = kernels.AdamTables(parameters, gradients, first_moments, second_moments, steps, rates, each)
-    if capture.recording() and dispatch.capturing(parameters[0].device.type):
+    kinds = parameters, gradients, first_moments, second_moments, steps, rates
+    recorded = capture.recording() and dispatch.capturing(parameters[0].device.type)
+    tables = kernels.AdamTables(*kinds, each, capture.take_aside if recorded else None)
+    if recorded:
         capture.behind_the_capture(tables.fill)  # a graph's tensors stay where they are
     else:
         tables.fill()

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from detr_fast import dispatch, native
-from detr_fast.capture import beside_the_default_stream, capture
+from detr_fast.capture import beside_the_default_stream, capture, set_aside
 from detr_fast.dispatch import use_backend
 from detr_fast.kernels import launch, overlap
 from detr_fast.ops import linear_assignment, regimes
@@ -307,8 +307,9 @@ def _interleaved(
 
 def _captured(step: Step, calls: int) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
+    aside = torch.empty(1 << 20, dtype=torch.int64, device="cuda" if torch.cuda.is_available() else "cpu")
     # As a training step is captured: `auto` may compile in here what it takes in graphs only.
-    with capture(graph):
+    with set_aside(aside), capture(graph):
         for _ in range(calls):
             step()
     return graph.replay

@@ -304,15 +304,20 @@ def test_in_a_capture_addresses_are_copied_behind_it_and_kept_as_long_as_the_gra
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(dispatch, "capturing", lambda kind: True)
     monkeypatch.setattr(module.kernels, "launch", lambda *call: recorded.append(call))
-    monkeypatch.setattr(module.kernels, "empty", lambda *shape: torch.zeros(shape[0], dtype=shape[1]))
-    recorded = []
+    monkeypatch.setattr(
+        module.kernels, "empty", lambda *shape: own.append(torch.zeros(shape[0], dtype=shape[1])) or own[-1]
+    )
+    own, recorded = [], []
     graph = torch.cuda.CUDAGraph()
     with use_backend(optimizer_step="triton"):
-        with capture.capture(graph):
+        with module.room_for_tables(optimizer), capture.capture(graph):
+            capture._thread.aside.zero_()
             ops.optimizer_step(optimizer, model.parameters(), 0.5)
             assert not any(call[2].any() for call in recorded)  # the tables are still blank
             assert len(recorded) == 5
         assert len(graph.behind) == 1
+    for memory in own:  # of the graph's pool, where a replay has written other tensors before it comes here
+        memory.fill_(3)
     for call in recorded:  # a replay
         launch.launch(*call)
     expected = torch.optim.AdamW(groups(model_then), lr=1e-2, fused=True)
@@ -325,10 +330,17 @@ def test_in_a_capture_addresses_are_copied_behind_it_and_kept_as_long_as_the_gra
         torch.testing.assert_close(p, q)
 
 
-def test_a_graph_that_is_captured_by_other_means_keeps_pytorchs_step():
-    call = SimpleNamespace(reason=None, situation=SimpleNamespace(regime="captured"))
+def test_a_graph_that_is_captured_by_other_means_or_without_memory_beside_its_own_keeps_pytorchs_step(monkeypatch):
+    call = SimpleNamespace(reason=None, room=False, situation=SimpleNamespace(regime="captured"))
     (kernel, _) = module.OPTIMIZER_STEP.implementations
     assert "not captured by detr_fast.capture" in kernel.why_not(call)
+    monkeypatch.setattr(capture._thread, "behind", [])
+    assert "no memory set aside" in kernel.why_not(call)
+    with module.room_for_tables(with_gradients()[1]):
+        assert capture.left_aside() == 4 * 2 * 8 + 4 * 8
+        assert capture.take_aside(32).data_ptr() + 32 * 8 == capture.take_aside(1).data_ptr()
+        assert capture.left_aside() == 63
+    assert capture.left_aside() == 0
     call.situation.regime = "eager"
     assert kernel.why_not(call) is None
 
@@ -356,7 +368,10 @@ def test_on_a_gpu_steps_train_as_pytorchs_do(graph, max_norm):
         step()  # makes the state
         if graph:
             recorded = torch.cuda.CUDAGraph()
-            with capture.capture(recorded):
+            with module.room_for_tables(optimizer), capture.capture(recorded):
+                other = torch.empty(1 << 20, device=DEVICE)  # what is no more leaves its place to what comes
+                other.zero_()
+                del other
                 step()
         for _ in range(3):
             recorded.replay() if graph else step()
