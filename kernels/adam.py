@@ -200,7 +200,8 @@ class AdamTables:
         self.step, self.rate = steps[0], rates[0]
         self.tensors = len(parameters)
         device, self.dtype = parameters[0].device, parameters[0].dtype
-        with _disable_current_modes():  # bookkeeping on the host, which counters and emulated graphs are not to see
+        # Bookkeeping on the host, whatever the default device, which counters and emulated graphs are not to see.
+        with _disable_current_modes(), torch.device("cpu"):
             whole, rest = _chunks(kinds, self.bases)
             one = [_distances(steps, self.step), _distances(rates, self.rate)]
             numbers = torch.tensor(settings, dtype=torch.float64).view(torch.int64)

@@ -130,7 +130,7 @@ def _add(found: Tensors, optimizer: Any, group: dict[str, Any]) -> None:
         return
     rate, decay = group["lr"], float(group["weight_decay"])
     if not isinstance(rate, Tensor):
-        rate = torch.full((), rate, device=found.first.device)
+        rate = torch.full((), rate, dtype=torch.float32, device=found.first.device)
     decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
     rest = (decay, 0.0) if decoupled else (0.0, decay)
     beta1, beta2 = map(float, group["betas"])

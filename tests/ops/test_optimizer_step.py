@@ -83,6 +83,24 @@ def test_training_is_as_accurate_as_with_pytorchs_own(kind, max_norm, recwarn):
 
 
 @interpreter
+@pytest.mark.parametrize("rate", [1e-2, 1])
+def test_defaults_of_pytorch_and_whole_numbers_change_nothing(rate):
+    found = []
+    for backend in ("triton", "eager"):
+        model, optimizer = with_gradients()
+        optimizer.param_groups[0]["lr"] = rate
+        ops.optimizer_step(optimizer, model.parameters())  # makes the moments
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"), use_backend(optimizer_step=backend):
+                ops.optimizer_step(optimizer, model.parameters())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@interpreter
 def test_gradients_stay_as_they_were_and_what_is_written_is_known_to_be(interpreter):
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
