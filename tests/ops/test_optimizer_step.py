@@ -387,7 +387,7 @@ def test_on_a_gpu_steps_train_as_pytorchs_do(graph, max_norm):
         if graph:
             recorded = torch.cuda.CUDAGraph()
             with module.room_for_tables(optimizer), capture.capture(recorded):
-                other = torch.empty(1 << 20, device=DEVICE)  # what is no more leaves its place to what comes
+                other = torch.empty(1 << 17, device=DEVICE)  # what is no more leaves its place to what comes
                 other.zero_()
                 del other
                 step()
