@@ -26,7 +26,7 @@ def rounded(x: Tensor) -> Tensor:
     if known is None:
         return x.to(dtype)
     found = known.get(id(x))
-    if found is not None and found[0]() is x and found[1] == x._version and found[2].dtype == dtype:
+    if found is not None and found[0]() is x and found[1] == _look(x) and found[2].dtype == dtype:
         return found[2]
     cast = x.to(dtype)
     _leave(known, x, cast)
@@ -46,7 +46,12 @@ def leave(y: Tensor, cast: Tensor) -> None:
 
 
 def _leave(known: dict[int, Any], x: Tensor, cast: Tensor) -> None:
-    known[id(x)] = ref(x, partial(_forget, known, id(x))), x._version, cast
+    known[id(x)] = ref(x, partial(_forget, known, id(x))), _look(x), cast
+
+
+def _look(x: Tensor) -> tuple[int, bool]:
+    """What differs once x was written to, detached in place or marked to have a gradient."""
+    return x._version, x.requires_grad
 
 
 def _forget(known: dict[int, Any], key: int, gone: Any) -> None:

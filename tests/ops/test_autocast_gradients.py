@@ -181,6 +181,8 @@ def test_what_was_changed_is_cast_again_and_nothing_outlives_the_block():
             x.add_(1)
             assert torch.equal(rounded(x), x.bfloat16())
             assert not torch.equal(before, rounded(x))
+            assert rounded(x.requires_grad_()).requires_grad
+            assert not rounded(x.detach_()).requires_grad
             with torch.autocast("cpu", torch.float16):
                 assert rounded(x).dtype == torch.float16
             leaves = (
