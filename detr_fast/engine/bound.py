@@ -30,7 +30,7 @@ class Bound:
     """Called, it gives another number where a graph of the model may no longer compute what a call of the model would.
 
     Looked at are the classes of all parts and those classes' forwards, modes, settings and forwards of their own (see `Settings`), which part is in
-    which place, hooks on parts and on parameters, which parameters are trained, and where parameters and buffers lie. Where the host's C++ part is
+    which place, hooks on parts and on parameters, which parameters are trained, and where parameters and buffers lie, of how many elements. Where the host's C++ part is
     in use it looks first whether all objects are still those of the last call, which takes a third of the time.
     """
 
@@ -114,7 +114,7 @@ class Bound:
         dicts = [*self._settings.states, *held, *self._hooks]
         entries = [list(chain.from_iterable(one.items())) for one in dicts]
         tensors = [one for one in chain(*self._parameters, *self._buffers) if one is not None]
-        facts = [fact for one in tensors for fact in (one.data_ptr(), int(one.requires_grad))]
+        facts = [fact for one in tensors for fact in (one.data_ptr(), one.numel(), int(one.requires_grad))]
         return dicts, entries, self._parts, list(self._kinds), tensors, facts, list(self._forwards(self._kinds))
 
     def _found(self, told: bool) -> tuple[Any, ...]:
@@ -131,7 +131,7 @@ class Bound:
         hooks += [tuple(held) for one in parameters if (held := one._post_accumulate_grad_hooks)]
         trained = [one.requires_grad for one in parameters]
         try:
-            lies = [one.data_ptr() for one in parameters + buffers]
+            lies = [(one.data_ptr(), one.numel()) for one in parameters + buffers]  # a slice lies where the whole lay
         except (ValueError, RuntimeError):  # lazy modules' lie nowhere until their first call, some subclasses' never
             lies = []
         number = self._settings(told)

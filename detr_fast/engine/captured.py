@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -203,7 +204,12 @@ class CapturedStep:
     def _holds(self) -> tuple[list[Any], list[tuple[tuple[str, str], ...]]]:
         state, settings = held_by(self.optimizer)
         others = [self.model, self.criterion, self.averaged, self.ema, self.scaler, self.metrics, self.autocast]
-        return [*others, *state], [*settings, (("clip_norm", repr(self.clip_norm)),)]
+        own = [("clip_norm", repr(self.clip_norm)), ("moving average's decay", repr(getattr(self.ema, "decay", None)))]
+        if self.scaler is not None:
+            scaler = self.scaler
+            factors = scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+            own.append(("scaler's factors", repr(factors)))
+        return [*others, *state], [*settings, tuple(own)]
 
     def _bound(self) -> Bound:
         watched = isinstance(self.criterion, nn.Module)
@@ -254,7 +260,9 @@ class CapturedInference:
     ) -> None:
         self.model = model.eval()
         self.autocast = autocast
-        device = next(model.parameters()).device
+        held = next(chain(model.parameters(), model.buffers()), None)
+        self._is_anywhere = held is None  # it computes where its inputs lie
+        device = torch.device("cpu") if held is None else held.device
         reason = why_no_graph(model) if capture else "capture=False"
         if reason is None:
             _warn_of_padding(model)
@@ -276,7 +284,7 @@ class CapturedInference:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.reason is None:
             args = tuple(_for_a_graph(self.model, one) for one in args)
-        return self._forward(args, kwargs)
+        return self._run(args, kwargs) if self._is_anywhere else self._forward(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), self.autocast():
@@ -323,7 +331,9 @@ def why_no_graph(
     scaler: torch.amp.GradScaler | None = None,
 ) -> str | None:
     """The reason why a model's step, or its forward without an optimizer, can't be captured in a CUDA graph, or None."""
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {one.device for one in model.parameters()} or {one.device for one in model.buffers()}
+    if not devices:
+        return "the model has no parameters or buffers, which would say where it computes"
     if len(devices) != 1:
         return f"the parameters lie on {len(devices)} devices; a CUDA graph takes one"
     (device,) = devices

@@ -21,7 +21,7 @@ class Settings:
     """Called, it gives a number: another one where a setting is another, and the same for settings that came before.
 
     Settings are all that the modules, and the `config`s in them, hold under names of their own: numbers, strings, None, enumerations,
-    dtypes, devices, and tuples and lists of such by value; forwards by identity; all else, say tensors, by its class alone. `str()` names what changed last.
+    dtypes, devices, and tuples, lists and dictionaries of such by value; forwards by identity; all else, say tensors, by its class alone. `str()` names what changed last.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -52,7 +52,7 @@ class Settings:
             self._new = 0
 
     def lists_stayed(self) -> bool:
-        """Whether lists, which may be written in place, hold what they held."""
+        """Whether lists and dictionaries, which may be written in place, hold what they held."""
         return all(now == before for now, before in self._lists)
 
     def _are_as_before(self) -> bool:
@@ -120,19 +120,25 @@ class Settings:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):  # of a criterion's weights, say; an empty one may be to hold tensors
+        return bool(value) and all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
 
 
 def _holds_a_list(value: Any) -> bool:
-    return isinstance(value, list) or (isinstance(value, tuple) and any(map(_holds_a_list, value)))
+    return isinstance(value, (list, dict)) or (isinstance(value, tuple) and any(map(_holds_a_list, value)))
 
 
 def _copied(value: Any) -> Any:
-    """The same, but for lists, which may be written in place."""
-    if type(value) is list:
+    """The same, but for lists and dictionaries, which may be written in place."""
+    if isinstance(value, list):
         return [_copied(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _copied(one) for name, one in value.items()}
     return tuple(map(_copied, value)) if type(value) is tuple else value
 
 
 def _hashable(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return tuple((name, _hashable(one)) for name, one in value.items())
     return tuple(map(_hashable, value)) if isinstance(value, (tuple, list)) else value

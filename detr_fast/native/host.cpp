@@ -236,7 +236,7 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 bool some(PyObject* hooks) { return hooks != nullptr && hooks != Py_None && !(PyDict_Check(hooks) && PyDict_GET_SIZE(hooks) == 0); }
 
 // untouched(dicts, entries, objects, kinds, tensors, facts): whether each dict still holds just its entries, [key, value, ...] in their order, each
-// object is still of its kind, and each tensor has no hooks and is what its facts say, [address, whether it wants a gradient, ...]. All are lists.
+// object is still of its kind, and each tensor has no hooks and is what its facts say, [address, elements, whether it wants a gradient, ...]. All are lists.
 PyObject* untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 6 && std::all_of(arguments, arguments + 6, [](PyObject* one) { return PyList_CheckExact(one); }),
@@ -244,7 +244,7 @@ PyObject* untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   auto [dicts, entries, objects, kinds, tensors, facts] =
       std::array{arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]};
   bool same = PyList_GET_SIZE(dicts) == PyList_GET_SIZE(entries) && PyList_GET_SIZE(objects) == PyList_GET_SIZE(kinds) &&
-      2 * PyList_GET_SIZE(tensors) == PyList_GET_SIZE(facts);
+      3 * PyList_GET_SIZE(tensors) == PyList_GET_SIZE(facts);
   for (Py_ssize_t i = 0; same && i < PyList_GET_SIZE(objects); ++i) {
     same = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(objects, i))) == PyList_GET_ITEM(kinds, i);
   }
@@ -262,8 +262,9 @@ PyObject* untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const auto* variable = reinterpret_cast<THPVariable*>(one);
     const Tensor& tensor = THPVariable_Unpack(one);
     same = !some(variable->backward_hooks) && !some(variable->post_accumulate_grad_hooks) &&
-        reinterpret_cast<intptr_t>(tensor.data_ptr()) == integer(PyList_GET_ITEM(facts, 2 * i)) &&
-        tensor.requires_grad() == (integer(PyList_GET_ITEM(facts, 2 * i + 1)) != 0);
+        reinterpret_cast<intptr_t>(tensor.data_ptr()) == integer(PyList_GET_ITEM(facts, 3 * i)) &&
+        tensor.numel() == integer(PyList_GET_ITEM(facts, 3 * i + 1)) &&
+        tensor.requires_grad() == (integer(PyList_GET_ITEM(facts, 3 * i + 2)) != 0);
   }
   return PyBool_FromLong(same);
   END_HANDLE_TH_ERRORS

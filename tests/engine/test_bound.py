@@ -22,7 +22,7 @@ class Part(nn.Module):
         self.linear, self.more = nn.Linear(2, 2, bias=False), nn.ModuleList()
         self.drop, self.norm = nn.Dropout(0.1), nn.BatchNorm1d(2)
         self.window, self.sizes, self.name = 7, [1, (2, [3])], "a"
-        self.config = SimpleNamespace(width=2, heads=[1, 2])
+        self.config, self.weights = SimpleNamespace(width=2, heads=[1, 2]), {"a": 1.0, "b": {"c": [1]}}
         self.cache = torch.zeros(1)
 
     def forward(self, x):
@@ -57,6 +57,9 @@ CHANGES = {
     "a text": lambda model: setattr(model, "name", "b"),
     "an entry of a list": lambda model: model.sizes.append(4),
     "an entry of a list in a tuple": lambda model: model.sizes[1][1].append(4),
+    "an entry of a dictionary": lambda model: model.weights.update(a=2.0),
+    "an entry of a list in a dictionary": lambda model: model.weights["b"]["c"].append(2),
+    "a slice of a parameter": lambda model: setattr(model.linear.weight, "data", model.linear.weight.data[:1]),
     "a config's number": lambda model: setattr(model.config, "width", 3),
     "a config's list": lambda model: model.config.heads.append(3),
     "another config": lambda model: setattr(model, "config", SimpleNamespace(width=2, heads=[1, 2])),
@@ -159,5 +162,5 @@ def test_cpp_takes_lists_of_dicts_entries_and_tensors_alone(host):
     with pytest.raises(TypeError, match="takes dicts"):
         host.untouched([1], [[]], *lists[:4])
     with pytest.raises(TypeError, match="takes tensors"):
-        host.untouched(*lists[:4], [1], [0, 0])
+        host.untouched(*lists[:4], [1], [0, 0, 0])
     assert not host.untouched([{}], [], *lists[:4])

@@ -13,6 +13,7 @@ from torch import nn
 import detr_fast
 from detr_fast.dispatch import use_backend
 from detr_fast.engine.captured import CapturedInference, CapturedStep
+from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
 
 
@@ -44,6 +45,28 @@ def test_weights_that_lie_in_other_memory_are_read_there(emulated):
     for _ in range(4):
         assert torch.equal(inference(x), model(x))
     assert inference.graphs == 2
+
+
+def test_a_slice_of_a_weight_that_lies_where_the_whole_lay_is_what_runs(emulated):
+    model, x = nn.Linear(3, 2, bias=False), torch.randn(4, 3)
+    inference = CapturedInference(model)
+    for _ in range(4):
+        inference(x)
+    model.weight = nn.Parameter(model.weight.data[:1])
+    for _ in range(4):
+        assert torch.equal(inference(x), model(x))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_model_without_parameters_computes_where_its_buffers_or_else_its_inputs_lie(held, emulated):
+    model, x = nn.Flatten(), torch.randn(4, 3, 2)
+    if held:
+        model.register_buffer("scale", torch.ones(2))
+    inference = CapturedInference(model)
+    for _ in range(4):
+        assert torch.equal(inference(x), model(x))
+    assert inference.graphs == held
+    assert held or inference(x.to("meta")).device.type == "meta"
 
 
 def test_a_norm_that_is_put_into_eval_mode_learns_no_more_statistics(emulated):
@@ -407,10 +430,10 @@ class Windowed(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.window, self.flag, self.how, self.limits, self.scales, self.mask = 2, False, "plus", (0, 1), [1, 2], None
-        self.config = SimpleNamespace(heads=1)
+        self.config, self.weights = SimpleNamespace(heads=1), {"all": 1}
 
     def forward(self, x):
-        y = self.linear(x)[:, : self.window] * self.config.heads * self.scales[0] + self.limits[1]
+        y = self.linear(x)[:, : self.window] * self.config.heads * self.scales[0] * self.weights["all"] + self.limits[1]
         y = y if self.mask is None else y * self.mask[: self.window]
         return -y if self.flag else y if self.how == "plus" else y * 7
 
@@ -421,6 +444,7 @@ CHANGES = {
     "str": lambda part: setattr(part, "how", "times"),
     "tuple": lambda part: setattr(part, "limits", (0, 5)),
     "list": lambda part: part.scales.__setitem__(0, 9),
+    "dictionary": lambda part: part.weights.update(all=9),
     "None": lambda part: setattr(part, "mask", torch.ones(4) * 6),
     "configuration": lambda part: setattr(part.config, "heads", 8),
     "another configuration": lambda part: setattr(part, "config", SimpleNamespace(heads=5)),
@@ -439,6 +463,19 @@ def test_a_setting_that_was_changed_after_the_capture_is_what_runs(change, emula
         assert inference.graphs == graphs_then
     model[1].__dict__.update(before)
     assert torch.equal(inference(x), model(x))
+
+
+def test_a_moving_average_goes_by_the_decay_that_was_set_after_the_capture(emulated):
+    model, x = nn.Linear(4, 1), torch.randn(8, 4)
+    optimizer, ema = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), ExponentialMovingAverage(model, 1.0)
+    step = CapturedStep(model, lambda y, _: y.mean(), optimizer, ema=ema)
+    for _ in range(4):
+        step(x)
+    ema.decay = 0.0
+    for _ in range(4):
+        step(x)
+        torch.testing.assert_close(ema.module.weight, model.weight, check_stride=False)
+    assert step.graphs > 0
 
 
 def change_group(name, value):
