@@ -100,8 +100,10 @@ def detection_losses_kernel(
         kept = lse_ptr + problem * queries + query
         tl.store(kept, largest, mask=exists)
         tl.store(kept + tl.num_programs(0).to(tl.int64) * queries, total, mask=exists)
-        chosen = tl.load(logits_ptr + query * classes + label, mask=exists, other=0.0).to(tl.float32)
-        class_loss = tl.where(exists, weight * (largest - chosen + tl.log(total)), 0.0)
+        weight = tl.where(label >= 0, weight, 0.0)
+        counts = exists & (label >= 0)
+        chosen = tl.load(logits_ptr + query * classes + label, mask=counts, other=0.0).to(tl.float32)
+        class_loss = tl.where(counts, weight * (largest - chosen + tl.log(total)), 0.0)
         found = top >= none
         correct = has_object & (guess == label) & found
 

@@ -57,7 +57,7 @@ def detection_losses_backward_kernel(
             largest = tl.load(kept, mask=exists, other=0.0)
             total = tl.load(kept + tl.num_programs(0).to(tl.int64) * queries, mask=exists, other=1.0)
             share = tl.div_rn(1.0, total)
-            scale = scale * tl.where(label < classes - 1, 1.0, eos_coef)[:, None]
+            scale = scale * tl.where(label < 0, 0.0, tl.where(label < classes - 1, 1.0, eos_coef))[:, None]
         for start in range(0, classes, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             mask = exists[:, None] & (k < classes)[None, :]

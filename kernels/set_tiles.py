@@ -61,11 +61,13 @@ def find_match(query_ptr, query, targets, BLOCK_N: tl.constexpr):
 
 @jit
 def target_class(labels_ptr, match, matched, classes, FOCAL: tl.constexpr):
-    """The class that each query should have; labels out of range count as the nearest in range, to which softmax adds "no object"."""
+    """The class that each query should have; labels out of range count as the nearest in range, to which softmax adds "no object" and -100."""
     label = tl.load(labels_ptr + match, mask=matched, other=0)
     last = classes - 2 if FOCAL else classes - 1
-    label = tl.minimum(tl.maximum(label, 0), last.to(tl.int64)).to(tl.int32)
-    return tl.where(matched, label, classes - 1)
+    nearest = tl.minimum(tl.maximum(label, 0), last.to(tl.int64)).to(tl.int32)
+    if not FOCAL:
+        nearest = tl.where(label == -100, -100, nearest)
+    return tl.where(matched, nearest, classes - 1)
 
 
 @jit

@@ -67,22 +67,23 @@ def _loss(
         boxes = torch.cat((outputs_coord[:-1], boxes))
     with torch.no_grad():
         # Softmax trains a box labelled "no object" as such; of focal loss, transformers' matcher raises an error.
-        targets = padded(labels, logits.device, config.num_labels + (0 if focal else 1))
+        # -100, of which there has to be a hundredth logit from behind for its matcher, has no part in cross-entropy.
+        targets = padded(labels, logits.device, logits.shape[-1], ignores=not focal and logits.shape[-1] >= 100)
         good = targets.good & (boxes[..., 2:] >= 0).all()
         if has_values(logits) and not good:
             return None  # which says what is wrong
     if focal:
         logits = torch.nn.functional.pad(logits, (0, 1))  # our ops' logit for "no object", which has no part in it
-    true = (targets.labels, targets.boxes, targets.counts)
+    true = (targets.boxes, targets.counts)
     costs = (config.class_cost, config.bbox_cost, config.giou_cost)
-    cost, broken = ops.matching_cost(logits, boxes, *true, weights=costs, focal=focal)
+    cost, broken = ops.matching_cost(logits, boxes, targets.labels, *true, weights=costs, focal=focal)
     if has_values(logits) and broken.any():
         return None
     query = ops.linear_assignment(cost, targets.counts)
     total, ranks = boxes_of_all_processes(targets.counts)
     eos_coef = 1.0 if focal else config.eos_coefficient
     values, cardinality, summary = ops.detection_losses(
-        logits, boxes, query, *true, broken, total, ranks=ranks, eos_coef=eos_coef, focal=focal
+        logits, boxes, query, targets.trained, *true, broken, total, ranks=ranks, eos_coef=eos_coef, focal=focal
     )
     # Where transformers would look and raise an error, without a look: losses that are NaN, and so are their gradients.
     good = good & (summary[1] == 0)

@@ -23,12 +23,21 @@ class Targets(NamedTuple):
     image: Tensor  # (M,), whose box it is
     slot: Tensor  # (M,), where in (B, N) it is
     more: list[Tensor]  # of the host's, what else was to travel
+    trained: Tensor  # (B, N), labels, and -100 where that is ignored
 
 
 def padded(
-    labels: Sequence[Mapping[str, Tensor]], device: torch.device, num_labels: int, more: Sequence[Sequence[int]] = ()
+    labels: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
+    num_labels: int,
+    more: Sequence[Sequence[int]] = (),
+    *,
+    ignores: bool = False,
 ) -> Targets:
-    """What the shapes say travels to the device in one copy that the host does not wait for; `more` lists come along."""
+    """What the shapes say travels to the device in one copy that the host does not wait for; `more` lists come along.
+
+    ignores: -100 is a label, too, which is not trained, and is matched as the hundredth from behind.
+    """
     counts = counts_of(labels)
     most = max(counts)
     starts = [0, *accumulate(counts)]
@@ -45,9 +54,17 @@ def padded(
     nearest = all_labels.clamp(
         0, num_labels - 1
     )  # where they are used as places: those out of range end a CUDA context
-    in_range = (all_labels == nearest).all()
+    if ignores:
+        nearest = torch.where(all_labels == -100, num_labels - 100, nearest)
+        in_range = ((all_labels == nearest) | (all_labels == -100)).all()
+    else:
+        in_range = (all_labels == nearest).all()
     good = in_range & (all_boxes[..., 2:] >= 0).all() & (all_boxes == all_boxes).all()
-    return Targets(all_boxes[place], nearest[place], count, good, all_boxes, nearest, of_image, of_slot, list(rest))
+    found = nearest[place]
+    trained = torch.where(all_labels[place] == -100, -100, found) if ignores else found
+    return Targets(
+        all_boxes[place], found, count, good, all_boxes, nearest, of_image, of_slot, list(rest), trained=trained
+    )
 
 
 def sent(on_host: Tensor, device: torch.device) -> Tensor:

@@ -49,7 +49,8 @@ def detection_losses(
         cardinality error (L,): by how many objects an image's prediction is off, on average;
         summary (3,): the last layer's class error, percent of matched queries with the wrong class (100 without any; "no object" aside); how
             many of all layers' predictions are broken; how many true boxes lie outside [0, 1], have no area or a label outside
-            [0, K - 2]. Labels out of range count as the nearest in range: nothing here ends a CUDA context.
+            [0, K - 2]. Labels out of range count as the nearest in range: nothing here ends a CUDA context. But queries of a
+            label -100 have no part in the cross-entropy, as in PyTorch's.
     Other integers than int64 are converted. Raises ValueError where the shapes do not fit, TypeError where dtypes don't.
     Sources: arXiv:2005.12872, sections 3.1 and A.2; arXiv:1902.09630 for GIoU; arXiv:1708.02002 for the focal loss.
     """
@@ -206,7 +207,10 @@ def _losses(
     logits, boxes, true_boxes = (t.to(dtype) for t in (logits, boxes, true_boxes))
     num_boxes = (total.sum().to(dtype) / ranks).clamp(min=1)
     matched, no_object = query >= 0, logits.shape[-1] - 1
-    classes = _target_classes(query, matched, labels.clamp(0, no_object - focal), logits.shape[2], no_object)
+    nearest = labels.clamp(0, no_object - focal)
+    if not focal:
+        nearest = torch.where(labels == -100, labels, nearest)
+    classes = _target_classes(query, matched, nearest, logits.shape[2], no_object)
     if focal:
         class_loss = _focal_loss(logits[..., :-1], classes) / num_boxes
     else:
@@ -231,7 +235,7 @@ def _target_classes(query: Tensor, matched: Tensor, labels: Tensor, num_queries:
 def _cross_entropy(logits: Tensor, classes: Tensor, no_object: int, eos_coef: float) -> Tensor:
     """(L,): each layer's weighted mean."""
     nll = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none").view(classes.shape)
-    weight = torch.ones_like(nll).masked_fill(classes == no_object, eos_coef)
+    weight = (classes >= 0).to(nll.dtype).masked_fill(classes == no_object, eos_coef)
     return (nll * weight).sum((1, 2)) / weight.sum((1, 2))
 
 

@@ -219,6 +219,25 @@ def test_a_box_labelled_no_object_trains_as_transformers_trains_it(looks, monkey
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("looks", [True, False], ids=["cpu", "where-a-look-would-wait"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_box_that_cross_entropy_ignores_has_no_part_in_the_class_loss(backend, looks, monkeypatch):
+    labels = labels_of((2, 3))
+    labels[1]["class_labels"][0] = -100
+    logits = torch.randn(LAYERS, 2, QUERIES, 102).requires_grad_()  # fewer than 100 the matcher has an error for
+    boxes = predictions("softmax", 2)[1]
+    monkeypatch.setattr(adapter, "has_values", lambda tensor: looks)
+    case = logits, boxes, labels, config(num_labels=101)
+    expected, by_name, _ = call(PAIRS["softmax"][0], *case)
+    with use_backend(detection_losses=backend):
+        found, own, _ = call(PAIRS["softmax"][1], *case)
+    torch.testing.assert_close(found, expected)
+    for name in by_name:
+        torch.testing.assert_close(own[name], by_name[name], msg=name)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, case[:2]) for loss in (found, expected)))
+
+
 @pytest.mark.parametrize(("name", "label"), [("softmax", -1), ("softmax", LABELS + 1), ("focal", LABELS)])
 def test_other_labels_raise_transformers_error_and_make_the_loss_nan_where_a_look_would_wait(name, label, monkeypatch):
     labels, (logits, boxes) = labels_of((2, 3)), predictions(name, 2)

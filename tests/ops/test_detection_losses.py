@@ -121,6 +121,24 @@ def test_a_true_box_labelled_no_object_weighs_as_such_and_is_told_of(backend):
 
 
 @interpreter
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_label_of_minus_100_has_no_part_in_cross_entropy(backend):
+    logits, boxes, query, labels, *rest = make_case(layers=1, counts=(2,), classes=6)
+    query[0, 0, :2], labels[0, 0] = torch.tensor([4, 1]), -100
+    expected_classes = torch.full((1, 8), 5)
+    expected_classes[0, 4], expected_classes[0, 1] = labels[0, 0], labels[0, 1]
+    logits.requires_grad_()
+    with checked_interpreter(), use_backend(detection_losses=backend):
+        losses, _, summary = ops.detection_losses(logits, boxes, query, labels, *rest, eos_coef=0.3)
+        found = torch.autograd.grad(losses[0].sum(), logits)[0]
+    weight = torch.tensor([1.0] * 5 + [0.3])
+    expected = torch.nn.functional.cross_entropy(logits[0].transpose(1, 2), expected_classes, weight)
+    torch.testing.assert_close(losses[0, 0], expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0])
+    assert summary[2] == 1  # and it is told of
+
+
+@interpreter
 def test_a_gradient_at_ties_is_torchs():
     logits, boxes, query, labels, true_boxes, *rest = make_case(layers=1, counts=(4,), queries=4)
     query[0, 0] = torch.arange(4)
