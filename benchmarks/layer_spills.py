@@ -13,6 +13,7 @@ from math import gcd
 
 import torch
 from detr_fast.kernels import (
+    adam,
     add_layer_norm,
     assignment,
     channel_affine,
@@ -95,6 +96,9 @@ SPACE: dict[str, Options] = {
     "detection losses' sum": {"focal": SWITCH},
     "detection losses backward": PREDICTIONS | {"dlogits": SWITCH, "dboxes": SWITCH},
     "matching cost": PREDICTIONS,
+    "squares": {"dtype": DTYPES, "runs": SWITCH},
+    "scalars": {"clips": SWITCH},
+    "update": {"dtype": DTYPES, "clips": SWITCH, "runs": SWITCH},
     "assignment": {"queries": (20, 50, 100, 200, 400, 900)},
     "channel affine": {"dtype": HALVES, "columns": COLUMNS, "residual": ("none", "plain", "scaled"), "runs": SWITCH},
     "channel affine backward": {"dtype": HALVES, "columns": COLUMNS, "scaled": SWITCH, "runs": SWITCH}
@@ -413,6 +417,9 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "detection losses' sum": lambda case: detection_losses.sum_variant(case["focal"]),
     "detection losses backward": lambda case: losses_backward_variant(*case.values()),
     "matching cost": lambda case: matching_cost.matching_cost_variant(*case.values()),
+    "squares": lambda case: adam.squares_variant(case["dtype"], _run(case, case["dtype"])),
+    "scalars": lambda case: adam.scalars_variant(case["clips"]),
+    "update": lambda case: adam.update_variant(case["dtype"], case["clips"], _run(case, case["dtype"])),
     "assignment": lambda case: assignment.assignment_variant(case["queries"]),
     "channel affine": _channel_affine,
     "channel affine backward": _channel_affine_backward,

@@ -93,7 +93,7 @@ class Bound:
             self._numbers += 1
             self._known[found] = self._numbers
         self._number = self._known[found]
-        self._last = self._objects() if host is not None and found[-1] else None
+        self._last = self._objects() if host is not None and found[-1] else None  # not of what lies nowhere
         return self._number
 
     def _are_objects_the_same(self, host: Any) -> bool:
@@ -108,12 +108,14 @@ class Bound:
         except (TypeError, ValueError, RuntimeError):  # of a tensor that lies nowhere any more, or an array
             return False
 
-    def _objects(self) -> tuple[list[Any], ...]:
-        """For `host.untouched`: all that is looked at, as objects; and the classes' forwards."""
+    def _objects(self) -> tuple[list[Any], ...] | None:
+        """For `host.untouched`: all that is looked at, as objects; and the classes' forwards. None where tensors have hooks, which it takes none to have."""
         held = [kept for part in self._parts for kept in (part._modules, part._parameters, part._buffers)]
         dicts = [*self._settings.states, *held, *self._hooks]
         entries = [list(chain.from_iterable(one.items())) for one in dicts]
         tensors = [one for one in chain(*self._parameters, *self._buffers) if one is not None]
+        if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in tensors):
+            return None
         facts = [fact for one in tensors for fact in (one.data_ptr(), one.numel(), int(one.requires_grad))]
         return dicts, entries, self._parts, list(self._kinds), tensors, facts, list(self._forwards(self._kinds))
 

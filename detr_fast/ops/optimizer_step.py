@@ -24,7 +24,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
     Where it was measured to be faster, in CUDA graphs above all, Adam and AdamW of torch.optim run on three launches of ours, whatever the
     number of tensors, and in all other cases on PyTorch's own operations. Ours update parameters, moments and steps as `fused=True` does, to fp32's
     rounding, and leave gradients as they were, unclipped. `optimizer_rules` has what they don't take, such as hooks, AMSGrad, sparse
-    gradients, or `parameters` that are not the optimizer's.
+    gradients, or `parameters` that are not the optimizer's. parameters: tensors of any shape, (C,), (N, C), ….
+    Raises what the optimizer and clip_grad_norm_ raise, and BackendError as `use_backend` says.
     Sources: torch.optim.AdamW; torch.nn.utils.clip_grad_norm_.
     """
     parameters = list(parameters)

@@ -16,7 +16,8 @@ def test_a_hugging_face_detr_is_accelerated_in_three_lines_with_a_report(monkeyp
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "DetrForObjectDetection: 30 modules switched, 0 left alone" in printed
+    assert "DetrForObjectDetection: 31 modules switched, 0 left alone" in printed
+    assert "1 × transformers.DetrSinePositionEmbedding -> detr_fast.ops.sine_positions" in printed
     assert "1 × transformers.DetrForObjectDetection -> its loss on detr_fast.ops" in printed
     assert "4 × transformers.ResNetBottleNeckLayer -> detr_fast.ops.channel_affine (FrozenResidualBlock)" in printed
     assert "4 × transformers.DetrSelfAttention -> detr_fast.ops.attention" in printed

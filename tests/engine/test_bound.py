@@ -34,11 +34,11 @@ def set_data(model):
 
 
 def hold_gradients(model):
-    model.linear.weight.register_hook(lambda grad: grad)
+    return model.linear.weight.register_hook(lambda grad: grad)
 
 
 def hold_gradients_after(model):
-    model.linear.weight.register_post_accumulate_grad_hook(lambda one: None)
+    return model.linear.weight.register_post_accumulate_grad_hook(lambda one: None)
 
 
 def patch_a_class(model):
@@ -83,6 +83,13 @@ RETURNS = {
 }
 
 
+HANDLES = {
+    "of a part": lambda model: model.drop.register_forward_hook(lambda *_: None),
+    "of a gradient": hold_gradients,
+    "behind a gradient": hold_gradients_after,
+}
+
+
 @pytest.fixture(params=["Python", "C++"])
 def way(request):
     if request.param == "C++":
@@ -119,6 +126,17 @@ def test_what_was_there_before_is_known(way, change):
             numbers.append(bound())
     assert numbers == [numbers[0], numbers[1]] * 2 + [numbers[0]]
     assert numbers[0] != numbers[1]
+
+
+@pytest.mark.parametrize("add", HANDLES.values(), ids=HANDLES)
+def test_a_hook_that_is_gone_leaves_what_there_was(way, add):
+    model = Part()
+    bound = Bound(model)
+    before = bound()
+    handle = add(model)
+    assert before not in [bound() for _ in range(2)]
+    handle.remove()
+    assert [bound() for _ in range(2)] == [before] * 2
 
 
 def test_other_objects_of_the_same_value_change_nothing(way):
