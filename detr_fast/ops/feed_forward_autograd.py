@@ -23,7 +23,7 @@ from detr_fast.kernels.product_tiles import active_words, plus_product
 from detr_fast.kernels.rows import sum_partials
 from detr_fast.ops.boundary import define, wants_grad
 from detr_fast.ops.linear_add_layer_norm import fake_sums, split_sums
-from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat, sum_rows
+from detr_fast.ops.products import dropout_of, dropped, eager_gradients, eager_norm_gradients, flat, is_batch, sum_rows
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -290,7 +290,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | No
     if wanted[4]:
         db2 = of_b2.to(b2.dtype) if of_b2.numel() else sum_rows(dz)
     dw2 = torch.mm(dz.t(), h) if wanted[3] else None
-    if ctx.own and wanted[7]:
+    if ctx.own and wanted[7] and not is_batch(ds):
         ds = plus_product(flat(ds), dpre, w1).view(x.shape)  # in fp32: neither rounded nor added up once more
     elif wanted[0]:  # in place, last of all: out of place, cuBLAS would copy ds first
         adds = norm_weight is not None and residual_dtype is None

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast import nn, ops, use_backend
+from detr_fast.ops import feed_forward_autograd
 from detr_fast.ops.dropout import shared_seed
+from detr_fast.ops.products import is_batch
 from detr_fast.ops.qkv_projection import project
 from detr_fast.ops.rounded import rounded
 from detr_fast.testing import assert_as_accurate_as_eager, count
@@ -129,6 +131,21 @@ def test_a_batch_of_gradients_is_each_ones_gradients():
     for i in range(3):
         one = torch.autograd.grad(outputs, inputs, [g[i].clone() for g in upstream], retain_graph=True)
         for ours, theirs in zip(found, one):
+            torch.testing.assert_close(ours[i], theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_a_batch_of_a_blocks_gradients_is_not_added_inside_a_product_which_on_gpus_takes_none(monkeypatch):
+    def product(total, a, b):
+        assert not is_batch(total, a)
+        return total.addmm_(a.float(), b.float())
+
+    monkeypatch.setattr(feed_forward_autograd, "plus_product", product)
+    inputs = [t.requires_grad_() for t in block_inputs()]
+    y = block(*inputs)
+    upstream = torch.randn(2, *y.shape)
+    found = torch.autograd.grad(y, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        for ours, theirs in zip(found, torch.autograd.grad(y, inputs, upstream[i], retain_graph=True)):
             torch.testing.assert_close(ours[i], theirs, rtol=2e-2, atol=2e-2)
 
 
