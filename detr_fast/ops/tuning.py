@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -171,14 +171,14 @@ def _replayed(
     with torch.random.fork_rng([device]), overlapping_launches(overlapping), use_backend(**{group.op: group.kernel}):
         torch.manual_seed(0)
         step = case.make(device, gradients=True)
-        step()
+        first = step()
 
         def kept() -> tuple[torch.Tensor, ...]:
             results = tuple(t.detach() for t in step())
             found.extend(results)
             return results
 
-        replay = _captured(kept, _CALLS)
+        replay = _captured(kept, _CALLS, first)
         results = []
         for _ in range(2):
             torch.manual_seed(0)
@@ -295,8 +295,8 @@ def _interleaved(
     for backend in backends:
         with use_backend(**{op: backend}):
             for _ in range(1 if captured else 3):
-                step()
-            runs.append(_captured(step, repeats) if captured else step)
+                results = step()
+            runs.append(_captured(step, repeats, results) if captured else step)
     times: list[list[float]] = [[] for _ in backends]
     for _ in range(_ROUNDS):
         for backend, run, measured in zip(backends, runs, times):
@@ -305,9 +305,10 @@ def _interleaved(
     return tuple(map(statistics.median, times))
 
 
-def _captured(step: Step, calls: int) -> Callable[[], None]:
+def _captured(step: Step, calls: int, results: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """results: of a call before, for where they lie."""
     graph = torch.cuda.CUDAGraph()
-    aside = torch.empty(1 << 20, dtype=torch.int64, device="cuda" if torch.cuda.is_available() else "cpu")
+    aside = torch.empty(1 << 20, dtype=torch.int64, device=results[0].device if results else None)
     # As a training step is captured: `auto` may compile in here what it takes in graphs only.
     with set_aside(aside), capture(graph):
         for _ in range(calls):

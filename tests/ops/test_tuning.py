@@ -291,7 +291,7 @@ def test_launches_overlap_where_that_gains_and_changes_no_bit(monkeypatch):
 
 
 def test_results_that_are_compared_hold_no_graph_of_autograds(monkeypatch):
-    monkeypatch.setattr(tuning, "_captured", lambda step, calls: step() and (lambda: None))
+    monkeypatch.setattr(tuning, "_captured", lambda step, calls, first: step() and (lambda: None))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     x = torch.ones(4, requires_grad=True)
     case = tuning_cases.Case("four numbers", 4, lambda device, gradients: lambda: (x * 2).split(2))
