@@ -205,11 +205,8 @@ class GraphedFunction:
             )
             self.forget()
             return False
-        bucket.inputs, bucket.graph, bucket.outputs = (
-            inputs,
-            graph,
-            _rebuilt(outputs),
-        )  # which the function may hold, too
+        bucket.inputs, bucket.graph = inputs, graph
+        bucket.outputs = _rebuilt(outputs)  # which the function may hold, too
         self._captured.append(bucket)
         return True
 

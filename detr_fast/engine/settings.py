@@ -65,12 +65,7 @@ class Settings:
                 and [type(state[name]) for state, name in self._others] == self._kinds
                 and all(state[name] is one for state, name, one in self._held)
             )
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ):  # of what is gone, or an array now, compared by elements
+        except (KeyError, TypeError, ValueError, RuntimeError):  # of what is gone, or is an array now
             return False
 
     def _look(self, told: bool = True) -> None:
