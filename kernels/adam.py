@@ -136,8 +136,9 @@ def adam_update_kernel(
     for start in range(0, count, BLOCK):
         p, g = _load(p_ptr, start, count, BLOCK, VEC), _load(g_ptr, start, count, BLOCK, VEC)
         m, v = _load(m_ptr, start, count, BLOCK, VEC), _load(v_ptr, start, count, BLOCK, VEC)
-        g = g * factor + l2 * p
-        p -= decay * p
+        # Without decay, an infinite parameter stays what it is, as PyTorch's.
+        g = g * factor + tl.where(l2 == 0.0, 0.0, l2 * p)
+        p -= tl.where(decay == 0.0, 0.0, decay * p)
         m = beta1 * m + rest1 * g
         v = beta2 * v + rest2 * g * g
         p -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)

@@ -269,7 +269,9 @@ def _program(op: LayerOp, call: _Call) -> HostProgram | None:
         try:
             with layer_regime():
                 program = record(call.compute, call.arguments, call.parameters, seed)
-        except (Unrepeatable, torch.OutOfMemoryError) as error:  # recording keeps all that a step makes
+        except torch.OutOfMemoryError:  # recording keeps all that a step makes
+            op.wait(key)
+        except Unrepeatable as error:
             program = str(error)
         if program is not None:
             op.keep(key, program)

@@ -23,7 +23,7 @@ from detr_fast.kernels import driver, launch
 from detr_fast.kernels.rows import MAX_PLANS
 from detr_fast.ops import boundary, host_check, host_program
 from detr_fast.ops.host_passes import Instruction
-from detr_fast.ops.host_program import Again, HostProgram
+from detr_fast.ops.host_program import LATER, Again, HostProgram
 from detr_fast.ops.host_recorder import (
     AHEAD,
     FIRST_INPUT,
@@ -40,7 +40,6 @@ from detr_fast.ops.host_recorder import (
 MAX_BYTES = 512 << 20
 SMALL = 64 << 20  # bytes above which memory must be free, `ROOM` times as much: a recording keeps all that a call makes
 ROOM = 8
-LATER = 512  # calls, after which one is asked for again that met too little memory
 unrepeatable: dict[str, str] = {}  # why an op's call last had no program, by the op's name
 
 # Kinds of operands, as `Operand::Kind` of program.h has them.

@@ -38,6 +38,7 @@ from detr_fast.ops.host_recorder import FIRST_INPUT, FIRST_OFFSET, SEED, STREAM,
 from detr_fast.ops.products import goes_by_eager_ops
 
 ALIGNED = 16  # bytes: what kernels move at once
+LATER = 512  # calls, after which one is recorded that met too little memory
 
 
 def signature_of(tensors: Sequence[Tensor | None], device: int) -> list[Any] | None:

@@ -18,7 +18,7 @@ from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplem
 from detr_fast.implementation import NEVER
 from detr_fast.ops import regimes
 from detr_fast.ops.boundary import wants_grad
-from detr_fast.ops.host_program import HostProgram
+from detr_fast.ops.host_program import LATER, HostProgram
 from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 
 MAX_PROGRAMS = 256  # shapes that vary for ever must not fill the memory
@@ -143,15 +143,20 @@ class LayerOp(Op):
         before = self.programs.get(key, 0)
         if not isinstance(before, int):  # another thread has just recorded it
             return False
-        self.keep(key, before + 1)
+        self.keep(key, before + 1)  # under 0 after `wait`
         return before > 0 and (self.left >= PRICE or before >= PRICE)
+
+    def wait(self, key: Any) -> None:
+        """There was too little memory to record a call: it is due again after LATER more."""
+        self.left = max(self.left - PRICE, 0)
+        self.keep(key, -LATER)
 
     def saved(self) -> None:
         """A program was called."""
         self.left = min(self.left + 1, ALLOWANCE)
 
     def keep(self, key: Any, program: HostProgram | str | int) -> None:
-        """In place of what was called least recently, where there are too many; int: how often it was met."""
+        """In place of what was called least recently, where there are too many; int: how often it was met, from -LATER on if there was too little memory."""
         if not isinstance(program, int):
             self.left = max(self.left - PRICE, 0)
         self.programs[key] = program

@@ -187,6 +187,16 @@ def test_gradients_that_are_not_finite_do_what_they_do_in_pytorch(interpreter, b
 
 
 @interpreted
+def test_infinite_parameters_stay_what_they_are_without_decay(interpreter):
+    drawn = case([(70,)])
+    drawn[0][0][5], drawn[0][0][6] = float("inf"), float("-inf")
+    expected = by_pytorch(drawn, torch.float32, 4, 0.0, lr=1e-2, weight_decay=0.0)
+    found = by_the_kernels(drawn, 4, 0.0, 1e-2, Settings(0.9, 0.999, 1e-8, 0.0, 0.0, 1.0))
+    torch.testing.assert_close(found, expected)
+    assert found[0].isinf().sum() == 2
+
+
+@interpreted
 def test_each_tensor_goes_by_its_own_rate_step_and_settings(interpreter):
     drawn = case([(9,), (12,)])
     p, g, m, v = ([t.clone() for t in tensors] for tensors in drawn)
