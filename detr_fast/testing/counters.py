@@ -117,8 +117,9 @@ class _Operations(TorchDispatchMode):
                 return parts
         out = func(*args, **kwargs)
         if func.namespace != "prim" and func not in _FREE and not _is_view(func):
-            self.counts.launches[str(func)] += 1
-            self.counts.bytes_moved += _bytes((args, kwargs)) + _bytes(out)
+            more = _gradients_of_a_convolution(out) - 1 if func is torch.ops.aten.convolution_backward.default else 0
+            self.counts.launches[str(func)] += 1 + more
+            self.counts.bytes_moved += _bytes((args, kwargs)) + _bytes(out) + more * _bytes(args[0])
         return out
 
     def _launch(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -220,6 +221,11 @@ def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Counts:
     with counting(tuple(known)) as counts:
         function(*args, **kwargs)
     return counts
+
+
+def _gradients_of_a_convolution(out: Any) -> int:
+    """Of input, weight and bias those that were asked for: on a GPU each is a launch, which reads what arrives by itself."""
+    return sum(one is not None for one in out)
 
 
 def _is_view(func: Any) -> bool:

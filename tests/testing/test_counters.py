@@ -29,6 +29,17 @@ def test_an_operation_that_is_one_kernel_and_could_be_parts_is_counted_whole():
     assert counts.bytes_moved == 5 * 4 * 8 * 4
 
 
+def test_each_gradient_of_a_convolution_is_a_launch_that_reads_what_arrives():
+    x, weight = torch.empty(2, 3, 5, 5, device="meta"), torch.empty(4, 3, 3, 3, device="meta")
+    counted = []
+    for trained in ((True, True), (False, True)):
+        x.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
+        y, leaves = F.conv2d(x, weight), [t for t in (x, weight) if t.requires_grad]
+        counted.append(count(torch.autograd.grad, y, leaves, torch.empty_like(y)))
+    assert [one.launches["aten.convolution_backward.default"] for one in counted] == [2, 1]
+    assert counted[0].bytes_moved - counted[1].bytes_moved == x.nbytes + y.nbytes
+
+
 def test_jagged_tensors_are_counted_and_answer_for_their_sizes_themselves():
     jagged = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=torch.jagged)
     assert count(nn.LayerNorm(16), jagged).total_launches == 1
