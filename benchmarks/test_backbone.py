@@ -50,11 +50,11 @@ def test_backbone() -> None:
 
         return run
 
-    def asked(backend: str) -> Callable[[], list[Tensor]]:
+    def asked(backend: str, bottlenecks: str = "auto") -> Callable[[], list[Tensor]]:
         run = step(body)
 
         def by_name() -> list[Tensor]:
-            with use_backend(**dict.fromkeys(OPS, backend)):
+            with use_backend(**dict.fromkeys(OPS, backend), bottlenecks=bottlenecks):
                 return run()
 
         return by_name
@@ -62,6 +62,8 @@ def test_backbone() -> None:
     peers = {
         "auto": step(body),
         "triton": asked("triton"),
+        "triton, each part a node": asked("triton", "eager"),
+        "triton, each stage a node": asked("triton", "one_node"),
         "eager, channels last": asked("eager"),
         "folded": step(folded),
     }

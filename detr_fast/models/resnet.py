@@ -16,6 +16,9 @@ from detr_fast.models.weight_files import WeightsError, list_problems, read_safe
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
+from detr_fast.ops import bottlenecks
+from detr_fast.ops.bottlenecks_autograd import one_node
+from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE
 from detr_fast.situation import situation
 
@@ -161,7 +164,7 @@ class ResNetBody(nn.Module):
         """Convolutions as tensor cores want them, and between two of them one pass over the features."""
         stages = [[self.conv1, self.bn1], *([*stage] for stage in self._stages())]
         norms = [part for part in self.modules() if isinstance(part, FrozenBatchNorm2d)]
-        affine = dict(zip(norms, zip(*scales_and_shifts(norms, [norm.eps for norm in norms]))))
+        affine: Affine = dict(zip(norms, zip(*scales_and_shifts(norms, [norm.eps for norm in norms]))))
         # Where two norms meet in a sum, their shifts are one.
         ends = [b for stage in self._stages() for b in stage if b.downsample is not None]
         closing = [getattr(b, f"bn{_DEPTHS[type(b)][-1]}") for b in ends]
@@ -172,26 +175,59 @@ class ResNetBody(nn.Module):
             convs = [conv for part in stage for conv in part.modules() if isinstance(conv, nn.Conv2d)]
             weights |= zip(convs, cast_together([conv.weight for conv in convs], dtype, channels_last=True))
         x = ops.resnet_stem(x, weights[self.conv1], *affine[self.bn1])
-        for block in (block for stage in self._stages() for block in stage):
-            residual, residual_scale, y = x, None, x
-            *before, last = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in _DEPTHS[type(block)]]
-            for conv, norm in before:
-                if conv is block.conv1 and forks(conv, x):
-                    y, residual = Forked.apply(x, weights[conv])
-                else:
-                    y = conv._conv_forward(y, weights[conv], None)
-                y = ops.channel_affine(y, *affine[norm])
-            conv, norm = last
-            y, (scale, shift) = conv._conv_forward(y, weights[conv], None), affine[norm]
-            if block.downsample is not None:
-                conv, norm = block.downsample
-                residual = conv._conv_forward(residual, weights[conv], None)
-                residual_scale = affine[norm][0]
-            x = ops.channel_affine(y, scale, shift, residual, residual_scale)
+        for stage in self._stages():
+            x = _run_stage(x, [*stage], weights, affine)
         return x
 
     def _stages(self) -> tuple[Any, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
+
+
+Affine = dict[nn.Module, tuple[Tensor, Tensor]]  # of each norm, its scale and shift
+
+
+def _run_stage(x: Tensor, blocks: list[Any], weights: dict[nn.Module, Tensor], affine: Affine) -> Tensor:
+    """A stage's blocks, channels last: what trains of it as one node of autograd's, where that is worth it."""
+    while blocks and not wants_grad(x, *(weights[conv] for conv, _ in _pairs(blocks[0]))):
+        x, blocks = _run_parts(x, blocks[0], weights, affine), blocks[1:]
+    y = one_node(x, [_tensors(block, weights, affine) for block in blocks])
+    if y is not None:
+        return y
+    for block in blocks:
+        x = _run_parts(x, block, weights, affine)
+    return x
+
+
+def _run_parts(x: Tensor, block: Any, weights: dict[nn.Module, Tensor], affine: Affine) -> Tensor:
+    residual, residual_scale, y = x, None, x
+    pairs, depth = _pairs(block), len(_DEPTHS[type(block)])
+    for conv, norm in pairs[: depth - 1]:
+        if conv is block.conv1 and forks(conv, x):
+            y, residual = Forked.apply(x, weights[conv])
+        else:
+            y = conv._conv_forward(y, weights[conv], None)
+        y = ops.channel_affine(y, *affine[norm])
+    conv, norm = pairs[depth - 1]
+    y, (scale, shift) = conv._conv_forward(y, weights[conv], None), affine[norm]
+    for conv, norm in pairs[depth:]:
+        residual = conv._conv_forward(residual, weights[conv], None)
+        residual_scale = affine[norm][0]
+    return ops.channel_affine(y, scale, shift, residual, residual_scale)
+
+
+def _pairs(block: Any) -> list[tuple[Any, Any]]:
+    """A block's convolutions and their norms, those of its shortcut last."""
+    pairs = [(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in _DEPTHS[type(block)]]
+    return pairs if block.downsample is None else [*pairs, tuple(block.downsample)]
+
+
+def _tensors(block: Any, weights: dict[nn.Module, Tensor], affine: Affine) -> bottlenecks.Bottleneck | None:
+    """None where it is no bottleneck that `one_node` takes."""
+    pairs = _pairs(block)
+    scales, shifts = zip(*(affine[norm] for _, norm in pairs))
+    return bottlenecks.as_bottleneck(
+        [conv for conv, _ in pairs], [weights[conv] for conv, _ in pairs], scales, shifts[:3]
+    )
 
 
 def _is_eager(x: Tensor) -> bool:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_fast.ops.bottlenecks import is_product
 from detr_fast.ops.boundary import wants_grad
 
 
 def forks(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether the convolution is a product of pixels and channels, and x is trained through it."""
-    plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return plain and conv.bias is None and wants_grad(x)
+    return is_product(conv) and wants_grad(x)
 
 
 class Forked(torch.autograd.Function):

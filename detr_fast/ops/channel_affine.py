@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,25 @@ def _eager(
     elif residual is not None:
         y = y + residual
     return channels_last(y.relu(), x.dtype)
+
+
+def gradient_inside(dy: Tensor, y: Tensor, scale: Tensor, scaled: bool, kernel: bool) -> Tensor:
+    """What arrives for y = relu(…), a call's result, where y > 0, and with `scaled` times the scale: in memory of its own.
+
+    kernel: by the kernel that the call ran on. Not to be differentiated.
+    """
+    if kernel:
+        return _backward.below(dy, y, scale.float(), None, [scaled, not scaled])[0 if scaled else 1]
+    inside = dy.masked_fill(y <= 0, 0.0)
+    return channels_last(inside * scale[:, None, None] if scaled else inside, y.dtype)
+
+
+def rehearse_gradients(channels: Iterable[int], dtype: torch.dtype) -> None:
+    """`gradient_inside` of so many channels, with and without the scale, on meta tensors."""
+    for number in channels:
+        y = torch.empty(1, number, 1, 1, dtype=dtype, device="meta")
+        for scaled in (False, True):
+            _run_backward(y, y, y.new_empty(number, dtype=torch.float32), None, [scaled, not scaled])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,13 +88,16 @@ def randomised(body: nn.Module) -> nn.Module:
     return body
 
 
-def step_in_16_bits(body, x, dy, backend):
-    with torch.autocast(x.device.type, torch.bfloat16), use_backend(channel_affine=backend, resnet_stem=backend):
+def step_in_16_bits(body, x, dy, backend, bottlenecks="eager"):
+    backends = use_backend(channel_affine=backend, resnet_stem=backend, bottlenecks=bottlenecks)
+    with torch.autocast(x.device.type, torch.bfloat16), backends:
         y = body(x)
         return y, *torch.autograd.grad(y, [p for p in body.parameters() if p.requires_grad], dy)
 
 
-def assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch, device="cpu", size=(37, 40)):
+def assert_as_accurate_as_folded_norms(
+    name, dilation, backend, monkeypatch, device="cpu", size=(37, 40), bottlenecks="eager"
+):
     """In 16 bits, channels last, against fp64."""
     torch.manual_seed(0)
     body = randomised(ResNetBackbone(name, dilation).body).to(device)
@@ -104,7 +107,7 @@ def assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch, dev
     dy = torch.randn_like(truth)
     expected = truth, *torch.autograd.grad(truth, [p for p in exact.parameters() if p.requires_grad], dy)
     with checked_interpreter() if backend == "triton" and x.device.type == "cpu" else nullcontext():
-        found = step_in_16_bits(body, x, dy.float(), backend)
+        found = step_in_16_bits(body, x, dy.float(), backend, bottlenecks)
     monkeypatch.setattr(type(body), "_is_plain", lambda self: False)
     before = step_in_16_bits(body, x, dy.float(), "auto")
     assert found[0].is_contiguous(memory_format=torch.channels_last)
@@ -121,6 +124,33 @@ def assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch, dev
 @pytest.mark.parametrize(("name", "dilation"), [("resnet18", False), ("resnet50", True)])
 def test_in_16_bits_features_are_channels_last_and_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch):
     assert_as_accurate_as_folded_norms(name, dilation, backend, monkeypatch)
+
+
+@pytest.mark.parametrize("dilation", [False, True])
+def test_stages_that_are_one_node_are_as_accurate_as_folded_norms(dilation, monkeypatch):
+    assert_as_accurate_as_folded_norms("resnet50", dilation, "eager", monkeypatch, bottlenecks="one_node")
+
+
+def test_stages_are_a_node_each_and_their_gradients_arrive_one_after_the_other():
+    """As communication of several processes wants them; of a stage's blocks those before the first that trains are not in it."""
+    body = randomised(ResNetBackbone("resnet50").body)
+    body.layer2[0].requires_grad_(False)
+    order = []
+    for name, parameter in body.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name.split(".")[0]))
+    with torch.autocast("cpu", torch.bfloat16), use_backend(channel_affine="eager", bottlenecks="one_node"):
+        y = body(torch.randn(1, 3, 32, 32))
+    nodes = 0
+    node = y.grad_fn
+    while node is not None and "_Node" in node.name():
+        nodes += 1
+        assert len(node.next_functions) == {1: 11, 2: 20, 3: 10}[nodes]
+        node = node.next_functions[0][0]
+    assert nodes == 3
+    assert node is None
+    y.float().sum().backward()
+    assert order == ["layer4"] * 10 + ["layer3"] * 19 + ["layer2"] * 9
 
 
 @pytest.mark.parametrize("trained", ["both", "weight", "neither but x"])
@@ -177,8 +207,12 @@ def test_on_a_cpu_nothing_is_channels_last_unasked():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_on_a_gpu_features_in_16_bits_are_as_accurate_as_folded_norms(name, monkeypatch):
-    assert_as_accurate_as_folded_norms(name, False, "triton", monkeypatch, DEVICE, sized((133, 270), (37, 40)))
+@pytest.mark.parametrize("bottlenecks", ["eager", "one_node"])
+def test_on_a_gpu_features_in_16_bits_are_as_accurate_as_folded_norms(name, bottlenecks, monkeypatch):
+    if name == "resnet18" and bottlenecks == "one_node":
+        pytest.skip("it has no bottlenecks")
+    size = sized((133, 270), (37, 40))
+    assert_as_accurate_as_folded_norms(name, False, "triton", monkeypatch, DEVICE, size, bottlenecks)
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "trace", "dual numbers"])

@@ -18,7 +18,9 @@ from detr_fast.ops import boundary
 from detr_fast.ops.attention import attention_with_weights
 from detr_fast.ops.attention_packed import run_packed
 from detr_fast.ops.attention_triton import TritonAttention
+from detr_fast.ops.bottlenecks_autograd import one_node
 from detr_fast.ops.channel_affine import channel_affine
+from tests.bottleneck_inputs import make_blocks, make_input
 
 pytestmark = pytest.mark.offline
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -269,6 +271,16 @@ def test_nothing_compiles_after_the_decision_under_autocast_and_with_frozen_para
     with torch.autocast("cpu", bf16):
         run(case, fp32, [place] * count, "aligned")
     assert compilations.launched
+    assert compilations.late == []
+
+
+@pytest.mark.parametrize("dy_place", ["aligned", "further", "across"])
+def test_of_bottlenecks_that_are_one_node_nothing_compiles_after_the_decision(compilations, dy_place):
+    blocks = make_blocks(count=2, dtype=bf16)
+    with use_backend(channel_affine="triton", bottlenecks="one_node"):
+        y = one_node(make_input(blocks).requires_grad_(), blocks)
+    y.backward(lying(torch.randn_like(y), dy_place))
+    assert len({one.name for one in compilations.launched}) == 2
     assert compilations.late == []
 
 

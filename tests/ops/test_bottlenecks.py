@@ -1,0 +1,231 @@
+"""Bottlenecks of a ResNet with frozen norms as one node of autograd's."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detr_fast.kernels import launch
+from torch.utils.checkpoint import checkpoint
+
+from detr_fast import dispatch, ops, use_backend
+from detr_fast.dispatch import BackendError
+from detr_fast.ops.bottlenecks import BOTTLENECKS, OneNode, is_product
+from detr_fast.ops.bottlenecks_autograd import one_node, through_one_node
+from detr_fast.testing import assert_as_accurate_as_eager, count
+from detr_fast.testing.interpreter import checked_interpreter
+from tests.bottleneck_inputs import FIRST, make_blocks, make_input
+
+interpreter = pytest.mark.interpreter
+
+
+def with_weights(blocks, weights):
+    given = iter(weights)
+    return [block._replace(weights=tuple(next(given) for _ in block.weights)) for block in blocks]
+
+
+def weights_of(blocks):
+    return [weight for block in blocks for weight in block.weights]
+
+
+def by_parts(blocks):
+    """The blocks in plain PyTorch, in the dtype of what they are given."""
+
+    def run(x, *weights):
+        for block in with_weights(blocks, weights):
+            z, dtype = x, torch.promote_types(x.dtype, torch.float32)
+            scales, shifts = ([t.to(dtype)[:, None, None] for t in ts] for ts in (block.scales, block.shifts))
+            for n in range(3):
+                z = F.conv2d(z, block.weights[n], None, *block.geometries[n]) * scales[n] + shifts[n]
+                if n == 2:
+                    shortcut = len(block.weights) > 3
+                    z = z + (F.conv2d(x, block.weights[3], None, *block.geometries[3]) * scales[3] if shortcut else x)
+                z = z.relu().to(x.dtype)
+            x = z
+        return x
+
+    return run
+
+
+def by_passes(x, blocks):
+    """The blocks part by part, as a backbone runs them."""
+    for block in blocks:
+        z = x
+        for n in range(3):
+            beside = (x,) if n == 2 else ()
+            if n == 2 and len(block.weights) > 3:
+                beside = F.conv2d(x, block.weights[3], None, *block.geometries[3]), block.scales[3]
+            z = F.conv2d(z, block.weights[n], None, *block.geometries[n])
+            z = ops.channel_affine(z, block.scales[n], block.shifts[n], *beside)
+        x = z
+    return x
+
+
+def as_one_node(blocks):
+    return lambda x, *weights: through_one_node(x, with_weights(blocks, weights))
+
+
+def gradients(function, x, weights, dy, trained):
+    """Of those among x and the weights that are trained."""
+    leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip((x, *weights), trained)]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy)]
+
+
+@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize("trained", ["all", "x alone", "weights alone", "one each", "all but one each", "any"])
+def test_whatever_trains_has_its_gradient(kind, trained):
+    blocks = make_blocks(kind)
+    x, weights = make_input(blocks), weights_of(blocks)
+    everything = 1 + len(weights)
+    sets = {
+        "all": [[True] * everything],
+        "x alone": [[True] + [False] * len(weights)],
+        "weights alone": [[False] + [True] * len(weights)],
+        "one each": [[i == j for j in range(everything)] for i in range(everything)],
+        "all but one each": [[i != j for j in range(everything)] for i in range(everything)],
+        "any": (torch.rand(20, everything) < 0.4).tolist(),
+    }
+    dy = torch.randn_like(by_parts(blocks)(x, *weights))
+    for one in sets[trained]:
+        if any(one):
+            found, expected = (gradients(f(blocks), x, weights, dy, one) for f in (as_one_node, by_parts))
+            for pair in zip(found, expected):
+                torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
+@pytest.mark.parametrize(("kind", "blocks", "spread"), [("strided", 2, 1.5), ("inner", 1, 1.5), ("dilated", 1, 1000.0)])
+def test_it_is_as_accurate_as_its_parts_in_16_bits(backend, kind, blocks, spread):
+    torch.manual_seed(0)
+    run = make_blocks(kind, blocks, wide=32, dtype=torch.bfloat16, spread=spread)
+    with checked_interpreter() if backend == "triton" else nullcontext(), use_backend(channel_affine=backend):
+        inputs = [make_input(run, (9, 8)), *weights_of(run)]
+        assert_as_accurate_as_eager(as_one_node(run), reference=by_parts(run), inputs=inputs, dtype=torch.bfloat16)
+
+
+def test_layouts_of_the_input_and_of_gradients_do_not_matter():
+    blocks = make_blocks()
+    x, weights = make_input(blocks), weights_of(blocks)
+    dy = torch.randn(16, 1, 1).double().expand(2, 16, 3, 4)
+    found, expected = (gradients(f(blocks), x.contiguous(), weights, dy, [True] * 11) for f in (as_one_node, by_parts))
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for pair in zip(found, expected):
+        torch.testing.assert_close(*pair)
+
+
+def test_gradients_can_be_taken_again_of_batches_and_of_gradients():
+    blocks = make_blocks(count=2)
+    x, weights = make_input(blocks), weights_of(blocks)
+    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+    results = []
+    for function in (as_one_node(blocks), by_parts(blocks)):
+        y = function(*leaves)
+        torch.manual_seed(0)
+        dys = torch.randn(3, *y.shape).double()
+        again = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in (dys[0], dys[0])]
+        batch = torch.autograd.grad(y, leaves, dys, retain_graph=True, is_grads_batched=True)
+        first = torch.autograd.grad(y, leaves, dys[1].requires_grad_(), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append([*again[0], *again[1], *batch, *first, *second])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
+
+
+def test_under_checkpoints_gradients_are_the_same_bits():
+    blocks = make_blocks()
+    x, weights = make_input(blocks), weights_of(blocks)
+    function = as_one_node(blocks)
+    dy = torch.randn_like(function(x, *weights))
+    trained = [True] * 11
+    found = gradients(lambda *given: checkpoint(function, *given, use_reentrant=False), x, weights, dy, trained)
+    for one, expected in zip(found, gradients(function, x, weights, dy, trained)):
+        assert torch.equal(one, expected)
+
+
+def test_of_each_block_three_features_are_kept():
+    blocks = make_blocks("inner", 2)
+    x = make_input(blocks)
+    known = [x, *(t for b in blocks for t in (*b.weights, *b.scales, *b.shifts))]
+    sizes = []
+
+    def pack(t):
+        if not any(t.data_ptr() == one.data_ptr() for one in known):
+            sizes.append(t.shape[1])
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        through_one_node(x.requires_grad_(), blocks)
+    assert sizes == [8, 8, 16] * 2
+
+
+def test_a_tensor_kept_for_backward_that_was_written_to_is_an_error():
+    blocks = make_blocks()
+    x = make_input(blocks)
+    y = through_one_node(x.requires_grad_(), blocks)
+    with torch.no_grad():
+        blocks[0].weights[2].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def on_meta(images, dtype=torch.bfloat16, kind="strided"):
+    """Of ResNet-50's third stage; x and all weights train."""
+    blocks = make_blocks(kind, 6, 1024, 256, dtype, device="meta")
+    x = torch.empty(images, blocks[0].weights[0].shape[1], 100, 134, device="meta", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(), with_weights(blocks, [w.requires_grad_() for w in weights_of(blocks)])
+
+
+@pytest.mark.parametrize(("images", "dtype", "passes", "reason"), [
+    (4, torch.bfloat16, "triton", None),
+    (1, torch.bfloat16, "triton", "scaling its weights takes longer than the bytes that this saves"),
+    (4, torch.bfloat16, "eager", "channel_affine was asked to run on 'eager'"),
+    (4, torch.float16, "triton", "float16 inputs: it takes bfloat16"),
+])  # fmt: skip
+def test_it_is_chosen_where_that_moves_fewer_bytes_than_its_launches_cost(images, dtype, passes, reason):
+    seen = []
+    with use_backend(channel_affine=passes), dispatch.recording(lambda op, decision: seen.append((op, decision))):
+        y = one_node(*on_meta(images, dtype))
+    assert (y is not None) == (reason is None)
+    ((_, decision),) = [one for one in seen if one[0] == "bottlenecks"]
+    assert decision.reasons.get("one_node", "").startswith(reason or "")
+
+
+def test_what_it_cannot_take_is_refused_by_name():
+    blocks = make_blocks(dtype=torch.bfloat16)
+    x = make_input(blocks)
+    with use_backend(bottlenecks="one_node"):
+        with pytest.raises(BackendError, match="nothing needs a gradient"):
+            BOTTLENECKS.choose(x, blocks)
+        x.requires_grad_()
+        assert isinstance(BOTTLENECKS.choose(x, blocks), OneNode)
+        with pytest.raises(BackendError, match="transforms"):
+            torch.func.grad(lambda x: one_node(x, blocks).float().sum())(x.detach())
+    assert one_node(x, blocks) is None  # on a CPU
+    assert one_node(x, [*blocks, None]) is None
+
+
+def test_at_a_blocks_end_one_gradient_is_written_and_its_parts_write_two():
+    two = {}
+    for backend in ("one_node", "eager"):
+        x, blocks = on_meta(4)
+        with use_backend(channel_affine="triton", bottlenecks=backend):
+            y = one_node(x, blocks)
+            y = by_passes(x, blocks) if y is None else y
+            passes = []
+            launch.observers.append(lambda one, passes=passes: passes.append(one.arguments[4:6]))
+            count(lambda y=y: y.backward(torch.empty_like(y)))
+            launch.observers.pop()
+        assert len(passes) == 18
+        two[backend] = sum(None not in written for written in passes)
+    assert two == {"one_node": 0, "eager": 6}
+
+
+def test_a_product_is_a_convolution_of_single_pixels_without_bias():
+    plain = {"kernel_size": 1, "bias": False}
+    assert is_product(torch.nn.Conv2d(4, 4, **plain))
+    for other in ({"stride": 2}, {"padding": 1}, {"groups": 2}, {"kernel_size": 3}, {"bias": True}):
+        assert not is_product(torch.nn.Conv2d(4, 4, **{**plain, **other}))
