@@ -26,6 +26,7 @@ from detr_fast.kernels import (
     linear,
     linear_norm,
     matching_cost,
+    pointwise,
     rotary,
     sine_positions,
     stem,
@@ -71,6 +72,7 @@ PRODUCT: Options = {
 }
 GATE: Options = {"dtype": HALVES, "activation": (*ACTIVATIONS, "quick_gelu"), "runs": SWITCH}
 GATE |= {"form": ("flat", gated.TWO, gated.GATE_FIRST, gated.GATE_LAST, gated.NEIGHBOURS), "columns": COLUMNS}
+PIXELS: Options = {"dtype": HALVES, "columns": (64, 200), "terms": (64, 256), "even": SWITCH, "runs": SWITCH}
 PREDICTIONS: Options = {"dtype": DTYPES, "boxes": DTYPES, "focal": SWITCH}
 SAMPLES: Options = {"dtype": HALVES, "location": ("same", "fp32"), "weight": ("same", "fp32"), "levels": (1, 3, 4, 6)}
 SAMPLES |= {"channels": (8, 20, 24, 32, 48, 64, 100, 128, 256), "runs": SWITCH}
@@ -103,6 +105,8 @@ SPACE: dict[str, Options] = {
     "channel affine": {"dtype": HALVES, "columns": COLUMNS, "residual": ("none", "plain", "scaled"), "runs": SWITCH},
     "channel affine backward": {"dtype": HALVES, "columns": COLUMNS, "scaled": SWITCH, "runs": SWITCH}
     | {"dx": SWITCH, "dresidual": SWITCH},
+    "pointwise": PIXELS | {"residual": ("none", "plain", "scaled")},
+    "pointwise backward": PIXELS | {"added": SWITCH, "masked": SWITCH, "scaled": SWITCH},
     "gated": GATE,
     "gated backward": GATE | {"dgate": SWITCH, "dup": SWITCH},
     "pixel blocks": {"image": DTYPES, "dtype": HALVES},
@@ -363,6 +367,16 @@ def _channel_affine_backward(case: Case) -> Variant:
     return channel_affine.backward_variant(columns, dtype, dtype, *given, _run(case, dtype))
 
 
+def _pointwise(case: Case) -> Variant:
+    form, there = _form(case, "none"), (case["residual"] != "none", case["residual"] == "scaled")
+    return pointwise.forward_variant(form, case["columns"], case["terms"], *there)
+
+
+def _pointwise_backward(case: Case) -> Variant:
+    form, there = _form(case, "none"), (case["added"], case["masked"], case["scaled"])
+    return pointwise.backward_variant(form, case["terms"], case["columns"], *there)
+
+
 def _rotary(case: Case) -> Variant:
     dtypes = (case["dtype"],) * (2 if case["keys"] else 1)
     table = FP32 if case["angles"] == "fp32" else case["dtype"]
@@ -423,6 +437,8 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "assignment": lambda case: assignment.assignment_variant(case["queries"]),
     "channel affine": _channel_affine,
     "channel affine backward": _channel_affine_backward,
+    "pointwise": _pointwise,
+    "pointwise backward": _pointwise_backward,
     "gated": _gated,
     "gated backward": _gated,
     "pixel blocks": lambda case: stem.blocks_variant(case["image"], case["dtype"]),

@@ -178,6 +178,24 @@ LINEAR = {
 # Elements of 16 bits with an address of their own, which take registers.
 LINEAR_SCATTERED = MatmulConfig(block_m=64, block_n=128, block_k=32, num_warps=8, num_stages=4)
 
+# Products of pixels and channels, keyed by whether the result has at most 64 columns, and whether the product is long. They move more than
+# they multiply, and what lies beside a product (a residual, or two tensors in the backward) is on its way to registers while the product
+# runs. So registers count: tiles of 8,192 in 4 warps take at most 168 on sm_90, of which three programs fit a multiprocessor, with 16 KB of
+# a residual each on their way, 104 KB with x and w at K = 64, and 12.9 instructions an element. 128 x 128 in 8 warps take 192, of which one
+# fits, and spill at 128; 64 x 64 take 21.8 instructions an element, and w from the L2 cache twice as often. A step of 32 leaves registers
+# that the addresses of one of 64 take. Not timed yet.
+POINTWISE = {
+    (False, False): MatmulConfig(block_m=64, block_n=128, block_k=32, num_warps=4, num_stages=4),
+    (False, True): MatmulConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3),
+    (True, False): MatmulConfig(block_m=128, block_n=64, block_k=32, num_warps=4, num_stages=4),
+    (True, True): MatmulConfig(block_m=128, block_n=64, block_k=64, num_warps=4, num_stages=3),
+}
+# Elements with an address of their own, 16 a lane.
+POINTWISE_SCATTERED = MatmulConfig(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=3)
+POINTWISE_LONG = (
+    192  # between 128 and 256 terms, where ResNets' products begin to take as long as what they read and write
+)
+
 # Whole rows of 256 columns, keyed by the bytes of an element and whether rows are few. 64 rows and 8 warps leave 64
 # registers a lane to the accumulators; tiles of 16 rows spread a decoder's queries over more multiprocessors.
 LINEAR_NORM = {

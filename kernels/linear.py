@@ -32,6 +32,7 @@ from .product_tiles import (
     activate,
     active_words,
     drawn,
+    grid_of,
     is_active,
     load_active,
     precision,
@@ -336,11 +337,6 @@ def _plan_backward(
     vector = run_length(dtype.itemsize, reduce(or_, strides) | N | K | own_K, offset)
     variant = backward_variant(Form(dtype, activation, (K | own_K) % 64 == 0, vector, rounding), *given)
     return Plan(variant, grid_of(variant, rows, N), sizes)
-
-
-def grid_of(variant: Variant, rows: int, columns: int) -> tuple[int]:
-    blocks = variant.constants
-    return (-(-rows // blocks["BLOCK_M"]) * -(-columns // blocks["BLOCK_N"]),)
 
 
 def _position(position: Tensor | None, rows: int) -> tuple[Tensor | None, int, int]:

@@ -18,7 +18,7 @@ from . import launch as launching
 from .attention_tiles import dot
 from .configs import MatmulConfig
 from .dropout import Dropout, dropout_arguments, has_pairs
-from .launch import jit, tl
+from .launch import Variant, jit, tl
 from .rows import run_pointers
 
 GROUP = 8  # tiles of rows that share their columns' weights while these are in the L2 cache
@@ -58,8 +58,8 @@ def product(
     """
     k = tl.arange(0, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
-    # Columns past the end read the last one again: no mask in the loop, and nothing of them is stored.
-    w_start = tl.minimum(n, columns - 1)[:, None] * w_stride
+    if BY_ROWS:  # columns past the end read the last one again: no mask in the loop, and nothing of them is stored
+        w_start = tl.minimum(n, columns - 1)[:, None] * w_stride
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if (
         bias_ptr is not None
@@ -204,6 +204,12 @@ class Form(NamedTuple):
             "VEC": self.vector,
             "PRECISION": self.precision,
         }
+
+
+def grid_of(variant: Variant, rows: int, columns: int) -> tuple[int]:
+    """The grid of a program that takes its tile by `tile_of`."""
+    blocks = variant.constants
+    return (-(-rows // blocks["BLOCK_M"]) * -(-columns // blocks["BLOCK_N"]),)
 
 
 @cache
