@@ -19,6 +19,8 @@ from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, jo
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
+from detr_fast.ops.bottlenecks import as_bottleneck
+from detr_fast.ops.bottlenecks_autograd import one_node
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, channel_affine
 from detr_fast.situation import situation
 
@@ -82,21 +84,27 @@ class FrozenResidualBlock(Scriptable):
         x = x.to(dtype, memory_format=torch.channels_last)
         pairs = parts.main if parts.shortcut is None else [*parts.main, parts.shortcut]
         norms = [norm for _, norm in pairs]
-        affine = list(zip(*scales_and_shifts(norms, [_epsilon(norm) for norm in norms])))
+        scales, shifts = scales_and_shifts(norms, [_epsilon(norm) for norm in norms])
+        last = len(parts.main) - 1
+        if parts.shortcut is not None:  # where two norms meet in a sum, their shifts are one
+            shifts[last] = shifts[last] + shifts.pop()
+        if parts.pool is None:
+            convs = [conv for conv, _ in pairs]
+            y = one_node(x, [as_bottleneck(convs, [conv.weight for conv in convs], scales, shifts)])
+            if y is not None:
+                return y
         y = residual = x
-        for (conv, _), one in zip(parts.main[:-1], affine):
+        for n, (conv, _) in enumerate(parts.main[:last]):
             if y is x and forks(conv, x):
                 y, residual = Forked.apply(x, conv.weight.to(dtype))
             else:
                 y = _convolved(conv, y)
-            y = channel_affine(y, *one)
-        last = len(parts.main) - 1
-        y, (scale, shift) = _convolved(parts.main[last][0], y), affine[last]
+            y = channel_affine(y, scales[n], shifts[n])
+        y = _convolved(parts.main[last][0], y)
         if parts.shortcut is None:
-            return channel_affine(y, scale, shift, residual)
+            return channel_affine(y, scales[last], shifts[last], residual)
         residual = _convolved(parts.shortcut[0], residual if parts.pool is None else parts.pool(residual))
-        residual_scale, added = affine[-1]
-        return channel_affine(y, scale, shift + added, residual, residual_scale)
+        return channel_affine(y, scales[last], shifts[last], residual, scales[-1])
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels.product_tiles import sums_16_bits_in_fp32
 from detr_fast.ops.bottlenecks import BOTTLENECKS, Bottleneck, OneNode
+from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, gradient_inside
 from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
 
@@ -29,12 +30,20 @@ from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
 def one_node(x: Tensor, blocks: Sequence[Bottleneck | None]) -> Tensor | None:
     """Consecutive blocks of one stage, of x (B, C, H, W), as one node; None where they are to run part by part.
 
-    weights: of x's dtype. All blocks have as many channels. Returns (B, N, H', W'), channels last.
+    weights: cast to x's dtype. All blocks have as many channels. Returns (B, N, H', W'), channels last.
     """
     known = [block for block in blocks if block is not None]
-    if not known or len(known) < len(blocks) or not isinstance(BOTTLENECKS.choose(x, known), OneNode):
+    if len(known) < len(blocks) or not wants_grad(x, *(w for block in known for w in block.weights)):
         return None
-    return through_one_node(x, known)
+    if not isinstance(BOTTLENECKS.choose(x, known), OneNode):
+        return None
+    return through_one_node(x, [_cast(block, x.dtype) for block in known])
+
+
+def _cast(block: Bottleneck, dtype: torch.dtype) -> Bottleneck:
+    if all(w.dtype == dtype for w in block.weights):
+        return block
+    return block._replace(weights=tuple(w.to(dtype, memory_format=torch.channels_last) for w in block.weights))
 
 
 def through_one_node(x: Tensor, blocks: Sequence[Bottleneck]) -> Tensor:

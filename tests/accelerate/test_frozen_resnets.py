@@ -107,12 +107,35 @@ def test_under_autocast_it_is_as_accurate_as_the_original_and_half_as_wide(name)
     ):
         found = step(module, x, dy, bf16)
     assert taken
-    assert set(taken) == {("channel_affine", "triton")}
+    assert set(taken) - {("bottlenecks", "eager")} == {("channel_affine", "triton")}
+    assert_as_accurate(found, before, truth)
+
+
+def assert_as_accurate(found, before, truth):
     assert found[0].dtype == bf16
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     errors = [[((t - right).norm() / right.norm()).item() for t, right in zip(ts, truth)] for ts in (found, before)]
     assert errors[0][0] <= 2 * errors[1][0]
     assert sum(errors[0]) <= 1.5 * sum(errors[1])
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.endswith("bottleneck")])
+def test_bottlenecks_that_are_one_node_each_are_as_accurate_as_the_original(name):
+    module, x, blocks = made(name)
+    exact = copy.deepcopy(module).double()
+    dy = torch.randn_like(first(exact)(x.double()))
+    truth, before = step(exact, x.double(), dy), step(module, x, dy, bf16)
+    detr_fast.accelerate(module)
+    taken = []
+    with (
+        use_backend(channel_affine="eager", bottlenecks="one_node"),
+        dispatch.recording(lambda op, d: taken.append((op, d.implementation.name))),
+    ):
+        found = step(module, x, dy, bf16)
+    pooled = name.startswith("RT-DETR")  # what averages pixels before its shortcut's convolution stays apart
+    assert taken.count(("bottlenecks", "one_node")) == blocks - pooled
+    assert_as_accurate(found, before, truth)
+    assert {g.dtype for g in found[1:]} == {torch.float32}
 
 
 @interpreter
