@@ -20,6 +20,7 @@ from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
 from detr_fast.ops.linear_probabilities import linear_softmax, linear_softmax_topk
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.optimizer_step import optimizer_step
+from detr_fast.ops.pointwise_affine import pointwise_affine
 from detr_fast.ops.qkv_projection import qkv_projection
 from detr_fast.ops.resnet_stem import resnet_stem
 from detr_fast.ops.rms_norm import rms_norm
@@ -48,6 +49,7 @@ __all__ = [
     "linear_softmax_topk",
     "matching_cost",
     "optimizer_step",
+    "pointwise_affine",
     "qkv_projection",
     "resnet_stem",
     "rms_norm",

@@ -165,7 +165,7 @@ def gradient_inside(dy: Tensor, y: Tensor, scale: Tensor, scaled: bool, kernel: 
     kernel: by the kernel that the call ran on. Not to be differentiated.
     """
     if kernel:
-        return _backward.below(dy, y, scale.float(), None, [scaled, not scaled])[0 if scaled else 1]
+        return channel_affine_backward.below(dy, y, scale.float(), None, [scaled, not scaled])[0 if scaled else 1]
     inside = dy.masked_fill(y <= 0, 0.0)
     return channels_last(inside * scale[:, None, None] if scaled else inside, y.dtype)
 
@@ -234,7 +234,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
-        found = _backward(dy, *ctx.saved_tensors, wanted)
+        found = channel_affine_backward(dy, *ctx.saved_tensors, wanted)
         dx, dresidual = (g if want else None for g, want in zip(found, wanted))
         return dx, None, None, dresidual, None
 
@@ -249,7 +249,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(y, scale, residual_scale)
         ctx.dtype, ctx.wanted = dy.dtype, wanted
         ctx.set_materialize_grads(False)
-        return _backward.below(dy, y, scale, residual_scale, wanted)
+        return channel_affine_backward.below(dy, y, scale, residual_scale, wanted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -268,7 +268,7 @@ def _autograd_forward(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor 
 
 
 def _autograd_backward(dy: Tensor, *rest: Any) -> Any:
-    return _Backward.apply(dy, *rest) if wants_grad(dy) else _backward.below(dy, *rest)
+    return _Backward.apply(dy, *rest) if wants_grad(dy) else channel_affine_backward.below(dy, *rest)
 
 
 _forward = define(
@@ -277,7 +277,7 @@ _forward = define(
     fake=_fake_forward,
     autograd=_autograd_forward,
 )
-_backward = define(
+channel_affine_backward = define(
     "channel_affine_backward(Tensor dy, Tensor y, Tensor scale, Tensor? residual_scale, bool[2] wanted) -> (Tensor, Tensor)",
     run=_run_backward,
     fake=_fake_backward,

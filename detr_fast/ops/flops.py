@@ -19,7 +19,7 @@ Shape = Sequence[int]
 
 
 def _product(x: Shape, columns: int) -> int:
-    """x (..., C) times (C, columns)."""
+    """x (..., C), or images (B, C, H, W), times (C, columns)."""
     return 2 * prod(x) * columns
 
 
@@ -105,6 +105,7 @@ _BY_SHAPES: dict[str, Callable[..., int]] = {
     "attention_backward": _attention_backward,
     "attention_packed": _attention_packed,
     "attention_packed_backward": _attention_packed_backward,
+    "pointwise_affine": _linear,
     "qkv_projection": _linear,
     "linear_add_layer_norm": _linear,
     "feed_forward": _feed_forward,

@@ -72,12 +72,19 @@ class TritonProduct(TritonImplementation):
         return None
 
     def least(self, architecture: str | None, *kind: Any) -> int:
-        return regimes.least(self.op, architecture) if self._measured(architecture) else NEVER
+        return self._least(self.op, architecture)
 
-    def _measured(self, architecture: str | None) -> bool:
+    def _least(self, regime: str, architecture: str | None) -> int:
+        return regimes.least(regime, architecture) if self._measured(regime, architecture) else NEVER
+
+    def _measured(self, regime: str, architecture: str | None) -> bool:
         """Whether on this very architecture: against cuBLAS another one's measurement says nothing."""
-        entry = regimes.find(self.op, architecture)
+        entry = regimes.find(regime, architecture)
         return entry is not None and entry.architecture == architecture
+
+    def regime(self, call: Any) -> str:
+        """The name of the measurements that a call goes by."""
+        return self.op
 
     def advice(self, call: Any) -> str | None:
         if call.situation.regime == "compiled":
@@ -87,10 +94,10 @@ class TritonProduct(TritonImplementation):
         if call.computed_dtype == torch.float32:
             how = "exact float32 products" if call.exact_fp32 else "tf32 products, which were never measured"
             return f"{how}: cuBLAS does them (under autocast, or in 16 bits, kernels can be chosen)"
-        if not self._measured(call.architecture):
+        if not self._measured(self.regime(call), call.architecture):
             return "a matrix product against cuBLAS stays eager until measured: run detr-fast tune"
         return self.beyond_measured(call) or regimes.advice(
-            self.op, call, call.rows * call.width * call.computed_dtype.itemsize
+            self.regime(call), call, call.rows * call.width * call.computed_dtype.itemsize
         )
 
     def beyond_measured(self, call: Any) -> str | None:
@@ -107,7 +114,7 @@ class TritonProduct(TritonImplementation):
         """Forward, and backward where a gradient is needed, of such a call on meta tensors."""
 
     def note(self, call: Any) -> str | None:
-        return regimes.note(self.op, call)
+        return regimes.note(self.regime(call), call)
 
     def compiled_key(self, call: Any) -> Any:
         few = call.rows if call.rows < 1 << 16 else -1

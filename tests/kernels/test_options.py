@@ -86,6 +86,13 @@ def channel_affine(columns, residual):
     return ops.channel_affine(new(*image), *scales[:2], *more)
 
 
+def pointwise_affine(columns, width, residual):
+    tensors, scales = (new(2, width, 4, 4), new(columns, width, 1, 1)), [new(columns, dtype=FP32, grad=False)] * 3
+    image = new(2, columns, 4, 4)
+    more = {"nothing": (), "plain": (image,), "scaled": (image, scales[2])}[residual]
+    return ops.pointwise_affine(*tensors, *scales[:2], *more)
+
+
 def rotary_embedding(channels, rotated, per_pair, interleaved, sorts, angles, keys, k_grad):
     q, k = new(2, 5, 4, channels), new(2, 5, 1, channels, grad=k_grad) if keys else None
     width = channels if rotated == "all" else channels // 4
@@ -190,6 +197,11 @@ CALLS = (
         {"columns": WIDTHS, "weighted": NO_YES, "label_smoothing": (0.0, 0.1), "learns": NO_YES},
     ),
     (channel_affine, "triton", {"columns": WIDTHS, "residual": ("nothing", "plain", "scaled")}),
+    (
+        pointwise_affine,
+        "triton",
+        {"columns": (64, *WIDTHS), "width": (64, 256, 50), "residual": ("nothing", "plain", "scaled")},
+    ),
     (
         deformable_attention,
         "triton",

@@ -274,6 +274,30 @@ def test_nothing_compiles_after_the_decision_under_autocast_and_with_frozen_para
     assert compilations.late == []
 
 
+@pytest.mark.parametrize(
+    ("places", "dy_place"),
+    [
+        (["aligned"] * 3, "apart"),
+        (["further", "aligned", "aligned"], "across"),
+        (["aligned", "aligned", "apart"], "expanded"),
+    ],
+)
+def test_of_a_product_with_what_follows_it_nothing_compiles_after_the_decision(compilations, places, dy_place):
+    shapes = (2, 64, 3, 5), (72, 64, 1, 1), (2, 72, 3, 5)
+
+    def call(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        return ops.pointwise_affine(x, weight, *torch.rand(2, 72), residual)
+
+    case = Case("pointwise_affine", call, shapes, exact=False)
+    run(case, bf16, places, dy_place)
+    with torch.autocast("cpu", bf16):
+        x, weight, residual = (lying(torch.randn(shape), place) for shape, place in zip(shapes, places))
+        with use_backend(pointwise_affine="triton"):
+            call(x.requires_grad_(), weight.requires_grad_(), residual.to(bf16)).sum().backward()
+    assert len({one.name for one in compilations.launched}) == 2
+    assert compilations.late == []
+
+
 @pytest.mark.parametrize("dy_place", ["aligned", "further", "across"])
 def test_of_bottlenecks_that_are_one_node_nothing_compiles_after_the_decision(compilations, dy_place):
     blocks = make_blocks(count=2, dtype=bf16)

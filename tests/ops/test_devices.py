@@ -13,6 +13,12 @@ TRUE = (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 4), torch.zeros(
 MATCHED = (torch.zeros(1, 2, 3, dtype=torch.int64), *TRUE, torch.zeros(1, 2, 5, dtype=torch.bool), TRUE[2])
 CASES = {
     "channel_affine": [torch.zeros(1, 8, 4, 4), torch.zeros(8), torch.zeros(8)],
+    "pointwise_affine": [
+        torch.zeros(1, 8, 4, 4).half(),
+        torch.zeros(6, 8, 1, 1).half(),
+        *torch.zeros(2, 6),
+        torch.zeros(1, 6, 4, 4).half(),
+    ],
     "rotary_embedding": [*[torch.zeros(1, 6, 2, 8)] * 2, *[torch.zeros(6, 8)] * 2],
     "resnet_stem": [torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 7, 7), torch.zeros(16), torch.zeros(16)],
     "gated_activation": [torch.zeros(2, 8), torch.zeros(2, 8)],

@@ -109,6 +109,12 @@ def test_products_with_what_follows_them_count_what_eager_counts():
     assert_as_eager(lambda x: ops.qkv_projection(x, projection, None, position, 128), x(), expected="qkv_projection")
 
 
+def test_a_product_of_pixels_counts_what_a_convolution_counts():
+    x, weight, residual = (meta(*shape).bfloat16() for shape in [(2, 64, 9, 8), (128, 64, 1, 1), (2, 128, 9, 8)])
+    scale, shift = meta(128, grad=False), meta(128, grad=False)
+    assert_as_eager(ops.pointwise_affine, x, weight, scale, shift, residual, expected="pointwise_affine")
+
+
 def test_a_stem_counts_its_convolution_of_seven_by_seven():
     frozen = [meta(*shape, grad=False) for shape in [(2, 3, 64, 48), (64, 3, 7, 7), (64,), (64,)]]
     assert_as_eager(ops.resnet_stem, *frozen, expected="affine_pool")
