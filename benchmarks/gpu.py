@@ -117,6 +117,7 @@ def sections(out: Path) -> list[Section]:
         "deformable_attention",
         "criterion",
         "optimizer",
+        "casts",
         "sine_positions",
         "hugging_face_layers",
         "backbone",

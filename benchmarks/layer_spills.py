@@ -16,6 +16,7 @@ from detr_fast.kernels import (
     adam,
     add_layer_norm,
     assignment,
+    cast_together,
     channel_affine,
     cross_entropy,
     deformable_attention,
@@ -101,6 +102,7 @@ SPACE: dict[str, Options] = {
     "squares": {"dtype": DTYPES, "runs": SWITCH},
     "scalars": {"clips": SWITCH},
     "update": {"dtype": DTYPES, "clips": SWITCH, "runs": SWITCH},
+    "casts": {"dtype": HALVES, "widens": SWITCH},
     "assignment": {"queries": (20, 50, 100, 200, 400, 900)},
     "channel affine": {"dtype": HALVES, "columns": COLUMNS, "residual": ("none", "plain", "scaled"), "runs": SWITCH},
     "channel affine backward": {"dtype": HALVES, "columns": COLUMNS, "scaled": SWITCH, "runs": SWITCH}
@@ -434,6 +436,7 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "squares": lambda case: adam.squares_variant(case["dtype"], _run(case, case["dtype"])),
     "scalars": lambda case: adam.scalars_variant(case["clips"]),
     "update": lambda case: adam.update_variant(case["dtype"], case["clips"], _run(case, case["dtype"])),
+    "casts": lambda case: cast_together.cast_variant(*(FP32, case["dtype"])[:: -1 if case["widens"] else 1]),
     "assignment": lambda case: assignment.assignment_variant(case["queries"]),
     "channel affine": _channel_affine,
     "channel affine backward": _channel_affine_backward,

@@ -19,7 +19,9 @@ _streams: dict[
 
 class _Thread(threading.local):
     behind: list[Callable[[], None]] | None = None  # the capture that this thread is in
-    aside: Tensor | None = None
+
+    def __init__(self) -> None:
+        self.aside: dict[str, Tensor] = {}
 
 
 _thread = _Thread()
@@ -39,10 +41,11 @@ def behind_the_capture(action: Callable[[], None]) -> None:
 
 
 @contextmanager
-def set_aside(memory: Tensor) -> Iterator[None]:
-    """Inside the block, captures may take of this memory for what is copied behind them. Of the graph's own, all that is allocated in a
-    capture, each replay writes to what was there before, in this graph or in another of the same pool.
+def set_aside(device: torch.device, **elements: int) -> Iterator[None]:
+    """Inside the block, a capture may take of so many int64 on the device, each op of what has its name, for what is copied behind it. To
+    the graph's own memory, all that is allocated in a capture, each replay writes what was there before, in this graph or in another of the same pool.
     """
+    memory = {op: torch.empty(number, dtype=torch.int64, device=device) for op, number in elements.items()}
     before, _thread.aside = _thread.aside, memory
     try:
         yield
@@ -50,16 +53,22 @@ def set_aside(memory: Tensor) -> Iterator[None]:
         _thread.aside = before
 
 
-def left_aside() -> int:
-    """How many elements of the memory that was set aside there are still to be taken."""
-    return 0 if _thread.aside is None else _thread.aside.numel()
+def left_aside(op: str) -> int:
+    """How many elements of the memory that was set aside for an op there are still to be taken."""
+    return _thread.aside[op].numel() if op in _thread.aside else 0
 
 
-def take_aside(elements: int) -> Tensor:
-    """So much of what was set aside."""
-    assert _thread.aside is not None, "nothing was set aside: ask left_aside()"
-    taken, _thread.aside = _thread.aside.split([elements, _thread.aside.numel() - elements])
+def take_aside(op: str, elements: int) -> Tensor:
+    """So much of what was set aside for an op: no more than is left."""
+    taken, _thread.aside[op] = _thread.aside[op].split([elements, left_aside(op) - elements])
     return taken
+
+
+def why_no_table(room: bool) -> str | None:
+    """Why tensors' addresses can't come to the GPU behind the CUDA graph that is being captured; room: whether it has memory for them."""
+    if not recording():
+        return "the CUDA graph is not captured by detr_fast.capture, behind which the tensors' addresses are copied"
+    return None if room else "the capture has no memory set aside for the tensors' addresses (see set_aside)"
 
 
 @contextmanager

@@ -4,10 +4,8 @@
     n = sqrt(sum of g²),  g ← ± g · min(1, max_norm / (n + 1e-6)) + l2 · p,  p ← p - lr · decay · p
     m ← β₁ m + (1 - β₁) g,  v ← β₂ v + (1 - β₂) g²,  p ← p - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + eps)
 
-Tensors are cut into chunks of equal size, however many and however large they are, and a program takes one: no launch ends with
-a few programs that are still at work. Where chunks lie is said by a table in the GPU's memory, as distances in elements from one tensor
-of each kind, so that the number of tensors has no limit. The first launch leaves each chunk's sum of g², the second adds these up
-in a fixed order, counts steps and works out what is one number for a tensor, and the third updates. Gradients are only read. Arithmetic is
+A program takes a chunk of a tensor, whose place a table in the GPU's memory says (see `tensor_table`), so that the number of tensors
+has no limit. The first launch leaves each chunk's sum of g², the second adds these up in a fixed order, counts steps and works out what is one number for a tensor, and the third updates. Gradients are only read. Arithmetic is
 fp32, and fp64 where it is one number for a tensor.
 Sources: Kingma and Ba, 2015, arXiv:1412.6980; Loshchilov and Hutter, 2019, arXiv:1711.05101; Pascanu et al., 2013, arXiv:1211.5063 (clipping).
 """
@@ -26,6 +24,7 @@ from .configs import ADAM
 from .entry import Budget, Entry
 from .launch import Variant, compile_variant, empty, jit, launch, leads_to, pointer, tl
 from .overlap import wait_for_previous
+from .tensor_table import TensorTable, addresses, distances, pieces
 
 # Rows of tables are whole 64 bytes. Of a chunk: where its parameters, gradients, first and second moments begin, its tensor's number and
 # its elements. Of a tensor: where its step and its learning rate lie, β₁, β₂, eps, decay, l2 and gradients' sign, each an fp64's bits.
@@ -176,7 +175,7 @@ def _store(base, start, count, x, BLOCK: tl.constexpr, VEC: tl.constexpr):
     tl.store(pointers, x.to(base.dtype.element_ty), mask=inside)
 
 
-class AdamTables:
+class AdamTables(TensorTable):
     """Where the tensors of an optimizer's step lie, in the GPU's memory, for `adam_step`.
 
     Of each parameter its gradient, moments (all of one dtype and layout, without gaps), step and learning rate (fp32, without
@@ -204,27 +203,18 @@ class AdamTables:
         # Bookkeeping on the host, whatever the default device, which counters and emulated graphs are not to see.
         with _disable_current_modes(), torch.device("cpu"):
             whole, rest = _chunks(kinds, self.bases)
-            one = [_distances(steps, self.step), _distances(rates, self.rate)]
+            one = torch.stack([distances(steps, self.step), distances(rates, self.rate)], 1)
             numbers = torch.tensor(settings, dtype=torch.float64).view(torch.int64)
-            self._host = torch.cat([whole.flatten(), rest.flatten(), torch.cat([*one, numbers], 1).flatten()])
-        size = self._host.numel()
-        memory = empty((size,), torch.int64, device) if allocate is None else allocate(size)
-        self._memory = memory
+            host = torch.cat([whole.flatten(), rest.flatten(), torch.cat([one, numbers], 1).flatten()])
+        super().__init__(host, device, allocate)
         ends = [len(whole) * CHUNK_COLUMNS, (len(whole) + len(rest)) * CHUNK_COLUMNS]
         # Those that are read in runs of 16 bytes, and those that are read one by one.
+        memory = self.memory
         self.whole, self.rest = memory[: ends[0]].view(whole.shape), memory[ends[0] : ends[1]].view(rest.shape)
         self.table = memory[ends[1] :].view(self.tensors, TENSOR_COLUMNS)
         for chunks in (self.whole, self.rest):
             leads_to(chunks, [t for tensors in kinds for t in tensors])
         leads_to(self.table, [*steps, *rates])
-
-    def fill(self) -> None:
-        """Copy the tables to the GPU, on the current stream: before a launch, or behind a capture that launches were recorded in."""
-        if self._memory.is_meta:
-            return
-        with _disable_current_modes():
-            host = self._host.pin_memory() if self._memory.is_cuda else self._host
-            self._memory.copy_(host, non_blocking=True)
 
 
 def table_size(parameters: Sequence[Tensor]) -> int:
@@ -233,31 +223,20 @@ def table_size(parameters: Sequence[Tensor]) -> int:
     return chunks * CHUNK_COLUMNS + len(parameters) * TENSOR_COLUMNS
 
 
-def _addresses(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([0 if t.is_meta else t.data_ptr() for t in tensors])
-
-
-def _distances(tensors: Sequence[Tensor], base: Tensor) -> Tensor:
-    """(tensors, 1): from where `base` begins, in elements."""
-    return ((_addresses(tensors) - _addresses([base])) // base.element_size())[:, None]
-
-
 def _chunks(kinds: Sequence[Sequence[Tensor]], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Two tables (chunks, 8): of runs of 16 bytes, and of what can't be read so: the last few elements, and tensors that start elsewhere."""
     sizes = torch.tensor([t.numel() for t in kinds[0]])
     vector = 16 // kinds[0][0].element_size()
-    addresses = torch.stack([_addresses(tensors) for tensors in kinds])
-    aligned = torch.where((addresses % 16 == 0).all(0), sizes // vector * vector, 0)
-    begins = torch.cat([_distances(tensors, base) for tensors, base in zip(kinds, bases)], 1)
+    starts = torch.stack([addresses(tensors) for tensors in kinds])
+    aligned = torch.where((starts % 16 == 0).all(0), sizes // vector * vector, 0)
+    begins = torch.stack([distances(tensors, base) for tensors, base in zip(kinds, bases)], 1)
     return _cut(begins, torch.zeros_like(sizes), aligned), _cut(begins, aligned, sizes - aligned)
 
 
 def _cut(begins: Tensor, first: Tensor, counts: Tensor) -> Tensor:
     """The table of chunks of each tensor's `counts` elements from `first` on. begins: (tensors, 4)."""
     size = ADAM.chunk
-    pieces = (counts + size - 1) // size
-    tensor = torch.arange(len(counts)).repeat_interleave(pieces)
-    start = (torch.arange(len(tensor)) - (pieces.cumsum(0) - pieces)[tensor]) * size
+    tensor, start = pieces(counts, size)
     rows = torch.zeros(len(tensor), CHUNK_COLUMNS, dtype=torch.int64)
     rows[:, :4] = begins[tensor] + (first[tensor] + start)[:, None]
     rows[:, 4], rows[:, 5] = tensor, (counts[tensor] - start).clamp(max=size)

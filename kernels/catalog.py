@@ -13,6 +13,7 @@ from . import (
     add_layer_norm,
     assignment,
     attention_catalog,
+    cast_together,
     channel_affine,
     cross_entropy,
     deformable_attention,
@@ -51,6 +52,7 @@ FAMILIES = (
     deformable_attention,
     rotary,
     adam,
+    cast_together,
 )
 CATALOG: tuple[Entry, ...] = tuple(one for family in FAMILIES for one in family.catalog_entries())
 

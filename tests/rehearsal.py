@@ -115,6 +115,7 @@ def _first_case(group):
         "linear_cross_entropy": (6, 16),
         "deformable_attention": (1, 2),
         "optimizer_step": (1, 8, 16),
+        "cast_together": (1, 8, 16),
     } | layer
 
     def tiny(make):

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from detr_fast import dispatch
+from detr_fast.capture import set_aside
 from detr_fast.engine.bound import Bound, held_by
 from detr_fast.engine.ema import ExponentialMovingAverage
 from detr_fast.engine.graphs import GraphedFunction
@@ -29,8 +30,9 @@ from detr_fast.explanation import Record
 from detr_fast.models.criterion import SetCriterion
 from detr_fast.models.detr import Detr
 from detr_fast.models.structures import NestedTensor
+from detr_fast.ops.cast_together import room_for_casts
 from detr_fast.ops.optimizer_rules import tensors_of
-from detr_fast.ops.optimizer_step import optimizer_step, room_for_tables
+from detr_fast.ops.optimizer_step import optimizer_step, room_for_update
 
 
 class CapturedStep:
@@ -236,7 +238,8 @@ class CapturedStep:
             group["params"] = sorted(group["params"], key=Tensor.numel, reverse=True)
             group["lr"] = rate  # of a tensor, too, in whose place a schedule may put another one
         try:
-            with room_for_tables(self.optimizer):
+            casts = room_for_casts(self.model.parameters(), gradients=True)
+            with set_aside(self._step.device, optimizer_step=room_for_update(self.optimizer), cast_together=casts):
                 yield
         finally:
             for group, (lr, capturable, parameters) in zip(groups, before):
@@ -266,7 +269,7 @@ class CapturedInference:
         reason = why_no_graph(model) if capture else "capture=False"
         if reason is None:
             _warn_of_padding(model)
-        self._forward = GraphedFunction(self._run, device, reason=reason, bound=Bound(model))
+        self._forward = GraphedFunction(self._run, device, reason=reason, around=self._with_room, bound=Bound(model))
 
     @property
     def reason(self) -> str | None:
@@ -285,6 +288,10 @@ class CapturedInference:
         if self.reason is None:
             args = tuple(_for_a_graph(self.model, one) for one in args)
         return self._run(args, kwargs) if self._is_anywhere else self._forward(args, kwargs)
+
+    def _with_room(self) -> AbstractContextManager[None]:
+        casts = room_for_casts(self.model.parameters(), gradients=False)
+        return set_aside(self._forward.device, cast_together=casts)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), self.autocast():

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from detr_fast import nn
+from detr_fast import nn, ops
 from detr_fast.nn.bare import has_hooks, is_bare
 from detr_fast.nn.casts import known_casts
-from detr_fast.ops.boundary import wants_grad
-from detr_fast.ops.products import is_batch
+from detr_fast.ops.cast_together import is_one_launch
 
 _CLASSES = {nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention}
 _NAMES = {"weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
@@ -34,18 +33,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 @contextmanager
 def cast_weights(groups: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
     """Inside the block, in this thread, products in these modules find their weights as autocast would cast them (see
-    `nn.casts`), each module's cast together. The modules keep their parameters.
+    `nn.casts`), each module's cast together, or all of them. The modules keep their parameters.
 
     What is more than a plain fp32 parameter (sharded, quantised, parametrised), or what a hook may change, is not cast here.
     """
     dtype = autocast_dtype(device)
-    parameters: list[Tensor] = []  # kept: they are known by their ids
-    casts: list[Tensor] = []
-    for group in () if dtype is None else groups:
-        own = _parameters(group, device)
-        parameters += own
-        casts += cast_together(own, dtype)
-    with known_casts(dict(zip(map(id, parameters), casts))):
+    # Kept: they are known by their ids.
+    parameters = [] if dtype is None else [_parameters(group, device) for group in groups]
+    casts = chain.from_iterable(cast_groups(parameters, dtype))
+    with known_casts(dict(zip(map(id, chain.from_iterable(parameters)), casts))):
         yield
 
 
@@ -64,53 +60,16 @@ def _parameters(group: torch.nn.Module, device: torch.device) -> list[Tensor]:
     ]
 
 
-def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype | None, channels_last: bool = False) -> list[Tensor]:
-    """The tensors in another dtype, by few launches, as is their backward; channels_last: those of four dimensions so."""
+def cast_groups(
+    groups: Sequence[Sequence[Tensor]], dtype: torch.dtype | None, channels_last: bool = False
+) -> list[list[Tensor]]:
+    """`ops.cast_together` of each group, one by one, that gradients of the last need not wait for the first. Where one launch of ours casts
+    them, in a captured step, which exchanges no gradients with other processes, all at once: the GPU has no pauses between them.
+    """
     if dtype is None:
-        return list(tensors)
-    found: list[Tensor] = [*tensors]
-    for trained in (False, True):
-        chosen = [i for i, tensor in enumerate(tensors) if wants_grad(tensor) == trained]
-        settings: Any = (dtype, channels_last, *(tensors[i] for i in chosen))
-        for i, cast in zip(chosen, _Cast.apply(*settings) if trained and chosen else _copies(*settings)):
-            found[i] = cast
-    return found
-
-
-class _Cast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, channels_last: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtype = tensors[0].dtype
-        ctx.last = [t.ndim == 4 and not t.is_contiguous() for t in tensors]
-        return _copies(dtype, channels_last, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        found: list[Tensor | None] = [None] * len(gradients)
-        # As their parameters lie in memory, else autograd would copy them once more.
-        for last in (False, True):
-            chosen = [i for i, g in enumerate(gradients) if g is not None and ctx.last[i] == last]
-            for i, cast in zip(chosen, _copies(ctx.dtype, last, *(gradients[i] for i in chosen))):
-                found[i] = cast
-        return None, None, *found
-
-
-def _copies(dtype: torch.dtype, channels_last: bool, *tensors: Any) -> tuple[Tensor, ...]:
-    """Contiguous copies, or those of four dimensions channels last: in one launch, but for what is to be laid otherwise."""
-    if wants_grad(*tensors) or is_batch(*tensors):
-        return tuple(tensor.to(dtype) for tensor in tensors)
-    made, sources, targets = [], [], []
-    for tensor in tensors:
-        last = channels_last and tensor.ndim == 4
-        layout = torch.channels_last if last else torch.contiguous_format
-        copy = torch.empty(tensor.shape, dtype=dtype, device=tensor.device, memory_format=layout)
-        made.append(copy)
-        if copy.is_contiguous() and tensor.is_contiguous():  # of a 1×1 convolution, in either format
-            sources.append(tensor.view(-1))
-            targets.append(copy.view(-1))
-        else:
-            copy.copy_(tensor)
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    return tuple(made)
+        return [list(group) for group in groups]
+    together = [tensor for group in groups for tensor in group]
+    if is_one_launch(together, dtype, channels_last):
+        cast = iter(ops.cast_together(together, dtype, channels_last))
+        return [[next(cast) for _ in group] for group in groups]
+    return [ops.cast_together(group, dtype, channels_last) for group in groups]

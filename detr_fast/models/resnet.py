@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detr_fast import nn, ops
-from detr_fast.models.casting import autocast_dtype, cast_together
+from detr_fast.models.casting import autocast_dtype, cast_groups
 from detr_fast.models.weight_files import WeightsError, list_problems, read_safetensors, unpickle
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.forked import Forked, forks
@@ -170,10 +171,9 @@ class ResNetBody(nn.Module):
         closing = [getattr(b, f"bn{_DEPTHS[type(b)][-1]}") for b in ends]
         sums = torch._foreach_add([affine[n][1] for n in closing], [affine[b.downsample[1]][1] for b in ends])
         affine |= {n: (affine[n][0], shift) for n, shift in zip(closing, sums)}
-        weights: dict[nn.Module, Tensor] = {}
-        for stage in stages:  # one by one, that gradients of the last need not wait for the first
-            convs = [conv for part in stage for conv in part.modules() if isinstance(conv, nn.Conv2d)]
-            weights |= zip(convs, cast_together([conv.weight for conv in convs], dtype, channels_last=True))
+        convs = [[c for part in stage for c in part.modules() if isinstance(c, nn.Conv2d)] for stage in stages]
+        casts = cast_groups([[c.weight for c in stage] for stage in convs], dtype, channels_last=True)
+        weights: dict[nn.Module, Tensor] = dict(zip(chain(*convs), chain(*casts)))
         x = ops.resnet_stem(x, weights[self.conv1], *affine[self.bn1])
         for stage in self._stages():
             x = _run_stage(x, [*stage], weights, affine)

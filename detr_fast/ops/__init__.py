@@ -8,6 +8,7 @@ from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention, attention_with_weights, scaled_dot_product_attention
 from detr_fast.ops.attention_varlen import attention_varlen
+from detr_fast.ops.cast_together import cast_together
 from detr_fast.ops.channel_affine import channel_affine
 from detr_fast.ops.deformable_attention import deformable_attention, deformable_attention_from_offsets
 from detr_fast.ops.detection_losses import detection_losses
@@ -34,6 +35,7 @@ __all__ = [
     "attention_with_weights",
     "scaled_dot_product_attention",
     "attention_varlen",
+    "cast_together",
     "channel_affine",
     "deformable_attention",
     "deformable_attention_from_offsets",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,16 +37,11 @@ def optimizer_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
     _eager(optimizer, parameters, max_norm)
 
 
-@contextmanager
-def room_for_tables(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside the block a `detr_fast.capture.capture` has memory for one step of the optimizer's, which is left to PyTorch where it has none."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not parameters or type(optimizer) not in KINDS:
-        yield
-        return
-    memory = torch.empty(kernels.table_size(parameters), dtype=torch.int64, device=parameters[0].device)
-    with capture.set_aside(memory):
-        yield
+def room_for_update(optimizer: torch.optim.Optimizer) -> int:
+    """How many int64 to `set_aside` for a capture of one step of the optimizer's, which is left to PyTorch where there is no room."""
+    if type(optimizer) not in KINDS:
+        return 0
+    return kernels.table_size([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameters: list[Tensor], max_norm: float) -> Tensors | None:
@@ -96,7 +91,7 @@ def _signature(first: Tensor, known: Tensors) -> tuple[Any, ...]:
 
 
 def _has_room(known: Tensors) -> bool:
-    return capture.recording() and capture.left_aside() >= kernels.table_size(known.parameters)
+    return capture.recording() and capture.left_aside("optimizer_step") >= kernels.table_size(known.parameters)
 
 
 def _describe(first: Tensor, known: Tensors, situation: Situation) -> OptimizerStepCall:
@@ -119,10 +114,7 @@ def _describe(first: Tensor, known: Tensors, situation: Situation) -> OptimizerS
 class TritonOptimizerStep(TritonImplementation):
     def why_not(self, call: OptimizerStepCall) -> str | None:
         if call.reason is None and call.situation.regime == "captured":
-            if not capture.recording():
-                return "the CUDA graph is not captured by detr_fast.capture, behind which the tensors' addresses are copied"
-            if not call.room:
-                return "the capture has no memory set aside for the tensors' addresses (see room_for_tables)"
+            return capture.why_no_table(call.room)
         return call.reason
 
     def advice(self, call: OptimizerStepCall) -> str | None:
@@ -188,7 +180,7 @@ def _run(
     each = [kernels.Settings(*settings[i : i + 6]) for i in range(0, len(settings), 6)]
     kinds = parameters, gradients, first_moments, second_moments, steps, rates
     recorded = capture.recording() and dispatch.capturing(parameters[0].device.type)
-    tables = kernels.AdamTables(*kinds, each, capture.take_aside if recorded else None)
+    tables = kernels.AdamTables(*kinds, each, partial(capture.take_aside, "optimizer_step") if recorded else None)
     if recorded:
         capture.behind_the_capture(tables.fill)  # a graph's tensors stay where they are
     else:

@@ -109,7 +109,7 @@ def tune_group(group: Group, device: torch.device, progress: Progress = print) -
         step, backends = case.make(device, gradients=group.gradients), (case.other, *group.ours)
         checked = step if case.checked is None else case.checked(device, gradients=group.gradients)
         right = [agree(checked, group.op, case.other, name, group.tolerance) for name in group.ours]
-        for captured in (False, True):
+        for captured in (True,) if group.graphs_only else (False, True):
             other, *measured = _interleaved(step, group.op, backends, captured=captured, repeats=_CALLS)
             for name, milliseconds, agrees in zip(group.ours, measured, right):
                 timing = Timing(case.size, other, milliseconds, agrees)
@@ -308,9 +308,9 @@ def _interleaved(
 def _captured(step: Step, calls: int, results: Sequence[torch.Tensor]) -> Callable[[], None]:
     """results: of a call before, for where they lie."""
     graph = torch.cuda.CUDAGraph()
-    aside = torch.empty(1 << 20, dtype=torch.int64, device=results[0].device if results else None)
+    device = results[0].device if results else torch.get_default_device()
     # As a training step is captured: `auto` may compile in here what it takes in graphs only.
-    with set_aside(aside), capture(graph):
+    with set_aside(device, optimizer_step=1 << 20, cast_together=1 << 22), capture(graph):
         for _ in range(calls):
             step()
     return graph.replay

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.dispatch import TritonImplementation
-from detr_fast.ops import optimizer_cases, pointwise_cases, regimes
+from detr_fast.ops import cast_cases, optimizer_cases, pointwise_cases, regimes
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention
@@ -71,6 +71,7 @@ class Group:
         atomics: whether attention's kernel with that backward is measured, too, for a `Regime` of its own.
         tolerance: how far results may be apart, as a share of the right one's norm.
         repeats: whether a timed step gives the same each time.
+        graphs_only: whether the kernel is for CUDA graphs alone, and nothing launched eagerly is timed.
     """
 
     op: str
@@ -81,6 +82,7 @@ class Group:
     atomics: bool = False
     tolerance: float = 2e-2
     repeats: bool = True
+    graphs_only: bool = False
 
     @property
     def regime(self) -> str:
@@ -401,6 +403,15 @@ def _pointwise_affine() -> Iterator[Group]:
         yield Group("pointwise_affine", tuple(cases), name, tolerance=6e-2)
 
 
+def _cast_together() -> Group:
+    cases = []
+    for layers in (1, 6, 24):
+        size = layers, WIDTH, HIDDEN
+        step = partial(call_step, cast_cases.cast_step, size)
+        cases.append(Case(f"weights of {layers} layers", 4 * cast_cases.elements_of(*size), step))
+    return Group("cast_together", tuple(cases), tolerance=0.0, graphs_only=True)
+
+
 GROUPS = (
     *_by_rows("layer_norm", layer_norm_step, MANY),
     Group(
@@ -434,6 +445,7 @@ GROUPS = (
     *_attentions(),
     _packed_attention(),
     _optimizer_step(),
+    _cast_together(),
     *_by_rows("feed_forward", feed_forward_step),
     *_by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
     *_by_rows("qkv_projection", qkv_projection_step),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast.models import ModelConfig, build_model, casting
-from detr_fast.models.casting import cast_together, cast_weights
+from detr_fast.models.casting import cast_weights
 from detr_fast.nn.casts import cast_of
 
 TINY = ModelConfig(
@@ -163,36 +163,3 @@ def test_what_is_no_plain_weight_or_may_come_by_a_hook_stays_as_it_is():
         assert {cast_of(p).dtype for p in mixed.parameters()} == {torch.float32, torch.float64}
     with cast_weights(layers, CPU):  # no autocast
         assert cast_of(plain.weight) is plain.weight
-
-
-def test_gradients_lie_as_their_parameters_and_what_is_not_used_has_none():
-    last = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    tensors = [torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(5, 4, 1, 1, requires_grad=True)]
-    tensors += [torch.randn(3), last, torch.randn(2, requires_grad=True)]
-    cast = cast_together(tensors, torch.bfloat16, channels_last=True)
-    assert [t.requires_grad for t in cast] == [t.requires_grad for t in tensors]
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in cast if t.ndim == 4)
-    for t, source in zip(cast, tensors):
-        assert torch.equal(t, source.bfloat16())
-    sum(t.float().square().sum() for t in cast[:-1]).backward()
-    assert tensors[-1].grad is None
-    for source, t in zip(tensors[:-1], cast):
-        if source.requires_grad:
-            torch.testing.assert_close(source.grad, 2 * t.float(), rtol=1e-2, atol=1e-2)
-            assert source.grad.stride() == source.stride()
-
-
-def test_gradients_can_be_differentiated_again():
-    x = torch.randn(3, requires_grad=True)
-    (cast,) = cast_together([x], torch.float64)
-    (first,) = torch.autograd.grad(cast.pow(3).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)
-    torch.testing.assert_close(second, 6 * x)
-
-
-def test_casts_take_a_batch_of_gradients_at_once():
-    parameters = [torch.randn(3, 2, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)]
-    casts = casting._Cast.apply(torch.bfloat16, True, *parameters)
-    upstream = [torch.randn(2, *cast.shape).bfloat16() for cast in casts]
-    found = torch.autograd.grad(casts, parameters, upstream, is_grads_batched=True)
-    assert all(torch.equal(one, arrived.float()) for one, arrived in zip(found, upstream))

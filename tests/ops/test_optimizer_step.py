@@ -312,6 +312,10 @@ def test_where_it_never_wins_tensors_are_not_looked_at(measured, monkeypatch):
         assert module._tensors(optimizer, [], 0.0) == found
 
 
+def room(optimizer, device="cpu"):
+    return capture.set_aside(torch.device(device), optimizer_step=module.room_for_update(optimizer))
+
+
 @interpreter
 def test_in_a_capture_addresses_are_copied_behind_it_and_kept_as_long_as_the_graph(monkeypatch):
     model, optimizer = trained(torch.optim.AdamW, "eager")
@@ -328,8 +332,8 @@ def test_in_a_capture_addresses_are_copied_behind_it_and_kept_as_long_as_the_gra
     own, recorded = [], []
     graph = torch.cuda.CUDAGraph()
     with use_backend(optimizer_step="triton"):
-        with module.room_for_tables(optimizer), capture.capture(graph):
-            capture._thread.aside.zero_()
+        with room(optimizer), capture.capture(graph):
+            capture._thread.aside["optimizer_step"].zero_()
             ops.optimizer_step(optimizer, model.parameters(), 0.5)
             assert not any(call[2].any() for call in recorded)  # the tables are still blank
             assert len(recorded) == 5
@@ -354,11 +358,13 @@ def test_a_graph_that_is_captured_by_other_means_or_without_memory_beside_its_ow
     assert "not captured by detr_fast.capture" in kernel.why_not(call)
     monkeypatch.setattr(capture._thread, "behind", [])
     assert "no memory set aside" in kernel.why_not(call)
-    with module.room_for_tables(with_gradients()[1]):
-        assert capture.left_aside() == 4 * 2 * 8 + 4 * 8
-        assert capture.take_aside(32).data_ptr() + 32 * 8 == capture.take_aside(1).data_ptr()
-        assert capture.left_aside() == 63
-    assert capture.left_aside() == 0
+    with room(with_gradients()[1]):
+        assert capture.left_aside("optimizer_step") == 4 * 2 * 8 + 4 * 8
+        first, second = (capture.take_aside("optimizer_step", n).data_ptr() for n in (32, 1))
+        assert first + 32 * 8 == second
+        assert capture.left_aside("optimizer_step") == 63
+        assert capture.left_aside("cast_together") == 0
+    assert capture.left_aside("optimizer_step") == 0
     call.situation.regime = "eager"
     assert kernel.why_not(call) is None
 
@@ -386,7 +392,7 @@ def test_on_a_gpu_steps_train_as_pytorchs_do(graph, max_norm):
         step()  # makes the state
         if graph:
             recorded = torch.cuda.CUDAGraph()
-            with module.room_for_tables(optimizer), capture.capture(recorded):
+            with room(optimizer, DEVICE), capture.capture(recorded):
                 other = torch.empty(1 << 17, device=DEVICE)  # what is no more leaves its place to what comes
                 other.zero_()
                 del other

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from detr_fast.kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.hardware import DEVICE
-from detr_fast import dispatch, ops
+from detr_fast import capture, dispatch, ops
 from detr_fast.nn import layer_cases
-from detr_fast.ops import linear_assignment, optimizer_cases, regimes, tuning, tuning_cases
+from detr_fast.ops import cast_cases, linear_assignment, optimizer_cases, regimes, tuning, tuning_cases
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, common, interval
 from tests.stub_cuda import stubs
@@ -178,6 +179,18 @@ def test_every_kind_of_attention_that_is_told_apart_is_measured(
     assert set(asked) <= measured
 
 
+@contextmanager
+def where_it_runs(group, monkeypatch):
+    """As in a capture of ours, where the group is of what runs there alone."""
+    if not group.graphs_only:
+        yield
+        return
+    with monkeypatch.context() as patch, capture.set_aside(torch.device("cpu"), **{group.op: 1 << 20}):
+        patch.setattr(capture._thread, "behind", [])
+        patch.setattr(dispatch, "situation", lambda kind: dispatch.Situation("captured", True, None, False, None))
+        yield
+
+
 def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
     """No kernel is chosen where all are said to lose: what then runs is each case's alternative."""
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
@@ -186,7 +199,11 @@ def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
     for group in tuning_cases.GROUPS:
         for case in (group.cases[0], group.cases[-1]):
             chosen = {}
-            with FakeTensorMode(), dispatch.recording(lambda op, d, chosen=chosen: chosen.setdefault(op, d)):
+            with (
+                where_it_runs(group, monkeypatch),
+                FakeTensorMode(),
+                dispatch.recording(lambda op, d, chosen=chosen: chosen.setdefault(op, d)),
+            ):
                 case.make(torch.device("cuda"), gradients=False)()
             name = chosen[group.op].implementation.name
             assert name == case.other or (name == "its parts" and case.other == "eager"), group.regime
@@ -201,7 +218,7 @@ def test_a_case_counts_its_size_as_the_dispatcher_does(group, monkeypatch):
     monkeypatch.setattr(regimes, "find", lambda op, *_: Regime(op, "sm_90", 0, 0, ""))
     monkeypatch.setattr(regimes, "advice", lambda op, call, found, *_: seen.append((op, found)))
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: ())  # a fake GPU's backward needs a driver
-    with FakeTensorMode():
+    with where_it_runs(group, monkeypatch), FakeTensorMode():
         case.make(torch.device("cuda"), gradients=group.gradients)()
     assert (group.regime.removesuffix("_inference"), case.size) in seen
 
@@ -244,6 +261,7 @@ def test_what_is_launched_eagerly_is_timed_without_waking_autograds_thread(monke
         ("linear_add_layer_norm", "eager", lambda device: tuning_cases.linear_add_layer_norm_step(device, 5)),
         ("qkv_projection", "eager", lambda device: tuning_cases.qkv_projection_step(device, 5)),
         ("optimizer_step", "eager", lambda device: optimizer_cases.checked_step(device, 1, 8, 16)),
+        ("cast_together", "eager", lambda device: cast_cases.cast_step(device, 1, 8, 16)),
         ("linear_cross_entropy", "eager", lambda device: tuning_cases.linear_cross_entropy_step(device, 5, 7)),
     ],
 )
@@ -254,6 +272,19 @@ def test_what_tune_times_is_checked_first(op, alternative, step, monkeypatch):
     assert tuning.agree(run, op, alternative, "triton")
     wrong = iter(range(2))
     assert not tuning.agree(lambda: (torch.full((3,), next(wrong)),), op, alternative, "triton")
+
+
+def test_what_runs_in_graphs_alone_is_timed_there_alone(monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuning, "source", lambda device: "a test")
+    monkeypatch.setattr(tuning, "agree", lambda *_: True)
+    timed = []
+    monkeypatch.setattr(tuning, "_interleaved", lambda *_, captured, repeats: timed.append(captured) or (2.0, 1.0))
+    (group,) = (one for one in tuning_cases.GROUPS if one.graphs_only)
+    cases = tuple(replace(case, make=lambda *_, gradients: None) for case in group.cases)
+    (found,) = tuning.tune_group(replace(group, cases=cases), torch.device("cuda"), lambda text: None)
+    assert timed == [True] * len(cases)
+    assert (found.eager_minimum, found.captured_minimum) == (NEVER, 0)
 
 
 def test_launches_overlap_where_that_gains_and_changes_no_bit(monkeypatch):
