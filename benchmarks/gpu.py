@@ -121,6 +121,7 @@ def sections(out: Path) -> list[Section]:
         "sine_positions",
         "hugging_face_layers",
         "backbone",
+        "pointwise",
     )
     timed = [f"benchmarks/test_{name}.py" for name in names]
     # The compilers of many processes share the cores, and the longest compilation begins first. The host's part is one of them: what does

@@ -196,10 +196,10 @@ LINEAR_SCATTERED = MatmulConfig(block_m=64, block_n=128, block_k=32, num_warps=8
 
 # Products of pixels and channels, keyed by whether the result has at most 64 columns, and whether the product is long. They move more than
 # they multiply, and what lies beside a product (a residual, or two tensors in the backward) is on its way to registers while the product
-# runs. So registers count: tiles of 8,192 in 4 warps take at most 168 on sm_90, of which three programs fit a multiprocessor, with 16 KB of
-# a residual each on their way, 104 KB with x and w at K = 64, and 12.9 instructions an element. 128 x 128 in 8 warps take 192, of which one
-# fits, and spill at 128; 64 x 64 take 21.8 instructions an element, and w from the L2 cache twice as often. A step of 32 leaves registers
-# that the addresses of one of 64 take. Not timed yet.
+# runs. So registers count: with a residual, tiles of 8,192 in 4 warps take 166 to 168 on sm_90, of which three programs fit a multiprocessor, with
+# 16 KB of the residual each on their way, 104 KB with x and w at K = 64, and 12.9 instructions an element (13.9 at K = 256; scaled: 176, two
+# programs). 128 x 128 in 8 warps take 192, of which one fits, and spill at 128; 64 x 64 take 21.8 instructions, and w from the L2 cache twice as
+# often. A step of 32 leaves registers that the addresses of one of 64 take. Not timed yet.
 POINTWISE = {
     (False, False): MatmulConfig(block_m=64, block_n=128, block_k=32, num_warps=4, num_stages=4),
     (False, True): MatmulConfig(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3),
