@@ -38,13 +38,14 @@ COMMON: Options = {
     "mask": ((), *BOOLS, *FLOATS),
     "causal": SWITCH,
     "dropout": SWITCH,
+    "again": SWITCH,  # whether the mask's batch elements come again
 }
 SPACE: dict[str, Options] = {
     "keys": COMMON,
     "keys with atomics": COMMON | {"dim": ATOMIC_DIMS},
     "mask": COMMON | {"mask": FLOATS, "shared": ("no", "rows", "columns", "both")},
-    "forward": COMMON | {"split": SWITCH},
-    "queries": COMMON | {"dlse": SWITCH, "exact": SWITCH, "split": SWITCH},
+    "forward": COMMON | {"split": SWITCH, "short": SWITCH},  # short: a window of few queries
+    "queries": COMMON | {"dlse": SWITCH, "exact": SWITCH, "split": SWITCH, "short": SWITCH},
     "weights": COMMON
     | {"value_dim": ("same",), "keys": ("plain", "padding"), "averaged": SWITCH, "fp32": SWITCH, "run": (1, 2, 4, 8)},
     "rows": {"dtype": DTYPES, "dim": ATOMIC_DIMS, "value_dim": COMMON["value_dim"], "packed": SWITCH, "dlse": SWITCH},
@@ -56,6 +57,10 @@ FEW = ("forward", "queries", "keys", "keys with atomics")  # have other tiles on
 
 def is_reached(kernel: str, case: Case) -> bool:
     """Whether a call may have these features together."""
+    if (case.get("again") or case.get("short")) and not case["mask"]:
+        return False
+    if case.get("again") and case["keys"] == "packed":
+        return False
     if kernel == "queries" and case["exact"]:
         return bool(case["mask"]) and case["mask"][0] is not BOOL and not case["split"]
     if kernel == "mask" and case["shared"] in ("columns", "both"):
@@ -95,6 +100,8 @@ def variant_of(kernel: str, case: Case, generation: str) -> Variant:
         few_queries=case.get("few", False),
         few_keys=case.get("few", False),
         generation=generation,
+        periodic=case["again"],
+        short=case.get("short", False),
     )
     if kernel == "forward":
         return forward_variant(form, case["split"])

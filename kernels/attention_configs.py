@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .attention_mask_configs import mask_config, shared_mask_config, weights_config
 from .configs import TileConfig
 from .launch import older_compiler
 
@@ -117,23 +118,6 @@ ATTENTION_ATOMICS = {
     (4, 32): TileConfig(32, 32, 4, 2),
     (4, 64): TileConfig(32, 16, 4, 2),
 }
-# The gradient of a mask, in 16 bits. At 32 .112 a score on sm_80 and .109 on sm_90, where 16 by 64 take .191 and .203; at 64 .145 on
-# sm_80 (.207 of 32 by 64; with dropout 5 to 17 % fewer), and .119 on sm_90, where tensor cores take 64 rows (.162 with 8 warps). Narrower where rows share the
-# mask, as its tiles are few then. Up to 32, registers for three programs a multiprocessor, where those do: ptxas alone aims at four, and spills 16 to 24 bytes on sm_80 and sm_120.
-ATTENTION_MASK = {
-    16: TileConfig(64, 32, 4, 1, registers=168),
-    32: TileConfig(64, 32, 4, 1, registers=168),
-    64: TileConfig(64, 32, 4, 1),
-}
-# What alone takes more than 168 registers with a mask that is loaded one by one: by generation and bytes of its elements. 8 to 16 bytes
-# spilled, and in two programs a multiprocessor instead of three a score takes up to 4 % fewer cycles.
-ATTENTION_MASK_CROWDED = {
-    ("ampere", 2): {"causal"},
-    ("ampere", 4): {"dropout", "causal", "packed", "periodic"},
-    ("hopper", 4): {"padding"},
-    ("blackwell", 4): {"padding", "packed"},
-}
-ATTENTION_SHARED_MASK = TileConfig(16, 32, 4, 1)
 # Of a mask whose elements are loaded one by one, as rows start anywhere, each row of a tile has an address: 8 to 16 elements a lane, in a single stage.
 # Where a row's elements are no neighbours each has one, and lanes 4 of them, or as many as others where that spills nothing.
 # Behind them: cycles a score without other masks on sm_80 / sm_90. 4 a lane, which shared memory binds, took .578 to 1.05.
@@ -190,44 +174,39 @@ def attention_config(
     end sooner.
     generation: see `launch.generation`.
     """
+    if kernel == "mask" and itemsize == 2 and block <= 64:
+        return mask_config(
+            block,
+            dropout=dropout,
+            causal=causal,
+            scattered=scattered,
+            mask_run=mask_run,
+            mask_size=mask_size,
+            padding=padding,
+            packed=packed,
+            periodic=periodic,
+            generation=generation,
+        )
+    if kernel == "shared_mask" and itemsize == 2 and block <= 32:
+        return shared_mask_config(dropout, generation)
     if kernel in ("mask", "shared_mask"):
-        if kernel == "mask" and itemsize == 2 and block <= 64:
-            config = ATTENTION_MASK[block]
-            # On sm_100 and sm_120 of a float32 mask with dropout up to 32 bytes spill of 32 rows: .247 a score by sm_90's rates, for .239.
-            tall = generation == "blackwell" and dropout and mask_size == 4 and not (scattered or causal)
-            if block == 64 and generation in ("", "blackwell") and not tall:
-                config = replace(config, rows=32, columns=64)
-            # 198 to 228 on sm_80: 168 spill 8 bytes, and 8 to 16 of masks that are read one by one.
-            features = {"dropout": dropout, "causal": causal, "padding": padding, "packed": packed}
-            present = {name for name, value in features.items() if value}
-            alone = ATTENTION_MASK_CROWDED.get((generation, mask_size), set())
-            crowded = scattered and (mask_run == 0 or (periodic and "periodic" in alone) or bool(present & alone))
-            # Of a float32 mask with dropout 16 bytes spill with 168 on sm_80.
-            wide = dropout and mask_size == 4 and generation == "ampere"
-            # Of a packed batch with a 16-bit mask in runs of 4 bytes 24 do.
-            wide = wide or (packed and (mask_size, mask_run) == (2, 4) and generation == "ampere")
-            if block <= 32 and (len(present) >= 2 or crowded or wide):
-                config = replace(config, registers=255)
-            if block == 64 and generation == "blackwell":
-                # ptxas alone aims at three programs on sm_120, and spills 8 bytes. With 4 warps, 16 to 24 are spilled on sm_100 where most is loaded one by one.
-                heavy = scattered and dropout and len(present) >= 2
-                config = replace(config, num_warps=8) if heavy else replace(config, registers=255)
-            return config
-        if kernel == "shared_mask" and itemsize == 2 and block <= 32:
-            # ptxas alone takes 96 there, and spills 8 bytes.
-            return replace(ATTENTION_SHARED_MASK, registers=128 if dropout and generation == "hopper" else 0)
         # ptxas alone takes 96 or 128 there, for more programs a multiprocessor, and spills 8 to 32 bytes (.814 a score for .795).
         limit = 255 if kernel == "shared_mask" and itemsize == 2 and block == 64 and generation == "hopper" else 0
         return replace(ATTENTION["forward", itemsize, block], rows=32, columns=16, num_stages=1, registers=limit)
-    if kernel == "weights":  # q and k alone: larger tiles than the mask's, for longer runs of what is stored
-        side = 64 if itemsize == 2 and block <= 128 else 32
-        # With 4 warps 16 to 40 bytes spill (on sm_80 .387 to .237 a score; with 8 .382 to .247). Others take up to a fifth more with 8.
-        wide = padding and block == 128 and masked and (dropout or mask_size == 4)
-        crowded = wide or (dropout and causal and (masked or padding))
-        crowded = generation == "blackwell" or (block >= 64 and crowded)
-        # ptxas alone takes 168 there, for three programs a multiprocessor, and spills 8 bytes: .325 a score, for .252.
-        full = padding and dropout and causal and mask_size == 1 and block <= 32 and generation == "ampere"
-        return TileConfig(side, side, 8 if side == 64 and crowded else 4, 1, registers=255 if full else 0)
+    if kernel == "weights":
+        return weights_config(
+            itemsize,
+            block,
+            dropout=dropout,
+            masked=masked,
+            causal=causal,
+            scattered=scattered,
+            neighbours=mask_run > 0,
+            mask_size=mask_size,
+            padding=padding,
+            periodic=periodic,
+            generation=generation,
+        )
     if scattered and itemsize == 2 and block <= 128:
         count = sum((dropout, causal, padding))
         return _scattered_config(kernel, max(32, block), bool(mask_run), generation, partial, packed, count)
@@ -268,6 +247,9 @@ def attention_config(
     if kernel == "forward" and itemsize == 4 and 64 <= block <= 128 and not heavy:
         # On sm_80 3.39 a score at 64, where 32 columns spill 208 bytes and take 3.30; at 128 7.09 (8.33, 1.7 KB; with dropout or a mask 6.06 for 5.05).
         config = replace(config, columns=16)
+    if kernel == "forward" and (generation, itemsize, block) == ("ampere", 2, 128) and mask_size == 4 and not causal:
+        # Of 32 columns in 3 stages 8 bytes spill of parts of 48 and 96: .196 a score, for .188; others .165 to .25 for .188 to .31.
+        return replace(config, columns=64, num_stages=2)
     if listed and kernel != "keys" and config.num_stages > 1:
         config = replace(config, num_stages=2 * config.num_stages - 1)
     if kernel == "queries" and dropout and not masked and (generation, itemsize) == ("ampere", 2) and block <= 32:
@@ -330,7 +312,7 @@ def attention_config(
             wide = mask_size == 1 and padding
             return replace(config, num_warps=8) if wide else replace(config, columns=columns, num_stages=2)
         if dropout and masked and block <= 32:
-            config = _of_32_with_a_mask(config, kernel, causal, padding, packed, mask_size, mask_run, generation)
+            config = _of_32_with_a_mask(config, kernel, block, causal, padding, packed, mask_size, mask_run, generation)
     return config
 
 
@@ -380,6 +362,7 @@ def _of_64_with_a_float32_mask(config: TileConfig, causal: bool, padding: bool, 
 def _of_32_with_a_mask(
     config: TileConfig,
     kernel: str,
+    block: int,
     causal: bool,
     padding: bool,
     packed: bool,
@@ -392,6 +375,10 @@ def _of_32_with_a_mask(
     if kernel == "forward" and generation == "hopper" and (mask_run <= 2 * mask_size or causal_fp32):
         # With 4 warps 8 to 32 bytes spill: .164 a score of a float32 mask and .207 of a 16-bit one with padding, for .158 and .178; causal .234 and .269 for .164 and .207.
         return replace(config, num_warps=8)
+    if kernel == "forward" and generation == "hopper" and causal and (mask_size, mask_run) == (2, 16):
+        # Of 64 columns in 4 warps 8 bytes spill at 24 and 32 in fp16: .150 a score in both. With padding or in packed batches none does.
+        alone = block == 32 and not (padding or packed)
+        return replace(config, columns=128, num_warps=8) if alone else config
     if kernel == "forward" and generation == "hopper" and causal and (mask_size, mask_run) == (1, 4):
         # Of 64 columns, .181 to .334 a score for .180 to .201, comparisons are packed into registers, and in bf16 8 bytes spill.
         return replace(config, columns=32)

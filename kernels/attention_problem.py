@@ -118,11 +118,14 @@ class Form:
     def counted_keys(self, atomics: bool) -> bool:
         """Whether the kernel of the keys, where it is frugal, takes a head's row of statistics from its loop's number: not where 8 to 24 bytes spill with it.
 
-        On sm_120 causal with dropout at 128; on sm_80 16 bytes with atomics of a mask that is loaded one by one, with dropout and padding, and on sm_90 8 at 128
-        of a packed batch in causal order with dropout and a 16-bit mask in runs of 4 or 8 bytes, both in as many cycles.
+        On sm_120 causal with dropout at 128; on sm_80 16 bytes with atomics of a mask that is loaded one by one, with dropout and padding, and 8 at 48 and 96 with
+        these, causal order and a float32 mask in runs of 8 bytes; on sm_90 8 at 128 of a packed batch in causal order with dropout and a 16-bit mask in runs of 4 or 8
+        bytes, all in as many cycles.
         """
         single = atomics and self.generation == "ampere" and self.mask is not None and self.mask_vector == 1
         crowded = single and self.padding
+        if self.causal and self.padding and not atomics and self.generation == "ampere" and max(self.blocks) == 128:
+            crowded = self.partial and self.mask == torch.float32 and self.mask_vector == 2
         if self.packed and not atomics and self.generation == "hopper" and max(self.blocks) == 128:
             crowded = (
                 self.causal and self._has_short_runs and not launch.older_compiler()

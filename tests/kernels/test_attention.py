@@ -117,6 +117,11 @@ def test_tiles_for_masks_whose_rows_start_anywhere_are_as_accurate_as_eager(inte
     check(dtype, qkv(1, 65, 97, 1, dim), None, mask, generation="ampere")
 
 
+# The forward's tiles are 128 queries by 64 keys for a float32 mask in runs over 64.
+def test_tiles_for_float32_masks_over_64_columns_are_as_accurate_as_eager(interpreter):
+    check(BF16, qkv(1, 33, 68, 1, 96), padded("end", 1, 68), torch.randn(33, 68), generation="ampere")
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, in the interpreter
 @pytest.mark.parametrize("generation", ["", "hopper"])
 @pytest.mark.parametrize("key", [3, 200])

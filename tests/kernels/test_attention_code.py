@@ -17,6 +17,7 @@ from detr_fast.kernels.offline import compile_variant, older_compiler
 
 VARIANTS = {
     "forward": forward_variant,
+    "parts": partial(forward_variant, split=True),
     "queries": queries_variant,
     "keys": keys_variant,
     "atomics": partial(keys_variant, atomics=True),
@@ -25,6 +26,8 @@ VARIANTS = {
     "weights": partial(weights_variant, averaged=True, dtype=torch.float32, run=4),
     "weights one by one": partial(weights_variant, averaged=True, dtype=torch.bfloat16, run=1),
 }
+
+HALF = {"dtype": torch.float16}
 
 
 def check_loops(variant, target, most, older=1.29):
@@ -235,10 +238,31 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_80", 24, "keys", {"value_dim": 40, "packed": True, "causal": True}),
         ("sm_90", 32, "keys", {"packed": True, "causal": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_100", 64, "mask", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 2}),
+        ("sm_80", 48, "parts", {"value_dim": 96, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_90", 24, "forward", HALF | {"dropout": True, "causal": True, "mask": torch.float16, "mask_vector": 8}),
+        ("sm_80", 24, "mask", {"periodic": True, "mask": torch.float32, "mask_vector": 4}),
+        ("sm_80", 16, "shared mask", {"padding": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 2}),
+        ("sm_90", 24, "shared mask", {"padding": True, "mask": torch.bfloat16, "mask_vector": 2}),
+        ("sm_80", 96, "weights one by one", {"padding": True, "periodic": True, "mask": torch.bfloat16}),
+        ("sm_90", 128, "weights one by one", {"causal": True, "mask": torch.bfloat16}),
+        (
+            "sm_80",
+            48,
+            "keys",
+            {
+                "value_dim": 96,
+                "padding": True,
+                "causal": True,
+                "dropout": True,
+                "mask": torch.float32,
+                "mask_vector": 2,
+            },
+        ),
     ],
 )
 def test_16_bits_spill_nothing_where_registers_are_scarcest(target, dim, kernel, features):
-    form = Form(torch.bfloat16, dim, **{"value_dim": dim, **features}, generation=GENERATIONS.get(target, ""))
+    plain = {"dtype": torch.bfloat16, "head_dim": dim, "value_dim": dim}
+    form = Form(**(plain | features), generation=GENERATIONS.get(target, ""))
     _, _, resources = compile_variant(VARIANTS[kernel](form), target)
     # Triton 3.6 spills up to 24 bytes in some of these, and 120 in causal keys at a head dimension of 32 on sm_90.
     most = 120 if (target, features) == ("sm_90", {"causal": True}) else 24

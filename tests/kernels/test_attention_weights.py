@@ -69,6 +69,20 @@ def test_weights_are_as_accurate_as_eager(interpreter, dtype, shape, features, a
     assert interpreter.counts()["attention_weights_kernel"] == 1
 
 
+# Tiles are 64 queries by 128 keys for masks that are loaded one by one.
+@pytest.mark.parametrize("generation", ["ampere", "hopper"])
+def test_weights_of_wide_heads_with_a_mask_whose_rows_start_anywhere_are_as_accurate_as_eager(interpreter, generation):
+    mask = torch.randn(65, 127).half()
+    assert_as_accurate_as_eager(
+        lambda q, k: weights_of(q, k, mask=mask, averaged=True, generation=generation),
+        reference=lambda q, k: eager(q, k, mask=mask, averaged=True),
+        inputs=qk(1, 65, 127, 1, 96),
+        dtype=FP16,
+        grad=False,
+    )
+    assert interpreter.counts()["attention_weights_kernel"] == 1
+
+
 def test_fewer_key_heads_serve_groups_of_query_heads(interpreter):
     q, k = qk(1, 10, 12, 4, 8, key_heads=2)
     for averaged in (False, True):
