@@ -7,9 +7,11 @@ from functools import partial
 import pytest
 import torch
 
+from detr_fast import capture
 from detr_fast.dispatch import use_backend
 from detr_fast.engine.captured import CapturedInference, CapturedStep
 from detr_fast.models import ModelConfig, build_model
+from detr_fast.ops.cast_together import room_for_casts
 
 interpreter = pytest.mark.interpreter(int32_limit=1 << 16)
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -48,6 +50,22 @@ def test_replayed_steps_on_our_casts_train_as_on_pytorchs_to_the_bit(emulated, i
         assert torch.equal(ours.model.get_parameter(name), parameter)
     # Encoder and decoder by one launch each, and back, in two eager steps; together in the capture, and in two replays.
     assert interpreter.counts() == {"cast_kernel": 2 * 4 + 3 * 2}
+
+
+def test_captures_have_room_for_casts_of_all_weights_and_in_training_of_all_gradients(emulated):
+    left = []
+    step = training()
+    step.criterion = lambda *given: left.append(capture.left_aside("cast_together")) or loss_of(*given)
+    losses_of(step, range(3))
+    inference = CapturedInference(detector(), autocast=AUTOCAST)
+    inference.model.transformer.register_forward_hook(lambda *_: left.append(capture.left_aside("cast_together")))
+    for _ in range(3):
+        inference(torch.rand(1, 3, 32, 32))
+    assert len(emulated) == 2
+    one = room_for_casts(detector().parameters(), gradients=False)
+    assert left == [2 * one] * 3 + [one] * 3
+    assert one >= 8 * len([*detector().parameters()])
+    assert capture.left_aside("cast_together") == 0
 
 
 @interpreter

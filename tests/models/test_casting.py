@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from detr_fast import capture
+from detr_fast.dispatch import use_backend
 from detr_fast.models import ModelConfig, build_model, casting
-from detr_fast.models.casting import cast_weights
+from detr_fast.models.casting import cast_groups, cast_weights
 from detr_fast.nn.casts import cast_of
 
 TINY = ModelConfig(
@@ -163,3 +165,20 @@ def test_what_is_no_plain_weight_or_may_come_by_a_hook_stays_as_it_is():
         assert {cast_of(p).dtype for p in mixed.parameters()} == {torch.float32, torch.float64}
     with cast_weights(layers, CPU):  # no autocast
         assert cast_of(plain.weight) is plain.weight
+
+
+@pytest.mark.interpreter(int32_limit=1 << 16)
+@pytest.mark.parametrize(("capturing", "launches"), [(False, 2), (True, 1)])
+def test_groups_are_cast_one_by_one_but_together_in_a_capture_whose_launch_is_ours(
+    capturing, launches, interpreter, monkeypatch
+):
+    groups = [[torch.randn(3, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)], [torch.randn(20)]]
+    monkeypatch.setattr(capture._thread, "behind", [] if capturing else None)
+    with use_backend(cast_together="triton"):
+        casts = cast_groups(groups, torch.bfloat16, channels_last=True)
+        assert interpreter.counts() == {"cast_kernel": launches}
+        sum(t.float().sum() for t in casts[0]).backward()
+    assert [[*map(len, group)] for group in casts] == [[3, 8], [20]]
+    assert all(torch.equal(y, x.bfloat16()) for xs, ys in zip(groups, casts) for x, y in zip(xs, ys))
+    assert all(torch.equal(x.grad, torch.ones_like(x)) for x in groups[0])
+    assert interpreter.counts() == {"cast_kernel": launches + 1}

@@ -66,6 +66,7 @@ def test_one_launch_casts_all_and_another_their_gradients_to_pytorchs_bits(chann
             found = torch.autograd.grad(
                 [cast[i] for i in trained], [tensors[i] for i in trained], [arriving[i] for i in trained]
             )
+        assert [t.stride() for t in found] == [tensors[i].stride() for i in trained]  # else they would be copied again
         return [*cast, *found]
 
     for ours, eager in zip(run("triton"), run("eager"), strict=True):
