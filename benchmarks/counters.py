@@ -129,6 +129,20 @@ def linear_cross_entropy(library: Any) -> Counts:
     return step(Head(), on_meta(4096, 512), on_meta(32000, 512), torch.empty(4096, device="meta", dtype=torch.int64))
 
 
+def prediction_heads(library: Any) -> Counts:
+    """DETR's heads in fp32: boxes and classes of six decoder layers' queries."""
+
+    shapes = (6, B, Q, C), (C, C), (C, C), (4, C), (C,), (C,), (4,), (92, C), (92,)
+    x, *layers = (on_meta(*shape, dtype=torch.float32) for shape in shapes)
+
+    def heads() -> None:
+        found = ops.prediction_heads(x, layers[:3], layers[3:6], *layers[6:], sigmoid=True)
+        results = [t for t in found if t is not None]
+        torch.autograd.backward(results, [torch.empty_like(t) for t in results])
+
+    return count(heads)
+
+
 def swiglu(library: Any, joined: bool = False) -> Counts:
     """The block of a language model of 7 billion parameters, 4,096 tokens; joined: gate and up are one projection."""
 
@@ -197,6 +211,7 @@ CASES: dict[str, Callable[[Any], Counts]] = {
     "DETR losses, forward": detr_losses,
     "DETR losses, forward and backward": detr_losses_step,
     "Linear and cross-entropy, 4,096 × 32,000": linear_cross_entropy,
+    "DETR's heads, fp32": prediction_heads,
     "SwiGLU, 4,096 tokens of 4,096 × 11,008": swiglu,
     "SwiGLU, gate and up in one projection": partial(swiglu, joined=True),
     "Rotary embedding, 2 × (8, 512, 12, 64)": rotary_embedding,
@@ -218,7 +233,7 @@ def measure(library: Any) -> dict[str, dict[str, int]]:
     For torch.nn, DETR's own modules run PyTorch's operations, and the host matches.
     """
     eager = dict.fromkeys(("matching_cost", "detection_losses", "linear_cross_entropy", "rotary_embedding"), "eager")
-    eager |= {"gated_activation": "eager", "linear_assignment": "threads"}
+    eager |= {"gated_activation": "eager", "prediction_heads": "eager", "linear_assignment": "threads"}
     with use_backend("triton") if library is nn else use_backend(**eager):
         return {name: numbers(case(library)) for name, case in CASES.items()}
 

@@ -114,6 +114,7 @@ def sections(out: Path) -> list[Section]:
         "gated_activation",
         "attention_forms",
         "losses",
+        "prediction_heads",
         "deformable_attention",
         "criterion",
         "optimizer",

@@ -27,6 +27,7 @@ from detr_fast.kernels import (
     linear,
     linear_norm,
     matching_cost,
+    mlp,
     pointwise,
     rotary,
     sine_positions,
@@ -74,6 +75,7 @@ PRODUCT: Options = {
 GATE: Options = {"dtype": HALVES, "activation": (*ACTIVATIONS, "quick_gelu"), "runs": SWITCH}
 GATE |= {"form": ("flat", gated.TWO, gated.GATE_FIRST, gated.GATE_LAST, gated.NEIGHBOURS), "columns": COLUMNS}
 PIXELS: Options = {"dtype": HALVES, "columns": (64, 200), "terms": (64, 256), "even": SWITCH, "runs": SWITCH}
+HEADS: Options = {"columns": (*TILED, 300, 512), "outputs": (1, 4, 70, 200), "classes": (0, 2, 92), "middle": SWITCH}
 PREDICTIONS: Options = {"dtype": DTYPES, "boxes": DTYPES, "focal": SWITCH}
 SAMPLES: Options = {"dtype": HALVES, "location": ("same", "fp32"), "weight": ("same", "fp32"), "levels": (1, 3, 4, 6)}
 SAMPLES |= {"channels": (8, 20, 24, 32, 48, 64, 100, 128, 256), "runs": SWITCH}
@@ -109,6 +111,9 @@ SPACE: dict[str, Options] = {
     | {"dx": SWITCH, "dresidual": SWITCH},
     "pointwise": PIXELS | {"residual": ("none", "plain", "scaled")},
     "pointwise backward": PIXELS | {"added": SWITCH, "masked": SWITCH, "scaled": SWITCH},
+    "heads": HEADS | {"sigmoid": SWITCH},
+    "heads backward": HEADS | {"sigmoid": SWITCH, "dx": SWITCH},
+    "heads' weights": HEADS,
     "gated": GATE,
     "gated backward": GATE | {"dgate": SWITCH, "dup": SWITCH},
     "pixel blocks": {"image": DTYPES, "dtype": HALVES},
@@ -396,6 +401,10 @@ def _gated(case: Case) -> Variant:
     return gated.variant_of(case["columns"], case["dtype"], kind, form, flat, _run(case, case["dtype"]), wanted)
 
 
+def _heads(case: Case) -> mlp.Form:
+    return mlp.form_of(*(case[n] for n in ("columns", "columns", "outputs", "classes", "middle")), "split")
+
+
 def _deformable(case: Case) -> tuple[int, int, tuple[torch.dtype, ...], deformable_attention.Form]:
     dtype, coordinates = case["dtype"], case["coordinates"]
     read = tuple(FP32 if case[name] == "fp32" else dtype for name in ("location", "weight", "reference"))
@@ -433,6 +442,9 @@ BUILDERS: dict[str, Callable[[Case], Variant]] = {
     "detection losses' sum": lambda case: detection_losses.sum_variant(case["focal"]),
     "detection losses backward": lambda case: losses_backward_variant(*case.values()),
     "matching cost": lambda case: matching_cost.matching_cost_variant(*case.values()),
+    "heads": lambda case: mlp.forward_variant(_heads(case), case["sigmoid"]),
+    "heads backward": lambda case: mlp.backward_variant(_heads(case), case["sigmoid"], case["dx"]),
+    "heads' weights": lambda case: mlp.weights_variant(_heads(case)),
     "squares": lambda case: adam.squares_variant(case["dtype"], _run(case, case["dtype"])),
     "scalars": lambda case: adam.scalars_variant(case["clips"]),
     "update": lambda case: adam.update_variant(case["dtype"], case["clips"], _run(case, case["dtype"])),

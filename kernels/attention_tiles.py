@@ -14,12 +14,29 @@ from .rows import run_pointers
 
 @jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a @ b in fp32. Triton's interpreter needs fp32 operands, for bf16."""
-    if PRECISION == "interpreted":
+    """accumulator + a @ b in fp32. Triton's interpreter needs fp32 operands, for bf16. "split": see `split_precision`."""
+    if PRECISION == "split" or PRECISION == "interpreted_split":
+        a_high, a_low = split(a, PRECISION)
+        b_high, b_low = split(b, PRECISION)
+        # Small products first, and each step's sum from zero on: tensor cores cut off what lies below a sum's last bit.
+        result = tl.dot(a_low, b_high, input_precision="tf32")
+        result = tl.dot(a_high, b_low, result, input_precision="tf32")
+        result = accumulator + tl.dot(a_high, b_high, result, input_precision="tf32")
+    elif PRECISION == "interpreted":
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     else:
         result = tl.dot(a, b, accumulator, input_precision=PRECISION)
     return result
+
+
+@jit
+def split(x, PRECISION: tl.constexpr):
+    """x, fp32, as a sum of two numbers of 11 bits, the second cut off: in tf32's format, of which tensor cores ignore the other bits."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    low = x - high  # exact, and as often below zero as above
+    if PRECISION == "interpreted_split":
+        low = (low.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, low
 
 
 @jit

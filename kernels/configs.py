@@ -231,6 +231,22 @@ FEED_FORWARD = {
     (4, True): TileConfig(rows=16, columns=16, num_warps=4, num_stages=1),
 }
 
+# Heads of fp32 by products of split factors, keyed by whether rows move 16 bytes at a time: tiles of rows, which go through all layers, and of
+# weights, with steps of rows. 2,400 rows, DETR's of four images, are 75 programs of 32, and as many beside them for the linear map. At 256 columns on
+# sm_90 a step of 32 columns takes 32 x 128 in 8 warps 696 cycles of the busiest pipe forward and 888 backward, 32 x 64 in 4 twice 396 and
+# twice 492, 16 x 128 in 4 540 and 732 for half the rows; 64 x 64 of a weight 608, by 64 x 32 twice 480. Element by element more would spill.
+MLP_ROWS = {
+    True: MatmulConfig(block_m=32, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    False: MatmulConfig(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=3),
+}
+MLP_WEIGHTS = {
+    True: MatmulConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
+    False: MatmulConfig(block_m=64, block_n=32, block_k=32, num_warps=4, num_stages=3),
+}
+# Rows that a program of a weight adds up: fewer are not worth its sums' way to memory, more would add up rounding errors (tensor
+# cores cut off what they cannot hold).
+MLP_SHARES = (256, 1024)
+
 # Queries of all heads and images under which a block of 32 for each 4 warps would leave some of 132 multiprocessors with fewer than 16.
 DEFORMABLE_FEW = 32 * 4 * 132
 

@@ -229,6 +229,12 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if rounds else "ieee"
 
 
+def split_precision() -> str:
+    """As `precision` of fp32, by NVIDIA's tensor cores: as exact as fp32 is by three products of tf32, of factors split in two."""
+    exact = precision(torch.float32)
+    return {"ieee": "split", "interpreted": "interpreted_split"}.get(exact, exact)
+
+
 def drawn(dropout: Dropout | None, sizes: tuple[int, ...], masks: bool = True) -> tuple[object, ...]:
     """The arguments from the seed on: the seed, the sizes, and what dropout is."""
     seed = dropout.seed if dropout is not None and masks else None

@@ -118,6 +118,7 @@ def _first_case(group):
         "deformable_attention": (1, 2),
         "optimizer_step": (1, 8, 16),
         "cast_together": (1, 8, 16),
+        "prediction_heads": (1,),
     } | layer
 
     def tiny(make):

@@ -20,6 +20,7 @@ from detr_fast.models.backbone import Joiner
 from detr_fast.models.packing import PACKING, Packing
 from detr_fast.models.structures import NestedTensor, nested_tensor_from_list
 from detr_fast.models.transformer import Transformer
+from detr_fast.nn.heads import fused_heads
 
 Images = NestedTensor | Tensor | Sequence[Tensor] | tuple[Tensor, Tensor | None]
 
@@ -106,8 +107,7 @@ class Detr(nn.Module):
         with _full_precision(queries.device):
             queries = queries.to(self.class_embed.weight.dtype)
             # unbind, not indexing: its backward is one stack rather than one zero-filled tensor per layer.
-            logits = self.class_embed(queries).unbind(0)
-            boxes = self.bbox_embed(queries).sigmoid().unbind(0)
+            boxes, logits = (t.unbind(0) for t in self._heads(queries))
         outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if self.aux_loss:
             outputs["aux_outputs"] = [
@@ -129,6 +129,14 @@ class Detr(nn.Module):
             packing = Packing.of_images(*sizes, capacity=Packing.capacity(*sizes))
             packing = packing.pin_memory() if torch.cuda.is_available() else packing
         return replace(images, sizes=None, packing=packing)
+
+    def _heads(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (..., 4) and logits of classes."""
+        boxes, classes = self.bbox_embed, self.class_embed
+        found = None
+        if type(boxes) is MLP:
+            found = fused_heads(queries, tuple(boxes.layers), classes, boxes, sigmoid=True)
+        return (boxes(queries).sigmoid(), classes(queries)) if found is None else found
 
     def _packing(
         self, nested: NestedTensor | None, images: Tensor, mask: Tensor | None, features: Tensor

@@ -22,6 +22,7 @@ from detr_fast.ops.linear_probabilities import linear_softmax, linear_softmax_to
 from detr_fast.ops.matching_cost import matching_cost
 from detr_fast.ops.optimizer_step import optimizer_step
 from detr_fast.ops.pointwise_affine import pointwise_affine
+from detr_fast.ops.prediction_heads import prediction_heads
 from detr_fast.ops.qkv_projection import qkv_projection
 from detr_fast.ops.resnet_stem import resnet_stem
 from detr_fast.ops.rms_norm import rms_norm
@@ -52,6 +53,7 @@ __all__ = [
     "matching_cost",
     "optimizer_step",
     "pointwise_affine",
+    "prediction_heads",
     "qkv_projection",
     "resnet_stem",
     "rms_norm",

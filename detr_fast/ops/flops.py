@@ -89,6 +89,19 @@ def _feed_forward_backward(
     return _product(dy, w2[1]) + (0 if x is None else _product(x, w1[0]))
 
 
+def _prediction_heads(x: Shape, *parameters: Any, **_: Any) -> int:
+    """Of each layer as many as its weight has elements, for each row, twice."""
+    return 2 * prod(x[:-1]) * sum(prod(w) for w in parameters[:8:2] if w is not None)
+
+
+def _prediction_heads_backward(dy: Shape, dclasses: Any, x: Shape, *rest: Any, **_: Any) -> int:
+    """Each layer's input's gradient, x's where that is wanted, and each weight's."""
+    *parameters, wanted = rest[3:]
+    layers = _prediction_heads(x, *parameters)
+    first = _prediction_heads(x, parameters[0], *[None] * 5, parameters[6])
+    return layers - first + wanted[0] * first + wanted[1] * layers
+
+
 def _linear_cross_entropy(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     """The logits, and the gradients of x and weight, which the forward computes where they are wanted."""
     wants_x, wants_weight = rest[-1][:2]
@@ -111,6 +124,8 @@ _BY_SHAPES: dict[str, Callable[..., int]] = {
     "feed_forward": _feed_forward,
     "feed_forward_backward": _feed_forward_backward,
     "linear_cross_entropy": _linear_cross_entropy,
+    "prediction_heads": _prediction_heads,
+    "prediction_heads_backward": _prediction_heads_backward,
     "affine_pool": _affine_pool,
 }
 _BY_VALUES: dict[str, Callable[..., int]] = {

@@ -30,6 +30,7 @@ from detr_fast.ops.layer_norm import layer_norm
 from detr_fast.ops.linear_add_layer_norm import LINEAR_ADD_LAYER_NORM
 from detr_fast.ops.linear_cross_entropy import linear_cross_entropy
 from detr_fast.ops.matching_cost import matching_cost
+from detr_fast.ops.prediction_heads import prediction_heads
 from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 from detr_fast.ops.qkv_projection import QKV_PROJECTION
 from detr_fast.ops.rms_norm import rms_norm
@@ -246,6 +247,29 @@ def detection_losses_step(device: torch.device, images: int, gradients: bool = T
     return step_of(lambda logits, boxes: detection_losses(logits, boxes, *rest)[0], (logits, boxes), gradients)
 
 
+def prediction_heads_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
+    """Boxes and 92 classes; fp32."""
+
+    def heads(x: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
+        boxes, classes = prediction_heads(x, layers[:3], layers[3:6], *layers[6:], sigmoid=True)
+        assert classes is not None
+        return boxes, classes
+
+    shapes = (WIDTH, WIDTH), (WIDTH, WIDTH), (4, WIDTH), (WIDTH,), (WIDTH,), (4,), (92, WIDTH), (92,)
+    drawn = (WIDTH**-0.5 * torch.randn(shape, device=device) for shape in shapes)
+    x = torch.randn(rows, WIDTH, device=device)
+    return step_of(heads, [t.requires_grad_() for t in (x, *drawn)], gradients)
+
+
+def _prediction_heads() -> Iterator[Group]:
+    cases = tuple(
+        Case(f"({rows}, {WIDTH})", rows * WIDTH * 4, partial(call_step, prediction_heads_step, (rows,)))
+        for rows in (6 * images * QUERIES for images in (1, 4, 16))  # of six decoder layers
+    )
+    group = Group("prediction_heads", cases, tolerance=1e-5)
+    return iter((group, replace(group, gradients=False)))
+
+
 # An image of 800 x 1066 at strides of 8 to 64, as Deformable DETR's four levels.
 PYRAMID = ((100, 134), (50, 67), (25, 34), (13, 17))
 PIXELS = sum(height * width for height, width in PYRAMID)
@@ -450,6 +474,7 @@ GROUPS = (
     *_by_rows("linear_add_layer_norm", linear_add_layer_norm_step),
     *_by_rows("qkv_projection", qkv_projection_step),
     *_pointwise_affine(),
+    *_prediction_heads(),
     Group(  # up to as many logits as are kept whole: where there are more the kernel is taken anyway
         "linear_cross_entropy",
         tuple(

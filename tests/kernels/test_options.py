@@ -108,6 +108,14 @@ def gated_activation(columns, activation, form, learns):
     return ops.gated_activation(new(70, 2 * columns), None, activation, form == "gate last", **rest)
 
 
+def prediction_heads(columns, outputs, classes, middle, sigmoid, learns):
+    shapes = [(columns, columns), *[(columns, columns)] * middle, (outputs, columns)]
+    layers = [[new(*shape[:n], dtype=FP32, grad=learns[1]) for shape in shapes] for n in (2, 1)]
+    beside = [new(*shape, dtype=FP32, grad=learns[1]) for shape in ((classes, columns), (classes,))] if classes else []
+    x = new(70, columns, dtype=FP32, grad=learns[0])
+    return ops.prediction_heads(x, *layers, *beside, sigmoid=sigmoid)
+
+
 def matching_cost(focal, dtype):
     targets = new(2, 3, dtype=INT64), new(2, 3, 4, dtype=FP32, grad=False), new(2, dtype=INT64)
     return ops.matching_cost(new(2, 9, 5, dtype=dtype), new(2, 9, 4, dtype=FP32), *targets, focal=focal)
@@ -255,6 +263,18 @@ CALLS = (
         },
     ),
     (feed_forward, "triton", FEED_FORWARD | {"activation": ("quick_gelu",)}),
+    (
+        prediction_heads,
+        "triton",
+        {
+            "columns": (*WIDTHS, 37),
+            "outputs": (4, 1, 200),
+            "classes": (92, 0, 2),
+            "middle": NO_YES,
+            "sigmoid": NO_YES,
+            "learns": ((True, True), (True, False), (False, True)),
+        },
+    ),
 )
 PROGRAMS = 64  # half a second each
 

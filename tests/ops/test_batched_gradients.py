@@ -27,6 +27,10 @@ CASES = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, (8,), w), [(3, 8), (8,)]),
     "gated_activation": (ops.gated_activation, [(3, 8), (3, 8)]),
     "gated_activation, halves": (ops.gated_activation, [(3, 8)]),
+    "prediction_heads": (
+        lambda x, *p: torch.cat(ops.prediction_heads(x, p[:2], p[2:4], *p[4:], sigmoid=True), -1),
+        [(3, 8), (6, 8), (4, 6), (6,), (4,), (5, 8), (5,)],
+    ),
     "attention, dropped out": (lambda q, k, v: ops.attention(q, k, v, dropout_p=0.2), [(1, 3, 2, 8)] * 3),
     "linear_cross_entropy": (lambda *x: ops.linear_cross_entropy(*x, TARGET), [(3, 8), (5, 8), (5,)]),
     "qkv_projection": (lambda *x: ops.qkv_projection(*x), [(1, 3, 8), (192, 8), (192,), (1, 3, 8)]),

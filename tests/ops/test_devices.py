@@ -22,6 +22,12 @@ CASES = {
     "rotary_embedding": [*[torch.zeros(1, 6, 2, 8)] * 2, *[torch.zeros(6, 8)] * 2],
     "resnet_stem": [torch.zeros(1, 3, 8, 8), torch.zeros(16, 3, 7, 7), torch.zeros(16), torch.zeros(16)],
     "gated_activation": [torch.zeros(2, 8), torch.zeros(2, 8)],
+    "prediction_heads": [
+        torch.zeros(2, 8),
+        *[torch.zeros(8, 8), torch.zeros(8)] * 2,
+        torch.zeros(5, 8),
+        torch.zeros(5),
+    ],
     "linear_assignment": [torch.zeros(2, 3, 5), TRUE[2]],
     "deformable_attention": [torch.zeros(1, 6, 2, 8), torch.zeros(1, 5, 2, 1, 3, 2), torch.zeros(1, 5, 2, 1, 3)],
     "deformable_attention_from_offsets": [
@@ -47,6 +53,8 @@ CASES = {
 def call(op, *tensors):
     if op == "linear_cross_entropy":
         return ops.linear_cross_entropy(*tensors[:4], class_weight=tensors[4])
+    if op == "prediction_heads":
+        return ops.prediction_heads(tensors[0], tensors[1:5:2], tensors[2:5:2], *tensors[5:])
     if op == "attention":
         return ops.attention(*tensors[:3], key_padding_mask=tensors[3], attn_mask=tensors[4])
     if op.startswith("deformable_attention"):
@@ -63,7 +71,9 @@ def test_a_tensor_left_on_the_cpu_is_refused_also_after_a_call_that_was_right(op
         tensors = [mode.from_tensor(t) for t in CASES[op]]
         placed = [t.to("cuda") for t in tensors]
         call(op, *placed)
-        with pytest.raises(dispatch.BackendError, match=r"lie on (several devices|one device)"):
+        with pytest.raises(
+            dispatch.BackendError, match=r"(lie on (several devices|one device)|is on cpu; expected cuda)"
+        ):
             call(op, *placed[:left], tensors[left], *placed[left + 1 :])
 
 

@@ -56,6 +56,10 @@ CASES = {
     "linear_add_layer_norm": (ops.linear_add_layer_norm, [rows, (WIDTH, WIDTH), VECTOR, rows, VECTOR, VECTOR]),
     "feed_forward": (partial(ops.feed_forward, dropout_p=0.1), [rows, *BLOCK]),
     "feed_forward_add_layer_norm": (ops.feed_forward_add_layer_norm, [rows, *BLOCK, VECTOR, VECTOR]),
+    "prediction_heads": (
+        lambda x, *p: torch.cat(ops.prediction_heads(x, p[:3], p[3:6], *p[6:]), -1),
+        [rows, *[(WIDTH, WIDTH)] * 2, (7, WIDTH), *[VECTOR] * 2, (7,), (9, WIDTH), (9,)],
+    ),
     "attention": (lambda q, k, v, p: ops.attention(q, k, v, key_padding_mask=p), [heads, heads, heads, padding]),
     "rotary_embedding": (lambda *t: ops.rotary_embedding(*t)[0], [heads, heads, angles, angles]),
     "attention_varlen": (

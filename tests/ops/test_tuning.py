@@ -242,7 +242,7 @@ def test_what_is_launched_eagerly_is_timed_without_waking_autograds_thread(monke
     assert woken == [True] * 6 + [False] * 2 * tuning._ROUNDS  # three calls of each warm up
 
 
-@pytest.mark.interpreter(int32_limit=1 << 16)  # a tile of rows as wide as the cases
+@pytest.mark.interpreter(int32_limit=1 << 18)  # all gradients of the heads in one row
 @pytest.mark.parametrize(
     ("op", "alternative", "step"),
     [
@@ -262,6 +262,7 @@ def test_what_is_launched_eagerly_is_timed_without_waking_autograds_thread(monke
         ("qkv_projection", "eager", lambda device: tuning_cases.qkv_projection_step(device, 5)),
         ("optimizer_step", "eager", lambda device: optimizer_cases.checked_step(device, 1, 8, 16)),
         ("cast_together", "eager", lambda device: cast_cases.cast_step(device, 1, 8, 16)),
+        ("prediction_heads", "eager", lambda device: tuning_cases.prediction_heads_step(device, 3)),
         ("linear_cross_entropy", "eager", lambda device: tuning_cases.linear_cross_entropy_step(device, 5, 7)),
     ],
 )
