@@ -83,6 +83,17 @@ def test_scales_over_six_orders_of_magnitude_cost_no_accuracy(triton, scaled_wei
 
 
 @interpreter
+def test_a_weight_times_a_scale_may_leave_fp16s_range(triton, scaled_weights):
+    x, weight, residual = (torch.full(s, 1e-3).half() for s in ((1, 8, 9, 8), (24, 8, 1, 1), (1, 24, 9, 8)))
+    trained = [t.requires_grad_() for t in (x, weight.fill_(100.0), residual)]
+    scale = torch.full((24,), 1e3)
+    y = ops.pointwise_affine(x, weight, scale, torch.zeros(24), residual)
+    found = torch.autograd.grad(y, trained, torch.full_like(y, 1e-4))
+    assert all(g.isfinite().all() for g in found)
+    torch.testing.assert_close(found[0], torch.full_like(x, 240.0), rtol=1e-2, atol=0)
+
+
+@interpreter
 def test_images_weights_and_gradients_of_any_layout_work(triton, scaled_weights):
     x, weight, residual, *rest = make_case((2, 4, 5, 7), 40, kind="residual")
     weight = weight.contiguous(memory_format=torch.channels_last)
