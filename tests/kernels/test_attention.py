@@ -110,8 +110,10 @@ def test_tiles_for_hopper_are_as_accurate_as_eager(interpreter, monkeypatch, dty
     check(dtype, qkv(*shape), padding, None, causal, generation="hopper")
 
 
-# Tiles for masks whose rows start anywhere: 64 queries by 32 or 16 keys, in the keys' kernel 64 keys by 32 or 16 queries.
-@pytest.mark.parametrize(("dtype", "dim", "transposed"), [(BF16, 32, False), (FP16, 64, False), (BF16, 32, True)])
+# Tiles for masks whose rows start anywhere: 64 queries by 32 or 16 keys (over 64 128), in the keys' kernel 64 keys by 32 or 16 queries.
+@pytest.mark.parametrize(
+    ("dtype", "dim", "transposed"), [(BF16, 32, False), (FP16, 64, False), (BF16, 32, True), (FP16, 96, False)]
+)
 def test_tiles_for_masks_whose_rows_start_anywhere_are_as_accurate_as_eager(interpreter, dtype, dim, transposed):
     mask = torch.randn(97, 65).T if transposed else torch.randn(65, 97)
     check(dtype, qkv(1, 65, 97, 1, dim), None, mask, generation="ampere")

@@ -240,6 +240,13 @@ def test_attentions_inner_loops_take_as_few_cycles_as_documented(target, dim, ke
         ("sm_100", 64, "mask", {"padding": True, "dropout": True, "mask": torch.float32, "mask_vector": 2}),
         ("sm_80", 48, "parts", {"value_dim": 96, "mask": torch.float32, "mask_vector": 4}),
         ("sm_90", 24, "forward", HALF | {"dropout": True, "causal": True, "mask": torch.float16, "mask_vector": 8}),
+        ("sm_80", 128, "queries", {"padding": True, "dropout": True, "mask": torch.float32}),
+        (
+            "sm_90",
+            96,
+            "keys",
+            {"packed": True, "causal": True, "dropout": True, "mask": torch.bfloat16, "mask_vector": 2},
+        ),
         ("sm_80", 24, "mask", {"periodic": True, "mask": torch.float32, "mask_vector": 4}),
         ("sm_80", 16, "shared mask", {"padding": True, "causal": True, "mask": torch.bfloat16, "mask_vector": 2}),
         ("sm_90", 24, "shared mask", {"padding": True, "mask": torch.bfloat16, "mask_vector": 2}),

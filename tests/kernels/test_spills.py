@@ -109,6 +109,14 @@ VARIANTS = {
         "sm_80",
         add_layer_norm.forward_variant(20, FP16, FP32, FP32, None, FP32, False, False, 1, False),
     ),  # 24
+    "add_rms_norm_of_20_with_its_sum": (
+        "sm_90",
+        add_layer_norm.forward_variant(20, BF16, BF16, FP32, None, FP32, True, False, 1, False),
+    ),  # 8
+    "add_rms_norm_of_20_with_dropout": (
+        "sm_90",
+        add_layer_norm.forward_variant(20, BF16, BF16, FP32, None, FP32, False, True, 1, False),
+    ),  # 16
     "deformable_attention_one_by_one": (
         "sm_90",
         deformable_attention.forward_variant(
