@@ -64,6 +64,7 @@ def test_backbone() -> None:
         "triton": asked("triton"),
         "triton, each part a node": asked("triton", "eager"),
         "triton, each stage a node": asked("triton", "one_node"),
+        "triton, products, too": asked("triton", "kernels"),
         "eager, channels last": asked("eager"),
         "folded": step(folded),
     }

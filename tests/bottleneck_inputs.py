@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from detr_fast.ops.bottlenecks import Bottleneck, Geometry
+from detr_fast.ops.bottlenecks import PRODUCT, Bottleneck, Geometry
 
-PRODUCT = Geometry((1, 1), (0, 0), (1, 1), 1)
 # Stride and dilation of the first block's 3×3 convolution, and whether it has a shortcut of its own.
 FIRST = {"strided": (2, 1, True), "dilated": (1, 2, True), "inner": (1, 1, False)}
 

@@ -128,7 +128,7 @@ def _first_case(group):
             small = (1, 2 if size[1] < size[2] else 9, 9, 2, *size[4:])
         elif group.op == "attention_varlen":
             small = (1, *size[1:])
-        elif group.op == "pointwise_affine":
+        elif group.op in ("pointwise_affine", "bottlenecks"):
             small = (size[0]._replace(images=1, pixels=(2, 3), width=8, channels=16),)
         return lambda _, gradients: make.func(function, small, torch.device("cpu"), gradients)
 

@@ -19,9 +19,11 @@ from detr_fast.adapters.base import Adapter, Scriptable, fingerprint, joined, jo
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
-from detr_fast.ops.bottlenecks import as_bottleneck
-from detr_fast.ops.bottlenecks_autograd import one_node
+from detr_fast.ops.bottlenecks import as_bottleneck, is_product
+from detr_fast.ops.bottlenecks_autograd import Chain
+from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, channel_affine
+from detr_fast.ops.pointwise_affine import pointwise_affine
 from detr_fast.situation import situation
 
 
@@ -90,21 +92,26 @@ class FrozenResidualBlock(Scriptable):
             shifts[last] = shifts[last] + shifts.pop()
         if parts.pool is None:
             convs = [conv for conv, _ in pairs]
-            y = one_node(x, [as_bottleneck(convs, [conv.weight for conv in convs], scales, shifts)])
+            y = Chain().one_node(x, [as_bottleneck(convs, [conv.weight for conv in convs], scales, shifts)])
             if y is not None:
                 return y
         y = residual = x
-        for n, (conv, _) in enumerate(parts.main[:last]):
-            if y is x and forks(conv, x):
+        for n, (conv, _) in enumerate(parts.main):
+            beside: tuple[Tensor | None, ...] = ()
+            if n == last:
+                beside = (residual, None)
+                if parts.shortcut is not None:
+                    pooled = residual if parts.pool is None else parts.pool(residual)
+                    beside = _convolved(parts.shortcut[0], pooled), scales[-1]
+            if is_product(conv) and not wants_grad(y, conv.weight, *beside):
+                y = pointwise_affine(y, conv.weight, scales[n], shifts[n], *beside)
+                continue
+            if n == 0 and forks(conv, x):
                 y, residual = Forked.apply(x, conv.weight.to(dtype))
             else:
                 y = _convolved(conv, y)
-            y = channel_affine(y, scales[n], shifts[n])
-        y = _convolved(parts.main[last][0], y)
-        if parts.shortcut is None:
-            return channel_affine(y, scales[last], shifts[last], residual)
-        residual = _convolved(parts.shortcut[0], residual if parts.pool is None else parts.pool(residual))
-        return channel_affine(y, scales[last], shifts[last], residual, scales[-1])
+            y = channel_affine(y, scales[n], shifts[n], *beside)
+        return y
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:

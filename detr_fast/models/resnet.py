@@ -17,8 +17,9 @@ from detr_fast.models.weight_files import WeightsError, list_problems, read_safe
 from detr_fast.nn.bare import is_bare
 from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
-from detr_fast.ops import bottlenecks
-from detr_fast.ops.bottlenecks_autograd import one_node
+from detr_fast.ops.bottlenecks import Bottleneck as Block
+from detr_fast.ops.bottlenecks import as_bottleneck, is_product
+from detr_fast.ops.bottlenecks_autograd import Chain
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE
 from detr_fast.situation import situation
@@ -175,8 +176,9 @@ class ResNetBody(nn.Module):
         casts = cast_groups([[c.weight for c in stage] for stage in convs], dtype, channels_last=True)
         weights: dict[nn.Module, Tensor] = dict(zip(chain(*convs), chain(*casts)))
         x = ops.resnet_stem(x, weights[self.conv1], *affine[self.bn1])
+        links = Chain()
         for stage in self._stages():
-            x = _run_stage(x, [*stage], weights, affine)
+            x = _run_stage(x, [*stage], weights, affine, links)
         return x
 
     def _stages(self) -> tuple[Any, ...]:
@@ -186,11 +188,11 @@ class ResNetBody(nn.Module):
 Affine = dict[nn.Module, tuple[Tensor, Tensor]]  # of each norm, its scale and shift
 
 
-def _run_stage(x: Tensor, blocks: list[Any], weights: dict[nn.Module, Tensor], affine: Affine) -> Tensor:
+def _run_stage(x: Tensor, blocks: list[Any], weights: dict[nn.Module, Tensor], affine: Affine, links: Chain) -> Tensor:
     """A stage's blocks, channels last: what trains of it as one node of autograd's, where that is worth it."""
     while blocks and not wants_grad(x, *(weights[conv] for conv, _ in _pairs(blocks[0]))):
         x, blocks = _run_parts(x, blocks[0], weights, affine), blocks[1:]
-    y = one_node(x, [_tensors(block, weights, affine) for block in blocks])
+    y = links.one_node(x, [_tensors(block, weights, affine) for block in blocks])
     if y is not None:
         return y
     for block in blocks:
@@ -199,20 +201,23 @@ def _run_stage(x: Tensor, blocks: list[Any], weights: dict[nn.Module, Tensor], a
 
 
 def _run_parts(x: Tensor, block: Any, weights: dict[nn.Module, Tensor], affine: Affine) -> Tensor:
-    residual, residual_scale, y = x, None, x
+    residual, y = x, x
     pairs, depth = _pairs(block), len(_DEPTHS[type(block)])
-    for conv, norm in pairs[: depth - 1]:
-        if conv is block.conv1 and forks(conv, x):
+    for n, (conv, norm) in enumerate(pairs[:depth]):
+        beside: tuple[Tensor | None, ...] = ()
+        if n == depth - 1:
+            beside = (residual, None)
+            for shortcut, behind in pairs[depth:]:
+                beside = shortcut._conv_forward(residual, weights[shortcut], None), affine[behind][0]
+        if is_product(conv) and not wants_grad(y, weights[conv], *beside):
+            y = ops.pointwise_affine(y, weights[conv], *affine[norm], *beside)
+            continue
+        if n == 0 and forks(conv, x):
             y, residual = Forked.apply(x, weights[conv])
         else:
             y = conv._conv_forward(y, weights[conv], None)
-        y = ops.channel_affine(y, *affine[norm])
-    conv, norm = pairs[depth - 1]
-    y, (scale, shift) = conv._conv_forward(y, weights[conv], None), affine[norm]
-    for conv, norm in pairs[depth:]:
-        residual = conv._conv_forward(residual, weights[conv], None)
-        residual_scale = affine[norm][0]
-    return ops.channel_affine(y, scale, shift, residual, residual_scale)
+        y = ops.channel_affine(y, *affine[norm], *beside)
+    return y
 
 
 def _pairs(block: Any) -> list[tuple[Any, Any]]:
@@ -221,13 +226,11 @@ def _pairs(block: Any) -> list[tuple[Any, Any]]:
     return pairs if block.downsample is None else [*pairs, tuple(block.downsample)]
 
 
-def _tensors(block: Any, weights: dict[nn.Module, Tensor], affine: Affine) -> bottlenecks.Bottleneck | None:
+def _tensors(block: Any, weights: dict[nn.Module, Tensor], affine: Affine) -> Block | None:
     """None where it is no bottleneck that `one_node` takes."""
     pairs = _pairs(block)
     scales, shifts = zip(*(affine[norm] for _, norm in pairs))
-    return bottlenecks.as_bottleneck(
-        [conv for conv, _ in pairs], [weights[conv] for conv, _ in pairs], scales, shifts[:3]
-    )
+    return as_bottleneck([conv for conv, _ in pairs], [weights[conv] for conv, _ in pairs], scales, shifts[:3])
 
 
 def _is_eager(x: Tensor) -> bool:

@@ -1,25 +1,11 @@
-"""Consecutive bottlenecks of a ResNet with frozen norms as one node of autograd's: whether that is worth it, and what it is given.
-
-By itself each convolution and each pass between two is a node. At a block's end one of them writes two gradients of the
-block's output, where its ReLU let something through: one for the residual sum, and one times the last norm's scale. One node
-writes the first alone, as products with scaled weights make the other superfluous: (m * scale) @ w = m @ (scale * w), and
-(m * scale)^T @ z = scale * (m^T @ z).
-"""
+"""Bottlenecks of a ResNet with frozen norms, as ops take them, and what is known of their sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-
-from detr_fast import dispatch
-from detr_fast.dispatch import Call, Implementation, Op, Situation
-from detr_fast.kernels import launch
-from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
-from detr_fast.ops.channel_affine import CHANNEL_AFFINE, rehearse_gradients
 
 # As many bytes as a GPU moves while it launches one small kernel: 2.5 µs (with the gap before it) at 4.1 TB/s, on an H200.
 LAUNCH = 10 << 20
@@ -44,6 +30,9 @@ class Geometry(NamedTuple):
         return high, wide
 
 
+PRODUCT = Geometry((1, 1), (0, 0), (1, 1), 1)  # of a 1×1 convolution that is a product of pixels and channels
+
+
 class Bottleneck(NamedTuple):
     """y = relu(s3 * conv3(z2) + b3 + residual), z2 = relu(s2 * conv2(z1) + b2), z1 = relu(s1 * conv1(x) + b1).
 
@@ -55,9 +44,6 @@ class Bottleneck(NamedTuple):
     scales: tuple[Tensor, ...]
     shifts: tuple[Tensor, ...]
     geometries: tuple[Geometry, ...]
-
-    def trained(self) -> tuple[bool, ...]:
-        return tuple(map(wants_grad, self.weights))
 
 
 def is_product(conv: nn.Conv2d) -> bool:
@@ -76,135 +62,3 @@ def as_bottleneck(
         return None
     geometries = tuple(Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv in convs)  # type: ignore[arg-type]
     return Bottleneck(tuple(weights), tuple(scales), tuple(shifts), geometries)
-
-
-class Sizes(NamedTuple):
-    """Of one block: elements of its output and of its weights, which of these train, and whether its input does."""
-
-    features: int
-    weights: tuple[int, ...]
-    trained: tuple[bool, ...]
-    below: bool
-
-
-@dataclass(frozen=True)
-class BottlenecksCall(Call):
-    """channels: of the middle and of the output of all blocks. passes: what was asked for, of `channel_affine`."""
-
-    blocks: tuple[Sizes, ...]
-    channels: frozenset[int]
-    one_device: bool
-    passes: str | None
-
-    def shapes(self) -> str:
-        return f"{len(self.blocks)} blocks of {self.blocks[0].features:,} {str(self.dtype).removeprefix('torch.')}"
-
-
-def sizes_of(x: Tensor, blocks: Sequence[Bottleneck]) -> tuple[Sizes, ...]:
-    found = []
-    batch, _, height, width = x.shape
-    below = wants_grad(x)
-    for block in blocks:
-        height, width = block.geometries[1].size(height, width, block.weights[1])
-        features, trained = batch * height * width * block.weights[2].shape[0], block.trained()
-        found.append(Sizes(features, tuple(w.numel() for w in block.weights), trained, below))
-        below = below or any(trained)
-    return tuple(found)
-
-
-def savings(blocks: Sequence[Sizes], itemsize: int) -> int:
-    """Bytes that one node moves less than a node for each part, and what its launches cost is taken off."""
-    saved = launches = 0
-    several = len(blocks) > 1
-    if any(
-        _reaches_inside(one) for one in blocks
-    ):  # weights times scales; of several blocks they, and the scales, are one
-        launches += 3 if several else 1
-        saved -= sum(one.weights[2] for one in blocks) * itemsize * (4 if several else 2)
-    if any(one.trained[2] for one in blocks):  # gradients times scales, from fp32
-        launches += 1
-        saved -= sum(one.weights[2] for one in blocks if one.trained[2]) * 8
-    for one in blocks:
-        shortcut = len(one.weights) > 3
-        beside = one.below or (shortcut and one.trained[3])
-        if beside and (_reaches_inside(one) or one.trained[2]):
-            saved += one.features * itemsize
-        if shortcut:
-            scaled = one.below + one.trained[3]
-            launches += scaled
-            saved -= scaled * 2 * one.weights[3] * itemsize
-    return saved - launches * LAUNCH
-
-
-def _reaches_inside(one: Sizes) -> bool:
-    """Whether a gradient goes through the last convolution."""
-    return one.below or any(one.trained[:2])
-
-
-def _signature(x: Tensor, blocks: Sequence[Bottleneck]) -> tuple[Any, ...]:
-    weights = tuple((type(w), w.shape, w.dtype, w.device, w.requires_grad) for block in blocks for w in block.weights)
-    geometries = tuple(block.geometries for block in blocks)
-    return type(x), x.shape, x.dtype, x.device, x.requires_grad, weights, geometries, CHANNEL_AFFINE.requested
-
-
-def _describe(x: Tensor, blocks: Sequence[Bottleneck], *, situation: Situation) -> BottlenecksCall:
-    tensors = [x, *(t for block in blocks for t in (*block.weights, *block.scales, *block.shifts))]
-    return BottlenecksCall(
-        device=x.device,
-        architecture=dispatch.architecture(x.device),
-        dtype=x.dtype,
-        tensor_type=dispatch.tensor_type(tensors),
-        needs_grad=wants_grad(*tensors),
-        situation=situation,
-        blocks=sizes_of(x, blocks),
-        channels=frozenset(block.weights[n].shape[0] for block in blocks for n in (0, 1, 2)),
-        one_device=on_one_device(*tensors),
-        passes=CHANNEL_AFFINE.requested,
-    )
-
-
-class OneNode(Implementation):
-    """Its passes and products run on what the dispatcher chooses for them."""
-
-    name = "one_node"
-    dtypes = frozenset({torch.bfloat16})  # a weight times a scale can leave fp16's range
-    plain = True
-
-    def why_not(self, call: BottlenecksCall) -> str | None:
-        if not call.needs_grad:
-            return "nothing needs a gradient"
-        return None if call.one_device else SEVERAL_DEVICES
-
-    def advice(self, call: BottlenecksCall) -> str | None:
-        if call.situation.regime == "compiled":
-            return "under torch.compile Inductor fuses what lies between products"
-        if call.device_type == "cpu":
-            return "on a CPU it was never measured"
-        if call.passes == "eager":
-            return "channel_affine was asked to run on 'eager', and so do its parts one by one"
-        if savings(call.blocks, call.dtype.itemsize) <= 0:
-            return "scaling its weights takes longer than the bytes that this saves"
-        return None
-
-    def prepare(self, call: BottlenecksCall) -> None:
-        on_kernels = call.passes != "eager" if call.device_type == "cuda" else call.passes == "triton"
-        if on_kernels and launch.triton is not None:
-            launch.compile_launches(lambda: rehearse_gradients(call.channels, call.dtype), call.device)
-
-    def compiled_key(self, call: BottlenecksCall) -> Any:
-        return call.device, call.channels, call.dtype
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("nodes are made by ops.bottlenecks_autograd")
-
-
-class EachPart(Implementation):
-    """A node for each convolution and each pass, each as the dispatcher chooses for it."""
-
-    name = "eager"
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("parts are run by whoever asked")
-
-
-BOTTLENECKS = Op("bottlenecks", signature=_signature, describe=_describe, implementations=(OneNode(), EachPart()))

@@ -1,4 +1,4 @@
-"""Consecutive bottlenecks with frozen norms, forward and backward, written out by hand: see `ops.bottlenecks`.
+"""Consecutive bottlenecks with frozen norms, forward and backward, written out by hand: see `ops.bottlenecks_choice`.
 
 With m what arrives for a block's output y where y > 0, s and b its norms' scales and shifts (named as in `Bottleneck`):
 
@@ -12,8 +12,9 @@ and as x is the output of the block before, m of that is dx where x > 0. Kept ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +22,43 @@ from torch import Tensor
 
 from detr_fast.dispatch import TritonImplementation
 from detr_fast.kernels.product_tiles import sums_16_bits_in_fp32
-from detr_fast.ops.bottlenecks import BOTTLENECKS, Bottleneck, OneNode
+from detr_fast.ops.bottlenecks import Bottleneck
+from detr_fast.ops.bottlenecks_choice import BOTTLENECKS, OneNode, OnKernels
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, gradient_inside
+from detr_fast.ops.pointwise_affine import POINTWISE_AFFINE
+from detr_fast.ops.pointwise_gradient import pointwise_gradient
 from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
 
 
-def one_node(x: Tensor, blocks: Sequence[Bottleneck | None]) -> Tensor | None:
-    """Consecutive blocks of one stage, of x (B, C, H, W), as one node; None where they are to run part by part.
+@dataclass
+class Link:
+    """Of a node's output, which one other node reads alone; masked: what arrives for it is zero where the output is."""
 
-    weights: cast to x's dtype. All blocks have as many channels. Returns (B, N, H', W'), channels last.
-    """
-    known = [block for block in blocks if block is not None]
-    if len(known) < len(blocks) or not wants_grad(x, *(w for block in known for w in block.weights)):
-        return None
-    if not isinstance(BOTTLENECKS.choose(x, known), OneNode):
-        return None
-    return through_one_node(x, [_cast(block, x.dtype) for block in known])
+    masked: bool = False
+
+
+class Chain:
+    """Stages behind each other, of which each alone reads what the one before wrote."""
+
+    def __init__(self) -> None:
+        self.last: Link | None = None
+
+    def one_node(self, x: Tensor, blocks: Sequence[Bottleneck | None]) -> Tensor | None:
+        """Consecutive blocks of one stage, of x (B, C, H, W), as one node; None where they are to run part by part.
+
+        weights: cast to x's dtype. All blocks have as many channels. Returns (B, N, H', W'), channels last.
+        """
+        before, self.last = self.last, None
+        known = [block for block in blocks if block is not None]
+        if len(known) < len(blocks) or not wants_grad(x, *(w for block in known for w in block.weights)):
+            return None
+        chosen = BOTTLENECKS.choose(x, known)
+        kernels = isinstance(chosen, OnKernels)
+        if not (kernels or isinstance(chosen, OneNode)):
+            return None
+        self.last = Link()
+        return through_one_node(x, [_cast(block, x.dtype) for block in known], kernels, before, self.last)
 
 
 def _cast(block: Bottleneck, dtype: torch.dtype) -> Bottleneck:
@@ -46,33 +67,56 @@ def _cast(block: Bottleneck, dtype: torch.dtype) -> Bottleneck:
     return block._replace(weights=tuple(w.to(dtype, memory_format=torch.channels_last) for w in block.weights))
 
 
-def through_one_node(x: Tensor, blocks: Sequence[Bottleneck]) -> Tensor:
-    """What `one_node` makes of blocks, whatever the dispatcher thinks of it, in any dtype."""
-    y: Tensor = _Node.apply(blocks, x, *(w for block in blocks for w in block.weights))
+def through_one_node(
+    x: Tensor,
+    blocks: Sequence[Bottleneck],
+    kernels: bool = False,
+    before: Link | None = None,
+    after: Link | None = None,
+) -> Tensor:
+    """What `Chain.one_node` makes of blocks, whatever the dispatcher thinks of it, in any dtype.
+
+    kernels: whether products and their gradients run on our kernels. before, after: of x and the output.
+    """
+    weights = (w for block in blocks for w in block.weights)
+    y: Tensor = _Node.apply(blocks, kernels, before, after or Link(), x, *weights)
     return y
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, blocks: Sequence[Bottleneck], x: Tensor, *weights: Tensor) -> Tensor:
-        kept, ctx.kernels = _forward(x, blocks)
+    def forward(
+        ctx: Any,
+        blocks: Sequence[Bottleneck],
+        kernels: bool,
+        before: Link | None,
+        after: Link,
+        x: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        kept, passes = _forward(x, blocks, kernels)
+        ctx.kernels = _Kernels(passes, kernels)
         ctx.geometries = [block.geometries for block in blocks]
+        ctx.masks = before is not None and ctx.needs_input_grad[4] and kernels
+        if before is not None:
+            before.masked = ctx.masks
+        ctx.after = after
         ctx.save_for_backward(x, *weights, *(t for b in blocks for t in (*b.scales, *b.shifts)), *kept)
         ctx.set_materialize_grads(False)
         return kept[-1]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        _, wanted_x, *wanted = ctx.needs_input_grad
+        wanted_x, *wanted = ctx.needs_input_grad[4:]
         if dy is None:
-            return None, None, *(None for _ in wanted)
+            return *[None] * 5, *(None for _ in wanted)
         x, *saved = ctx.saved_tensors
         blocks, kept = _unpacked(iter(saved), ctx.geometries)
         if goes_by_eager_ops(dy):
             inputs = [x, *(w for block in blocks for w in block.weights)]
-            return None, *eager_gradients(partial(_last, blocks), inputs, dy, [wanted_x, *wanted])
-        backward = _Backward(x, blocks, kept, wanted_x, iter(wanted), ctx.kernels)
-        return None, backward.run(dy), *backward.gradients()
+            return *[None] * 4, *eager_gradients(partial(_last, blocks), inputs, dy, [wanted_x, *wanted])
+        backward = _Backward(x, blocks, kept, wanted_x, iter(wanted), ctx.kernels, ctx.masks)
+        return *[None] * 4, backward.run(dy, ctx.after.masked), *backward.gradients()
 
 
 def _unpacked(saved: Iterator[Tensor], geometries: Sequence[Any]) -> tuple[list[Bottleneck], list[Tensor]]:
@@ -81,31 +125,40 @@ def _unpacked(saved: Iterator[Tensor], geometries: Sequence[Any]) -> tuple[list[
     return [Bottleneck(w, *a, g) for w, a, g in zip(weights, affine, geometries)], list(saved)
 
 
-def _forward(x: Tensor, blocks: Sequence[Bottleneck]) -> tuple[list[Tensor], bool]:
-    """z1, z2 and y of each block, and whether passes ran on kernels."""
+class _Kernels(NamedTuple):
+    """Whether passes, and products with what follows on them, run on kernels."""
+
+    passes: bool
+    products: bool
+
+
+def _forward(x: Tensor, blocks: Sequence[Bottleneck], kernels: bool) -> tuple[list[Tensor], bool]:
+    """z1, z2 and y of each block, and whether passes ran on a kernel."""
     kept: list[Tensor] = []
-    kernels = False
     for block in blocks:
-        y = x
-        for n in range(3):
-            z = _convolved(y, block, n)
-            beside: tuple[Tensor | None, Tensor | None] = (None, None)
-            if n == 2:
-                beside = (_convolved(x, block, 3), block.scales[3]) if len(block.weights) > 3 else (x, None)
-            given = z, block.scales[n], block.shifts[n], *beside
-            chosen = CHANNEL_AFFINE.choose(*given)
-            kernels = isinstance(chosen, TritonImplementation)
-            y = chosen.run(*given)
-            kept.append(y)
-        x = y
-    return kept, kernels
+        z1 = _product_affine(x, block, 0, kernels)
+        given = _convolved(z1, block, 1), block.scales[1], block.shifts[1], None, None
+        passes = CHANNEL_AFFINE.choose(*given)
+        z2 = passes.run(*given)
+        beside = (_convolved(x, block, 3), block.scales[3]) if len(block.weights) > 3 else (x, None)
+        x = _product_affine(z2, block, 2, kernels, *beside)
+        kept += [z1, z2, x]
+    return kept, isinstance(passes, TritonImplementation)
+
+
+def _product_affine(x: Tensor, block: Bottleneck, n: int, kernels: bool, *beside: Tensor | None) -> Tensor:
+    """A product and the pass behind it."""
+    given = x, block.weights[n], block.scales[n], block.shifts[n], *(beside or (None, None))
+    chosen = POINTWISE_AFFINE.implementations[0] if kernels else POINTWISE_AFFINE.choose(*given)
+    y: Tensor = chosen.run(*given)
+    return y
 
 
 def _last(blocks: Sequence[Bottleneck], x: Tensor, *weights: Tensor) -> Tensor:
     """The blocks' output by operations that autograd follows."""
     given = iter(weights)
     blocks = [block._replace(weights=tuple(next(given) for _ in block.weights)) for block in blocks]
-    return _forward(x, blocks)[0][-1]
+    return _forward(x, blocks, False)[0][-1]
 
 
 def _convolved(x: Tensor, block: Bottleneck, n: int) -> Tensor:
@@ -123,7 +176,7 @@ def _gradients(
 
 
 class _Backward:
-    """One backward of a run of blocks. kernels: whether passes run on kernels."""
+    """One backward of a run of blocks. masks: whether x's gradient is to be zero where x is."""
 
     def __init__(
         self,
@@ -132,9 +185,10 @@ class _Backward:
         kept: Sequence[Tensor],
         wanted_x: bool,
         wanted: Iterator[bool],
-        kernels: bool,
+        kernels: _Kernels,
+        masks: bool,
     ) -> None:
-        self.blocks, self.kernels = blocks, kernels
+        self.blocks, self.kernels, self.masks = blocks, kernels, masks
         self.inside = list(zip(kept[::3], kept[1::3]))
         self.features = [x, *kept[2::3]]
         self.wanted = [tuple(next(wanted) for _ in block.weights) for block in blocks]
@@ -148,9 +202,11 @@ class _Backward:
         self.sums = torch.empty_like(last, dtype=torch.float32 if self.wide else None)
         self.found: list[list[Tensor | None]] = [[None] * len(block.weights) for block in blocks]
 
-    def run(self, dy: Tensor) -> Tensor | None:
-        """The gradient of x."""
-        found = gradient_inside(dy, self.features[-1], self.blocks[-1].scales[2], False, self.kernels)
+    def run(self, dy: Tensor, masked: bool) -> Tensor | None:
+        """The gradient of x; masked: dy is zero where the output is."""
+        found = dy
+        if not (masked and self.kernels.products):  # else it is added to in place
+            found = gradient_inside(dy, self.features[-1], self.blocks[-1].scales[2], False, self.kernels.passes)
         for i in reversed(range(len(self.blocks))):
             if not self.below[i + 1]:
                 break
@@ -166,7 +222,7 @@ class _Backward:
         return (gradient for found in self.found for gradient in found)
 
     def _through(self, i: int, m: Tensor) -> Tensor:
-        """From what arrives where block i's output is above zero to the same of the block before; in place, or nothing where that needs none."""
+        """From what arrives where block i's output is above zero to the same of the block before, which may be in m's memory."""
         block, wanted, found, below, x = self.blocks[i], self.wanted[i], self.found[i], self.below[i], self.features[i]
         z1, z2 = self.inside[i]
         to_first = below or wanted[0]
@@ -174,11 +230,14 @@ class _Backward:
             dtype = {"out_dtype": torch.float32} if self.wide else {}
             torch.mm(_pixels(m).t(), _pixels(z2), out=self.sums[i], **dtype)
         if to_first or wanted[1]:
-            dc2 = gradient_inside(self._product(m, self.scaled[i], z2), z2, block.scales[1], True, self.kernels)
+            if self.kernels.products:
+                dc2 = pointwise_gradient(m, self.scaled[i], None, z2, block.scales[1].float())
+            else:
+                dc2 = self._inside(_product(m, self.scaled[i], z2), z2, block.scales[1])
             dz1, found[1] = _gradients(dc2, z1, block, 1, block.weights[1], (to_first, wanted[1]))
         if to_first:
             assert dz1 is not None
-            dc1 = gradient_inside(dz1, z1, block.scales[0], True, self.kernels)
+            dc1 = self._inside(dz1, z1, block.scales[0])
             if wanted[0]:
                 found[0] = (_pixels(dc1).t() @ _pixels(x)).view_as(block.weights[0])
         beside: Tensor | None = m
@@ -191,15 +250,24 @@ class _Backward:
         if not below:
             return m
         assert beside is not None
-        dx = self._product(dc1, block.weights[0].flatten(1), x, beside)
-        return gradient_inside(dx, x, self.blocks[i - 1].scales[2], False, self.kernels) if i else dx
+        masks, matrix = i > 0 or self.masks, block.weights[0].flatten(1)
+        if masks and self.kernels.products:
+            return pointwise_gradient(dc1, matrix, beside, x, None)
+        dx = _product(dc1, matrix, x, beside)
+        if not masks:
+            return dx
+        return gradient_inside(dx, x, self.blocks[i - 1].scales[2], False, self.kernels.passes)
 
-    def _product(self, g: Tensor, weight: Tensor, like: Tensor, added: Tensor | None = None) -> Tensor:
-        """g @ weight + added, in added's memory: out of place, cuBLAS would copy it first."""
-        rows = _pixels(g)
-        total = rows @ weight if added is None else _pixels(added).addmm_(rows, weight)
-        batch, channels, height, width = like.shape
-        return total.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    def _inside(self, dz: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+        return gradient_inside(dz, z, scale, True, self.kernels.passes)
+
+
+def _product(g: Tensor, weight: Tensor, like: Tensor, added: Tensor | None = None) -> Tensor:
+    """g @ weight + added, in added's memory: out of place, cuBLAS would copy it first."""
+    rows = _pixels(g)
+    total = rows @ weight if added is None else _pixels(added).addmm_(rows, weight)
+    batch, channels, height, width = like.shape
+    return total.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

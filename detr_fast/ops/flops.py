@@ -119,6 +119,7 @@ _BY_SHAPES: dict[str, Callable[..., int]] = {
     "attention_packed": _attention_packed,
     "attention_packed_backward": _attention_packed_backward,
     "pointwise_affine": _linear,
+    "pointwise_gradient": lambda g, weight, *_, **__: _product(g, weight[1]),
     "qkv_projection": _linear,
     "linear_add_layer_norm": _linear,
     "feed_forward": _feed_forward,

@@ -180,7 +180,8 @@ def test_norms_that_learn_other_activations_and_hooks_are_left_to_the_original()
     recording = dispatch.recording(lambda op, _: seen.append(op))
     with torch.autocast("cpu", bf16), use_backend(channel_affine="eager"), torch.no_grad(), recording:
         module(x)
-    assert seen == ["hook", *["channel_affine"] * 3]  # of the one block that is left
+    # Of the one block that is left, whose first and last convolution are products.
+    assert seen == ["hook", "pointwise_affine", *["channel_affine"] * 2, "pointwise_affine", "channel_affine"]
 
 
 @pytest.fixture(params=["1e-5", "self.eps"])

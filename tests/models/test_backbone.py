@@ -106,7 +106,9 @@ def assert_as_accurate_as_folded_norms(
     truth = exact(x.double())
     dy = torch.randn_like(truth)
     expected = truth, *torch.autograd.grad(truth, [p for p in exact.parameters() if p.requires_grad], dy)
-    with checked_interpreter() if backend == "triton" and x.device.type == "cpu" else nullcontext():
+    # Weights have a million elements, whose offsets are known to fit.
+    interpreted = checked_interpreter(**({"int32_limit": 1 << 22} if bottlenecks == "kernels" else {}))
+    with interpreted if backend == "triton" and x.device.type == "cpu" else nullcontext():
         found = step_in_16_bits(body, x, dy.float(), backend, bottlenecks)
     monkeypatch.setattr(type(body), "_is_plain", lambda self: False)
     before = step_in_16_bits(body, x, dy.float(), "auto")
@@ -129,6 +131,11 @@ def test_in_16_bits_features_are_channels_last_and_as_accurate_as_folded_norms(n
 @pytest.mark.parametrize("dilation", [False, True])
 def test_stages_that_are_one_node_are_as_accurate_as_folded_norms(dilation, monkeypatch):
     assert_as_accurate_as_folded_norms("resnet50", dilation, "eager", monkeypatch, bottlenecks="one_node")
+
+
+@pytest.mark.interpreter(int32_limit=1 << 22)
+def test_stages_on_kernels_are_as_accurate_as_folded_norms(monkeypatch):
+    assert_as_accurate_as_folded_norms("resnet50", False, "triton", monkeypatch, bottlenecks="kernels")
 
 
 def test_stages_are_a_node_each_and_their_gradients_arrive_one_after_the_other():
@@ -192,7 +199,7 @@ def test_gradients_of_what_a_bottleneck_reads_are_added_up_inside_products(froze
         y = body(x)
         y.backward(torch.empty_like(y))
 
-    with use_backend("triton"):
+    with use_backend("triton", bottlenecks="eager"):
         launches = count(step).launches
     # Of 16 blocks all but the first whose input is trained; the last of a stage writes what two read, too.
     assert launches["aten.addmm_.default"] == (12 if frozen_stages else 15)
@@ -207,9 +214,9 @@ def test_on_a_cpu_nothing_is_channels_last_unasked():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("bottlenecks", ["eager", "one_node"])
+@pytest.mark.parametrize("bottlenecks", ["eager", "one_node", "kernels"])
 def test_on_a_gpu_features_in_16_bits_are_as_accurate_as_folded_norms(name, bottlenecks, monkeypatch):
-    if name == "resnet18" and bottlenecks == "one_node":
+    if name == "resnet18" and bottlenecks != "eager":
         pytest.skip("it has no bottlenecks")
     size = sized((133, 270), (37, 40))
     assert_as_accurate_as_folded_norms(name, False, "triton", monkeypatch, DEVICE, size, bottlenecks)

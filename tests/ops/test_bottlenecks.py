@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from detr_fast import dispatch, ops, use_backend
 from detr_fast.dispatch import BackendError
-from detr_fast.ops.bottlenecks import BOTTLENECKS, OneNode, is_product
-from detr_fast.ops.bottlenecks_autograd import one_node, through_one_node
-from detr_fast.testing import assert_as_accurate_as_eager, count
+from detr_fast.ops.bottlenecks import is_product
+from detr_fast.ops.bottlenecks_autograd import Chain, Link, through_one_node
+from detr_fast.ops.bottlenecks_choice import BOTTLENECKS, OneNode
+from detr_fast.ops.pointwise_gradient import pointwise_gradient
+from detr_fast.testing import assert_as_accurate_as_eager, assert_close_to_truth, count
 from detr_fast.testing.interpreter import checked_interpreter
 from tests.bottleneck_inputs import FIRST, make_blocks, make_input
 
@@ -63,8 +65,8 @@ def by_passes(x, blocks):
     return x
 
 
-def as_one_node(blocks):
-    return lambda x, *weights: through_one_node(x, with_weights(blocks, weights))
+def as_one_node(blocks, kernels=False):
+    return lambda x, *weights: through_one_node(x, with_weights(blocks, weights), kernels)
 
 
 def gradients(function, x, weights, dy, trained):
@@ -96,14 +98,21 @@ def test_whatever_trains_has_its_gradient(kind, trained):
                 torch.testing.assert_close(*pair)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=interpreter), "eager"])
+ON_KERNELS = {"channel_affine": "triton", "bottlenecks": "kernels"}
+
+
+@pytest.mark.parametrize(
+    "parts", [pytest.param("products", marks=interpreter), pytest.param("passes", marks=interpreter), "eager"]
+)
 @pytest.mark.parametrize(("kind", "blocks", "spread"), [("strided", 2, 1.5), ("inner", 1, 1.5), ("dilated", 1, 1000.0)])
-def test_it_is_as_accurate_as_its_parts_in_16_bits(backend, kind, blocks, spread):
+def test_it_is_as_accurate_as_its_parts_in_16_bits(parts, kind, blocks, spread):
     torch.manual_seed(0)
     run = make_blocks(kind, blocks, wide=32, dtype=torch.bfloat16, spread=spread)
-    with checked_interpreter() if backend == "triton" else nullcontext(), use_backend(channel_affine=backend):
+    passes = use_backend(channel_affine="eager" if parts == "eager" else "triton")
+    with nullcontext() if parts == "eager" else checked_interpreter(), passes:
         inputs = [make_input(run, (9, 8)), *weights_of(run)]
-        assert_as_accurate_as_eager(as_one_node(run), reference=by_parts(run), inputs=inputs, dtype=torch.bfloat16)
+        ours = as_one_node(run, kernels=parts == "products")
+        assert_as_accurate_as_eager(ours, reference=by_parts(run), inputs=inputs, dtype=torch.bfloat16)
 
 
 def test_layouts_of_the_input_and_of_gradients_do_not_matter():
@@ -188,7 +197,7 @@ def on_meta(images, dtype=torch.bfloat16, kind="strided"):
 def test_it_is_chosen_where_that_moves_fewer_bytes_than_its_launches_cost(images, dtype, passes, reason):
     seen = []
     with use_backend(channel_affine=passes), dispatch.recording(lambda op, decision: seen.append((op, decision))):
-        y = one_node(*on_meta(images, dtype))
+        y = Chain().one_node(*on_meta(images, dtype))
     assert (y is not None) == (reason is None)
     ((_, decision),) = [one for one in seen if one[0] == "bottlenecks"]
     assert decision.reasons.get("one_node", "").startswith(reason or "")
@@ -203,9 +212,9 @@ def test_what_it_cannot_take_is_refused_by_name():
         x.requires_grad_()
         assert isinstance(BOTTLENECKS.choose(x, blocks), OneNode)
         with pytest.raises(BackendError, match="transforms"):
-            torch.func.grad(lambda x: one_node(x, blocks).float().sum())(x.detach())
-    assert one_node(x, blocks) is None  # on a CPU
-    assert one_node(x, [*blocks, None]) is None
+            torch.func.grad(lambda x: Chain().one_node(x, blocks).float().sum())(x.detach())
+    assert Chain().one_node(x, blocks) is None  # on a CPU
+    assert Chain().one_node(x, [*blocks, None]) is None
 
 
 def test_at_a_blocks_end_one_gradient_is_written_and_its_parts_write_two():
@@ -213,7 +222,7 @@ def test_at_a_blocks_end_one_gradient_is_written_and_its_parts_write_two():
     for backend in ("one_node", "eager"):
         x, blocks = on_meta(4)
         with use_backend(channel_affine="triton", bottlenecks=backend):
-            y = one_node(x, blocks)
+            y = Chain().one_node(x, blocks)
             y = by_passes(x, blocks) if y is None else y
             passes = []
             launch.observers.append(lambda one, passes=passes: passes.append(one.arguments[4:6]))
@@ -222,6 +231,67 @@ def test_at_a_blocks_end_one_gradient_is_written_and_its_parts_write_two():
         assert len(passes) == 18
         two[backend] = sum(None not in written for written in passes)
     assert two == {"one_node": 0, "eager": 6}
+
+
+@interpreter
+@pytest.mark.parametrize("trained", ["all", "weights alone", "the last alone"])
+def test_of_two_stages_the_second_masks_what_the_first_gets(trained):
+    torch.manual_seed(0)
+    stages = make_blocks("inner", 1, dtype=torch.bfloat16), make_blocks("strided", 2, wide=32, dtype=torch.bfloat16)
+    x, weights = make_input(stages[0]), [weights_of(stage) for stage in stages]
+    wanted = {"all": [True] * 11, "weights alone": [False] + [True] * 10, "the last alone": [False] * 10 + [True]}[
+        trained
+    ]
+
+    def linked(x, *given):
+        link = Link()
+        y = through_one_node(x, with_weights(stages[0], given[:3]), True, None, link)
+        found = through_one_node(y, with_weights(stages[1], given[3:]), True, link)
+        assert link.masked == (trained != "the last alone")
+        return found
+
+    def exact(x, *given):
+        return by_parts(stages[1])(by_parts(stages[0])(x, *given[:3]), *given[3:])
+
+    def run(function, dtype):
+        return gradients(function, x.to(dtype), [w.to(dtype) for one in weights for w in one], dy.to(dtype), wanted)
+
+    with checked_interpreter(), use_backend(channel_affine="triton"):
+        dy = torch.randn(2, 32, 3, 4).bfloat16()
+        found = run(linked, torch.bfloat16)
+    for number, (one, eager, truth) in enumerate(zip(found, run(exact, torch.bfloat16), run(exact, torch.float64))):
+        assert_close_to_truth(f"result {number}", one, eager, truth)
+
+
+def test_behind_products_on_kernels_no_pass_is_left_but_in_the_middle_and_at_the_stages_end():
+    with use_backend(**ON_KERNELS):
+        chain = Chain()
+        y = chain.one_node(*on_meta(4))
+        end = chain.one_node(y, make_blocks("inner", 2, 1024, 256, torch.bfloat16, device="meta"))
+        launches = count(lambda: end.backward(torch.empty_like(end))).launches
+    assert launches["channel_affine_backward_kernel"] == 8 + 1
+    assert launches["pointwise_backward_kernel"] == 2 * 8 - 1  # x's own gradient needs no mask
+    assert launches["aten.addmm_.default"] == 1
+
+
+@interpreter
+@pytest.mark.parametrize("beside", ["added", "mask", "scale", "nothing"])
+def test_opcheck_accepts_the_products_gradient_which_can_be_differentiated(beside):
+    images = [torch.randn(2, n, 3, 4).contiguous(memory_format=torch.channels_last) for n in (24, 16, 16)]
+    g, added, y = (t.bfloat16() for t in images)
+    arguments = g, torch.randn(24, 16).bfloat16(), added, y, torch.randn(16)
+    counts = {"nothing": 2, "added": 3, "mask": 4, "scale": 5}
+    arguments = *arguments[: counts[beside]], *[None] * (5 - counts[beside])
+    torch.library.opcheck(torch.ops.detr_fast.pointwise_gradient.default, arguments)
+    with checked_interpreter():
+        found = pointwise_gradient(*arguments)
+    given = [None if t is None else t.double().requires_grad_() for t in arguments]
+    assert_close_to_truth(
+        "result",
+        found,
+        pointwise_gradient(*[t if t is None else t.detach().requires_grad_() for t in arguments]).detach(),
+        pointwise_gradient(*given).detach(),
+    )
 
 
 def test_a_product_is_a_convolution_of_single_pixels_without_bias():

@@ -18,7 +18,7 @@ from detr_fast.ops import boundary
 from detr_fast.ops.attention import attention_with_weights
 from detr_fast.ops.attention_packed import run_packed
 from detr_fast.ops.attention_triton import TritonAttention
-from detr_fast.ops.bottlenecks_autograd import one_node
+from detr_fast.ops.bottlenecks_autograd import Chain
 from detr_fast.ops.channel_affine import channel_affine
 from tests.bottleneck_inputs import make_blocks, make_input
 
@@ -314,12 +314,13 @@ def test_of_a_product_with_what_follows_it_nothing_compiles_after_the_decision(c
 
 
 @pytest.mark.parametrize("dy_place", ["aligned", "further", "across"])
-def test_of_bottlenecks_that_are_one_node_nothing_compiles_after_the_decision(compilations, dy_place):
+@pytest.mark.parametrize("kind", ["kernels", "one_node"])
+def test_of_bottlenecks_that_are_one_node_nothing_compiles_after_the_decision(compilations, dy_place, kind):
     blocks = make_blocks(count=2, dtype=bf16)
-    with use_backend(channel_affine="triton", bottlenecks="one_node"):
-        y = one_node(make_input(blocks).requires_grad_(), blocks)
+    with use_backend(channel_affine="triton", bottlenecks=kind):
+        y = Chain().one_node(make_input(blocks).requires_grad_(), blocks)
     y.backward(lying(torch.randn_like(y), dy_place))
-    assert len({one.name for one in compilations.launched}) == 2
+    assert len({one.name for one in compilations.launched}) == (4 if kind == "kernels" else 2)
     assert compilations.late == []
 
 
