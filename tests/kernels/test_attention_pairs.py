@@ -154,3 +154,16 @@ def test_generated_sizes_and_features_are_as_accurate_as_eager(case, lengths, di
     torch.manual_seed(0)
     with checked_interpreter(ordered=case["dtype"] == FP32):
         check(**{**case, "queries": lengths[0], "keys": lengths[1], "dims": dims})
+
+
+# The forward's tiles are 128 queries by 128 keys in 8 warps there, up to a head dimension of 32: more than one of them in causal order.
+@pytest.mark.interpreter(int32_limit=1 << 15)  # a tile's last row begins 127 * 136 elements behind its first
+def test_tiles_for_dropout_and_an_aligned_mask_in_causal_order_on_hopper_are_as_accurate_as_eager():
+    q, k, v = (torch.randn(1, length, 1, 24) for length in (130, 136, 136))
+    options = {"causal": True, "scale": None, "dropout_p": 0.25, "seed": torch.tensor([SEED]), "offset": OFFSET}
+    assert_as_accurate_as_eager(
+        lambda q, k, v, mask: Kernels.apply(q, k, v, mask, None, options | {"generation": "hopper"}),
+        reference=lambda q, k, v, mask: eager(q, k, v, mask, None, options),
+        inputs=(q, k, v, torch.randn(130, 136)),
+        dtype=torch.float16,
+    )
