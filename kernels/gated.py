@@ -77,14 +77,13 @@ def _tile(
 
 
 @jit
-def _halves(gate_ptr, up_ptr, F, FORM: tl.constexpr):
-    """Where the gate and the other half start."""
+def _halves(ptr, F, FORM: tl.constexpr):
+    """Where the gate and the other half start, of two halves of rows."""
     if FORM == "gate first":
-        up_ptr = gate_ptr + F
-    if FORM == "gate last":
-        up_ptr = gate_ptr
-        gate_ptr = gate_ptr + F
-    return gate_ptr, up_ptr
+        gate_ptr, up_ptr = ptr, ptr + F
+    else:
+        gate_ptr, up_ptr = ptr + F, ptr
+    return gate_ptr, up_ptr  # neither is None, which Triton 3.6 has no function return beside others
 
 
 @jit
@@ -157,7 +156,8 @@ def gated_kernel(
     """FLAT: see `_tile`; strides and F are BLOCK_C then. FULL: F is a multiple of BLOCK_C."""
     wait_for_previous()
     tile = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
-    gate_ptr, up_ptr = _halves(gate_ptr, up_ptr, F, FORM)
+    if FORM == "gate first" or FORM == "gate last":
+        gate_ptr, up_ptr = _halves(gate_ptr, F, FORM)
     gate, up = _load_both(
         *(gate_ptr, up_ptr, gate_row_stride, up_row_stride, rows, F, tile), FORM, ROWS, BLOCK_C, FULL, VEC
     )
@@ -190,8 +190,9 @@ def gated_backward_kernel(
 ):
     wait_for_previous()
     tile = _tile(rows, F, ROWS, BLOCK_C, FLAT, FULL, VEC)
-    gate_ptr, up_ptr = _halves(gate_ptr, up_ptr, F, FORM)
-    dgate_ptr, dup_ptr = _halves(dgate_ptr, dup_ptr, F, FORM)
+    if FORM == "gate first" or FORM == "gate last":
+        gate_ptr, up_ptr = _halves(gate_ptr, F, FORM)
+        dgate_ptr, dup_ptr = _halves(dgate_ptr, F, FORM)
     dy = _load(dy_ptr, F, tile, VEC)
     gate, up = _load_both(
         *(gate_ptr, up_ptr, gate_row_stride, up_row_stride, rows, F, tile), FORM, ROWS, BLOCK_C, FULL, VEC

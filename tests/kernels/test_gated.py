@@ -193,6 +193,13 @@ def test_any_case_is_as_accurate_as_eager(values, count, columns, activation, fo
 
 
 @pytest.mark.offline
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_one_gradient_of_two_compiles_with_every_triton(wanted):
+    variant = gated.variant_of(64, bf16, Gate("relu"), gated.TWO, True, 8, wanted)
+    assert offline.compile_variant(variant, "sm_80")[2].spills == 0
+
+
+@pytest.mark.offline
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("activation", "wanted", "most", "streams"),
