@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
+from torch.nn.parameter import is_lazy
 
 from detr_fast import capture, dispatch
 from detr_fast.dispatch import NEVER, Call, Implementation, Op, Situation, TritonImplementation
@@ -45,8 +46,10 @@ def is_one_launch(tensors: Sequence[Tensor], dtype: torch.dtype, channels_last: 
 
 
 def room_for_casts(parameters: Iterable[Tensor], gradients: bool) -> int:
-    """How many int64 to `set_aside` for a capture in which each parameter is cast once, and with `gradients` its gradient back."""
-    return kernels.table_size(list(parameters)) * (1 + gradients)
+    """How many int64 to `set_aside` for a capture in which each parameter is cast once, and with `gradients` its gradient back. Those of
+    lazy modules, which have no size before their first call, take none.
+    """
+    return kernels.table_size([p for p in parameters if not is_lazy(p)]) * (1 + gradients)
 
 
 class _Cast(torch.autograd.Function):

@@ -92,3 +92,14 @@ def test_a_parameter_that_is_frozen_between_steps_is_cast_with_the_others_and_ge
             assert torch.equal(frozen, before)
     for name, parameter in theirs.model.named_parameters():
         assert torch.equal(ours.model.get_parameter(name), parameter)
+
+
+def test_inference_of_lazy_modules_is_captured_once_their_parameters_have_sizes(emulated):
+    inference = CapturedInference(
+        torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.LazyLinear(2)), autocast=AUTOCAST
+    )
+    x = torch.rand(2, 3)
+    first = inference(x).clone()
+    for _ in range(4):
+        assert torch.equal(inference(x), first)
+    assert inference.graphs == 1
