@@ -4,7 +4,7 @@
     python -m pytest -p tests.rehearsal -m gpu tests benchmarks      # each value of each parameter at least once
     python -m tests.rehearsal benchmarks/kernel_calls.py graphs      # on meta tensors: no kernel runs
     python -m tests.rehearsal benchmarks.step_profile FOLDER         # a tiny step
-    python -m tests.rehearsal tune                                   # of tiny sizes, timed by the host's clock
+    DETR_FAST_CACHE=FOLDER python -m tests.rehearsal tune            # of tiny sizes, timed by the host's clock
 
 Kernels run in the checked interpreter and torch.compile compiles nothing: this shows that the bodies run and that what they
 assert of results holds, so that their first run on a GPU does not end in a typo.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def _script(path: str, arguments: list[str]) -> int:
 
 def _tune() -> int:
     """`detr-fast tune` on one tiny case of each kind, each timed once."""
+    if "DETR_FAST_CACHE" not in os.environ:
+        raise SystemExit("set DETR_FAST_CACHE: this user's programs would go by what is measured here")
     from detr_fast.kernels import overlap
 
     from detr_fast import dispatch

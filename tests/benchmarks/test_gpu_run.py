@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_fast import native
+from tests import rehearsal
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -41,6 +42,12 @@ def test_without_a_gpu_it_says_so_plainly():
         1,
         "There is no GPU that PyTorch can use here: nothing was run. 'make test' needs none.",
     )
+
+
+def test_a_rehearsed_tuning_leaves_what_this_user_measured_alone(monkeypatch):
+    monkeypatch.delenv("DETR_FAST_CACHE", raising=False)
+    with pytest.raises(SystemExit, match="DETR_FAST_CACHE"):
+        rehearsal._tune()
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(gpu, tmp_path, capsys):
