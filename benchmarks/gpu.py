@@ -143,7 +143,7 @@ def sections(out: Path) -> list[Section]:
         ("graphs and host synchronisation", [*calls, "graphs"], 60),
         ("memcheck", [*sanitizer, "memcheck", *calls, "once"], 60),
         ("racecheck", [*sanitizer, "racecheck", *calls, "once"], 60),
-        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 160),
+        ("tune", [python, "-c", "from detr_fast.cli import main; main(['tune'])"], 190),
         ("training step", [*pytest, *processes(1, 85), "-k", "not compile", step], 90),
         ("benchmarks", [*pytest, *one, *timed], 190),
         ("profile", [python, "-m", "benchmarks.step_profile", str(out)], 75),
