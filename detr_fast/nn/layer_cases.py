@@ -17,7 +17,8 @@ from detr_fast.ops import pointwise_cases, tuning_cases
 from detr_fast.ops.bottlenecks import PRODUCT, Bottleneck
 from detr_fast.ops.bottlenecks_autograd import Chain
 from detr_fast.ops.channel_affine import channel_affine
-from detr_fast.ops.tuning_cases import DROPOUT, QUERIES, TOKENS, Case, Group, Step, call_step, draw, step_of
+from detr_fast.ops.tuning_cases import DROPOUT, QUERIES, TOKENS
+from detr_fast.ops.tuning_groups import Case, Group, Step, call_step, draw, step_of
 
 # Of two results in bf16: each is up to 0.04 from an fp64 layer's, where a ReLU or a norm turns a rounding into more.
 TOLERANCE = 0.1

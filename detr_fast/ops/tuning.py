@@ -23,7 +23,8 @@ from detr_fast.dispatch import use_backend
 from detr_fast.kernels import launch, overlap
 from detr_fast.ops import linear_assignment, regimes
 from detr_fast.ops.regimes import NEVER, Regime
-from detr_fast.ops.tuning_cases import GROUPS, Case, Group, Step
+from detr_fast.ops.tuning_cases import GROUPS
+from detr_fast.ops.tuning_groups import Case, Group, Step
 
 Progress = Callable[[str], None]
 TOLERATED = 1.05  # times what there is besides; among sizes at which a kernel wins that is noise

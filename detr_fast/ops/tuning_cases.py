@@ -7,20 +7,18 @@ Blocks whose parts would run one by one are measured beside those parts, with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.dispatch import TritonImplementation
-from detr_fast.ops import cast_cases, optimizer_cases, pointwise_cases, regimes
+from detr_fast.ops import cast_cases, optimizer_cases, pointwise_cases
 from detr_fast.ops.add_layer_norm import add_layer_norm
 from detr_fast.ops.add_rms_norm import add_rms_norm
 from detr_fast.ops.attention import attention
-from detr_fast.ops.attention_atomics import measured_with_atomics
 from detr_fast.ops.attention_varlen import attention_varlen
 from detr_fast.ops.deformable_attention import deformable_attention, deformable_attention_from_offsets
 from detr_fast.ops.detection_losses import detection_losses
@@ -35,95 +33,12 @@ from detr_fast.ops.products import MEASURED_HIDDEN, MEASURED_WIDTH
 from detr_fast.ops.qkv_projection import QKV_PROJECTION
 from detr_fast.ops.rms_norm import rms_norm
 from detr_fast.ops.rotary_embedding import rotary_embedding
+from detr_fast.ops.tuning_groups import Case, Group, Step, call_step, draw, draw_weight, step_of
 
-Step = Callable[[], tuple[Tensor, ...]]
 WIDTH, HIDDEN, TOKENS, QUERIES, HEADS = MEASURED_WIDTH, MEASURED_HIDDEN, 850, 100, 8
 ROWS = (QUERIES, 4 * QUERIES, TOKENS, 4 * TOKENS, 16 * TOKENS, 64 * TOKENS)
 MANY = 256 * TOKENS  # where memory's speed outweighs the host's even of one small kernel
 DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    """One size of an op.
-
-    Attributes:
-        text, size: for the reader, and as `advice` counts it.
-        make: makes the step on a device, which returns the results and, with `gradients`, those of all leaves.
-        other: the implementation that `auto` would take at this size without the kernel.
-        checked: makes the step whose results are compared where that is another, without dropout.
-    """
-
-    text: str
-    size: int
-    make: Callable[..., Step]
-    other: str = "eager"
-    checked: Callable[..., Step] | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Cases of one `Regime`, named as the op's `advice` looks it up, or of two.
-
-    Without gradients, as in inference, the measurements have a name of their own.
-
-    Attributes:
-        kernel: the implementation that is measured.
-        atomics: whether attention's kernel with that backward is measured, too, for a `Regime` of its own.
-        tolerance: how far results may be apart, as a share of the right one's norm.
-        repeats: whether a timed step gives the same each time.
-        graphs_only: whether the kernel is for CUDA graphs alone, and nothing launched eagerly is timed.
-    """
-
-    op: str
-    cases: tuple[Case, ...]
-    name: str = ""
-    gradients: bool = True
-    kernel: str = "triton"
-    atomics: bool = False
-    tolerance: float = 2e-2
-    repeats: bool = True
-    graphs_only: bool = False
-
-    @property
-    def regime(self) -> str:
-        name = self.name or self.op
-        return name if self.gradients else regimes.inference(name)
-
-    @property
-    def ours(self) -> dict[str, str]:
-        """The implementations that are measured, each beside all before it: their regimes' names."""
-        return {self.kernel: self.regime} | (
-            {"triton_atomics": measured_with_atomics(self.regime)} if self.atomics else {}
-        )
-
-
-def draw(device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_()
-
-
-def _weight(device: torch.device, rows: int, columns: int) -> Tensor:
-    return (columns**-0.5 * torch.randn(rows, columns, device=device)).to(torch.bfloat16).requires_grad_()
-
-
-def step_of(function: Callable[..., Any], leaves: Sequence[Tensor], gradients: bool) -> Step:
-    """The results of `function`, a tensor or several, and the gradients of all leaves."""
-
-    @torch.no_grad()
-    def inference() -> tuple[Tensor, ...]:
-        y = function(*leaves)
-        return y if isinstance(y, tuple) else (y,)
-
-    if not gradients:
-        return inference
-    upstream = [torch.randn_like(y) for y in inference()]
-
-    def training() -> tuple[Tensor, ...]:
-        y = function(*leaves)
-        y = y if isinstance(y, tuple) else (y,)
-        return (*y, *torch.autograd.grad(y, leaves, upstream))
-
-    return training
 
 
 def layer_norm_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
@@ -168,9 +83,9 @@ def attention_step(
 
 def feed_forward_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     weights = (
-        _weight(device, HIDDEN, WIDTH),
+        draw_weight(device, HIDDEN, WIDTH),
         draw(device, HIDDEN),
-        _weight(device, WIDTH, HIDDEN),
+        draw_weight(device, WIDTH, HIDDEN),
         draw(device, WIDTH),
     )
 
@@ -191,14 +106,14 @@ def linear_add_layer_norm_step(device: torch.device, rows: int, gradients: bool 
         return add_layer_norm(F.linear(x, w, b), residual, weight, bias)
 
     x, residual = (draw(device, rows, WIDTH) for _ in range(2))
-    leaves = (x, _weight(device, WIDTH, WIDTH), draw(device, WIDTH), residual, *_norm(device))
+    leaves = (x, draw_weight(device, WIDTH, WIDTH), draw(device, WIDTH), residual, *_norm(device))
     return step_of(block, leaves, gradients)
 
 
 def qkv_projection_step(device: torch.device, rows: int, gradients: bool = True) -> Step:
     """Beside two products, of which attention would read queries and keys, and values: nothing joins them."""
     x, position = (draw(device, rows, WIDTH) for _ in range(2))
-    weight, bias = _weight(device, 3 * WIDTH, WIDTH), draw(device, 3 * WIDTH)
+    weight, bias = draw_weight(device, 3 * WIDTH, WIDTH), draw(device, 3 * WIDTH)
     parts = [2 * WIDTH, WIDTH]
     dy = torch.randn(rows, 3 * WIDTH, device=device).to(torch.bfloat16)
     halves = [half.contiguous() for half in dy.split(parts, -1)]
@@ -221,7 +136,7 @@ def qkv_projection_step(device: torch.device, rows: int, gradients: bool = True)
 
 def linear_cross_entropy_step(device: torch.device, rows: int, classes: int, gradients: bool = True) -> Step:
     target = torch.randint(classes, (rows,), device=device)
-    leaves = (draw(device, rows, WIDTH), _weight(device, classes, WIDTH), draw(device, classes))
+    leaves = (draw(device, rows, WIDTH), draw_weight(device, classes, WIDTH), draw(device, classes))
     return step_of(lambda x, weight, bias: linear_cross_entropy(x, weight, bias, target), leaves, gradients)
 
 
@@ -307,11 +222,6 @@ def _deformable_attention() -> Iterator[Group]:
 
 def _norm(device: torch.device) -> tuple[Tensor, Tensor]:
     return draw(device, WIDTH), draw(device, WIDTH)
-
-
-def call_step(make: Callable[..., Step], size: Sequence[Any], device: torch.device, gradients: bool = True) -> Step:
-    """A case's step, of what makes it and its size, device and gradients come last."""
-    return make(device, *size, gradients=gradients)
 
 
 def rotary_embedding_step(device: torch.device, rows: int, gradients: bool = True) -> Step:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.hardware import DEVICE
 from detr_fast import capture, dispatch, ops
 from detr_fast.nn import layer_cases
-from detr_fast.ops import cast_cases, linear_assignment, optimizer_cases, regimes, tuning, tuning_cases
+from detr_fast.ops import cast_cases, linear_assignment, optimizer_cases, regimes, tuning, tuning_cases, tuning_groups
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, common, interval
 from tests.stub_cuda import stubs
@@ -326,8 +326,8 @@ def test_results_that_are_compared_hold_no_graph_of_autograds(monkeypatch):
     monkeypatch.setattr(tuning, "_captured", lambda step, calls, first: step() and (lambda: None))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     x = torch.ones(4, requires_grad=True)
-    case = tuning_cases.Case("four numbers", 4, lambda device, gradients: lambda: (x * 2).split(2))
-    group = tuning_cases.Group("layer_norm", (case,), kernel="eager")
+    case = tuning_groups.Case("four numbers", 4, lambda device, gradients: lambda: (x * 2).split(2))
+    group = tuning_groups.Group("layer_norm", (case,), kernel="eager")
     _, found, steady = tuning._replayed(group, case, torch.device("cpu"), overlapping=True)
     assert steady
     assert [(t.tolist(), t.requires_grad) for t in found] == [([2.0, 2.0], False)] * 2
