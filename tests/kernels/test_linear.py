@@ -9,6 +9,7 @@ from detr_fast.kernels.rows import sum_partials
 
 from detr_fast.testing import assert_as_accurate_as_eager, assert_close_to_truth
 from detr_fast.testing.interpreter import checked_interpreter
+from tests.row_layouts import ROW_LAYOUTS
 
 # Offsets inside a tile of 128 rows pass the usual limit of 32-bit arithmetic.
 pytestmark = pytest.mark.interpreter(int32_limit=1 << 15)
@@ -51,18 +52,9 @@ def test_activations_are_as_accurate_as_eager(interpreter, activation, dtype, sc
     assert_as_accurate_as_eager(linear(activation), reference=reference, inputs=inputs[:2], dtype=dtype, grad=False)
 
 
-LAYOUTS = {
-    "rows far apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "transposed": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
-    "expanded": lambda x: x[..., :1, :].expand(x.shape),
-    "rows off 16 bytes": lambda x: torch.cat([x, x[..., :1]], -1)[..., : x.shape[-1]],
-    "an address off 16 bytes": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
 def test_any_layout_is_read_right(interpreter, layout):
-    arrange = LAYOUTS[layout]
+    arrange = ROW_LAYOUTS[layout]
     x, w = torch.randn(2, 9, 16), torch.randn(24, 16)
     for some_x, some_w in ((arrange(x), w), (x, arrange(w))):
         y, _ = kernels.linear_forward(some_x, some_w, None)

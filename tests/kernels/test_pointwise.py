@@ -5,6 +5,7 @@ import torch
 from detr_fast.kernels import pointwise as kernels
 
 from detr_fast.testing import assert_as_accurate_as_eager
+from tests.row_layouts import ROW_LAYOUTS
 
 # Offsets inside a tile of 128 rows pass the usual limit of 32-bit arithmetic.
 pytestmark = pytest.mark.interpreter(int32_limit=1 << 16)
@@ -90,18 +91,9 @@ def test_nan_goes_on_and_what_relu_stopped_is_exactly_zero(interpreter):
     assert torch.equal(found == float("inf"), ~(y <= 0))
 
 
-LAYOUTS = {
-    "rows far apart": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "transposed": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
-    "expanded": lambda x: x[..., :1, :].expand(x.shape),
-    "rows off 16 bytes": lambda x: torch.cat([x, x[..., :1]], -1)[..., : x.shape[-1]],
-    "an address off 16 bytes": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
 def test_any_layout_is_read_right(interpreter, layout):
-    arrange = LAYOUTS[layout]
+    arrange = ROW_LAYOUTS[layout]
     x, w, residual = (torch.randn(*shape).half() for shape in ((2, 9, 16), (24, 16), (2, 9, 24)))
     scale, shift = torch.randn(24), torch.randn(24)
     for i in range(3):
