@@ -58,10 +58,11 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cast: Any, dtype: torch.dtype, last: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.cast, ctx.dtype = cast, tensors[0].dtype
+        trained = ctx.needs_input_grad[3:]
+        ctx.cast, ctx.dtype = cast, next((t.dtype for t, wanted in zip(tensors, trained) if wanted), dtype)
         ctx.last = [t.ndim == 4 and not t.is_contiguous() for t in tensors]
         found = cast(list(tensors), dtype, last)
-        ctx.mark_non_differentiable(*(y for y, wanted in zip(found, ctx.needs_input_grad[3:]) if not wanted))
+        ctx.mark_non_differentiable(*(y for y, wanted in zip(found, trained) if not wanted))
         return tuple(found)
 
     @staticmethod

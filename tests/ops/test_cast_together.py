@@ -50,6 +50,13 @@ def test_gradients_lie_as_their_parameters_and_what_is_not_used_has_none(way):
             assert source.grad.stride() == source.stride()
 
 
+def test_a_frozen_weight_of_another_dtype_leaves_gradients_range_alone():
+    frozen, weight = torch.ones(3, dtype=torch.float16), torch.ones(3, requires_grad=True)
+    _, cast = ops.cast_together([frozen, weight], torch.bfloat16)
+    (cast * 2.0**20).sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0**20))
+
+
 @interpreter
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_one_launch_casts_all_and_another_their_gradients_to_pytorchs_bits(channels_last, interpreter):
