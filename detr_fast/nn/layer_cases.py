@@ -16,6 +16,7 @@ from detr_fast.nn.transformer import TransformerDecoderLayer, TransformerEncoder
 from detr_fast.ops import pointwise_cases, tuning_cases
 from detr_fast.ops.bottlenecks import PRODUCT, Bottleneck
 from detr_fast.ops.bottlenecks_autograd import Chain
+from detr_fast.ops.bottlenecks_choice import Sizes, measured_as, savings
 from detr_fast.ops.channel_affine import channel_affine
 from detr_fast.ops.tuning_cases import DROPOUT, QUERIES, TOKENS
 from detr_fast.ops.tuning_groups import Case, Group, Step, call_step, draw, step_of
@@ -103,17 +104,24 @@ def _by_parts(x: torch.Tensor, blocks: list[Bottleneck]) -> torch.Tensor:
 
 
 def _else(size: pointwise_cases.Size) -> str:
-    """What `auto` takes in the kernels' place: the later the stage, the more weights and the fewer features."""
-    return "one_node" if size.width < 512 else "eager"
-
-
-def _bottlenecks() -> Group:
-    sizes = (size for size in pointwise_cases.SIZES if size.residual and size.images > 1)
-    cases = (
-        Case(f"2 × {size}", 4 * size.nbytes, partial(call_step, bottlenecks_step, (size,)), _else(size))
-        for size in sorted(sizes, key=lambda size: size.nbytes)
+    """What `auto` takes in the kernels' place: the later the stage, the more weights, and the fewer features of few images."""
+    inside, wide = size.width, 4 * size.width
+    weights = inside * wide, 9 * inside * inside, wide * inside
+    rows = size.images * size.pixels[0] * size.pixels[1]
+    return (
+        "one_node" if savings([Sizes(rows, (wide, inside, wide), weights, (True,) * 3, True)] * 2, 2) > 0 else "eager"
     )
-    return Group("bottlenecks", tuple(cases), kernel="kernels", tolerance=TOLERANCE)
 
 
-GROUPS = (*_groups(), _bottlenecks())
+def _bottlenecks() -> Iterator[Group]:
+    sizes = [size for size in pointwise_cases.SIZES if size.residual and size.images > 1]
+    for name in dict.fromkeys(measured_as(size.width) for size in sizes):
+        cases = (
+            Case(f"2 × {size}", 4 * size.nbytes, partial(call_step, bottlenecks_step, (size,)), _else(size))
+            for size in sorted(sizes, key=lambda size: size.nbytes)
+            if measured_as(size.width) == name
+        )
+        yield Group("bottlenecks", tuple(cases), name, kernel="kernels", tolerance=TOLERANCE)
+
+
+GROUPS = (*_groups(), *_bottlenecks())

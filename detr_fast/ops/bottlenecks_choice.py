@@ -19,13 +19,14 @@ from torch import Tensor
 from detr_fast import dispatch
 from detr_fast.dispatch import Call, Implementation, Op, Situation, TritonImplementation
 from detr_fast.kernels import launch
+from detr_fast.kernels.configs import POINTWISE_LONG
 from detr_fast.kernels.rows import MAX_BLOCK
 from detr_fast.ops import pointwise_gradient, regimes
 from detr_fast.ops.bottlenecks import LAUNCH, Bottleneck
 from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, rehearse_gradients
 
-MEASURED_AS = "bottlenecks"  # the name of what `detr-fast tune` measures of kernels
+MEASURED_MIDDLE = 512  # channels inside a block, of what `detr-fast tune` measures of kernels
 
 
 class Sizes(NamedTuple):
@@ -55,6 +56,11 @@ class BottlenecksCall(Call):
     size: int
     one_device: bool
     passes: str | None
+
+    @property
+    def middle(self) -> int:
+        """The most channels inside a block."""
+        return max(one.channels[1] for one in self.blocks)
 
     def shapes(self) -> str:
         last = self.blocks[-1]
@@ -123,6 +129,11 @@ def _describe(x: Tensor, blocks: Sequence[Bottleneck], *, situation: Situation) 
     )
 
 
+def measured_as(middle: int) -> str:
+    """The name of the measurements that blocks of so many channels inside go by: later stages' products are long, and cuBLAS's best."""
+    return "bottlenecks" + "_long" * (middle >= POINTWISE_LONG)
+
+
 def _why_not(call: BottlenecksCall) -> str | None:
     if not call.needs_grad:
         return "nothing needs a gradient"
@@ -156,13 +167,16 @@ class OnKernels(TritonImplementation):
         against = _advice(call)
         if against is not None:
             return against
-        entry = regimes.find(MEASURED_AS, call.architecture)
+        measured = measured_as(call.middle)
+        entry = regimes.find(measured, call.architecture)
         if entry is None or entry.architecture != call.architecture:
             return "products against cuBLAS stay PyTorch's until measured: run detr-fast tune"
-        return regimes.advice(MEASURED_AS, call, call.size)
+        if call.middle > MEASURED_MIDDLE:
+            return f"{call.middle} channels inside: measured, and chosen, up to {MEASURED_MIDDLE}; ask for it by name"
+        return regimes.advice(measured, call, call.size)
 
     def note(self, call: BottlenecksCall) -> str | None:
-        return regimes.note(MEASURED_AS, call)
+        return regimes.note(measured_as(call.middle), call)
 
     def prepare(self, call: BottlenecksCall) -> None:
         launch.compile_launches(lambda: _rehearse(call), call.device)

@@ -33,12 +33,12 @@ class Size(NamedTuple):
 
 
 # By stage: pixels, and channels inside a bottleneck, which has four times as many outside. The first product of a block goes in, the
-# last one out again, where the residual comes in.
+# last one out again, where the residual comes in. Of many images the last stage's longest products are as large as earlier ones'.
 STAGES = {1: ((200, 267), 64), 2: ((100, 134), 128), 3: ((50, 67), 256), 4: ((25, 34), 512)}
 SIZES = tuple(
     Size(images, pixels, *((inside, 4 * inside) if residual else (4 * inside, inside)), residual)
     for residual in (True, False)
-    for images, stage in ((1, 1), (4, 2), (4, 1), (1, 3), (4, 4), (4, 3))
+    for images, stage in ((1, 1), (4, 2), (4, 1), (1, 3), (4, 4), (4, 3), (16, 4))
     for pixels, inside in (STAGES[stage],)
 )
 

@@ -334,7 +334,11 @@ def _pointwise_affine() -> Iterator[Group]:
     for name in dict.fromkeys(size.regime for size in pointwise_cases.SIZES):
         sizes = [size for size in pointwise_cases.SIZES if size.regime == name]
         cases = (Case(str(s), s.nbytes, partial(call_step, pointwise_affine_step, (s,))) for s in sizes)
-        yield Group("pointwise_affine", tuple(cases), name, tolerance=6e-2)
+        group = Group("pointwise_affine", tuple(cases), name, tolerance=6e-2)
+        yield from (
+            group,
+            replace(group, gradients=False),
+        )  # frozen blocks, and nodes that do their own backward, want none
 
 
 def _cast_together() -> Group:

@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detr_fast.kernels import launch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from detr_fast import dispatch, ops, use_backend
 from detr_fast.dispatch import BackendError
+from detr_fast.ops import regimes
 from detr_fast.ops.bottlenecks import is_product
 from detr_fast.ops.bottlenecks_autograd import Chain, Link, through_one_node
-from detr_fast.ops.bottlenecks_choice import BOTTLENECKS, OneNode
+from detr_fast.ops.bottlenecks_choice import BOTTLENECKS, OneNode, measured_as
 from detr_fast.ops.pointwise_gradient import pointwise_gradient
+from detr_fast.ops.regimes import Regime
 from detr_fast.testing import assert_as_accurate_as_eager, assert_close_to_truth, count
 from detr_fast.testing.interpreter import checked_interpreter
 from tests.bottleneck_inputs import FIRST, make_blocks, make_input
@@ -215,6 +218,27 @@ def test_what_it_cannot_take_is_refused_by_name():
             torch.func.grad(lambda x: Chain().one_node(x, blocks).float().sum())(x.detach())
     assert Chain().one_node(x, blocks) is None  # on a CPU
     assert Chain().one_node(x, [*blocks, None]) is None
+
+
+def test_kernels_are_chosen_by_what_was_measured_of_products_as_long(unmeasured, monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+
+    def chosen(middle, images):
+        seen = []
+        with FakeTensorMode(), dispatch.recording(lambda op, decision: seen.append((op, decision))):
+            blocks = make_blocks("inner", 2, 4 * middle, middle, torch.bfloat16, device="cuda")
+            x = torch.empty(images, 4 * middle, 25, 34, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            BOTTLENECKS.choose(x, blocks)
+        (_, decision) = seen[0]
+        return decision.implementation.name, decision.reasons.get("kernels", "")
+
+    assert chosen(128, 64) == ("one_node", "products against cuBLAS stay PyTorch's until measured: run detr-fast tune")
+    short, long = (Regime(measured_as(n), "sm_90", 0, 0, "a test") for n in (128, 256))
+    for measured, names in ((short, ("kernels", "one_node")), (long, ("one_node", "kernels"))):
+        monkeypatch.setattr(regimes, "SHIPPED", (measured,))
+        regimes.known.cache_clear(), dispatch.forget_decisions()
+        assert tuple(chosen(middle, 64)[0] for middle in (128, 256)) == names
+    assert chosen(1024, 64)[1].startswith("1024 channels inside: measured, and chosen, up to 512")
 
 
 def test_at_a_blocks_end_one_gradient_is_written_and_its_parts_write_two():

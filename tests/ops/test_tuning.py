@@ -17,6 +17,7 @@ from benchmarks.hardware import DEVICE
 from detr_fast import capture, dispatch, ops
 from detr_fast.nn import layer_cases
 from detr_fast.ops import cast_cases, linear_assignment, optimizer_cases, regimes, tuning, tuning_cases, tuning_groups
+from detr_fast.ops.pointwise_affine import measured_as
 from detr_fast.ops.regimes import NEVER, Regime
 from detr_fast.ops.tuning import Timing, common, interval
 from tests.stub_cuda import stubs
@@ -207,6 +208,24 @@ def test_a_kernel_is_timed_beside_what_auto_would_take_without_it(monkeypatch):
                 case.make(torch.device("cuda"), gradients=False)()
             name = chosen[group.op].implementation.name
             assert name == case.other or (name == "its parts" and case.other == "eager"), group.regime
+
+
+def test_bottlenecks_are_timed_beside_what_auto_would_take_without_their_kernels(monkeypatch):
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(regimes, "find", lambda op, *_: Regime(op, "sm_90", NEVER, NEVER, "lost"))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: ())  # a fake GPU's backward needs a driver
+    dispatch.forget_decisions()
+    for case in (case for group in layer_cases.GROUPS if group.op == "bottlenecks" for case in group.cases):
+        chosen = {}
+        with FakeTensorMode(), dispatch.recording(lambda op, d, chosen=chosen: chosen.setdefault(op, d)):
+            case.make(torch.device("cuda"), gradients=True)()
+        assert chosen["bottlenecks"].implementation.name == case.other, case.text
+
+
+def test_products_of_pixels_are_measured_without_gradients_too_as_frozen_blocks_take_them():
+    measured = {name for group in EVERYTHING for name in group.ours.values()}
+    kinds = [(residual, inside) for residual in (False, True) for inside in (64, 512)]
+    assert {regimes.inference(measured_as(residual, n, 4 * n)) for residual, n in kinds} <= measured
 
 
 @pytest.mark.parametrize("group", EVERYTHING, ids=lambda group: group.regime)
