@@ -21,8 +21,9 @@ from detr_fast.nn.forked import Forked, forks
 from detr_fast.nn.frozen_norms import scales_and_shifts
 from detr_fast.ops.bottlenecks import as_bottleneck, is_product
 from detr_fast.ops.bottlenecks_autograd import Chain
+from detr_fast.ops.bottlenecks_choice import asked_for
 from detr_fast.ops.boundary import wants_grad
-from detr_fast.ops.channel_affine import CHANNEL_AFFINE, channel_affine
+from detr_fast.ops.channel_affine import channel_affine
 from detr_fast.ops.pointwise_affine import pointwise_affine
 from detr_fast.situation import situation
 
@@ -119,8 +120,8 @@ def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _dtype(block: Any, x: Any) -> torch.dtype | None:
-    """That of the features, if it has 16 bits on a GPU, or the kernel was asked for by name, and nothing compiles, traces or transforms."""
-    if not (isinstance(x, Tensor) and (x.is_cuda or CHANNEL_AFFINE.requested is not None)) or x.ndim != 4:
+    """That of the features, if it has 16 bits on a GPU, or one of its ops was asked for by name, and nothing compiles, traces or transforms."""
+    if not (isinstance(x, Tensor) and (x.is_cuda or asked_for())) or x.ndim != 4:
         return None
     if torch.compiler.is_compiling() or situation(x.device.type).transform is not None:
         return None

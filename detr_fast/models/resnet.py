@@ -20,8 +20,9 @@ from detr_fast.nn.frozen_norms import scales_and_shifts
 from detr_fast.ops.bottlenecks import Bottleneck as Block
 from detr_fast.ops.bottlenecks import as_bottleneck, is_product
 from detr_fast.ops.bottlenecks_autograd import Chain
+from detr_fast.ops.bottlenecks_choice import asked_for
 from detr_fast.ops.boundary import wants_grad
-from detr_fast.ops.channel_affine import CHANNEL_AFFINE
+from detr_fast.ops.resnet_stem import RESNET_STEM
 from detr_fast.situation import situation
 
 
@@ -150,7 +151,7 @@ class ResNetBody(nn.Module):
         In 16 bits on a GPU, features are channels last.
         """
         dtype = autocast_dtype(x.device) or self.conv1.weight.dtype
-        wanted = x.is_cuda or CHANNEL_AFFINE.requested is not None
+        wanted = x.is_cuda or asked_for() or RESNET_STEM.requested is not None
         if wanted and dtype.itemsize == 2 and _is_eager(x) and self._is_plain():
             return self._channels_last(x, dtype)
         x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))

@@ -25,6 +25,7 @@ from detr_fast.ops import pointwise_gradient, regimes
 from detr_fast.ops.bottlenecks import LAUNCH, Bottleneck
 from detr_fast.ops.boundary import SEVERAL_DEVICES, on_one_device, wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, rehearse_gradients
+from detr_fast.ops.pointwise_affine import POINTWISE_AFFINE
 
 MEASURED_MIDDLE = 512  # channels inside a block, of what `detr-fast tune` measures of kernels
 
@@ -238,3 +239,8 @@ class EachPart(Implementation):
 BOTTLENECKS = Op(
     "bottlenecks", signature=_signature, describe=_describe, implementations=(OnKernels(), OneNode(), EachPart())
 )
+
+
+def asked_for() -> bool:
+    """Whether an op that a frozen ResNet in 16 bits is made of was asked for by name, so that it has to be one also on a CPU."""
+    return any(op.requested is not None for op in (CHANNEL_AFFINE, POINTWISE_AFFINE, BOTTLENECKS))

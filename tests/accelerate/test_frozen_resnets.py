@@ -16,6 +16,7 @@ import detr_fast
 from detr_fast import dispatch, use_backend
 from detr_fast.adapters import frozen_resnet
 from detr_fast.adapters.base import fingerprint
+from detr_fast.dispatch import BackendError
 from detr_fast.testing.interpreter import checked_interpreter
 
 transformers = pytest.importorskip("transformers")
@@ -119,6 +120,14 @@ def assert_as_accurate(found, before, truth):
     assert sum(errors[0]) <= 1.5 * sum(errors[1])
 
 
+@pytest.mark.parametrize(("op", "name"), [("bottlenecks", "kernels"), ("pointwise_affine", "triton")])
+def test_what_is_asked_for_by_name_and_cannot_run_on_a_cpu_is_refused(op, name):
+    module, x, _ = made("torchvision, bottleneck")
+    detr_fast.accelerate(module.requires_grad_(op == "bottlenecks"))
+    with use_backend(**{op: name}), torch.autocast("cpu", bf16), pytest.raises(BackendError, match=f"{op} was asked"):
+        module(x)
+
+
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.endswith("bottleneck")])
 def test_bottlenecks_that_are_one_node_each_are_as_accurate_as_the_original(name):
     module, x, blocks = made(name)
@@ -128,7 +137,7 @@ def test_bottlenecks_that_are_one_node_each_are_as_accurate_as_the_original(name
     detr_fast.accelerate(module)
     taken = []
     with (
-        use_backend(channel_affine="eager", bottlenecks="one_node"),
+        use_backend(bottlenecks="one_node"),
         dispatch.recording(lambda op, d: taken.append((op, d.implementation.name))),
     ):
         found = step(module, x, dy, bf16)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from benchmarks.hardware import DEVICE, sized
-from detr_fast.dispatch import use_backend
+from detr_fast import dispatch
+from detr_fast.dispatch import BackendError, use_backend
 from detr_fast.models.backbone import ConvBackbone, ResNetBackbone
 from detr_fast.models.weight_files import WeightsError
 from detr_fast.testing import count
@@ -146,7 +147,7 @@ def test_stages_are_a_node_each_and_their_gradients_arrive_one_after_the_other()
     for name, parameter in body.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name.split(".")[0]))
-    with torch.autocast("cpu", torch.bfloat16), use_backend(channel_affine="eager", bottlenecks="one_node"):
+    with torch.autocast("cpu", torch.bfloat16), use_backend(bottlenecks="one_node"):
         y = body(torch.randn(1, 3, 32, 32))
     nodes = 0
     node = y.grad_fn
@@ -248,6 +249,18 @@ def test_transforms_and_tracing_take_the_folded_norms(transform):
         expected = run()
         with use_backend(channel_affine="eager"):  # which is channels last otherwise
             torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "name"), [
+    ("bottlenecks", "one_node"), ("bottlenecks", "kernels"), ("pointwise_affine", "triton"), ("resnet_stem", "triton"),
+])  # fmt: skip
+def test_in_16_bits_what_is_asked_for_by_name_runs_also_on_a_cpu_or_is_refused(op, name):
+    body, seen = randomised(ResNetBackbone("resnet50").body), []
+    expected = nullcontext() if name == "one_node" else pytest.raises(BackendError, match=f"{op} was asked to run on")
+    with use_backend(**{op: name}), dispatch.recording(lambda op, decision: seen.append((op, decision))), expected:
+        with torch.autocast("cpu", torch.bfloat16):
+            body(torch.randn(1, 3, 32, 32))
+        assert [decision.implementation.name for one, decision in seen if one == op] == [name] * 3
 
 
 def test_in_16_bits_a_part_that_is_not_plain_runs_as_it_is():
