@@ -30,7 +30,7 @@ def unpickle(path: Path) -> Any:
     """
     try:
         _verify_beginning(path)
-        _verify_checksums(path)
+        _verify_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
@@ -69,11 +69,16 @@ def _read_beginning(path: Path) -> bytes:
     return start
 
 
-def _verify_checksums(path: Path) -> None:
-    """Raise BadZipFile where a record's bytes are not those that were written: torch.load does not look (0.1 s for 240 MB)."""
+def _verify_archive(path: Path) -> None:
+    """Raise WeightsError for what torch.export wrote, and BadZipFile where a record's bytes are not those that were written: torch.load does not look (0.1 s for 240 MB)."""
     if not zipfile.is_zipfile(path):  # the format before torch 1.6, which has no checksums
         return
     with zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/archive_format") for name in archive.namelist()):
+            raise WeightsError(
+                f"cannot read {path} as a checkpoint: it is an exported program, which torch.export.load runs; "
+                "give the checkpoint that it was exported from"
+            )
         for record in archive.infolist():
             if record.CRC:  # 0 where torch was told to compute none
                 with archive.open(record) as content:

@@ -34,6 +34,15 @@ def test_a_damaged_or_foreign_file_is_named_in_one_line(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def test_an_exported_program_is_none(tmp_path: Path) -> None:
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.rand(1, 2),))
+    torch.export.save(program, tmp_path / "detector.pt2")
+    with pytest.raises(
+        CheckpointError, match=r"it is an exported program.*; give the checkpoint that it was exported from"
+    ):
+        load_checkpoint(tmp_path / "detector.pt2")
+
+
 def test_a_bit_that_flipped_is_found_and_the_other_checkpoint_named(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 9, "model": {"weight": torch.rand(1000)}})
