@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from detr_fast.ops.bottlenecks import is_product
 from detr_fast.ops.boundary import wants_grad
+from detr_fast.ops.pixels import input_gradient, pixels_of
 
 
 def forks(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -34,20 +35,6 @@ class Forked(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if dy is None:
             return dx, None
-        rows, matrix = _pixels(dy), weight.flatten(1)
-        d_weight = (rows.t() @ _pixels(x)).view(weight.shape) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight
-        if dx is None:
-            total = rows @ matrix
-        elif torch.is_grad_enabled():  # to be differentiated once more
-            total = torch.addmm(_pixels(dx), rows, matrix)
-        else:  # in place: out of place, cuBLAS would copy dx first. Nobody else sees what was just written.
-            total = _pixels(dx).addmm_(rows, matrix)
-        batch, channels, height, width = x.shape
-        return total.view(batch, height, width, channels).permute(0, 3, 1, 2), d_weight
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B * H * W, C); a view where x is channels last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        d_weight = (pixels_of(dy).t() @ pixels_of(x)).view(weight.shape) if ctx.needs_input_grad[1] else None
+        # Nobody else sees dx, which was just written.
+        return input_gradient(dy, weight.flatten(1), x, dx) if ctx.needs_input_grad[0] else None, d_weight

@@ -26,6 +26,7 @@ from detr_fast.ops.bottlenecks import Bottleneck
 from detr_fast.ops.bottlenecks_choice import BOTTLENECKS, OneNode, OnKernels
 from detr_fast.ops.boundary import wants_grad
 from detr_fast.ops.channel_affine import CHANNEL_AFFINE, gradient_inside
+from detr_fast.ops.pixels import input_gradient, pixels_of
 from detr_fast.ops.pointwise_affine import POINTWISE_AFFINE
 from detr_fast.ops.pointwise_gradient import pointwise_gradient
 from detr_fast.ops.products import eager_gradients, goes_by_eager_ops
@@ -228,18 +229,18 @@ class _Backward:
         to_first = below or wanted[0]
         if wanted[2]:
             dtype = {"out_dtype": torch.float32} if self.wide else {}
-            torch.mm(_pixels(m).t(), _pixels(z2), out=self.sums[i], **dtype)
+            torch.mm(pixels_of(m).t(), pixels_of(z2), out=self.sums[i], **dtype)
         if to_first or wanted[1]:
             if self.kernels.products:
                 dc2 = pointwise_gradient(m, self.scaled[i], None, z2, block.scales[1].float())
             else:
-                dc2 = self._inside(_product(m, self.scaled[i], z2), z2, block.scales[1])
+                dc2 = self._inside(input_gradient(m, self.scaled[i], z2), z2, block.scales[1])
             dz1, found[1] = _gradients(dc2, z1, block, 1, block.weights[1], (to_first, wanted[1]))
         if to_first:
             assert dz1 is not None
             dc1 = self._inside(dz1, z1, block.scales[0])
             if wanted[0]:
-                found[0] = (_pixels(dc1).t() @ _pixels(x)).view_as(block.weights[0])
+                found[0] = (pixels_of(dc1).t() @ pixels_of(x)).view_as(block.weights[0])
         beside: Tensor | None = m
         if len(wanted) > 3 and (below or wanted[3]):
             scale = block.scales[3].view(-1, 1, 1, 1)
@@ -253,7 +254,7 @@ class _Backward:
         masks, matrix = i > 0 or self.masks, block.weights[0].flatten(1)
         if masks and self.kernels.products:
             return pointwise_gradient(dc1, matrix, beside, x, None)
-        dx = _product(dc1, matrix, x, beside)
+        dx = input_gradient(dc1, matrix, x, beside)
         if not masks:
             return dx
         return gradient_inside(dx, x, self.blocks[i - 1].scales[2], False, self.kernels.passes)
@@ -262,18 +263,5 @@ class _Backward:
         return gradient_inside(dz, z, scale, True, self.kernels.passes)
 
 
-def _product(g: Tensor, weight: Tensor, like: Tensor, added: Tensor | None = None) -> Tensor:
-    """g @ weight + added, in added's memory: out of place, cuBLAS would copy it first."""
-    rows = _pixels(g)
-    total = rows @ weight if added is None else _pixels(added).addmm_(rows, weight)
-    batch, channels, height, width = like.shape
-    return total.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B * H * W, C); a view where x is channels last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -16,6 +16,7 @@ from detr_fast.kernels.launch import compile_launches
 from detr_fast.kernels.rows import MAX_BLOCK
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, on_one_device, wants_grad
 from detr_fast.ops.layouts import Layouts, aligned, key, layouts, rehearsed
+from detr_fast.ops.pixels import images_of, rows_of
 
 
 def channel_affine(
@@ -182,43 +183,34 @@ def rehearse_gradients(channels: Iterable[int], dtype: torch.dtype) -> None:
 # Registration: forward and backward are ops of their own, channels last inside.
 
 
-def _rows(x: Tensor | None) -> Any:
-    """(B, C, H, W) as (B, H, W, C): a view, and contiguous where x is channels last."""
-    return None if x is None else x.permute(0, 2, 3, 1)
-
-
-def _images(rows: Tensor) -> Tensor:
-    return rows.permute(0, 3, 1, 2)
-
-
 def channels_last(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Images in `dtype`, channels last, also inside vmap, where no memory format of four dimensions may be asked for."""
-    return _images(_rows(images).to(dtype, memory_format=torch.contiguous_format).contiguous())
+    return images_of(rows_of(images).to(dtype, memory_format=torch.contiguous_format).contiguous())
 
 
 def _run_forward(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None
 ) -> Tensor:
-    return _images(kernels.channel_affine_forward(_rows(x), scale, shift, _rows(residual), residual_scale))
+    return images_of(kernels.channel_affine_forward(rows_of(x), scale, shift, rows_of(residual), residual_scale))
 
 
 def _fake_forward(x: Tensor, *_: Any) -> Tensor:
-    return _images(x.new_empty(_rows(x).shape))
+    return images_of(x.new_empty(rows_of(x).shape))
 
 
 def _run_backward(
     dy: Tensor, y: Tensor, scale: Tensor, residual_scale: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     kinds = {"with_dx": wanted[0], "with_dresidual": wanted[1]}
-    found = kernels.channel_affine_backward(_rows(dy), _rows(y), scale, residual_scale, **kinds)
-    dx, dresidual = (y.new_empty(0) if g is None else _images(g) for g in found)
+    found = kernels.channel_affine_backward(rows_of(dy), rows_of(y), scale, residual_scale, **kinds)
+    dx, dresidual = (y.new_empty(0) if g is None else images_of(g) for g in found)
     return dx, dresidual
 
 
 def _fake_backward(
     dy: Tensor, y: Tensor, scale: Tensor, residual_scale: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    dx, dresidual = (_images(y.new_empty(_rows(y).shape)) if want else y.new_empty(0) for want in wanted)
+    dx, dresidual = (images_of(y.new_empty(rows_of(y).shape)) if want else y.new_empty(0) for want in wanted)
     return dx, dresidual
 
 

@@ -25,6 +25,7 @@ from detr_fast.ops.bottlenecks import LAUNCH
 from detr_fast.ops.boundary import SEVERAL_DEVICES, define, on_one_device, wants_grad
 from detr_fast.ops.channel_affine import channel_affine, channel_affine_backward
 from detr_fast.ops.layouts import key, layouts, rehearsed
+from detr_fast.ops.pixels import images_of, input_gradient, pixels_of, rows_of
 from detr_fast.ops.products import ProductCall, TritonProduct, autocast, autocast_dtype, goes_by_eager_ops
 from detr_fast.ops.regimes import bytes_of
 
@@ -160,7 +161,7 @@ class TritonPointwiseAffine(TritonProduct):
         if call.needs_grad:
             written = _written(y, weight, residual_scale, *call.wanted)
             passes.channel_affine_backward(
-                *map(_rows, (y, y)), scale, residual_scale, with_dx=written[0], with_dresidual=written[1]
+                *map(rows_of, (y, y)), scale, residual_scale, with_dx=written[0], with_dresidual=written[1]
             )
 
     def run(self, *tensors: Any) -> Tensor:
@@ -200,25 +201,15 @@ def _eager(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 # Registration, channels last inside. The backward's products are torch's own, in sight of dispatch modes and compilers.
 
 
-def _rows(x: Tensor | None) -> Any:
-    """(B, C, H, W) as (B, H, W, C): a view, and contiguous where x is channels last."""
-    return None if x is None else x.permute(0, 2, 3, 1)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B * H * W, C)."""
-    return _rows(x).reshape(-1, x.shape[1])  # type: ignore[no-any-return]
-
-
 def _run_forward(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None
 ) -> Tensor:
-    y = pointwise_forward(_rows(x), weight.flatten(1), scale, shift, _rows(residual), residual_scale)
-    return y.permute(0, 3, 1, 2)
+    y = pointwise_forward(rows_of(x), weight.flatten(1), scale, shift, rows_of(residual), residual_scale)
+    return images_of(y)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*_rows(x).shape[:3], weight.shape[0])).permute(0, 3, 1, 2)
+    return images_of(x.new_empty((*rows_of(x).shape[:3], weight.shape[0])))
 
 
 class _Forward(torch.autograd.Function):
@@ -250,13 +241,13 @@ class _Forward(torch.autograd.Function):
             g, factor = dresidual, scale[:, None]
         if wants_x:
             scaled = matrix if factor is None else (matrix * factor).to(matrix.dtype)
-            dx = (_pixels(g) @ scaled).view(_rows(x).shape).permute(0, 3, 1, 2)
+            dx = input_gradient(g, scaled, x)
         if wants_weight:
-            columns = _pixels(g).t()
+            columns = pixels_of(g).t()
             if factor is None:
-                dweight = columns @ _pixels(x)
+                dweight = columns @ pixels_of(x)
             else:  # in fp32 up to the scale, unless it is differentiated
-                sums = columns @ _pixels(x) if goes_by_eager_ops(dy) else plus_product(None, columns, _pixels(x))
+                sums = columns @ pixels_of(x) if goes_by_eager_ops(dy) else plus_product(None, columns, pixels_of(x))
                 dweight = (sums * factor).to(weight.dtype)
             dweight = dweight.view(weight.shape)
         return dx, dweight, None, None, dresidual if wants_residual else None, None

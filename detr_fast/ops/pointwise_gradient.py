@@ -12,29 +12,25 @@ from torch import Tensor
 
 from detr_fast.kernels.pointwise import pointwise_backward, pointwise_forward
 from detr_fast.ops.boundary import define, wants_grad
-
-
-def _rows(x: Tensor | None) -> Any:
-    """(B, C, H, W) as (B, H, W, C): a view, and contiguous where x is channels last."""
-    return None if x is None else x.permute(0, 2, 3, 1)
+from detr_fast.ops.pixels import images_of, rows_of
 
 
 def _run(g: Tensor, weight: Tensor, added: Tensor | None, y: Tensor | None, scale: Tensor | None) -> Tensor:
-    return pointwise_backward(_rows(g), weight, _rows(added), _rows(y), scale).permute(0, 3, 1, 2)
+    return images_of(pointwise_backward(rows_of(g), weight, rows_of(added), rows_of(y), scale))
 
 
 def _fake(g: Tensor, weight: Tensor, *beside: Any) -> Tensor:
     batch, _, height, width = g.shape
-    return g.new_empty((batch, height, width, weight.shape[1])).permute(0, 3, 1, 2)
+    return images_of(g.new_empty((batch, height, width, weight.shape[1])))
 
 
 def _eager(g: Tensor, weight: Tensor, added: Tensor | None, y: Tensor | None, scale: Tensor | None) -> Tensor:
-    found = _rows(g) @ weight
+    found = rows_of(g) @ weight
     if added is not None:
-        found = found + _rows(added)
+        found = found + rows_of(added)
     if y is not None:
-        found = found.masked_fill(_rows(y) <= 0, 0.0)
-    return (found if scale is None else (found * scale).to(g.dtype)).permute(0, 3, 1, 2)
+        found = found.masked_fill(rows_of(y) <= 0, 0.0)
+    return images_of(found if scale is None else (found * scale).to(g.dtype))
 
 
 def _autograd(g: Tensor, weight: Tensor, added: Tensor | None, *rest: Any) -> Tensor:
